@@ -1,0 +1,33 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first where it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test setup lint clean
+
+demo: $(READY)
+	$(BIN)/solar run movielens-100k
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+setup: $(READY)
+
+# torchrec last and without its dependencies: it asks for the CUDA build of fbgemm. EXTRA=gpu installs that build.
+EXTRA ?= cpu
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 13) else f"Python {v[0]}.{v[1]} is not 3.11 or 3.12: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(sed -n 's/^pip = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group dev
+	$(BIN)/pip install --quiet --no-deps --group torchrec
+	touch $@
+
+clean:
+	rm -rf .venv workspace
