@@ -1,0 +1,1 @@
+"""Raw interaction logs -> event log -> sequence shards -> batches. Start reading at build.py."""

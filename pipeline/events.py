@@ -1,0 +1,234 @@
+"""The event log's contract: which columns it has, which rows are accepted, and in which order events stand.
+
+A validated event has user_id and item_id (int64 or string), `timestamp` (int64 milliseconds since 1970 UTC) and / or
+`order` (int64), and optionally action (string), label (0 or 1) and request_id. Whatever a reader (readers.py) finds
+becomes either such an event or a rejected row with a Reason; nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import polars as pl
+
+LATEST_TIME = 4_102_444_800_000
+"""2100-01-01 in milliseconds: later times come from a wrong unit."""
+LONGEST_ACTION = 128
+"""Characters in the name of an action; a longer one is free text, not a category."""
+
+_PER_MILLISECOND = {"ms": 1, "us": 1_000, "ns": 1_000_000}
+_UNITS = ("s", *_PER_MILLISECOND)
+ID_COLUMNS = ("user_id", "item_id", "request_id")
+
+
+class DataError(ValueError):
+    """A mistake in the user's data: one line that names the file, column or value, and the fix."""
+
+
+class Reason(enum.StrEnum):
+    """Why a row was rejected; of several reasons the first one here is reported."""
+
+    MALFORMED_ROW = "malformed row"
+    MISSING_USER = "missing user"
+    INVALID_USER = "invalid user"
+    MISSING_ITEM = "missing item"
+    INVALID_ITEM = "invalid item"
+    MISSING_TIME = "missing time"
+    INVALID_TIME = "invalid time"
+    MISSING_ORDER = "missing order"
+    INVALID_ORDER = "invalid order"
+    INVALID_ACTION = "invalid action"
+    MISSING_LABEL = "missing label"
+    INVALID_LABEL = "invalid label"
+    INVALID_REQUEST = "invalid request"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EventColumns:
+    """Which column of the file plays which part; None = the log has no such column."""
+
+    user_id: str = "user_id"
+    """Who acted: integer or string."""
+    item_id: str = "item_id"
+    """On what: integer or string."""
+    timestamp: str | None = "timestamp"
+    """When: an Arrow timestamp of any unit (UTC unless it has a zone) or a number of `timestamp_unit`."""
+    order: str | None = None
+    """Integer that orders a user's events where times are absent or tie."""
+    action: str | None = None
+    """Category of the event; an empty value means none."""
+    label: str | None = None
+    """1 for a positive, 0 for a shown item that got no response."""
+    request_id: str | None = None
+    """Which events were shown together; an empty value means the event belongs to no request."""
+    timestamp_unit: str = "s"
+    """s, ms, us or ns: the unit of numeric timestamps since 1970."""
+    integer_ids: bool = False
+    """Text files only: ids are whole numbers (else strings, so that 007 and 7 differ)."""
+
+    def __post_init__(self) -> None:
+        if self.timestamp is None and self.order is None:
+            raise ValueError("columns.timestamp and columns.order are both absent: name at least one of them")
+        if self.timestamp_unit not in _UNITS:
+            raise ValueError(f"columns.timestamp_unit is {self.timestamp_unit!r}: it must be s, ms, us or ns")
+        names = list(self.mapping().values())
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"column {twice[0]!r} is mapped twice: map each column to one of user_id, item_id, ...")
+
+    def mapping(self) -> dict[str, str]:
+        """{canonical name: column in the file} of the columns that are there."""
+        canonical = ("user_id", "item_id", "timestamp", "order", "action", "label", "request_id")
+        return {name: column for name in canonical if (column := getattr(self, name)) is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validated:
+    """Every row of a block, in one of two tables."""
+
+    events: pl.DataFrame
+    """Canonical columns, in the order of the file."""
+    rejected: pl.DataFrame
+    """reason, record (the row as JSON, or the line as it stood)."""
+
+
+def validate(
+    block: pl.DataFrame, *, columns: EventColumns, id_types: dict[str, str], malformed: list[str]
+) -> Validated:
+    """Split raw rows into events and rejected rows.
+
+    `block` has canonical column names and the file's own types (all strings for text files); `id_types` says "int64"
+    or "string" for each id column. Raises DataError when a column's type cannot be what it stands for.
+    """
+    checks: list[tuple[Reason, pl.Expr]] = []
+    values: list[pl.Expr] = []
+    for name in columns.mapping():
+        value, found = _READ[name](block, name, columns, id_types)
+        values.append(value.alias(name))
+        checks.extend(found)
+    checks.sort(key=lambda check: list(Reason).index(check[0]))
+    reason = pl.coalesce(
+        *(pl.when(failed).then(pl.lit(reason.value)) for reason, failed in checks),
+        pl.lit(None, dtype=pl.String),
+    )
+    checked = block.select(*values, reason.alias("reason"), pl.struct(pl.all()).alias("record"))
+    rejected = checked.filter(pl.col("reason").is_not_null()).select(
+        "reason", pl.col("record").struct.json_encode().alias("record")
+    )
+    lines = pl.DataFrame(
+        {"reason": [Reason.MALFORMED_ROW.value] * len(malformed), "record": malformed},
+        schema={"reason": pl.String, "record": pl.String},
+    )
+    events = checked.filter(pl.col("reason").is_null()).drop("reason", "record")
+    return Validated(events=events, rejected=pl.concat([lines, rejected]))
+
+
+def total_order(columns: list[str]) -> list[str]:
+    """The columns that order a user's events, of those there are: time, order, item, action, then the rest."""
+    leading = ["timestamp", "order", "item_id", "action"]
+    return [c for c in leading if c in columns] + sorted(c for c in columns if c not in leading and c != "user_id")
+
+
+def identity(columns: list[str]) -> list[str]:
+    """The columns that make two rows the same event, of those there are."""
+    return [c for c in ("user_id", "item_id", "timestamp", "order", "action") if c in columns]
+
+
+def id_type(dtype: pl.DataType, *, integer_ids: bool, is_text: bool) -> str | None:
+    """ "int64" or "string" for a column of ids; None when the type cannot hold ids."""
+    if is_text:
+        return "int64" if integer_ids else "string"
+    if dtype.is_integer():
+        return "int64"
+    return "string" if isinstance(dtype, (pl.String, pl.Categorical, pl.Enum)) else None
+
+
+_Column = tuple[pl.Expr, list[tuple[Reason, pl.Expr]]]
+
+
+def _read_id(block: pl.DataFrame, name: str, columns: EventColumns, id_types: dict[str, str]) -> _Column:
+    raw, wanted = pl.col(name), id_types[name]
+    dtype = block.schema[name]
+    if not dtype.is_integer() and not isinstance(dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+        raise _wrong_type(name, columns, dtype, "integers or strings")
+    text = raw.cast(pl.String)
+    missing = text.is_null() | (text == "")
+    value = raw.cast(pl.Int64, strict=False) if wanted == "int64" else text
+    if isinstance(dtype, (pl.Categorical, pl.Enum)) and wanted == "int64":
+        value = text.cast(pl.Int64, strict=False)
+    invalid = ~missing & value.is_null()
+    if name == "request_id":
+        return pl.when(~missing).then(value), [(Reason.INVALID_REQUEST, invalid)]
+    kind = name.removesuffix("_id").upper()
+    return value, [(Reason[f"MISSING_{kind}"], missing), (Reason[f"INVALID_{kind}"], invalid)]
+
+
+def _read_timestamp(block: pl.DataFrame, name: str, columns: EventColumns, id_types: dict[str, str]) -> _Column:
+    raw, dtype = pl.col(name), block.schema[name]
+    missing = raw.is_null()
+    if isinstance(dtype, (pl.Datetime, pl.Date)):
+        milliseconds = raw.cast(pl.Datetime("ms")).cast(pl.Int64)
+    elif dtype.is_numeric() or isinstance(dtype, (pl.String, pl.Null)):
+        if isinstance(dtype, pl.String):
+            missing = missing | (raw.str.strip_chars() == "")
+        milliseconds = _number_to_milliseconds(raw, columns.timestamp_unit)
+    else:
+        raise _wrong_type(name, columns, dtype, "timestamps or numbers")
+    possible = milliseconds.is_between(0, LATEST_TIME, closed="left").fill_null(False)
+    return milliseconds, [(Reason.MISSING_TIME, missing), (Reason.INVALID_TIME, ~missing & ~possible)]
+
+
+def _number_to_milliseconds(raw: pl.Expr, unit: str) -> pl.Expr:
+    if unit != "s":
+        return raw.cast(pl.Int64, strict=False) // _PER_MILLISECOND[unit]
+    # Seconds may carry a fraction; rounding to microseconds first undoes the binary error of 0.123 * 1000.
+    seconds = raw.cast(pl.Float64, strict=False)
+    bounded = pl.when(seconds.is_finite() & (seconds.abs() < 1e12)).then(seconds)
+    return (bounded * 1e6).round(0).cast(pl.Int64) // 1_000
+
+
+def _read_order(block: pl.DataFrame, name: str, columns: EventColumns, id_types: dict[str, str]) -> _Column:
+    raw, dtype = pl.col(name), block.schema[name]
+    if not dtype.is_integer() and not isinstance(dtype, (pl.String, pl.Null)):
+        raise _wrong_type(name, columns, dtype, "integers")
+    missing = raw.is_null()
+    if isinstance(dtype, pl.String):
+        missing = missing | (raw.str.strip_chars() == "")
+    value = raw.cast(pl.Int64, strict=False)
+    return value, [(Reason.MISSING_ORDER, missing), (Reason.INVALID_ORDER, ~missing & value.is_null())]
+
+
+def _read_action(block: pl.DataFrame, name: str, columns: EventColumns, id_types: dict[str, str]) -> _Column:
+    dtype = block.schema[name]
+    if dtype.is_nested() or dtype.is_float() or dtype.is_temporal():
+        raise _wrong_type(name, columns, dtype, "category names")
+    text = pl.col(name).cast(pl.String)
+    value = pl.when(text != "").then(text)
+    return value, [(Reason.INVALID_ACTION, (value.str.len_chars() > LONGEST_ACTION).fill_null(False))]
+
+
+def _read_label(block: pl.DataFrame, name: str, columns: EventColumns, id_types: dict[str, str]) -> _Column:
+    raw, dtype = pl.col(name), block.schema[name]
+    if not dtype.is_numeric() and not isinstance(dtype, (pl.String, pl.Boolean, pl.Null)):
+        raise _wrong_type(name, columns, dtype, "0 and 1")
+    missing, number = raw.is_null(), raw.cast(pl.Float64, strict=False)
+    if isinstance(dtype, pl.String):
+        text = raw.str.strip_chars().str.to_lowercase()
+        missing = missing | (text == "")
+        number = text.replace({"true": "1", "false": "0"}).cast(pl.Float64, strict=False)
+    allowed = number.is_in([0.0, 1.0]).fill_null(False)
+    value = pl.when(allowed).then(number).cast(pl.Int8)
+    return value, [(Reason.MISSING_LABEL, missing), (Reason.INVALID_LABEL, ~missing & ~allowed)]
+
+
+_READ = dict.fromkeys(ID_COLUMNS, _read_id) | {
+    "timestamp": _read_timestamp,
+    "order": _read_order,
+    "action": _read_action,
+    "label": _read_label,
+}
+
+
+def _wrong_type(name: str, columns: EventColumns, dtype: pl.DataType, wanted: str) -> DataError:
+    column = columns.mapping()[name]
+    return DataError(f"column {column!r} (mapped to {name}) is {dtype}: it must hold {wanted}; map another column")

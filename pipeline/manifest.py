@@ -1,0 +1,114 @@
+"""The manifest: what a data set consists of, and the one file whose creation makes it exist.
+
+`manifests/00000001.json`, `00000002.json`, ...: the largest number is the current data set; there is no pointer and no
+lock. A commit creates the next number exclusively, so of two racing writers one wins and the other is told so. Nothing
+in a manifest depends on the clock, on the machine, or on where the directory lies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from pipeline.events import DataError
+from pipeline.storage import Store
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One committed state of a data set."""
+
+    number: int
+    """Its place in the series, from 1."""
+    format_version: int = FORMAT_VERSION
+    schema: dict[str, Any]
+    """columns (canonical names there are) and the type of each id column."""
+    config: dict[str, Any]
+    """The part of PrepareConfig that must stay the same as long as the data set lives."""
+    counts: dict[str, Any]
+    """Rows over all ingests: read = accepted + duplicate + the sum of rejected, {reason: rows}."""
+    users: int
+    items: int
+    """Distinct raw items with an event."""
+    time_range: list[int] | None
+    """First and last event, milliseconds since 1970 UTC; None where the log has an order only."""
+    files: list[dict[str, Any]]
+    """name, bucket, rows (users), row_groups, events, bytes, checksum of each shard file, by bucket."""
+    vocabulary: dict[str, Any]
+    """name, bytes, checksum, fingerprint."""
+    index: dict[str, Any]
+    """name, bytes, checksum."""
+    inputs: list[dict[str, Any]]
+    """name, bytes, checksum, kind (events or items) of everything ingested, in order."""
+    parent: str | None
+    """Fingerprint of the manifest this one grew from."""
+
+    @property
+    def has_time(self) -> bool:
+        return "timestamp" in self.schema["columns"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal hash of the manifest's bytes."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
+
+    def to_bytes(self) -> bytes:
+        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+
+def current_manifest(path: str) -> Manifest | None:
+    """The data set in a directory as it stands now; None when nothing was ever committed there."""
+    numbers = manifest_numbers(Store(path))
+    return read_manifest(path, number=numbers[-1]) if numbers else None
+
+
+def read_manifest(path: str, *, number: int) -> Manifest:
+    """A certain committed state. DataError when it is absent, damaged or of another format version."""
+    store, name = Store(path), _name(number)
+    try:
+        fields = json.loads(store.read(name))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no {name}; there are {manifest_numbers(store) or 'none'}") from None
+    except ValueError:
+        raise DataError(f"{path}: {name} is damaged; restore it or prepare into a new directory") from None
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: {name} has format version {version}, this program reads {FORMAT_VERSION}; "
+            "prepare into a new directory"
+        )
+    try:
+        return Manifest(**fields)
+    except TypeError as error:
+        raise DataError(f"{path}: {name} is damaged ({error}); prepare into a new directory") from error
+
+
+def commit(path: str, manifest: Manifest) -> None:
+    """Make the data set exist. DataError when another writer took this number first: its state stands."""
+    if not Store(path).create(_name(manifest.number), manifest.to_bytes()):
+        raise DataError(
+            f"{path}: another prepare committed manifest {manifest.number} first and stands; "
+            "run prepare again to add to it"
+        )
+
+
+def manifest_numbers(store: Store) -> list[int]:
+    """The committed numbers, ascending."""
+    stems = [name.removesuffix(".json") for name in store.names("manifests") if name.endswith(".json")]
+    return sorted(int(stem) for stem in stems if len(stem) == 8 and stem.isdigit())
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"columns": {"user_id": "u"}} -> {"columns.user_id": "u"}, as a user writes keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _name(number: int) -> str:
+    return f"manifests/{number:08d}.json"

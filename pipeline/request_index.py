@@ -1,0 +1,147 @@
+"""How many requests each user has in each part: what order.py needs to deal work without reading a shard.
+
+Cached as `<shards>/requests/<fingerprint>.parquet` for (manifest, the counting part of RequestConfig): a derived file
+that anyone may recompute, so it is no part of the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.events import DataError
+from pipeline.requests import PARTS, RequestConfig, carried, list_requests, of_part
+from pipeline.shards import Shards
+from pipeline.storage import Store
+
+_COLUMNS = ("requests", "candidates", "largest", "events", "skipped")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PartCounts:
+    """One part's requests, per user row."""
+
+    requests: np.ndarray
+    """[users] int64, before max_requests."""
+    candidates: np.ndarray
+    """[users] int64: candidates of all these requests, without drawn negatives."""
+    largest: np.ndarray
+    """[users] int64: candidates of the user's largest request."""
+    events: np.ndarray
+    """[users] int64: events a batch carries for the user."""
+    skipped: np.ndarray
+    """[users] int64: requests left out for a history below min_history."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RequestCounts:
+    """The counts of all parts."""
+
+    train: PartCounts
+    valid: PartCounts
+    test: PartCounts
+
+
+def request_counts(data: Shards, config: RequestConfig) -> RequestCounts:
+    """The cached counts; without a cache they are taken here, in this process (build.index_requests uses Ray)."""
+    cached = load(data, config)
+    if cached is not None:
+        return cached
+    parts = [_count(data, file, config) for file in range(len(data.manifest.files))]
+    return _save(data, config, parts)
+
+
+def load(data: Shards, config: RequestConfig) -> RequestCounts | None:
+    """The counts as cached, None when they are not (or the cache is not whole)."""
+    check_log(data, config)
+    store, name = Store(data.path), _name(data, config)
+    if not store.exists(name):
+        return None
+    try:
+        table = pq.read_table(io.BytesIO(store.read(name)))
+    except (OSError, pa.ArrowException):
+        return None
+    return _from_columns({column: np.asarray(table[column]) for column in table.column_names})
+
+
+def check_log(data: Shards, config: RequestConfig) -> None:
+    """DataError where the log lacks what the task or split needs."""
+    columns = data.manifest.schema["columns"]
+    if config.split == "temporal" and "timestamp" not in columns:
+        raise DataError(f"{data.path}: requests.split is temporal but the log has no timestamps; use leave_one_out")
+    if config.task == "impressions" and "label" not in columns:
+        raise DataError(f"{data.path}: requests.task is impressions but the log has no labels; map a label column")
+    if config.task == "impressions" and not {"request_id", "timestamp"} & set(columns):
+        raise DataError(f"{data.path}: sessions need timestamps, which the log lacks; map request_id")
+
+
+def count_file(data: Shards, file: int, *, config: RequestConfig, staging: str) -> None:
+    """Count one shard file's users into a file of the staging directory."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table(_count(data, file, config)), sink)
+    Store(staging).write(f"requests-{file:05d}.parquet", sink.getvalue())
+
+
+def assemble(data: Shards, config: RequestConfig, *, staging: str) -> RequestCounts:
+    """Join what count_file left for every file, cache it and return it."""
+    parts = []
+    for file in range(len(data.manifest.files)):
+        table = pq.read_table(io.BytesIO(Store(staging).read(f"requests-{file:05d}.parquet")))
+        parts.append({column: np.asarray(table[column]) for column in table.column_names})
+    return _save(data, config, parts)
+
+
+def _count(data: Shards, file: int, config: RequestConfig) -> dict[str, np.ndarray]:
+    """{column: [users of the file]} in the order of row groups and rows."""
+    counted = []
+    for group in data.groups_of_file(file):
+        events = data.read(group)
+        every = list_requests(events, config)
+        columns: dict[str, np.ndarray] = {}
+        for part in PARTS:
+            chosen, _ = of_part(every, part, config)
+            start, last = carried(chosen, num_users=events.num_users, part=part, config=config)
+            sizes = np.diff(chosen.offsets)
+            largest = np.zeros(events.num_users, np.int64)
+            np.maximum.at(largest, chosen.user, sizes)
+            total = np.bincount(every.user[every.part == PARTS.index(part)], minlength=events.num_users)
+            requests = np.bincount(chosen.user, minlength=events.num_users)
+            values = (
+                requests,
+                np.bincount(chosen.user, weights=sizes, minlength=events.num_users).astype(np.int64),
+                largest,
+                last - start,
+                np.zeros_like(requests) if part == "train" else total - requests,
+            )
+            columns |= {f"{part}_{name}": value for name, value in zip(_COLUMNS, values, strict=True)}
+        counted.append(columns)
+    return {name: np.concatenate([columns[name] for columns in counted]) for name in counted[0]}
+
+
+def _save(data: Shards, config: RequestConfig, parts: list[dict[str, np.ndarray]]) -> RequestCounts:
+    index = data.index
+    # Files list users by (file, row group, row); the index by user row.
+    stored = np.lexsort((index.row, index.row_group, index.file))
+    columns = {}
+    for name in parts[0]:
+        values = np.empty(len(stored), np.int64)
+        values[stored] = np.concatenate([part[name] for part in parts])
+        columns[name] = values
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    Store(data.path).write(_name(data, config), sink.getvalue())
+    return _from_columns(columns)
+
+
+def _from_columns(columns: dict[str, np.ndarray]) -> RequestCounts:
+    return RequestCounts(
+        **{part: PartCounts(**{name: columns[f"{part}_{name}"] for name in _COLUMNS}) for part in PARTS}
+    )
+
+
+def _name(data: Shards, config: RequestConfig) -> str:
+    return f"requests/{data.manifest.fingerprint[:16]}-{config.counting_fingerprint}.parquet"

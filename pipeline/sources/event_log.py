@@ -1,0 +1,151 @@
+"""Writing an event log: a directory that appears whole or not at all.
+
+    events-00000.parquet ...   canonical columns (pipeline/events.py), possibly more
+    items.parquet              item_id and features, where the source has any
+    rejected.parquet           rows that are no events, with their reason, where there are any
+    source.json                what was imported from what: written last
+
+The directory is built beside its final place and renamed. Importing the same again finds it and reuses it; importing
+something else into it is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from pipeline.events import DataError
+from pipeline.manifest import flatten
+from pipeline.storage import Store
+
+FORMAT_VERSION = 1
+_FILE_EVENTS = 10_000_000
+_ROW_GROUP_EVENTS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imported:
+    """An event log as it lies on disk."""
+
+    path: str
+    events: int
+    items: int
+    """Rows of the items table."""
+    rejected: int
+    """Rows of the source that are no events."""
+    reused: bool
+    """Everything was there already."""
+
+
+class EventLogWriter:
+    """Collects tables into Parquet files of bounded row groups inside one directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_events = self.num_items = self.num_rejected = 0
+        self._pending: list[pl.DataFrame] = []
+        self._writers: dict[str, pq.ParquetWriter] = {}
+
+    def add_events(self, events: pl.DataFrame) -> None:
+        """Canonical columns; an int64 `timestamp` is milliseconds since 1970 UTC."""
+        if "timestamp" in events.columns:
+            events = events.with_columns(pl.col("timestamp").cast(pl.Datetime("ms", "UTC")))
+        self._pending.append(events)
+        if sum(table.height for table in self._pending) >= _ROW_GROUP_EVENTS:
+            self._flush()
+
+    def add_rejected(self, rejected: pl.DataFrame) -> None:
+        if rejected.height:
+            self.num_rejected += rejected.height
+            self._write("rejected.parquet", rejected)
+
+    def add_items(self, items: pl.DataFrame) -> None:
+        self.num_items += items.height
+        self._write("items.parquet", items)
+
+    def close(self) -> None:
+        self._flush()
+        for writer in self._writers.values():
+            writer.close()
+
+    def _flush(self) -> None:
+        if self._pending:
+            table = pl.concat(self._pending)
+            self._write(f"events-{self.num_events // _FILE_EVENTS:05d}.parquet", table)
+            self.num_events += table.height
+            self._pending = []
+
+    def _write(self, name: str, table: pl.DataFrame) -> None:
+        arrow = table.to_arrow(compat_level=pl.CompatLevel.oldest())
+        if name not in self._writers:
+            self._writers[name] = pq.ParquetWriter(self.folder / name, arrow.schema, compression="zstd")
+        self._writers[name].write_table(arrow.cast(self._writers[name].schema), row_group_size=_ROW_GROUP_EVENTS)
+
+
+def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
+    """The log that an earlier import of the same source left in `out`; None when there is nothing.
+
+    DataError when the directory holds something else.
+    """
+    folder = _local(out)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        found = json.loads((folder / "source.json").read_text())
+    except (OSError, ValueError):
+        raise DataError(f"{out}: exists and is no event log; name a new directory") from None
+    theirs = flatten(found)
+    for key, value in flatten(_plain({"format_version": FORMAT_VERSION, **source})).items():
+        if theirs.get(key) != value:
+            raise DataError(f"{out}: was imported with another {key}; name a new directory or remove this one")
+    for name, size in found["files"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise DataError(f"{out}: {name} is missing or changed; remove the directory and import again")
+    return Imported(path=out, reused=True, **{name: found[name] for name in ("events", "items", "rejected")})
+
+
+def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:
+    """Let `fill` write the log and publish it under `out`. When `fill` raises, nothing is left behind."""
+    folder = _local(out)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        writer = EventLogWriter(staged)
+        try:
+            fill(writer)
+        finally:
+            writer.close()
+        if not writer.num_events:
+            raise DataError(f"{out}: the source holds no valid event; nothing was written")
+        counts = {"events": writer.num_events, "items": writer.num_items, "rejected": writer.num_rejected}
+        files = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
+        description = {"format_version": FORMAT_VERSION, **source, **counts, "files": files}
+        Store(str(staged)).write("source.json", (json.dumps(description, indent=1) + "\n").encode())
+        staged.chmod(0o755)
+        try:
+            os.rename(staged, folder)
+        except OSError:
+            raise DataError(f"{out}: another import finished first; run it again to reuse that") from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return Imported(path=out, reused=False, **counts)
+
+
+def _local(out: str) -> Path:
+    store = Store(out)
+    if not store.is_local:
+        raise DataError(f"{out}: an event log is written locally; import to a local directory and copy it")
+    return Path(store.path)
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(fields))

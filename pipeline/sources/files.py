@@ -1,0 +1,147 @@
+"""CSV, JSON lines or Parquet of any layout -> event log, by a column mapping. Streams in bounded memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import polars as pl
+
+from pipeline import readers
+from pipeline.events import DataError, EventColumns, Reason, validate
+from pipeline.readers import FileFormat, Input
+from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ItemColumns:
+    """How the items table is written, and what of it becomes a feature."""
+
+    item_id: str = "item_id"
+    """Column of the id that events name."""
+    features: tuple[str, ...] = ()
+    """Columns with one category an item."""
+    list_features: tuple[str, ...] = ()
+    """Columns with several categories an item: lists, or text split at `list_separator`."""
+    list_separator: str = "|"
+    """Between two categories of a text."""
+    files: FileFormat = dataclasses.field(default_factory=FileFormat)
+    """How the file is written."""
+
+    def __post_init__(self) -> None:
+        for name in ("features", "list_features"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        names = [self.item_id, *self.features, *self.list_features]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"items column {twice[0]!r} stands twice: list it once as id, feature or list feature")
+        if not self.list_separator:
+            raise ValueError("items.list_separator is empty: it must be one or more characters")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """What the files mean."""
+
+    columns: EventColumns = dataclasses.field(default_factory=EventColumns)
+    """Which column plays which part."""
+    files: FileFormat = dataclasses.field(default_factory=FileFormat)
+    """How the event files are written."""
+    items: ItemColumns = dataclasses.field(default_factory=ItemColumns)
+    """The items table, when one is given."""
+    max_rejected_ratio: float = 0.01
+    """Share of rows that are no events above which nothing is written."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_rejected_ratio <= 1:
+            raise ValueError(f"max_rejected_ratio is {self.max_rejected_ratio}: it must be between 0 and 1")
+
+
+def import_files(
+    events: str, out: str, *, config: ImportConfig, items: str | None = None, progress: Progress | None = None
+) -> Imported:
+    """Write the event log `out` from the file, directory or pattern `events`, and the items table from `items`.
+
+    DataError, with nothing written: a file that is missing or cannot be read whole, a missing column, an empty log,
+    too many invalid rows, an `out` that holds something else.
+    """
+    if items is not None and not (config.items.features or config.items.list_features):
+        raise DataError(f"{items}: no item feature is named; set items.features or items.list_features")
+    found = readers.find_inputs(events, options=config.files)
+    item_files = readers.find_inputs(items, options=config.items.files) if items else []
+    source = {
+        "source": "files",
+        "inputs": [_identify(file) for file in found],
+        "item_inputs": [_identify(file) for file in item_files],
+        "mapping": {k: v for k, v in dataclasses.asdict(config).items() if k != "max_rejected_ratio"},
+    }
+    if existing := find_event_log(out, source=source):
+        return existing
+    report = progress or (lambda stage, done, total: None)
+
+    def fill(writer: EventLogWriter) -> None:
+        schema = readers.log_schema(found, columns=config.columns, options=config.files)
+        _import_events(found, writer, config=config, id_types=schema["id_types"], report=report)
+        for file in item_files:
+            writer.add_items(_read_items(file, config.items, item_type=schema["id_types"]["item_id"]))
+
+    return write_event_log(out, source=source, fill=fill)
+
+
+def _identify(file: Input) -> dict[str, Any]:
+    return {"name": file.name, "bytes": file.bytes, "checksum": readers.checksum(file)}
+
+
+def _import_events(
+    found: list[Input], writer: EventLogWriter, *, config: ImportConfig, id_types: dict[str, str], report: Progress
+) -> None:
+    read, reasons = 0, Counter[str]()
+    for done, file in enumerate(found):
+        report("import", done, len(found))
+        try:
+            for block in readers.read_blocks(file, mapping=config.columns.mapping(), options=config.files):
+                checked = validate(block.table, columns=config.columns, id_types=id_types, malformed=block.malformed)
+                read += block.table.height + len(block.malformed)
+                reasons.update(checked.rejected["reason"].to_list())
+                writer.add_events(checked.events)
+                writer.add_rejected(checked.rejected.with_columns(pl.lit(file.name).alias("file")))
+        except DataError as error:
+            raise DataError(error.args[0] if file.name in str(error) else f"{file.name}: {error}") from None
+    report("import", len(found), len(found))
+    names = ", ".join(file.name for file in found[:3]) + (", ..." if len(found) > 3 else "")
+    if not read:
+        raise DataError(f"{names}: the log is empty; nothing was written")
+    if (bad := reasons.total()) > config.max_rejected_ratio * read:
+        counts = ", ".join(f"{reason}: {reasons[reason]}" for reason in Reason if reasons[reason])
+        raise DataError(
+            f"{names}: {bad} of {read} rows are invalid ({counts}), above max_rejected_ratio "
+            f"{config.max_rejected_ratio}; check the mapping or raise the ratio"
+        )
+
+
+def _read_items(file: Input, columns: ItemColumns, *, item_type: str) -> pl.DataFrame:
+    """item_id and features, without rows whose id cannot be an id of the log."""
+    mapping = {"item_id": columns.item_id} | {name: name for name in (*columns.features, *columns.list_features)}
+    readers.describe(file, mapping=mapping, options=columns.files)
+    wanted = pl.Int64 if item_type == "int64" else pl.String
+    tables = []
+    for block in readers.read_blocks(file, mapping=mapping, options=columns.files):
+        if block.malformed:
+            raise DataError(f"{file.name}: {len(block.malformed)} malformed lines; check separator and header")
+        tables.append(block.table.with_columns(pl.col("item_id").cast(wanted, strict=False)))
+    table = pl.concat(tables) if tables else pl.DataFrame(schema=dict.fromkeys(mapping, pl.String))
+    if not (known := table.filter(pl.col("item_id").is_not_null())).height:
+        raise DataError(f"{file.name}: no id in {columns.item_id!r} is {item_type} as in the log; map another column")
+    return known.with_columns(
+        [pl.col(name).cast(pl.String) for name in columns.features]
+        + [_as_list(known[name], columns.list_separator).alias(name) for name in columns.list_features]
+    )
+
+
+def _as_list(values: pl.Series, separator: str) -> pl.Series:
+    if isinstance(values.dtype, pl.List):
+        return values.cast(pl.List(pl.String))
+    return values.cast(pl.String).str.split(separator)

@@ -1,0 +1,157 @@
+"""Where files live: a directory on a local disk or in any fsspec store (s3://bucket/prefix), seen the same way.
+
+Only what the commit protocol of shards.py needs: whole-file writes that are never seen half-written, and a create that
+exactly one of several racing writers wins.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
+
+_CHUNK_BYTES = 8 << 20
+
+
+class Store:
+    """One directory. Names are relative to it, with forward slashes."""
+
+    def __init__(self, root: str) -> None:
+        self.fs, path = fsspec.core.url_to_fs(os.fspath(root))
+        self.root = str(root)
+        self.path = path.rstrip("/")
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def join(self, name: str) -> str:
+        return f"{self.path}/{name}" if name else self.path
+
+    def exists(self, name: str = "") -> bool:
+        return self.fs.exists(self.join(name))
+
+    def size(self, name: str) -> int:
+        """Bytes; FileNotFoundError when absent."""
+        self.fs.invalidate_cache()
+        return int(self.fs.info(self.join(name))["size"])
+
+    def names(self, folder: str = "") -> list[str]:
+        """Sorted names of what lies directly in `folder`; empty when it does not exist."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.ls(self.join(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    def open(self, name: str) -> IO[Any]:
+        return self.fs.open(self.join(name), "rb")
+
+    def read(self, name: str) -> bytes:
+        return self.fs.cat_file(self.join(name))
+
+    def checksum(self, name: str) -> str:
+        """xxh3-128 of the file's bytes, in bounded memory."""
+        with self.open(name) as stream:
+            return checksum_stream(stream)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace or create the file; a reader sees the old bytes or all the new ones."""
+        if not self.is_local:
+            self.fs.pipe_file(self.join(name), data)
+            return
+        target = Path(self.join(name))
+        temporary = _write_temporary(target, data)
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+
+    def adopt(self, local_path: str, name: str) -> None:
+        """Move a finished local file to `name`, replacing nothing but equal bytes: names carry a content hash."""
+        local_file = Path(local_path)
+        if not self.is_local:
+            self.fs.put_file(str(local_file), self.join(name))
+            local_file.unlink()
+            return
+        target = Path(self.join(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with local_file.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(local_file, target)
+        _sync_directory(target.parent)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Create the file with all its bytes; False when it exists already. One of several racing writers wins."""
+        if not self.is_local:
+            try:
+                self.fs.pipe_file(self.join(name), data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        target = Path(self.join(name))
+        temporary = _write_temporary(target, data)
+        try:
+            # link, unlike rename, fails when the target exists, and publishes all bytes at once.
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        _sync_directory(target.parent)
+        return True
+
+    def remove(self, folder: str) -> None:
+        if self.fs.exists(self.join(folder)):
+            self.fs.rm(self.join(folder), recursive=True)
+
+    def scratch(self) -> tempfile.TemporaryDirectory[str]:
+        """A local folder for files under construction: inside a local store, so that adopting them is a rename."""
+        if not self.is_local:
+            return tempfile.TemporaryDirectory(prefix="solar-")
+        Path(self.path).mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".scratch-", dir=self.path)
+
+    def free_bytes(self) -> int | None:
+        """Free disk space, None for a store without such a limit."""
+        if not self.is_local:
+            return None
+        folder = Path(self.path).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def checksum_stream(stream: IO[bytes]) -> str:
+    """xxh3-128 of what is left in the stream, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks(stream):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
+    while chunk := stream.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _write_temporary(target: Path, data: bytes) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.chmod(name, 0o644)
+    return Path(name)
+
+
+def _sync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

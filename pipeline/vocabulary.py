@@ -1,0 +1,253 @@
+"""Raw item ids, feature values and action names <-> rows of embedding tables.
+
+    table row   0         1         2      3      4    ...            size - 1      ... capacity - 1
+                padding   unknown   item   item   item  (append-only)  newest item   unused, masked
+
+Each ingest appends its new ids, sorted; a row never moves, so a table trained yesterday fits today. Tables are as
+large as `capacity`, which leaves room to grow without changing shape. Saved as one Parquet file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.events import DataError
+
+NUM_RESERVED = 2
+"""Rows 0 (padding) and 1 (unknown) stand for no real value."""
+UNKNOWN = 1
+
+
+def capacity_for(size: int) -> int:
+    """Rows of a table that holds `size`: the next power of two above 1.25 x size."""
+    return 1 << max(2, int(1.25 * size).bit_length())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Feature:
+    """One categorical item feature, single- or multi-valued: which value rows each item row has."""
+
+    names: tuple[str, ...]
+    """Raw values; names[i] has row i + 2."""
+    offsets: np.ndarray
+    """[vocabulary size + 1] int64: item row r has values[offsets[r] : offsets[r + 1]]."""
+    values: np.ndarray
+    """int64 value rows."""
+
+    @property
+    def size(self) -> int:
+        return len(self.names) + NUM_RESERVED
+
+    @property
+    def capacity(self) -> int:
+        return capacity_for(self.size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Vocabulary:
+    """Immutable; `grow` makes the next one."""
+
+    items: pa.Array
+    """Raw ids (int64 or large_string); items[i] has row i + 2."""
+    actions: tuple[str, ...]
+    """Action names; an action's code is its place, and code 0, "", is no action."""
+    features: dict[str, Feature]
+
+    @classmethod
+    def empty(cls, item_type: str) -> Vocabulary:
+        """`item_type`: "int64" or "string"."""
+        return cls(items=pa.array([], _ARROW_TYPE[item_type]), actions=("",), features={})
+
+    @property
+    def item_type(self) -> str:
+        return "int64" if self.items.type == pa.int64() else "string"
+
+    @property
+    def size(self) -> int:
+        """Rows in use, padding and unknown included."""
+        return len(self.items) + NUM_RESERVED
+
+    @property
+    def capacity(self) -> int:
+        return capacity_for(self.size)
+
+    @property
+    def num_actions(self) -> int:
+        """Action codes in use, "no action" included."""
+        return len(self.actions)
+
+    def rows(self, raw_ids: pa.Array | pl.Series | np.ndarray | Iterable) -> np.ndarray:
+        """int64 table rows of raw ids; 1 (unknown) for an id, or null, that is not here."""
+        places = pc.index_in(_as_items(raw_ids, self.items.type), value_set=self.items)  # type: ignore[attr-defined]
+        return np.asarray(pc.fill_null(places, UNKNOWN - NUM_RESERVED)).astype(np.int64) + NUM_RESERVED  # type: ignore[attr-defined]
+
+    def raw(self, rows: np.ndarray) -> pa.Array:
+        """Raw ids of table rows; null for padding, unknown and unused rows."""
+        places = np.asarray(rows, np.int64) - NUM_RESERVED
+        outside = (places < 0) | (places >= len(self.items))
+        return self.items.take(pa.array(places, mask=outside))
+
+    def grow(self, items: Iterable, actions: Iterable[str] = ()) -> Vocabulary:
+        """A vocabulary that also holds these raw ids and actions; those that are new are appended, sorted."""
+        candidates = _as_items(items, self.items.type).unique().drop_null()
+        fresh = candidates.filter(pc.invert(pc.is_in(candidates, value_set=self.items)))  # type: ignore[attr-defined]
+        fresh = pl.Series(fresh, dtype=_POLARS_TYPE[self.item_type]).sort().to_arrow().cast(self.items.type)
+        new_actions = set(actions) - set(self.actions)
+        if not len(fresh) and not new_actions:
+            return self
+        features = {
+            name: dataclasses.replace(
+                feature, offsets=np.append(feature.offsets, np.full(len(fresh), feature.offsets[-1], np.int64))
+            )
+            for name, feature in self.features.items()
+        }
+        return Vocabulary(
+            items=pa.concat_arrays([self.items, fresh]),
+            actions=(*self.actions, *sorted(new_actions)),
+            features=features,
+        )
+
+    def with_features(self, table: pl.DataFrame) -> Vocabulary:
+        """Take item features from a table of item_id and one string or list-of-strings column a feature.
+
+        Items of the table get its values instead of their earlier ones; ids without a row are ignored; of an id that
+        stands twice the last line counts. New values are appended, sorted.
+        """
+        table = table.unique("item_id", keep="last", maintain_order=True)
+        rows = self.rows(table["item_id"])
+        known = rows >= NUM_RESERVED
+        features = dict(self.features)
+        for name in table.columns:
+            if name != "item_id":
+                old = features.get(name) or Feature(
+                    names=(), offsets=np.zeros(self.size + 1, np.int64), values=np.zeros(0, np.int64)
+                )
+                features[name] = _replace_values(old, rows[known], table[name].filter(pl.Series(known)))
+        return dataclasses.replace(self, features=features)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal hash of the content: equal for equal rows, values and order."""
+        digest = hashlib.sha256(self.item_type.encode())
+        raw = self.items.to_numpy(zero_copy_only=False)
+        parts = [raw.tobytes() if self.item_type == "int64" else "\0".join(raw).encode()]
+        parts.append(json.dumps(self.actions).encode())
+        for name, feature in sorted(self.features.items()):
+            parts += [name.encode(), json.dumps(feature.names).encode()]
+            parts += [feature.offsets.astype("<i8").tobytes(), feature.values.astype("<i8").tobytes()]
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()[:32]
+
+    def to_bytes(self) -> bytes:
+        """The Parquet file: one line an item, action or feature value, in row order of its kind.
+
+        kind ("item", "action", "value:<feature>"), raw (decimal or string form), and a list of value rows for each
+        feature, "feature:<feature>", filled for items.
+        """
+        kinds = [("item", self.items.cast(pa.large_string())), ("action", pa.array(self.actions, pa.large_string()))]
+        kinds += [(f"value:{n}", pa.array(f.names, pa.large_string())) for n, f in sorted(self.features.items())]
+        total = sum(len(raw) for _, raw in kinds)
+        columns: dict[str, pa.Array] = {
+            "kind": pa.array(np.repeat([kind for kind, _ in kinds], [len(raw) for _, raw in kinds]), pa.string()),
+            "raw": pa.concat_arrays([raw for _, raw in kinds]),
+        }
+        for name, feature in sorted(self.features.items()):
+            offsets = feature.offsets[NUM_RESERVED:]
+            padded = np.append(offsets, np.full(total - len(self.items), offsets[-1], np.int64))
+            columns[f"feature:{name}"] = pa.LargeListArray.from_arrays(padded, pa.array(feature.values, pa.int64()))
+        table = pa.table(columns).replace_schema_metadata({"item_type": self.item_type})
+        sink = io.BytesIO()
+        pq.write_table(table, sink, compression="zstd", store_schema=True)
+        return sink.getvalue()
+
+    def save(self, path: str) -> None:
+        with open(path, "wb") as stream:
+            stream.write(self.to_bytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, name: str = "vocabulary") -> Vocabulary:
+        """Raises DataError that names the file when it is no vocabulary."""
+        try:
+            table = pq.read_table(io.BytesIO(data))
+            item_type = (table.schema.metadata or {})[b"item_type"].decode()
+            kinds, raw = pl.Series(table["kind"]), table["raw"].combine_chunks()
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataError(f"{name}: not a vocabulary file; prepare the data set again") from error
+        of_kind = {kind: raw.filter(pa.array((kinds == kind).to_numpy())) for kind in kinds.unique()}
+        num_items = len(of_kind.get("item", []))
+        features = {}
+        for column in table.column_names:
+            if column.startswith("feature:"):
+                lists = table[column].combine_chunks()
+                offsets = np.asarray(lists.offsets)[: num_items + 1].astype(np.int64)
+                feature = column.removeprefix("feature:")
+                features[feature] = Feature(
+                    names=tuple(of_kind.get(f"value:{feature}", pa.array([])).to_pylist()),
+                    offsets=np.concatenate([np.zeros(NUM_RESERVED, np.int64), offsets]),
+                    values=np.asarray(lists.values).astype(np.int64),
+                )
+        items = of_kind.get("item", pa.array([], pa.large_string())).cast(_ARROW_TYPE[item_type])
+        return cls(items=items, actions=tuple(of_kind["action"].to_pylist()), features=features)
+
+    @classmethod
+    def load(cls, path: str) -> Vocabulary:
+        with open(path, "rb") as stream:
+            return cls.from_bytes(stream.read(), name=path)
+
+
+_ARROW_TYPE = {"int64": pa.int64(), "string": pa.large_string()}
+_POLARS_TYPE = {"int64": pl.Int64(), "string": pl.String()}
+
+
+def _as_items(raw_ids: pa.Array | pl.Series | np.ndarray | Iterable, item_type: pa.DataType) -> pa.Array:
+    if isinstance(raw_ids, pl.Series):
+        raw_ids = raw_ids.to_arrow()
+    elif isinstance(raw_ids, pa.ChunkedArray):
+        raw_ids = raw_ids.combine_chunks()
+    elif not isinstance(raw_ids, pa.Array):
+        values = raw_ids if isinstance(raw_ids, np.ndarray) else list(raw_ids)
+        raw_ids = pa.array(values, item_type) if not len(values) else pa.array(values)
+    if raw_ids.type == item_type:
+        return raw_ids
+    if item_type == pa.int64() and not pa.types.is_integer(raw_ids.type):
+        # A string is an integer id only in its canonical decimal form: identity is the bytes.
+        text = pl.Series(raw_ids.cast(pa.large_string()), dtype=pl.String)
+        number = text.cast(pl.Int64, strict=False)
+        return number.set(number.cast(pl.String) != text, None).to_arrow()
+    return raw_ids.cast(item_type)
+
+
+def _replace_values(old: Feature, rows: np.ndarray, raw: pl.Series) -> Feature:
+    """The feature after item rows `rows` got the values `raw` (strings or lists of strings, null = none)."""
+    lists = (
+        raw if isinstance(raw.dtype, pl.List) else raw.cast(pl.String).to_frame("v").select(pl.concat_list("v"))["v"]
+    )
+    exploded = pl.DataFrame({"row": rows, "value": lists.cast(pl.List(pl.String))}).explode("value")
+    exploded = exploded.filter(pl.col("value").is_not_null() & (pl.col("value") != ""))
+    fresh = sorted(set(exploded["value"].unique().to_list()) - set(old.names))
+    names = (*old.names, *fresh)
+    codes = {name: place + NUM_RESERVED for place, name in enumerate(names)}
+    new_rows = exploded["row"].to_numpy()
+    new_values = exploded["value"].replace_strict(codes, return_dtype=pl.Int64).to_numpy()
+
+    num_rows = len(old.offsets) - 1
+    kept_rows = np.repeat(np.arange(num_rows), np.diff(old.offsets))
+    keep = ~np.isin(kept_rows, rows)
+    all_rows = np.concatenate([kept_rows[keep], new_rows])
+    all_values = np.concatenate([old.values[keep], new_values])
+    # Stable: an item's values stay in the order of its line.
+    order = np.argsort(all_rows, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(all_rows, minlength=num_rows))]).astype(np.int64)
+    return Feature(names=names, offsets=offsets, values=all_values[order].astype(np.int64))

@@ -1,0 +1,142 @@
+import gzip
+import json
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.events import DataError, EventColumns
+from pipeline.readers import FileFormat
+from pipeline.sources.files import ImportConfig, ItemColumns, import_files
+
+RATINGS = "uid;movie;when;stars\n1;5;100;3\n2;6;200;4\n1;6;150;5\n"
+CONFIG = ImportConfig(
+    columns=EventColumns(user_id="uid", item_id="movie", timestamp="when", integer_ids=True),
+    files=FileFormat(separator=";"),
+    items=ItemColumns(
+        item_id="id", features=("year",), list_features=("genres",),
+        files=FileFormat(format="csv", separator="::", encoding="latin-1", header=("id", "title", "genres", "year")),
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "ratings.csv").write_text(RATINGS)
+    (tmp_path / "movies.dat").write_bytes(
+        "5::Le Café::Drama|War::1999\n6::Up::Comedy::2009\nx::?::::\n".encode("latin-1")
+    )
+    return str(tmp_path / "ratings.csv"), str(tmp_path / "movies.dat"), str(tmp_path / "log")
+
+
+def test_a_mapped_csv_becomes_a_typed_event_log(files):
+    events, items, out = files
+    result = import_files(events, out, config=CONFIG, items=items)
+    assert (result.events, result.items, result.rejected, result.reused) == (3, 2, 0, False)
+    log = pl.read_parquet(f"{out}/events-00000.parquet")
+    assert log.schema == {"user_id": pl.Int64, "item_id": pl.Int64, "timestamp": pl.Datetime("ms", "UTC")}
+    assert log["timestamp"].dt.epoch("s").to_list() == [100, 200, 150]
+    table = pl.read_parquet(f"{out}/items.parquet")
+    assert table.rows() == [(5, "1999", ["Drama", "War"]), (6, "2009", ["Comedy"])]
+    source = json.loads(Path(out, "source.json").read_text())
+    assert [entry["name"].split("/")[-1] for entry in source["inputs"]] == ["ratings.csv"]
+    assert set(os.listdir(out)) == {"events-00000.parquet", "items.parquet", "source.json"}
+
+
+def test_the_same_import_is_reused_and_another_is_refused(files):
+    events, items, out = files
+    import_files(events, out, config=CONFIG, items=items)
+    stamp = os.stat(f"{out}/source.json").st_mtime_ns
+    assert import_files(events, out, config=CONFIG, items=items).reused
+    assert os.stat(f"{out}/source.json").st_mtime_ns == stamp
+    with pytest.raises(DataError, match=r"another item_inputs; name a new directory"):
+        import_files(events, out, config=CONFIG)
+    other = ImportConfig(columns=EventColumns(user_id="movie", item_id="uid", timestamp="when"), files=CONFIG.files)
+    with pytest.raises(DataError, match=r"another (item_inputs|mapping.columns)"):
+        import_files(events, out, config=other)
+    with open(events, "a") as stream:
+        stream.write("3;5;300;1\n")
+    with pytest.raises(DataError, match="another inputs"):
+        import_files(events, out, config=CONFIG, items=items)
+
+
+def test_a_damaged_log_is_not_reused(files):
+    events, _, out = files
+    import_files(events, out, config=CONFIG)
+    os.truncate(f"{out}/events-00000.parquet", 10)
+    with pytest.raises(DataError, match=r"events-00000.parquet is missing or changed; remove the directory"):
+        import_files(events, out, config=CONFIG)
+
+
+def test_rejected_rows_are_kept_with_their_reason(files, tmp_path):
+    events, _, out = files
+    with open(events, "a") as stream:
+        stream.write("3;5;never;1\n4;5\n")
+    config = ImportConfig(columns=CONFIG.columns, files=CONFIG.files, max_rejected_ratio=0.5)
+    assert import_files(events, out, config=config).rejected == 2
+    assert sorted(pl.read_parquet(f"{out}/rejected.parquet")["reason"]) == ["invalid time", "malformed row"]
+    with pytest.raises(DataError, match=r"2 of 5 rows are invalid \(malformed row: 1, invalid time: 1\)"):
+        import_files(events, f"{out}2", config=CONFIG)
+    assert sorted(os.listdir(tmp_path)) == ["log", "movies.dat", "ratings.csv"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("uid;movie;when\n", "the log is empty"),
+        ("user;movie;when\n1;2;3\n", "no column 'uid'.*it has user, movie, when"),
+    ],
+)
+def test_a_bad_file_leaves_nothing_behind(files, tmp_path, text, words):
+    events, _, out = files
+    Path(events).write_text(text)
+    with pytest.raises(DataError, match=words):
+        import_files(events, out, config=CONFIG)
+    assert sorted(os.listdir(tmp_path)) == ["movies.dat", "ratings.csv"]
+
+
+def test_a_foreign_directory_is_refused(files):
+    events, _, out = files
+    os.mkdir(out)
+    Path(out, "thesis.tex").touch()
+    with pytest.raises(DataError, match="exists and is no event log"):
+        import_files(events, out, config=CONFIG)
+    os.unlink(f"{out}/thesis.tex")
+    assert import_files(events, out, config=CONFIG).events == 3
+
+
+def test_items_without_a_usable_id_or_feature_are_refused(files, tmp_path):
+    events, _, out = files
+    (tmp_path / "bad.csv.gz").write_bytes(gzip.compress(b"id,year\nx,1999\n"))
+    config = ImportConfig(
+        columns=CONFIG.columns, files=CONFIG.files, items=ItemColumns(item_id="id", features=("year",))
+    )
+    with pytest.raises(DataError, match=r"bad.csv.gz: no id in 'id' is int64"):
+        import_files(events, out, config=config, items=str(tmp_path / "bad.csv.gz"))
+    nameless = ImportConfig(columns=CONFIG.columns, files=CONFIG.files)
+    with pytest.raises(DataError, match=r"no item feature is named"):
+        import_files(events, out, config=nameless, items=str(tmp_path / "bad.csv.gz"))
+
+
+def test_json_lines_with_string_ids_and_actions(tmp_path):
+    rows = [
+        {"user_id": "u1", "item_id": "a", "timestamp": 5, "kind": "view"},
+        {"user_id": "u2", "item_id": "b", "timestamp": 6},
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = ImportConfig(columns=EventColumns(action="kind"))
+    import_files(str(tmp_path / "log.jsonl"), str(tmp_path / "log"), config=config)
+    log = pl.read_parquet(tmp_path / "log/events-00000.parquet")
+    assert log.drop("timestamp").rows() == [("u1", "a", "view"), ("u2", "b", None)]
+
+
+def test_an_imported_log_prepares_without_any_mapping(files, prepare, tmp_path):
+    from pipeline.shards import Shards
+
+    events, items, out = files
+    import_files(events, out, config=CONFIG, items=items)
+    prepare(out, tmp_path / "shards")
+    data = Shards.open(str(tmp_path / "shards"))
+    assert data.manifest.schema["id_types"] == {"user_id": "int64", "item_id": "int64"}
+    assert set(data.vocabulary.features) == {"genres", "year"}

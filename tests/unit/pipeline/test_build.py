@@ -1,0 +1,280 @@
+"""Prepare, its tasks run in this process: merging, refusing, leaving nothing behind. Ray itself: tests/integration."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import build, ingest, manifest
+from pipeline.events import DataError, EventColumns, Reason
+from pipeline.inspection import digest, verify
+from pipeline.manifest import current_manifest
+from pipeline.shards import Shards, bucket_of
+
+FULL = EventColumns(action="action", label="label", request_id="request_id")
+
+
+def names(out):
+    return sorted(str(path.relative_to(out)) for path in Path(out).rglob("*") if path.is_file())
+
+
+def test_every_row_is_accepted_duplicate_or_rejected(prepare, tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "1,2,3\n1,2,3\n2,2,3\n,2,3\n1,2\n1,2,x\n")
+    counts = prepare(path, tmp_path / "out", max_rejected_ratio=0.5).manifest.counts
+    rejected = {Reason.MALFORMED_ROW: 1, Reason.MISSING_USER: 1, Reason.INVALID_TIME: 1}
+    assert counts == {"read": 6, "accepted": 2, "duplicate": 1, "rejected": rejected}
+    (found,) = (tmp_path / "out/rejected").rglob("*.parquet")
+    kept = pl.read_parquet(found)
+    assert dict(kept["reason"].value_counts().rows()) == rejected
+    assert kept["file"].unique().to_list() == [f"{tmp_path.name}/log.csv"]
+    assert verify(str(tmp_path / "out")) == []
+
+
+def test_the_same_inputs_are_reused_and_give_the_same_bytes(prepare, write_log, random_log, tmp_path):
+    write_log(random_log(), row_group_size=50)
+    first = prepare(tmp_path / "log", tmp_path / "a")
+    again = prepare(tmp_path / "log", tmp_path / "a")
+    assert (first.reused, again.reused) == (False, True)
+    assert again.manifest == first.manifest
+    prepare(tmp_path / "log", tmp_path / "b")
+    assert names(tmp_path / "a") == names(tmp_path / "b")
+    for name in names(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 99), days=st.lists(st.integers(0, 3), min_size=60, max_size=60), text_ids=st.booleans())
+def test_any_split_into_ingests_has_the_same_digest(tmp_path_factory, seed, days, text_ids):
+    import numpy as np
+
+    rng, root = np.random.default_rng(seed), tmp_path_factory.mktemp("split")
+    log = pl.DataFrame(
+        {
+            "user_id": rng.integers(0, 6, 60), "item_id": rng.integers(0, 5, 60), "timestamp": rng.integers(0, 4, 60),
+            "action": rng.choice(["a", "b", ""], 60), "label": rng.integers(0, 3, 60),
+            "request_id": rng.choice([1, 2, None], 60).astype(object).tolist(), "day": days,
+        }
+    )  # fmt: skip
+    if text_ids:
+        log = log.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    config = build.PrepareConfig(columns=FULL, buckets=3, max_rejected_ratio=0.9, row_group_events=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_map", lambda function, rows, *, stage, report: [function(row) for row in rows])
+        patch.setattr(build, "_require_ray", lambda: None)
+        (root / "whole").mkdir()
+        log.drop("day").write_parquet(root / "whole/log.parquet")
+        build.prepare(str(root / "whole"), str(root / "a"), config=config)
+        rows = {}
+        for day in sorted(set(days)):
+            (root / "days").mkdir(exist_ok=True)
+            part = log.filter(pl.col("day") == day).drop("day")
+            part.write_parquet(root / f"days/{day}.parquet")
+            if not (part["label"] < 2).any():
+                return  # An ingest without a valid row is refused, by itself.
+            build.prepare(str(root / "days"), str(root / "b"), config=config)
+            data = Shards.open(str(root / "b"))
+            now = {raw: row for row, raw in enumerate(data.vocabulary.items.to_pylist())}
+            users = {raw: row for row, raw in enumerate(data.index.user_id.to_pylist())}
+            assert rows.items() <= (now | {("user", u): r for u, r in users.items()}).items()
+            rows = now | {("user", u): r for u, r in users.items()}
+    assert digest(str(root / "a")) == digest(str(root / "b"))
+    assert verify(str(root / "a")) == verify(str(root / "b")) == []
+
+
+def test_only_new_inputs_are_read_and_untouched_buckets_stay(prepare, write_log, random_log, tmp_path, monkeypatch):
+    write_log(random_log(), "log/1.parquet")
+    first = prepare(tmp_path / "log", tmp_path / "out", buckets=8).manifest
+    write_log({"user_id": [0], "item_id": [100], "timestamp": [99_999], "action": ["view"], "label": [1],
+               "request_id": [1]}, "log/2.parquet")  # fmt: skip
+    read = []
+    original = ingest.stage_part
+    monkeypatch.setattr(
+        ingest, "stage_part", lambda part, **named: read.append(part["input"]["name"]) or original(part, **named)
+    )
+    second = prepare(tmp_path / "log", tmp_path / "out", buckets=8).manifest
+    assert read == ["log/2.parquet"]
+    assert (second.number, second.parent) == (2, first.fingerprint)
+    assert second.counts["accepted"] == first.counts["accepted"] + 1
+    changed = {f["bucket"] for f in second.files} - {f["bucket"] for f in second.files if f in first.files}
+    assert changed == {bucket_of(pl.Series([0]), buckets=8)[0]}
+    assert Shards.open(str(tmp_path / "out"), number=1).manifest == first
+
+
+def test_items_give_features_and_newer_items_replace_them(prepare, write_log, tmp_path):
+    write_log({"user_id": [1, 1], "item_id": [5, 6], "timestamp": [1, 2]})
+    write_log({"item_id": [5, 9], "genre": [["b", "a"], ["z"]], "year": [1999, 2000]}, "log/items.parquet")
+    prepare(tmp_path / "log", tmp_path / "out")
+    features = Shards.open(str(tmp_path / "out")).vocabulary.features
+    assert (features["genre"].names, features["genre"].values.tolist()) == (("a", "b"), [3, 2])
+    assert features["year"].names == ("1999",)
+    write_log({"item_id": [6], "genre": [["c"]], "year": [1999]}, "new/items.parquet")
+    grown = prepare(tmp_path / "log", tmp_path / "out", items=str(tmp_path / "new/items.parquet"))
+    assert (grown.reused, grown.manifest.number) == (False, 2)
+    assert Shards.open(str(tmp_path / "out")).vocabulary.features["genre"].offsets.tolist() == [0, 0, 0, 2, 3]
+    assert verify(str(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"buckets": 5}, r"prepared with buckets = 16, this run has 5; use the same"),
+        ({"columns": EventColumns(timestamp_unit="ms")}, r"columns.timestamp_unit = 's', this run has 'ms'"),
+    ],
+)
+def test_another_config_is_refused_by_key_and_values(prepare, write_log, tmp_path, change, words):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    prepare(tmp_path / "log", tmp_path / "out")
+    with pytest.raises(DataError, match=words):
+        prepare(tmp_path / "log", tmp_path / "out", **change)
+
+
+def test_an_input_that_changed_is_refused_by_name(prepare, write_log, tmp_path):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    prepare(tmp_path / "log", tmp_path / "out")
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [2]})
+    with pytest.raises(DataError, match=r"log/events.parquet: its bytes changed after it was ingested"):
+        prepare(tmp_path / "log", tmp_path / "out")
+
+
+def test_a_moved_log_is_known_by_its_bytes(prepare, write_log, tmp_path):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    prepare(tmp_path / "log", tmp_path / "out")
+    (tmp_path / "log").rename(tmp_path / "moved")
+    assert prepare(tmp_path / "moved", tmp_path / "out").reused
+
+
+BAD_LOGS = {
+    "all invalid": ("user_id,item_id,timestamp\n,1,2\n,1,2\n", r"all 2 rows are invalid \(missing user: 2\)"),
+    "empty": ("", r"no column|empty"),
+    "header only": ("user_id,item_id,timestamp\n", "the log is empty"),
+    "above the ratio": (
+        "user_id,item_id,timestamp\n1,1,1\n1,1,x\n", r"1 of 2 rows are invalid \(invalid time: 1\), above .*rejected/"
+    ),
+    "missing column": ("user,item_id,timestamp\n1,1,1\n", "no column 'user_id'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_LOGS)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_bad_log_fails_in_one_line_and_the_earlier_data_set_stands(prepare, tmp_path, case, existing):
+    text, words = BAD_LOGS[case]
+    out = tmp_path / "out"
+    if existing:
+        (tmp_path / "good.csv").write_text("user_id,item_id,timestamp\n1,1,1\n")
+        prepare(tmp_path / "good.csv", out)
+    before = current_manifest(str(out))
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(DataError, match=words) as caught:
+        prepare(tmp_path / "bad.csv", out)
+    assert "\n" not in str(caught.value)
+    assert "bad.csv" in str(caught.value)
+    assert current_manifest(str(out)) == before
+    left = {name.split("/")[0] for name in names(out)} if out.exists() else set()
+    assert left <= ({"rejected"} if not existing else {"rejected", "shards", "index", "vocabulary", "manifests"})
+
+
+def test_a_file_that_breaks_in_a_later_task_leaves_the_earlier_data_set(prepare, write_log, random_log, tmp_path):
+    write_log(random_log(), "log/1.parquet")
+    first = prepare(tmp_path / "log", tmp_path / "out").manifest
+    path = write_log({"user_id": range(5000), "item_id": range(5000), "timestamp": 7, "action": "a", "label": 1,
+                      "request_id": 1}, "log/2.parquet", compression="zstd")  # fmt: skip
+    content = bytearray(path.read_bytes())
+    content[4:2000] = bytes(1996)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"log/2.parquet: damaged Parquet data"):
+        prepare(tmp_path / "log", tmp_path / "out")
+    assert current_manifest(str(tmp_path / "out")) == first
+    assert not [name for name in os.listdir(tmp_path / "out") if name.startswith("staging")]
+
+
+def test_a_crash_before_the_commit_leaves_nothing_to_read(prepare, write_log, tmp_path, monkeypatch):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+
+    def crash(*arguments, **named):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(manifest, "commit", crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        prepare(tmp_path / "log", tmp_path / "out")
+    assert current_manifest(str(tmp_path / "out")) is None
+    monkeypatch.undo()
+
+
+def test_the_loser_of_a_race_is_told_and_the_winner_stands(prepare, write_log, tmp_path, monkeypatch):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]}, "log/1.parquet")
+    prepare(tmp_path / "log", tmp_path / "out")
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [2]}, "log/2.parquet")
+    original = ingest.finish
+
+    def overtaken(*arguments, **named):
+        mine = original(*arguments, **named)
+        manifest.commit(str(tmp_path / "out"), mine)
+        return mine
+
+    monkeypatch.setattr(ingest, "finish", overtaken)
+    with pytest.raises(DataError, match="another prepare committed manifest 2 first"):
+        prepare(tmp_path / "log", tmp_path / "out")
+
+
+def test_a_directory_that_holds_something_else_is_refused(prepare, write_log, tmp_path):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("")
+    with pytest.raises(DataError, match=r"holds 'thesis.tex'"):
+        prepare(tmp_path / "log", tmp_path / "out")
+
+
+def test_too_little_disk_is_refused_before_any_work(prepare, write_log, tmp_path, monkeypatch):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 5, 5))  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="free some disk"):
+        prepare(tmp_path / "log", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_dead_process_staged_is_removed(prepare, write_log, tmp_path):
+    import socket
+
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    for name in (f"staging-{socket.gethostname()}-999999999-a", "staging-elsewhere-1-b"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "file").write_text("")
+    prepare(tmp_path / "log", tmp_path / "out")
+    left = [name for name in os.listdir(tmp_path / "out") if name.startswith("staging")]
+    assert left == ["staging-elsewhere-1-b"]
+
+
+def test_an_object_store_works_like_a_directory(prepare, write_log, random_log, tmp_path):
+    import uuid
+
+    write_log(random_log())
+    out = f"memory://{uuid.uuid4().hex}"
+    prepare(tmp_path / "log", tmp_path / "local")
+    prepare(tmp_path / "log", out)
+    assert digest(out) == digest(str(tmp_path / "local"))
+    assert current_manifest(out) == current_manifest(str(tmp_path / "local"))
+    assert verify(out) == []
+
+
+def test_prepare_without_ray_says_so(tmp_path):
+    with pytest.raises(RuntimeError, match=r"ray.init"):
+        build.prepare("x", str(tmp_path), config=build.PrepareConfig())
+
+
+@pytest.mark.parametrize("change", [{"buckets": 0}, {"max_rejected_ratio": 2}, {"row_group_events": 0}])
+def test_a_wrong_prepare_config_is_refused(change):
+    with pytest.raises(ValueError, match="it must be"):
+        build.PrepareConfig(**change)
+
+
+def test_a_manifest_names_neither_the_machine_nor_the_time(prepare, write_log, tmp_path):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    text = prepare(tmp_path / "log", tmp_path / "out").manifest.to_bytes().decode()
+    assert str(tmp_path) not in text
+    assert json.loads(text)["inputs"][0]["name"] == "log/events.parquet"

@@ -1,0 +1,51 @@
+import multiprocessing
+import uuid
+
+import pytest
+
+from pipeline.storage import Store
+
+
+def _create(arguments):
+    root, number = arguments
+    return [Store(root).create(f"manifests/{key:08d}.json", b"writer %d" % number) for key in range(20)]
+
+
+def test_of_racing_processes_exactly_one_creates_each_file(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        won = pool.map(_create, [(str(tmp_path), n) for n in range(4)])
+    for key in range(20):
+        winners = [n for n in range(4) if won[n][key]]
+        assert len(winners) == 1
+        assert Store(str(tmp_path)).read(f"manifests/{key:08d}.json") == b"writer %d" % winners[0]
+    assert len(Store(str(tmp_path)).names("manifests")) == 20
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request, tmp_path):
+    return Store(str(tmp_path / "s") if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+def test_create_refuses_what_exists_and_write_replaces_it(store):
+    assert store.create("a/b", b"1")
+    assert not store.create("a/b", b"2")
+    assert store.read("a/b") == b"1"
+    store.write("a/b", b"22")
+    assert (store.read("a/b"), store.size("a/b"), store.names("a")) == (b"22", 2, ["b"])
+    store.remove("a")
+    assert not store.exists("a/b")
+
+
+def test_adopted_files_are_whole_and_leave_no_trace(store):
+    with store.scratch() as scratch:
+        with open(f"{scratch}/file", "wb") as stream:
+            stream.write(b"x" * 100_000)
+        store.adopt(f"{scratch}/file", "shards/file")
+    assert store.size("shards/file") == 100_000
+    assert store.names() == ["shards"]
+
+
+def test_absent_things_are_empty_or_raise(store):
+    assert store.names("nowhere") == []
+    with pytest.raises(FileNotFoundError):
+        store.size("nowhere")
