@@ -1,0 +1,103 @@
+"""What a history is to SOLAR: its events as vectors, its interests, and which events are recent to a request.
+
+    item vector + action + hour of day + weekday + gap to the previous event  --normalise-->  event_ND
+
+All of it is known when the event happens, whoever asks later: it may enter before the decomposition, which serves every
+request. What depends on the request (how long ago, how many events ago) belongs to the exact recent window alone.
+The letters are those of models/interface.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.interface import ModelInput
+from models.svd_attention import Interests
+
+MS_PER_HOUR = 3_600_000
+NUM_GAP_BUCKETS = 32
+"""Buckets of a time gap: floor(log2(1 + seconds)); the last begins at 68 years."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """All histories of a batch, as the blocks of SOLAR read them."""
+
+    event_ND: Tensor
+    """[N, D] normalised event vectors."""
+    interests: Interests | None
+    """Interests at the checkpoints in use, or None where they are switched off."""
+    checkpoint_B: Tensor
+    """[B] row of `interests` that a request reads; 0 is the empty history."""
+    recent_event_BW: Tensor
+    """[B, W] 1 + index into N of the latest W events before the request, oldest first; 0 where there is none."""
+    recent_gap_BW: Tensor
+    """[B, W] bucket of the time from the event to the request."""
+
+
+class ItemEncoder(nn.Module):
+    """item_ID = LayerNorm(W [item row, mean vector of each item feature]): item side features enter here."""
+
+    def __init__(self, width: int, *, num_features: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width * (1 + num_features), width, bias=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, item_IC: Tensor, features_IFC: Tensor) -> Tensor:
+        rows = torch.cat([item_IC[:, None], features_IFC], 1).flatten(1)
+        return self.norm(self.project(rows.to(self.project.weight.dtype)))
+
+
+class EventEncoder(nn.Module):
+    """event_ND: the item's vector, plus what the log says about the event itself."""
+
+    def __init__(self, width: int, *, num_actions: int, time_features: bool, dropout: float) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.action = nn.Embedding(num_actions, width) if num_actions > 1 else None
+        self.hour = nn.Embedding(24, width) if time_features else None
+        self.weekday = nn.Embedding(7, width) if time_features else None
+        self.gap = nn.Embedding(NUM_GAP_BUCKETS, width) if time_features else None
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        for embedding in (self.action, self.hour, self.weekday, self.gap):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.1)
+
+    def forward(self, item_ID: Tensor, inputs: ModelInput) -> Tensor:
+        event_ND = F.embedding(inputs.event_item_N, item_ID)
+        if self.action is not None:
+            event_ND = event_ND + self.action(inputs.event_action_N)
+        if self.hour is not None and self.weekday is not None and self.gap is not None:
+            hours_N = torch.div(inputs.event_time_N, MS_PER_HOUR, rounding_mode="floor")
+            days_N = torch.div(hours_N, 24, rounding_mode="floor")
+            event_ND = event_ND + self.hour(hours_N % 24) + self.weekday(days_N % 7)
+            event_ND = event_ND + self.gap(previous_gap(inputs.event_time_N, inputs.event_offsets_U1))
+        return self.dropout(self.norm(event_ND))
+
+
+def previous_gap(event_time_N: Tensor, event_offsets_U1: Tensor) -> Tensor:
+    """[N] bucket of the time since the user's previous event; bucket 0 for the first."""
+    gap_N = torch.diff(event_time_N, prepend=event_time_N[:1])
+    starts = event_offsets_U1[:-1][event_offsets_U1.diff() > 0]
+    return gap_bucket(gap_N.index_fill(0, starts, 0))
+
+
+def recent_events(inputs: ModelInput, *, window: int) -> tuple[Tensor, Tensor]:
+    """recent_event_BW and recent_gap_BW of `History`: the latest `window` events before each request."""
+    place_W = torch.arange(-window, 0, device=inputs.request_position_B.device)
+    place_BW = inputs.request_position_B[:, None] + place_W
+    event_BW = inputs.event_offsets_U1[inputs.request_user_B][:, None] + place_BW + 1
+    event_BW = torch.where(place_BW >= 0, event_BW, 0)
+    time_N1 = torch.cat([inputs.event_time_N.new_zeros(1), inputs.event_time_N])
+    return event_BW, gap_bucket(inputs.request_time_B[:, None] - time_N1[event_BW])
+
+
+def gap_bucket(gap_ms: Tensor) -> Tensor:
+    """floor(log2(1 + seconds)), at least 0, at most NUM_GAP_BUCKETS - 1."""
+    seconds = gap_ms.clamp_min(0).double() / 1000
+    return torch.log2(seconds + 1).long().clamp_max(NUM_GAP_BUCKETS - 1)

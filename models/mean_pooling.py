@@ -1,0 +1,69 @@
+"""Mean pooling: the honest baseline. A history is the mean of its items, whatever their order, number or fit.
+
+    user_B = W mean(item rows of the history)        logit = <user_B, item> / sqrt(C) + popularity(item)
+
+The letters are those of models/interface.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.interface import ModelInput, Recommender
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanPoolingConfig:
+    """Size of the baseline."""
+
+    width: int = 64
+    """C, of the embedding tables and of the pooled vector."""
+    dropout: float = 0.1
+    """Probability that a unit of the pooled vector is zeroed in training."""
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width = {self.width} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+
+
+class MeanPooling(Recommender):
+    """The tower. `num_features` is F, the number of item features of the tables."""
+
+    def __init__(self, config: MeanPoolingConfig, num_features: int) -> None:
+        super().__init__()
+        self.config = config
+        self.item = nn.Linear(config.width * (1 + num_features), config.width, bias=False)
+        self.norm = nn.LayerNorm(config.width)
+        self.user = nn.Linear(config.width, config.width, bias=False)
+        self.popularity = nn.Linear(config.width, 1)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, inputs: ModelInput) -> Tensor:
+        rows = torch.cat([inputs.item_IC[:, None], inputs.features_IFC], 1).flatten(1)
+        item_IC = self.norm(self.item(rows.to(self.item.weight.dtype)))
+        user_BC = self.user(self.dropout(history_mean(item_IC, inputs)))
+        request_M = torch.repeat_interleave(
+            inputs.candidate_offsets_B1.diff(), output_size=inputs.candidate_item_M.numel()
+        )
+        candidate_MC = F.embedding(inputs.candidate_item_M, item_IC)
+        agreement_M = (F.embedding(request_M, user_BC) * candidate_MC).sum(-1) / math.sqrt(self.config.width)
+        return (agreement_M + F.embedding(inputs.candidate_item_M, self.popularity(item_IC)).squeeze(-1)).float()
+
+
+def history_mean(item_IC: Tensor, inputs: ModelInput) -> Tensor:
+    """mean_BC of the items before each request, from one cumulative sum over all users; zero for an empty history.
+
+    The sum runs in float64: a mean is the difference of two of its rows, and the later ones hold every earlier user.
+    """
+    sum_NC = F.embedding(inputs.event_item_N, item_IC).double().cumsum(0)
+    sum_N1C = torch.cat([sum_NC.new_zeros(1, sum_NC.shape[1]), sum_NC])
+    start_B = inputs.event_offsets_U1[inputs.request_user_B]
+    total_BC = F.embedding(start_B + inputs.request_position_B, sum_N1C) - F.embedding(start_B, sum_N1C)
+    return (total_BC / inputs.request_position_B.clamp_min(1)[:, None]).to(item_IC.dtype)

@@ -1,0 +1,65 @@
+"""Candidates of one request attend to each other: permutation-equivariant, no positions, no other request.
+
+Up to `exact_up_to` candidates the softmax runs over the set itself; above, over the principal components of the set, by
+the same W_K and W_V (P = U^T C, so P W_K = U^T C W_K): O(T R) instead of O(T^2). The two are different functions; the
+low-rank form for thousands of candidates follows SOLAR's set-aware claim, its details are inferred.
+The letters are those of models/interface.py; b counts the requests of a group, T the candidates of each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.candidate_sets import CandidateSets, attend_dense, mask_bias
+from models.svd_attention import START_TEMPERATURE, Interests, interests_from_gram
+
+
+class SetAttention(nn.Module):
+    """out_MD from query, key and value projections of the candidates. Weights are its own, not of nn.Linear: they are
+    used once a size group, and ZeRO-3 keeps a module's own parameters together for its whole forward."""
+
+    def __init__(self, width: int, *, num_heads: int, rank: int, exact_up_to: int) -> None:
+        super().__init__()
+        self.num_heads, self.rank, self.exact_up_to = num_heads, rank, exact_up_to
+        self.weight_4DD = nn.Parameter(torch.empty(4, width, width))
+        """Query, key, value, output."""
+        self.log_temperature_2H = nn.Parameter(torch.zeros(2, num_heads))
+        """Row 0 for the exact, row 1 for the low-rank form."""
+        nn.init.uniform_(self.weight_4DD, -1 / math.sqrt(width), 1 / math.sqrt(width))
+        nn.init.constant_(self.log_temperature_2H[1], math.log(START_TEMPERATURE))
+
+    def forward(self, candidate_MD: Tensor, *, candidates: CandidateSets) -> Tensor:
+        query, key, value, output = self.weight_4DD.unbind(0)
+        head_width = candidate_MD.shape[1] // self.num_heads
+        scale_2D = (self.log_temperature_2H.exp() / math.sqrt(head_width)).repeat_interleave(head_width, 1)
+
+        def compute(candidate_bTD: Tensor, present_bT: Tensor | None) -> Tensor:
+            if present_bT is None:
+                present_bT = torch.ones(candidate_bTD.shape[:2], dtype=torch.bool, device=candidate_bTD.device)
+            seen_bSD, valid_bS, scale_D = candidate_bTD * present_bT[:, :, None], present_bT, scale_2D[0]
+            if candidate_bTD.shape[1] > self.exact_up_to:
+                interests = set_interests(seen_bSD, present_bT=present_bT, rank=self.rank)
+                seen_bSD, valid_bS = interests.interest_KRD.to(candidate_bTD.dtype), interests.valid_KR
+                scale_D = scale_2D[1]
+            return attend_dense(
+                F.linear(candidate_bTD, query),
+                key_bSD=F.linear(seen_bSD, key) * scale_D,
+                value_bSD=F.linear(seen_bSD, value),
+                bias_bHS=mask_bias(valid_bS, dtype=candidate_bTD.dtype)[:, None],
+                num_heads=self.num_heads,
+            )
+
+        return F.linear(candidates.map(compute, candidate_MD), output)
+
+
+def set_interests(candidate_bTD: Tensor, *, present_bT: Tensor, rank: int) -> Interests:
+    """The principal components of each set; absent candidates are zero rows."""
+    with torch.autocast(candidate_bTD.device.type, enabled=False):
+        rows_bTD = candidate_bTD.double()
+        return interests_from_gram(
+            rows_bTD.mT @ rows_bTD, sum_KD=rows_bTD.sum(1), count_K=present_bT.sum(1).double(), rank=rank
+        )

@@ -1,0 +1,245 @@
+"""SOLAR: candidates attend to the interests of a lifelong history, to its latest events, and to each other.
+
+    block:  C += W_O [SVDAttention(norm(C), interests) + RecentAttention(norm(C), latest W events)]
+            C += SetAttention(norm(C))
+            C += FFN(norm(C))
+    head:   logit = <C, W item> / sqrt(D) + MLP([C, item]) + popularity(item)
+
+The operator and the set-wise view are SOLAR's (arXiv 2603.02561, Kuaishou, 2026), which published no code: block, head
+and every size are inferred. The recent window is ours: interests are a set and lose the order of events.
+The letters are those of models/interface.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows
+from models.history import NUM_GAP_BUCKETS, EventEncoder, History, ItemEncoder, recent_events
+from models.interface import ModelInput, Recommender
+from models.set_attention import SetAttention
+from models.svd_attention import Interests, SvdAttention, checkpoint_interests
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SolarConfig:
+    """Size and parts of SOLAR. Every part can be switched off."""
+
+    width: int = 64
+    """D, of the model and of the embedding tables."""
+    num_heads: int = 2
+    """Heads of every attention; divides `width`."""
+    num_layers: int = 1
+    """Blocks, 1 to 2. All of them read one decomposition."""
+    interests: bool = True
+    """Attend to the principal components of the history before the request's checkpoint."""
+    rank: int = 16
+    """R, interests of a history; at most `width`."""
+    checkpoint_every: int = 16
+    """Events between two decompositions of a user's growing history."""
+    recent_window: int = 50
+    """W, latest events that are attended to exactly; 0 switches this off."""
+    set_attention: bool = True
+    """Candidates of a request attend to each other."""
+    set_attention_exact_up_to: int = 256
+    """Candidates of a set up to which that is exact; above, candidates attend to the set's principal components."""
+    ffn_multiple: int = 2
+    """Hidden width of the feed-forward network of a block, in widths; 0 switches it off."""
+    head_width: int = 32
+    """Hidden units of the head's network; 0 leaves the inner product alone."""
+    dropout: float = 0.1
+    """Probability that a unit of an event vector is zeroed in training."""
+    num_actions: int = 1
+    """Action codes are below this; 1 = the log has no actions."""
+    time_features: bool = True
+    """Hour of day, weekday and gap to the previous event are part of an event; the gap to the request of recency."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_heads", "rank", "checkpoint_every", "num_actions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("recent_window", "set_attention_exact_up_to", "ffn_multiple", "head_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must not be negative; 0 switches it off")
+        if self.width % self.num_heads:
+            raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
+        if self.rank > self.width:
+            raise ValueError(f"rank = {self.rank} must not exceed width = {self.width}; lower rank or raise width")
+        if self.num_layers not in (1, 2):
+            raise ValueError(f"num_layers = {self.num_layers} must be 1 or 2")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+        if self.interests and 0 < self.recent_window < self.checkpoint_every:
+            raise ValueError(
+                f"recent_window = {self.recent_window} must be at least checkpoint_every = {self.checkpoint_every}, or "
+                "events after a checkpoint would be seen by neither; raise recent_window or lower checkpoint_every"
+            )
+        if not self.interests and self.recent_window == 0:
+            raise ValueError("interests = false and recent_window = 0 leave no history; switch one of them on")
+
+
+class Solar(Recommender):
+    """The tower. `num_features` is F, the number of item features of the tables."""
+
+    def __init__(self, config: SolarConfig, num_features: int) -> None:
+        super().__init__()
+        self.config = config
+        self.items = ItemEncoder(config.width, num_features=num_features)
+        self.events = EventEncoder(
+            config.width,
+            num_actions=config.num_actions,
+            time_features=config.time_features,
+            dropout=config.dropout,
+        )
+        self.blocks = nn.ModuleList(SolarBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def forward(self, inputs: ModelInput) -> Tensor:
+        candidates = CandidateSets.from_offsets(
+            inputs.candidate_offsets_B1, num_candidates=inputs.candidate_item_M.numel()
+        )
+        item_ID = self.items(inputs.item_IC, inputs.features_IFC)
+        history = self._history(item_ID, inputs)
+        # The first block reads items, not candidates: what a candidate needs before it meets its request is computed
+        # once per distinct item.
+        state, item_M = item_ID, inputs.candidate_item_M
+        for i, block in enumerate(self.blocks):
+            state = block(state, item_M=item_M if i == 0 else None, history=history, candidates=candidates)
+        return self.head(state, item_ID=item_ID, item_M=item_M).float()
+
+    @torch.no_grad()
+    def interests(self, inputs: ModelInput) -> tuple[Interests, Tensor]:
+        """The spectrum of real users: interests at the checkpoints in use, and checkpoint_B.
+
+        `singular_KR[k] ** 2 / energy_K[k]` is the share of a history's energy that each component holds.
+        """
+        history = self._history(self.items(inputs.item_IC, inputs.features_IFC), inputs)
+        if history.interests is None:
+            raise ValueError("interests = false: this model has no spectrum; switch interests on")
+        return history.interests, history.checkpoint_B
+
+    def _history(self, item_ID: Tensor, inputs: ModelInput) -> History:
+        config = self.config
+        event_ND = self.events(item_ID, inputs)
+        interests, checkpoint_B = None, torch.zeros_like(inputs.request_user_B)
+        if config.interests:
+            interests, checkpoint_B = checkpoint_interests(
+                event_ND,
+                event_offsets_U1=inputs.event_offsets_U1,
+                request_user_B=inputs.request_user_B,
+                request_position_B=inputs.request_position_B,
+                rank=config.rank,
+                every=config.checkpoint_every,
+            )
+        recent_event_BW, recent_gap_BW = recent_events(inputs, window=config.recent_window)
+        return History(
+            event_ND=event_ND,
+            interests=interests,
+            checkpoint_B=checkpoint_B,
+            recent_event_BW=recent_event_BW,
+            recent_gap_BW=recent_gap_BW,
+        )
+
+
+class SolarBlock(nn.Module):
+    """state_MD after one round of attention to the history, to the set, and a feed-forward network."""
+
+    def __init__(self, config: SolarConfig) -> None:
+        super().__init__()
+        width, heads = config.width, config.num_heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.lifelong = SvdAttention(width, num_heads=heads) if config.interests else None
+        self.recent = RecentAttention(config) if config.recent_window else None
+        self.output = nn.Linear(width, width, bias=False)
+        self.set_norm = nn.LayerNorm(width) if config.set_attention else None
+        self.set = (
+            SetAttention(width, num_heads=heads, rank=config.rank, exact_up_to=config.set_attention_exact_up_to)
+            if config.set_attention
+            else None
+        )
+        self.ffn_norm = nn.LayerNorm(width) if config.ffn_multiple else None
+        self.ffn = (
+            nn.Sequential(
+                nn.Linear(width, config.ffn_multiple * width), nn.ReLU(), nn.Linear(config.ffn_multiple * width, width)
+            )
+            if config.ffn_multiple
+            else None
+        )
+
+    def forward(self, state: Tensor, *, item_M: Tensor | None, history: History, candidates: CandidateSets) -> Tensor:
+        """`state` is [M, D], or [I, D] with `item_M` in the first block."""
+        query_MD = self.query(self.norm(state))
+        if item_M is not None:
+            state, query_MD = gather_rows(state, item_M), gather_rows(query_MD, item_M)
+        found = []
+        if self.lifelong is not None and history.interests is not None:
+            found.append(
+                self.lifelong(
+                    query_MD, interests=history.interests, checkpoint_B=history.checkpoint_B, candidates=candidates
+                )
+            )
+        if self.recent is not None:
+            found.append(self.recent(query_MD, history=history, candidates=candidates))
+        state = state + self.output(found[0] if len(found) == 1 else found[0] + found[1])
+        if self.set is not None and self.set_norm is not None:
+            state = state + self.set(self.set_norm(state), candidates=candidates)
+        if self.ffn is not None and self.ffn_norm is not None:
+            state = state + self.ffn(self.ffn_norm(state))
+        return state
+
+
+class RecentAttention(nn.Module):
+    """Candidates attend to the latest W events themselves; recency enters as a score per head: how many events ago, and
+    how long ago (buckets of the gap to the request)."""
+
+    def __init__(self, config: SolarConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.key = nn.Linear(config.width, config.width, bias=False)
+        self.value = nn.Linear(config.width, config.width, bias=False)
+        self.position_WH = nn.Parameter(torch.zeros(config.recent_window, config.num_heads))
+        self.gap_GH = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, config.num_heads)) if config.time_features else None
+
+    def forward(self, query_MD: Tensor, *, history: History, candidates: CandidateSets) -> Tensor:
+        head_width = query_MD.shape[1] // self.num_heads
+        # Projected and scaled once per event, not per request that sees it. Row 0, the event that does not exist, is 0.
+        key_N1D = F.pad(self.key(history.event_ND) / math.sqrt(head_width), (0, 0, 1, 0))
+        value_N1D = F.pad(self.value(history.event_ND), (0, 0, 1, 0))
+        bias_BWH = self.position_WH.expand(history.recent_event_BW.shape[0], -1, -1)
+        if self.gap_GH is not None:
+            bias_BWH = bias_BWH + gather_rows(self.gap_GH, history.recent_gap_BW)
+        bias_BWH = bias_BWH.masked_fill((history.recent_event_BW == 0)[:, :, None], MASKED_SCORE)
+        return attend(
+            query_MD,
+            key_BSD=gather_rows(key_N1D, history.recent_event_BW),
+            value_BSD=gather_rows(value_N1D, history.recent_event_BW),
+            bias_BHS=bias_BWH.mT,
+            num_heads=self.num_heads,
+            candidates=candidates,
+        )
+
+
+class Head(nn.Module):
+    """One logit per candidate: agreement of its state with its item, a small network over both, and a score of the item
+    alone, by which popularity is learned."""
+
+    def __init__(self, config: SolarConfig) -> None:
+        super().__init__()
+        self.width, self.hidden = config.width, config.head_width
+        self.item = nn.Linear(config.width, config.width + config.head_width + 1)
+        self.state = nn.Linear(config.width, config.head_width, bias=False) if config.head_width else None
+        self.last = nn.Linear(config.head_width, 1, bias=False) if config.head_width else None
+
+    def forward(self, state_MD: Tensor, *, item_ID: Tensor, item_M: Tensor) -> Tensor:
+        target_ID, hidden, popularity_I = self.item(item_ID).split([self.width, self.hidden, 1], -1)
+        logit_M = (state_MD * gather_rows(target_ID, item_M)).sum(-1) / math.sqrt(self.width)
+        logit_M = logit_M + gather_rows(popularity_I, item_M).squeeze(-1)
+        if self.state is not None and self.last is not None:
+            logit_M = logit_M + self.last(F.relu(self.state(state_MD) + gather_rows(hidden, item_M))).squeeze(-1)
+        return logit_M

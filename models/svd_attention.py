@@ -1,0 +1,270 @@
+"""SVD-Attention: softmax attention over the few principal components of a history instead of over its events.
+
+    X_ND ~ U_R S_R V_R^T          P_RD = S_R V_R^T = U_R^T X    the interests: U is never needed
+    K = P W_K,  V = P W_V         O = softmax(Q K^T / tau) V    over R interests, not over N events
+
+The idea is SOLAR's (arXiv 2603.02561); its code is not public. Inferred and checked here: the Gram form
+X^T X = V S^2 V^T, the canonical sign, the division by sqrt(N) with a learned temperature, the mask of degenerate
+components and the stable gradient. Lemma (tested): if rank(X) <= R then Q (X W_K)^T (X W_V) = Q K^T V for every Q.
+Softmax over R interests is another function than softmax over N events, even then.
+
+Each thing is written twice: the reference form, readable and slow, above the fast form that the models use.
+The letters are those of models/interface.py; here K counts the checkpoints that requests use, G a chunk of events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias
+
+GRADIENT_EPS = 1e-6
+"""Damping of the eigenvector gradient, relative to the pair of eigenvalues. Against the exact gradient: cosine 1.000,
+0.998, 0.946 at rank 8, 16, 32; finite for every input. Relative to the largest eigenvalue it would be 0.62."""
+START_TEMPERATURE = 6.0
+"""P / sqrt(N) alone gives nearly uniform weights (entropy 3.45 of 3.47 at 32 interests): start at 4 to 8 times that."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interests:
+    """The principal components of K histories, strongest first. Row 0 is the empty history: nothing valid."""
+
+    interest_KRD: Tensor
+    """[K, R, D] S_R V_R^T / sqrt(N) with the canonical sign, in the Gram's dtype; zero where not valid."""
+    valid_KR: Tensor
+    """[K, R] bool: the component stands above the rounding noise of the Gram."""
+    singular_KR: Tensor
+    """[K, R] singular values of the history (not divided by sqrt(N)), without gradient."""
+    energy_K: Tensor
+    """[K] sum of all squared singular values, without gradient."""
+
+
+def reference_interests(history_ND: Tensor, *, rank: int) -> Tensor:
+    """Interests of one history by its singular value decomposition, in float64.
+
+        interest_RD = sign_i s_i v_i / sqrt(N),   sign_i = sign(v_i . sum_n x_n)
+
+    Zero rows stand for components that do not exist or lie below the mask of a float64 Gram.
+    """
+    history_ND = history_ND.double()
+    num_events, width = history_ND.shape
+    interest_RD = history_ND.new_zeros(rank, width)
+    if num_events == 0:
+        return interest_RD
+    _, singular, direction = torch.linalg.svd(history_ND, full_matrices=False)
+    for i in range(min(rank, singular.numel())):
+        if singular[i] > math.sqrt(width * torch.finfo(torch.float64).eps) * singular[0]:
+            sign = -1.0 if direction[i] @ history_ND.sum(0) < 0 else 1.0
+            interest_RD[i] = sign * singular[i] * direction[i] / math.sqrt(num_events)
+    return interest_RD
+
+
+def interests_from_gram(
+    gram_KDD: Tensor, *, sum_KD: Tensor, count_K: Tensor, rank: int, gradient_eps: float = GRADIENT_EPS
+) -> Interests:
+    """Interests of K histories from G = X^T X, the sum of their events and their number: equal to the reference.
+
+    Components with s_i <= sqrt(D eps) s_1 are masked: the Gram's rounding leaves nothing of them (eps of its dtype).
+    `gradient_eps` = 0 gives the exact gradient, which explodes where eigenvalues meet.
+    """
+    value_KD, vector_KDD = _StableEigh.apply(gram_KDD, gradient_eps)
+    value_KR = value_KD[:, :rank]
+    floor_K1 = gram_KDD.shape[-1] * torch.finfo(gram_KDD.dtype).eps * value_KD[:, :1].detach()
+    valid_KR = value_KR.detach() > floor_K1
+    # The square root of a masked value is never taken: its gradient would be infinite at zero.
+    singular_KR = torch.where(valid_KR, value_KR, 1.0).sqrt() * valid_KR
+    direction_KRD = vector_KDD[:, :, :rank].transpose(1, 2)
+    # A singular vector's sign is arbitrary. This choice does not depend on the order of the events or on the batch.
+    negative_KR = (direction_KRD.detach() @ sum_KD.detach()[:, :, None]).squeeze(-1) < 0
+    scale_KR = singular_KR / count_K.clamp_min(1).sqrt()[:, None] * torch.where(negative_KR, -1.0, 1.0)
+    return Interests(
+        interest_KRD=scale_KR[:, :, None] * direction_KRD,
+        valid_KR=valid_KR,
+        singular_KR=singular_KR.detach(),
+        energy_K=value_KD.detach().sum(-1),
+    )
+
+
+def reference_checkpoint_interests(
+    event_ND: Tensor,
+    *,
+    event_offsets_U1: Tensor,
+    request_user_B: Tensor,
+    request_position_B: Tensor,
+    rank: int,
+    every: int,
+) -> Tensor:
+    """interest_BRD: per request, the interests of the user's events before the last checkpoint at or before it."""
+    rows = []
+    for user, position in zip(request_user_B.tolist(), request_position_B.tolist(), strict=True):
+        start = int(event_offsets_U1[user])
+        rows.append(reference_interests(event_ND[start : start + position // every * every], rank=rank))
+    return torch.stack(rows) if rows else event_ND.new_zeros(0, rank, event_ND.shape[-1], dtype=torch.float64)
+
+
+def checkpoint_interests(
+    event_ND: Tensor,
+    *,
+    event_offsets_U1: Tensor,
+    request_user_B: Tensor,
+    request_position_B: Tensor,
+    rank: int,
+    every: int,
+    gram_dtype: torch.dtype = torch.float64,
+    gradient_eps: float = GRADIENT_EPS,
+) -> tuple[Interests, Tensor]:
+    """Interests at the checkpoints (every `every` events of a user) that some request uses, and checkpoint_B.
+
+        user 0, every = 2    a b | c d | e        request at position 5 -> checkpoint 2 (a b c d)
+                                                  request at position 1 -> row 0, the empty history
+
+    The running Gram is the cumulative sum of chunk Grams X_G^T X_G: no padding, nothing of size N x M, no event twice.
+    Gram and decomposition run in `gram_dtype`, never under autocast.
+    """
+    every_event = torch.arange(every, device=event_ND.device)
+    number_B = request_position_B // every
+    stride = event_ND.shape[0] + 1
+    key_K, inverse = torch.unique((request_user_B * stride + number_B)[number_B > 0], return_inverse=True)
+    checkpoint_B = torch.zeros_like(number_B).masked_scatter(number_B > 0, inverse + 1)
+    user_K, number_K = key_K // stride, key_K % stride
+    # The span of a checkpoint: the chunks since the previous used checkpoint of the same user.
+    place_K = torch.arange(key_K.numel(), device=key_K.device)
+    first_K = user_K != torch.cat([user_K.new_full((1,), -1), user_K])[: key_K.numel()]
+    rank_K = place_K - torch.where(first_K, place_K, 0).cummax(0).values if key_K.numel() else place_K
+    from_K = torch.where(first_K, 0, torch.cat([number_K.new_zeros(1), number_K])[: key_K.numel()])
+    length_K = number_K - from_K
+    span_G = torch.repeat_interleave(place_K, length_K)
+    chunk_G = torch.arange(span_G.numel(), device=span_G.device) - (length_K.cumsum(0) - length_K - from_K)[span_G]
+    row_GE = (event_offsets_U1[user_K[span_G]] + chunk_G * every)[:, None] + every_event
+
+    with torch.autocast(event_ND.device.type, enabled=False):
+        event_GED = F.embedding(row_GE, event_ND).to(gram_dtype)
+        width = event_ND.shape[1]
+        gram_KDD = event_GED.new_zeros(key_K.numel(), width, width)
+        gram_KDD = gram_KDD.index_add(0, span_G, event_GED.transpose(1, 2) @ event_GED)
+        sum_KD = event_GED.new_zeros(key_K.numel(), width).index_add(0, span_G, event_GED.sum(1))
+        interests = interests_from_gram(
+            _running_sum(gram_KDD, rank_K=rank_K),
+            sum_KD=_running_sum(sum_KD, rank_K=rank_K),
+            count_K=(number_K * every).to(gram_dtype),
+            rank=rank,
+            gradient_eps=gradient_eps,
+        )
+    return _with_empty_history(interests), checkpoint_B
+
+
+def reference_svd_attention(
+    query_MD: Tensor, *, interest_RD: Tensor, key_DD: Tensor, value_DD: Tensor, temperature_H: Tensor
+) -> Tensor:
+    """O = softmax(Q (P W_K)^T / tau) P W_V of one request, head by head; interests that are zero rows do not exist.
+
+    tau = sqrt(D / H) / temperature. Without any interest the result is zero.
+    """
+    interest_RD = interest_RD[interest_RD.abs().sum(1) > 0]
+    heads = temperature_H.numel()
+    if interest_RD.shape[0] == 0:
+        return torch.zeros_like(query_MD)
+    outputs = []
+    for h, (query, key, value) in enumerate(
+        zip(
+            query_MD.chunk(heads, 1),
+            (interest_RD @ key_DD).chunk(heads, 1),
+            (interest_RD @ value_DD).chunk(heads, 1),
+            strict=True,
+        )
+    ):
+        score_MR = query @ key.T * temperature_H[h] / math.sqrt(query.shape[1])
+        outputs.append(torch.softmax(score_MR, -1) @ value)
+    return torch.cat(outputs, 1)
+
+
+class SvdAttention(nn.Module):
+    """Candidates attend to the interests of their request's history.
+
+    W_K and W_V are linear and without bias, as the lemma asks: all that is not linear acts on events before the
+    decomposition. One decomposition serves every head, layer and candidate of a request.
+    """
+
+    def __init__(self, width: int, *, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.log_temperature_H = nn.Parameter(torch.full((num_heads,), math.log(START_TEMPERATURE)))
+
+    def forward(
+        self, query_MD: Tensor, *, interests: Interests, checkpoint_B: Tensor, candidates: CandidateSets
+    ) -> Tensor:
+        """out_MD; zero for a request whose history has no interest."""
+        interest_KRD = interests.interest_KRD.to(query_MD.dtype)
+        scale = self.log_temperature_H.exp() / math.sqrt(query_MD.shape[1] / self.num_heads)
+        key_KRD = self.key(interest_KRD) * scale.repeat_interleave(query_MD.shape[1] // self.num_heads)
+        return attend(
+            query_MD,
+            key_BSD=gather_rows(key_KRD, checkpoint_B),
+            value_BSD=gather_rows(self.value(interest_KRD), checkpoint_B),
+            bias_BHS=mask_bias(interests.valid_KR, dtype=query_MD.dtype)[checkpoint_B][:, None],
+            num_heads=self.num_heads,
+            candidates=candidates,
+        )
+
+
+class _StableEigh(torch.autograd.Function):
+    """Eigenvalues (not negative, largest first) and eigenvectors of symmetric matrices; the gradient stays finite.
+
+        Gbar = V [diag(Lbar) + F o (V^T Vbar)] V^T symmetrised
+        F_ij = D_ij / (D_ij^2 + eps (l_i + l_j)^2),   D_ij = l_j - l_i
+
+    Inferred; eps = 0 is the textbook gradient. Eigenvalues are divided by the largest first, so that squares of very
+    large or small ones neither overflow nor vanish.
+    """
+
+    @staticmethod
+    def forward(ctx, gram_KDD: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        value_KD, vector_KDD = torch.linalg.eigh(gram_KDD)
+        value_KD, vector_KDD = value_KD.flip(-1).clamp_min(0), vector_KDD.flip(-1)
+        ctx.save_for_backward(value_KD, vector_KDD)
+        ctx.eps = eps
+        return value_KD, vector_KDD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, value_bar_KD: Tensor, vector_bar_KDD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        value_KD, vector_KDD = ctx.saved_tensors
+        largest_K11 = torch.where(value_KD[:, :1] > 0, value_KD[:, :1], 1.0)[:, :, None]
+        share_KD = value_KD / largest_K11[:, :, 0]
+        gap_KDD = share_KD[:, None, :] - share_KD[:, :, None]
+        damped_KDD = gap_KDD**2 + ctx.eps * (share_KD[:, None, :] + share_KD[:, :, None]) ** 2
+        safe_KDD = damped_KDD > torch.finfo(damped_KDD.dtype).tiny
+        factor_KDD = torch.where(safe_KDD, gap_KDD / torch.where(safe_KDD, damped_KDD, 1.0), 0.0)
+        # Divided last: two components below the mask can have a factor near the largest float, times a gradient of 0.
+        turn_KDD = factor_KDD * (vector_KDD.mT @ vector_bar_KDD) / largest_K11
+        inner_KDD = turn_KDD + torch.diag_embed(value_bar_KD)
+        gram_bar_KDD = vector_KDD @ inner_KDD @ vector_KDD.mT
+        return (gram_bar_KDD + gram_bar_KDD.mT) / 2, None
+
+
+def _running_sum(value: Tensor, *, rank_K: Tensor) -> Tensor:
+    """Cumulative sum along the first axis that starts anew where rank_K is 0, in log2 steps and without a difference:
+    a user's sum never holds another user's rounding error."""
+    step, longest = 1, int(rank_K.max()) if rank_K.numel() else 0
+    while step <= longest:
+        shifted = torch.cat([torch.zeros_like(value[:step]), value[:-step]])
+        joins = (rank_K >= step).view(-1, *[1] * (value.dim() - 1))
+        value = value + torch.where(joins, shifted, 0.0)
+        step *= 2
+    return value
+
+
+def _with_empty_history(interests: Interests) -> Interests:
+    """The same with a row 0 that is the history without events."""
+
+    def prepend(value: Tensor) -> Tensor:
+        return torch.cat([value.new_zeros(1, *value.shape[1:]), value])
+
+    return Interests(**{field.name: prepend(getattr(interests, field.name)) for field in dataclasses.fields(interests)})

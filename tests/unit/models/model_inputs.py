@@ -1,0 +1,96 @@
+"""Small random inputs of a tower, jagged in every way."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from models.interface import ModelInput
+
+WIDTH, NUM_ITEMS, NUM_FEATURES = 16, 30, 2
+MS_PER_MINUTE = 60_000
+
+
+def random_inputs(
+    *,
+    lengths: tuple[int, ...] = (0, 7, 40, 23),
+    requests: tuple[tuple[int, int], ...] = ((0, 0), (1, 7), (1, 0), (2, 40), (2, 33), (3, 5)),
+    sizes: tuple[int, ...] = (4, 1, 0, 9, 3, 4),
+    seed: int = 0,
+) -> ModelInput:
+    """Users with `lengths` events; requests are (user, position); `sizes` counts the candidates of each request."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets_U1 = torch.tensor([0, *lengths]).cumsum(0)
+    num_events, num_candidates = int(offsets_U1[-1]), sum(sizes)
+    user_B = torch.tensor([user for user, _ in requests], dtype=torch.long)
+    position_B = torch.tensor([position for _, position in requests], dtype=torch.long)
+    gaps_N = torch.randint(0, 3000, (num_events,), generator=generator) * MS_PER_MINUTE
+    time_N = 1_700_000_000_000 + gaps_N.cumsum(0)
+    last_B = (offsets_U1[user_B] + position_B - 1).clamp_min(0) if len(requests) else position_B
+    return ModelInput(
+        item_IC=torch.randn(NUM_ITEMS, WIDTH, generator=generator).requires_grad_(),
+        features_IFC=torch.randn(NUM_ITEMS, NUM_FEATURES, WIDTH, generator=generator),
+        event_offsets_U1=offsets_U1,
+        event_item_N=torch.randint(0, NUM_ITEMS, (num_events,), generator=generator),
+        event_time_N=time_N,
+        event_action_N=torch.randint(0, 3, (num_events,), generator=generator),
+        request_user_B=user_B,
+        request_position_B=position_B,
+        request_time_B=time_N[last_B] + 7 * MS_PER_MINUTE if len(requests) else position_B,
+        candidate_offsets_B1=torch.tensor([0, *sizes]).cumsum(0),
+        candidate_item_M=torch.randint(0, NUM_ITEMS, (num_candidates,), generator=generator),
+    )
+
+
+def empty_inputs() -> ModelInput:
+    """What a rank without work gets."""
+    none, zero = torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    return ModelInput(
+        item_IC=torch.zeros(0, WIDTH, requires_grad=True),
+        features_IFC=torch.zeros(0, NUM_FEATURES, WIDTH),
+        event_offsets_U1=zero,
+        event_item_N=none,
+        event_time_N=none,
+        event_action_N=none,
+        request_user_B=none,
+        request_position_B=none,
+        request_time_B=none,
+        candidate_offsets_B1=zero,
+        candidate_item_M=none,
+    )
+
+
+def only_request(inputs: ModelInput, b: int) -> ModelInput:
+    """The same batch with one of its requests, and the events of that request's user alone."""
+    user = int(inputs.request_user_B[b])
+    events = slice(int(inputs.event_offsets_U1[user]), int(inputs.event_offsets_U1[user + 1]))
+    candidates = slice(int(inputs.candidate_offsets_B1[b]), int(inputs.candidate_offsets_B1[b + 1]))
+    candidate_item_M = inputs.candidate_item_M[candidates]
+    return dataclasses.replace(
+        inputs,
+        event_offsets_U1=torch.tensor([0, events.stop - events.start]),
+        event_item_N=inputs.event_item_N[events],
+        event_time_N=inputs.event_time_N[events],
+        event_action_N=inputs.event_action_N[events],
+        request_user_B=torch.zeros(1, dtype=torch.long),
+        request_position_B=inputs.request_position_B[b : b + 1],
+        request_time_B=inputs.request_time_B[b : b + 1],
+        candidate_offsets_B1=torch.tensor([0, candidate_item_M.numel()]),
+        candidate_item_M=candidate_item_M,
+    )
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter away from its start value, so that nothing is equal because it is still zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor | None]:
+    """Gradient of each parameter by name."""
+    return {name: parameter.grad for name, parameter in model.named_parameters()}

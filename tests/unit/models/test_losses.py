@@ -1,0 +1,81 @@
+"""The request loss against a loop, and what sums over requests must satisfy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.losses import request_loss
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 6), max_size=6),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 1000),
+)
+def test_loss_and_gradient_equal_a_loop_over_requests(sizes: list[int], share: float, scale: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits_M = (torch.randn(sum(sizes)) * scale).requires_grad_()
+    label_M = (torch.rand(sum(sizes)) < share).float()
+    offsets_B1 = torch.tensor([0, *sizes]).cumsum(0)
+    found = request_loss(logits_M, label_M=label_M, candidate_offsets_B1=offsets_B1, set_weight=0.7)
+    pointwise, setwise = logits_M.sum() * 0, logits_M.sum() * 0
+    for logits, labels in zip(logits_M.split(sizes), label_M.split(sizes), strict=True) if sizes else ():
+        if len(logits):
+            pointwise = pointwise + F.binary_cross_entropy_with_logits(logits, labels)
+        if labels.any():
+            setwise = setwise - (torch.log_softmax(logits, 0) * labels).sum() / labels.sum()
+    # Float32 sums of up to 36 terms in another order.
+    torch.testing.assert_close(found.pointwise, pointwise.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.setwise, setwise.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.total, pointwise + 0.7 * setwise, rtol=1e-5, atol=1e-5)
+    (one,) = torch.autograd.grad(found.total, logits_M)
+    (other,) = torch.autograd.grad(pointwise + 0.7 * setwise, logits_M)
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_two_halves_add_up() -> None:
+    torch.manual_seed(0)
+    logits_M, label_M = torch.randn(7), torch.tensor([1.0, 0, 0, 1, 0, 1, 0])
+    options = {"set_weight": 1.0}
+    whole = request_loss(logits_M, label_M=label_M, candidate_offsets_B1=torch.tensor([0, 3, 5, 7]), **options)
+    first = request_loss(logits_M[:3], label_M=label_M[:3], candidate_offsets_B1=torch.tensor([0, 3]), **options)
+    rest = request_loss(logits_M[3:], label_M=label_M[3:], candidate_offsets_B1=torch.tensor([0, 2, 4]), **options)
+    torch.testing.assert_close(first.total + rest.total, whole.total)
+
+
+def test_a_score_shared_by_a_whole_set_cancels_in_the_setwise_part() -> None:
+    logits_M, label_M = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0.0, 1.0, 0.0])
+    options = {"label_M": label_M, "candidate_offsets_B1": torch.tensor([0, 3]), "set_weight": 1.0}
+    plain, shifted = request_loss(logits_M, **options), request_loss(logits_M + 5, **options)
+    torch.testing.assert_close(plain.setwise, shifted.setwise)
+    assert not torch.allclose(plain.pointwise, shifted.pointwise)
+
+
+@pytest.mark.parametrize("num_requests", [0, 3])
+def test_nothing_to_score_costs_nothing_and_keeps_the_gradient(num_requests: int) -> None:
+    logits_M = torch.zeros(0, requires_grad=True)
+    offsets_B1 = torch.zeros(num_requests + 1, dtype=torch.long)
+    found = request_loss(logits_M, label_M=torch.zeros(0), candidate_offsets_B1=offsets_B1, set_weight=1.0)
+    assert found.total == 0
+    found.total.backward()
+    assert logits_M.grad is not None
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits_M = torch.tensor([1e4, -1e4, 1e4, -1e4], requires_grad=True)
+    found = request_loss(
+        logits_M,
+        label_M=torch.tensor([0.0, 1.0, 1.0, 0.0]),
+        candidate_offsets_B1=torch.tensor([0, 2, 4]),
+        set_weight=1.0,
+    )
+    found.total.backward()
+    assert torch.isfinite(found.total)
+    assert logits_M.grad is not None
+    assert torch.isfinite(logits_M.grad).all()
