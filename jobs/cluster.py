@@ -1,0 +1,82 @@
+"""Ray, started here or joined by address."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Enough for a local run: events travel through files, not through the object store."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the job runs."""
+
+    address: str | None = None
+    """Ray address (`auto`, `ray://host:10001`, `host:6379`); unset = a local Ray that lives as long as the command."""
+    max_failures: int = 0
+    """Restarts of the worker group by Ray Train after a worker died; each continues from the latest checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.max_failures < -1:
+            raise ValueError(f"max_failures={self.max_failures}: must be -1 (no limit), 0 or more")
+
+
+def quiet_environment() -> None:
+    """Settings that libraries read when they are imported; nothing of ours phones home."""
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0",
+        MLFLOW_DISABLE_TELEMETRY="true",
+        DO_NOT_TRACK="true",
+        MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false",
+    )
+    defaults = {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+
+
+@contextmanager
+def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = False) -> Iterator[None]:
+    """Ray for the duration of the block; a session that is already there is used and left alone.
+
+    A local Ray offers at least `num_cpus`, so that a training group of that size can be placed on a smaller machine.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    level = logging.INFO if verbose else logging.ERROR
+    if config.address:
+        try:
+            ray.init(address=config.address, logging_level=level, log_to_driver=verbose)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"cluster.address={config.address}: no Ray cluster answers there: start one with `ray start --head`, "
+                "or leave the address unset to run on this machine"
+            ) from error
+    else:
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, psutil.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=level,
+            log_to_driver=verbose,
+        )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()

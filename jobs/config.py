@@ -1,0 +1,295 @@
+"""RunConfig: everything a run depends on, read from a recipe, further files and dotted overrides, in that order.
+
+    solar train movielens-100k --config mine.yaml --model.rank 16
+
+Sections are dataclasses beside their owners; this file only composes them. A mistake is a ConfigError: one line with
+the origin (file or command line), the key, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from jobs.cluster import ClusterConfig
+from jobs.tracking import TrackingConfig
+from jobs.training.checkpoint import CheckpointConfig
+from jobs.training.loop import TrainingConfig
+from jobs.training.model import MODELS
+from jobs.training.optimizers import OptimizerConfig
+from jobs.training.parallel import ParallelConfig
+from pipeline.build import PrepareConfig
+from pipeline.loader import LoaderConfig
+from pipeline.requests import RequestConfig
+from pipeline.sources.files import ImportConfig
+
+
+class ConfigError(ValueError):
+    """A user's mistake in usage or configuration; one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Where events come from when the event log is not there yet."""
+
+    name: str = "files"
+    """movielens-100k, or files."""
+    path: str | None = None
+    """The file(s) of `files`; for movielens-100k a local copy of its wheel (unset = obtained through pip)."""
+    items: str | None = None
+    """files: a table of items and their features."""
+    files: ImportConfig = ImportConfig()
+    """files: how to read them."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("movielens-100k", "files"):
+            raise ValueError(f"name={self.name!r}: must be movielens-100k or files")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The data set and how requests and batches are made of it."""
+
+    name: str = "data"
+    """Names the event log and the shards inside the workspace."""
+    events: str | None = None
+    """Event log; unset = WORKSPACE/events/NAME."""
+    shards: str | None = None
+    """Sequence shards; unset = WORKSPACE/shards/NAME."""
+    prepare: PrepareConfig = PrepareConfig()
+    """How shards are built."""
+    requests: RequestConfig = RequestConfig()
+    """Which requests are made of a user's sequence."""
+    loader: LoaderConfig = LoaderConfig()
+    """How users are packed into batches."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A resolved configuration."""
+
+    name: str
+    """Names the run's directory WORKSPACE/runs/NAME."""
+    seed: int
+    """Of weights, order, negatives and dropout."""
+    workspace: str
+    """Directory of everything written."""
+    compare: tuple[str, ...]
+    """Models trained beside the main one by `solar run`, with the same data, loss and number of epochs."""
+    source: SourceConfig
+    data: DataConfig
+    model: dict[str, Any]
+    """`name` and the fields of that model's config."""
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    cluster: ClusterConfig
+
+    @property
+    def events_dir(self) -> Path:
+        return Path(self.data.events or Path(self.workspace) / "events" / self.data.name)
+
+    @property
+    def shards_dir(self) -> Path:
+        return Path(self.data.shards or Path(self.workspace) / "shards" / self.data.name)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.workspace) / "runs" / self.name
+
+    def with_model(self, name: str) -> RunConfig:
+        """The same run with another model at its defaults (and the same width), in a directory beside."""
+        defaults = dataclasses.asdict(MODELS[name][0](width=self.model["width"]))
+        return dataclasses.replace(self, name=f"{self.name}-{name}", model={"name": name, **defaults}, compare=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, secrets in URIs redacted: what is printed, stored and logged."""
+        return _redacted(json.loads(json.dumps(dataclasses.asdict(self))))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the trained weights: a run directory belongs to one identity."""
+        whole = self.as_dict()
+        parts = {key: whole[key] for key in ("seed", "model", "training", "optimizer")}
+        parts["data"] = {key: whole["data"][key] for key in ("requests", "loader")}
+        parts["precision"] = self.parallel.precision
+        return parts
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+SECTIONS: Mapping[str, type] = {
+    "source": SourceConfig,
+    "data": DataConfig,
+    "training": TrainingConfig,
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "tracking": TrackingConfig,
+    "cluster": ClusterConfig,
+}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with Solar."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("jobs").joinpath("recipes").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a recipe: a name from `recipe_names()` or a path that ends in .yaml."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise ConfigError(f"{recipe}: no such file: give a recipe ({', '.join(recipe_names())}) or a YAML file")
+        return Path(recipe)
+    if recipe not in recipe_names():
+        raise ConfigError(f"unknown recipe {recipe!r}: one of {', '.join(recipe_names())}, or the path of a YAML file")
+    return Path(str(resources.files("jobs").joinpath("recipes", f"{recipe}.yaml")))
+
+
+def config_parser(command: str, *, model: str) -> ArgumentParser:
+    """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`."""
+    parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help="a further YAML file; may be given several times")
+    parser.add_argument("--name", type=str | None, default=None, help="names the run; default: the recipe")
+    parser.add_argument("--seed", type=int, default=1, help="of weights, order, negatives and dropout")
+    parser.add_argument("--workspace", type=str, default="workspace", help="directory of everything written")
+    parser.add_argument("--compare", type=tuple[str, ...], default=(), help="models that `solar run` trains beside")
+    parser.add_class_arguments(_named(model), "model")
+    for section, section_class in SECTIONS.items():
+        parser.add_class_arguments(section_class, section)
+    return parser
+
+
+def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfig:
+    """The resolved config of `solar COMMAND RECIPE ARGUMENTS`."""
+    path = recipe_path(recipe)
+    layers = [(str(path), _read_yaml(path))]
+    for file in _config_files(arguments):
+        layers.append((file, _read_yaml(Path(file))))
+    model = _model_name(layers, arguments)
+    if model not in MODELS:
+        raise ConfigError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
+    parser = config_parser(command, model=model)
+    for origin, values in layers:
+        try:
+            parser.parse_object(values)
+        except (ArgumentError, ValueError) as error:
+            raise ConfigError(f"{origin}: {explain(error, parser)}") from error
+    try:
+        parsed = parser.parse_args(["--config", str(path), *arguments])
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(f"command line: {explain(error, parser)}") from error
+
+    try:
+        built = parser.instantiate(parsed)
+    except ValueError as error:
+        raise ConfigError(_locate(error, parser, layers, arguments)) from error
+    for compared in parsed.compare:
+        if compared not in MODELS:
+            raise ConfigError(f"compare={compared!r}: must be of {', '.join(MODELS)}")
+    return RunConfig(
+        name=parsed.name or path.stem,
+        seed=parsed.seed,
+        workspace=parsed.workspace,
+        compare=tuple(parsed.compare),
+        model=dataclasses.asdict(built.model),
+        **{section: built[section] for section in SECTIONS},
+    )
+
+
+def _named(model: str) -> type:
+    """The model's config with its own name as one more field."""
+    name = ("name", str, dataclasses.field(default=model))
+    return dataclasses.make_dataclass("Model", [name], bases=(MODELS[model][0],), frozen=True, kw_only=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: give a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold `key: value` sections, holds {type(values).__name__}")
+    return values
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    files = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
+    pairs = zip(arguments, arguments[1:], strict=False)
+    return files + [value for argument, value in pairs if argument == "--config"]
+
+
+def _model_name(layers: Sequence[tuple[str, dict[str, Any]]], arguments: Sequence[str]) -> str:
+    name = "solar"
+    for _, values in layers:
+        name = (values.get("model") or {}).get("name", name)
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--model.name":
+            name = value
+        elif argument.startswith("--model.name="):
+            name = argument.split("=", 1)[1]
+    return name
+
+
+def explain(error: Exception, parser: ArgumentParser) -> str:
+    """jsonargparse's words on one line, with the nearest known key where one is unknown."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"expected \1, got \2", text)
+    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
+    unknown = re.search(r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'", text)
+    if unknown:
+        key = next(group for group in unknown.groups() if group)
+        group = re.search(r"Group '([\w.]+)'", text)
+        key = f"{group[1]}.{key}" if group and not key.startswith(f"{group[1]}.") else key
+        known = [action.dest for action in parser._actions]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --print_config for the keys"
+        return f"unknown key {key}: {hint}"
+    return text
+
+
+def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: Sequence[str]) -> str:
+    """Put the dotted key and its origin before a section's `field=value: rule`."""
+    text = " ".join(str(error).split())
+    field = re.match(r"\w+", text)
+    keys = [action.dest for action in parser._actions if field and action.dest.split(".")[-1] == field[0]]
+    for key in keys:
+        if any(argument.split("=")[0] == f"--{key}" for argument in arguments):
+            return f"command line: {key.rsplit('.', 1)[0]}.{text}"
+    for origin, values in reversed(layers):
+        for key in keys:
+            node: Any = values
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is not None:
+                return f"{origin}: {key.rsplit('.', 1)[0]}.{text}"
+    return text
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"(\w+://[^/\s:@]*):[^/\s@]+@", r"\1:***@", value)
+    return value

@@ -1,0 +1,123 @@
+"""What a user of ours sees: our lines, progress bars on a terminal, plain lines elsewhere.
+
+Third-party libraries (and the C++ processes they start) write to file descriptors 1 and 2 whatever their log level is.
+Unless `-v` is given these two go to a log file, and the console keeps the terminal for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import rich.console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+PLAIN_LINE_SECONDS = 10.0
+"""Off a terminal a stage prints a line at its start and end and at most this often between."""
+
+
+class Console:
+    """The terminal (or the pipe) as it was when the command started."""
+
+    def __init__(self) -> None:
+        self.log: Path | None = None
+        """Where the libraries' output goes, None while it goes to the terminal."""
+        self._out, self._err = sys.stdout, sys.stderr
+        self._rich = rich.console.Console(file=self._out, highlight=False, soft_wrap=True)
+
+    def capture_libraries(self, log: Path) -> None:
+        """From now on file descriptors 1 and 2 of this process and its children are `log`; this console is not."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._out.flush()
+        sys.stderr.flush()
+        self._out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+        self._err = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")
+        self._rich = rich.console.Console(file=self._out, highlight=False, soft_wrap=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        self.log = log
+
+    def error(self, text: str) -> None:
+        """One line on the error stream."""
+        print(text, file=self._err, flush=True)
+
+    def line(self, text: str = "") -> None:
+        """One line, as it is."""
+        self._rich.print(text, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table; the first column is left-aligned, numbers to the right."""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._rich.print(table)
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Stage]:
+        """A unit of long work with a progress bar; ends with a line that says how long it took."""
+        stage = Stage(title, self._rich) if self._rich.is_terminal else PlainStage(title, self._rich)
+        stage.begin()
+        try:
+            yield stage
+        except BaseException:
+            stage.end("stopped")
+            raise
+        stage.end(stage.result)
+
+
+class Stage:
+    """A progress bar on a terminal."""
+
+    def __init__(self, title: str, console: rich.console.Console) -> None:
+        self.result = ""
+        """What the last line says beside the time."""
+        self._title, self._console = title, console
+        self._started = time.monotonic()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def begin(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(self._title, total=None, note="")
+        self._progress.start()
+
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        """Move the bar to `done` of `total` (None: unknown)."""
+        assert self._progress is not None and self._task is not None
+        self._progress.update(self._task, completed=done, total=total, note=note)
+
+    def end(self, result: str) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._console.print(f"{self._title:<12} {time.monotonic() - self._started:6.1f} s  {result}", markup=False)
+
+
+class PlainStage(Stage):
+    """The same where there is no terminal: now and then a line."""
+
+    def begin(self) -> None:
+        self._last = time.monotonic()
+        self._console.print(f"{self._title:<12} ...", markup=False)
+
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        if time.monotonic() - self._last >= PLAIN_LINE_SECONDS:
+            self._last = time.monotonic()
+            share = f"{100 * done / total:3.0f} %" if total else ""
+            self._console.print(f"{self._title:<12} {self._last - self._started:6.1f} s  {share}  {note}", markup=False)

@@ -1,0 +1,120 @@
+"""solar import, solar prepare, solar inspect: raw data -> event log -> sequence shards, and a look at both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import ClusterConfig, ray_session
+from jobs.config import ConfigError, SourceConfig
+from jobs.console import Console, Stage
+from jobs.training.checkpoint import verify_checkpoint
+from pipeline.build import PrepareConfig, Prepared, prepare
+from pipeline.inspection import digest, verify
+from pipeline.manifest import current_manifest
+from pipeline.sources.event_log import Imported
+from pipeline.sources.files import import_files
+from pipeline.sources.movielens import import_movielens_100k
+
+
+def import_events(source: SourceConfig, out: Path, console: Console, *, downloads: Path) -> Imported:
+    """Bring a source into an event log; the same source again is a no-op."""
+    with console.stage("import") as stage:
+        progress = _progress(stage)
+        if source.name == "movielens-100k":
+            imported = import_movielens_100k(
+                str(out), from_file=source.path, downloads=str(downloads), progress=progress
+            )
+        else:
+            if source.path is None:
+                raise ConfigError(
+                    f"source.path is not set and {out} is not there: name the events with --source.path FILE, "
+                    "or bring them in with `solar import files`"
+                )
+            imported = import_files(source.path, str(out), config=source.files, items=source.items, progress=progress)
+        stage.result = f"{_found(imported.reused)}{imported.events:,} events, {imported.items:,} items in {out}"
+    return imported
+
+
+def prepare_shards(
+    events: str,
+    out: str,
+    options: PrepareConfig,
+    console: Console,
+    *,
+    items: str | None = None,
+    cluster: ClusterConfig = ClusterConfig(),
+    verbose: bool = False,
+) -> Prepared:
+    """Event log -> sequence shards through Ray Data."""
+    with ray_session(cluster, verbose=verbose), console.stage("prepare") as stage:
+        prepared = prepare(events, out, config=options, items=items, progress=_progress(stage))
+        counts, manifest = prepared.manifest.counts, prepared.manifest
+        stage.result = (
+            f"{_found(prepared.reused)}{_events_line(counts)}; {manifest.users:,} users, "
+            f"{manifest.items:,} items in {prepared.path}"
+        )
+    return prepared
+
+
+def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
+    """Print what a shard directory or a checkpoint holds; 1 if `check` finds damage."""
+    if (path / "COMMIT").exists():
+        _print_checkpoint(path, console)
+        problems = verify_checkpoint(path) if check else []
+    else:
+        manifest = current_manifest(str(path)) if path.exists() else None
+        if manifest is None:
+            raise ConfigError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
+        _print_manifest(path, manifest, console)
+        if with_digest:
+            console.line(f"digest        {digest(str(path))}")
+        problems = verify(str(path)) if check else []
+    for problem in problems:
+        console.line(f"damaged: {problem}")
+    if check and not problems:
+        console.line("every file has its size and checksum")
+    return 1 if problems else 0
+
+
+def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
+    counts = manifest.counts
+    rejected = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts["rejected"].items()) if count)
+    console.line(f"shards        {path}, manifest {manifest.number} ({manifest.fingerprint})")
+    console.line(f"events        {_events_line(counts)}{f' ({rejected})' if rejected else ''}")
+    console.line(f"users, items  {manifest.users:,}, {manifest.items:,}")
+    console.line(f"time range    {manifest.time_range if manifest.has_time else 'order only'}")
+    console.line(f"files         {len(manifest.files)}")
+    for entry in manifest.inputs:
+        console.line(f"input         {json.dumps(entry, sort_keys=True)}")
+
+
+def _print_checkpoint(path: Path, console: Console) -> None:
+    document = json.loads((path / "state.json").read_text())
+    state = document["train_state"]
+    console.line(f"checkpoint    {path}")
+    console.line(f"step          {state['step']} (best {state['best_step']}: {state['best_metric']})")
+    console.line(f"trained on    {document['world_size']} ranks, manifest {document['manifest']}")
+    console.line(f"tables        {', '.join('{name} {capacity} x {width}'.format(**t) for t in document['tables'])}")
+    for entry in json.loads((path / "COMMIT").read_text())["files"]:
+        console.line(f"file          {entry['name']}  {entry['bytes']:,} bytes  {entry['xxh64']}")
+
+
+def _events_line(counts: Any) -> str:
+    rejected = sum(counts["rejected"].values())
+    return (
+        f"{counts['read']:,} read = {counts['accepted']:,} accepted + {counts['duplicate']:,} duplicate + "
+        f"{rejected:,} rejected"
+    )
+
+
+def _progress(stage: Stage) -> Any:
+    def progress(name: str, done: int, total: int) -> None:
+        stage.update(done, total or None, name)
+
+    return progress
+
+
+def _found(reused: bool) -> str:
+    return "already there: " if reused else ""

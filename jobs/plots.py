@@ -1,0 +1,99 @@
+"""The pictures of a run, as PNG: loss, quality against history length, energy of real histories against rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from models.metrics import bootstrap_interval, ndcg
+
+LENGTH_BUCKETS = (0, 20, 50, 100, 200, 500, 1_000, 10_000, 1 << 62)
+MIN_BUCKET_USERS = 20
+"""Fewer users than this say nothing about a bucket."""
+
+
+def write_plots(run_dir: Path, *, model: str) -> list[Path]:
+    """Write every plot there is data for into RUN/plots; returns the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    directory = run_dir / "plots"
+    directory.mkdir(exist_ok=True)
+    written = [_plot_loss(run_dir, directory / "loss.png")]
+    results = run_dir / "evaluation" / f"{model}.parquet"
+    if results.exists() and "rank_removed" in pq.read_schema(results).names:
+        written.append(_plot_history_length(results, directory / "history-length.png"))
+    spectrum = run_dir / "evaluation" / "spectrum.json"
+    if spectrum.exists():
+        written.append(_plot_spectrum(json.loads(spectrum.read_text()), directory / "spectrum.png"))
+    return written
+
+
+def _plot_loss(run_dir: Path, path: Path) -> Path:
+    rows = [json.loads(line) for line in (run_dir / "telemetry.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
+    valid = {row["step"]: row for row in rows if row["kind"] == "valid"}
+    metric = next((key for row in valid.values() for key in ("ndcg@10", "gauc") if key in row), None)
+    figure, axes = _figure("training", "step", "loss")
+    axes.plot(list(steps), list(steps.values()), linewidth=0.8, label="training loss")
+    if metric:
+        right = axes.twinx()
+        right.plot(
+            list(valid), [row[metric] for row in valid.values()], "o-", color="tab:orange", label=f"valid {metric}"
+        )
+        right.set_ylabel(f"valid {metric}")
+        right.legend(loc="center right")
+    axes.legend(loc="upper right")
+    return _save(figure, path)
+
+
+def _plot_history_length(results: Path, path: Path) -> Path:
+    table = pq.read_table(results, columns=["history_length", "rank_removed"])
+    length, values = table["history_length"].to_numpy(), ndcg(table["rank_removed"].to_numpy(), k=10)
+    labels, means, low, high = [], [], [], []
+    for first, end in zip(LENGTH_BUCKETS, LENGTH_BUCKETS[1:], strict=False):
+        inside = (length >= first) & (length < end)
+        if inside.sum() < MIN_BUCKET_USERS:
+            continue
+        interval = bootstrap_interval(values[inside], seed=0)
+        labels.append(f"{first}-{min(end - 1, int(length.max()))}\n({inside.sum()})")
+        means.append(interval.value)
+        low.append(interval.value - interval.low)
+        high.append(interval.high - interval.value)
+    figure, axes = _figure("quality by history length", "events in the history (requests)", "NDCG@10, seen removed")
+    axes.errorbar(np.arange(len(means)), means, yerr=[low, high], fmt="o", capsize=4)
+    axes.set_xticks(np.arange(len(means)), labels)
+    axes.set_ylim(bottom=0)
+    return _save(figure, path)
+
+
+def _plot_spectrum(spectrum: dict[str, Any], path: Path) -> Path:
+    figure, axes = _figure(
+        f"energy of {spectrum['histories']} real histories", "rank", "share of squared singular values"
+    )
+    for quantile, shares in spectrum["quantiles"].items():
+        axes.plot(spectrum["rank"], shares, "o-", markersize=3, label=f"{float(quantile):.0%} of histories below")
+    axes.set_ylim(0, 1.02)
+    axes.legend()
+    return _save(figure, path)
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    return path

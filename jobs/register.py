@@ -1,0 +1,265 @@
+"""solar register RECIPE: the best checkpoint of a run -> a version in the MLflow registry.
+
+A version holds weights as safetensors, the vocabulary, one self-contained torch-only scorer.py, metrics and lineage; no
+pickle, and this repository is not needed to load it. The first version becomes `champion`; a later one `challenger`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from jobs.config import RunConfig
+from jobs.console import Console
+from jobs.evaluate import Evaluated
+from jobs.tracking import metric_name, tracking_uri
+from jobs.train import Trained, read_json
+from jobs.training.model import MODELS, model_settings
+from models.embeddings import ITEM_TABLE
+from pipeline.shards import Shards
+
+FIRST_ITEM_ROW = 2
+REQUESTS_PER_FORWARD = 64
+RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A version in the registry."""
+
+    model: str
+    version: str
+    alias: str
+    uri: str
+    reused: bool
+
+
+def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console: Console) -> Registered:
+    """Register the run's best checkpoint once; the same checkpoint again is the same version."""
+    import mlflow
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(config.tracking, config.workspace)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    client = MlflowClient(uri, registry_uri=uri)
+    name = config.tracking.registered_model or f"solar-{config.data.name}"
+    key = _run_key(trained)
+    found = _find_version(client, name, key)
+    if found is not None:
+        return Registered(
+            name, found.version, ", ".join(sorted(found.aliases)), f"models:/{name}/{found.version}", True
+        )
+
+    with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "model"
+        item_type = export_model(config, trained.checkpoint, directory)
+        scorer = Path(scratch) / "scorer.py"
+        scorer.write_text(scorer_source(config.model["name"]))
+        stage.update(1, 3, "log")
+        with mlflow.start_run(run_id=trained.mlflow_run_id):
+            _log_evaluation(config, trained, evaluated)
+            info = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=str(scorer),
+                artifacts={"model": str(directory)},
+                signature=_signature(config, item_type=item_type),
+                pip_requirements=[f"{package}=={_version(package)}" for package in RUNTIME_PACKAGES],
+            )
+        stage.update(2, 3, "version")
+        version = _create_version(client, name, info.model_uri, trained, key)
+        alias = _set_alias(client, name, version.version)
+        stage.result = f"{name} version {version.version}, alias {alias}"
+    return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
+
+
+def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
+    """Write what the scorer reads: whole tables without optimizer state, tower, items with feature rows, settings.
+
+    Returns the type of raw item ids (int64 or string).
+    """
+    directory.mkdir(parents=True)
+    shards = Shards.open(str(config.shards_dir), number=_manifest_of(checkpoint))
+    vocabulary = shards.vocabulary
+    sizes = {ITEM_TABLE: vocabulary.size, **{name: feature.size for name, feature in vocabulary.features.items()}}
+    for table, size in sizes.items():
+        save_file({"weight": _whole_table(checkpoint, table)[:size].clone()}, directory / f"table-{table}.safetensors")
+    dense = load_file(checkpoint / "dense.safetensors")
+    save_file({key: value for key, value in dense.items() if "/" not in key}, directory / "model.safetensors")
+    pq.write_table(_items_table(vocabulary), directory / "items.parquet")
+    settings = {
+        "model": model_settings(config.model, vocabulary),
+        "features": list(vocabulary.features),
+        "actions": list(vocabulary.actions),
+        "first_item_row": FIRST_ITEM_ROW,
+        "max_history": config.data.requests.max_history,
+        "requests_per_forward": REQUESTS_PER_FORWARD,
+        "vocabulary_fingerprint": vocabulary.fingerprint,
+    }
+    (directory / "scorer.json").write_text(json.dumps(settings, indent=1, sort_keys=True))
+    (directory / "config.json").write_text(json.dumps(config.as_dict(), indent=1, sort_keys=True))
+    return vocabulary.item_type
+
+
+def scorer_source(model: str) -> str:
+    """jobs/scorer.py and every file of models/ that the tower needs, as one file."""
+    config_class, tower_class = MODELS[model]
+    parts = [
+        _module_body(path) for path in _imported_files(REPOSITORY / f"{tower_class.__module__.replace('.', '/')}.py")
+    ]
+    scorer = _module_body(REPOSITORY / "jobs" / "scorer.py")
+    lines = scorer.splitlines()
+    start = next(index for index, line in enumerate(lines) if "# scorer: replaced at export" in line)
+    lines[start : start + 3] = [
+        f'    config = {config_class.__name__}(**{{key: settings[key] for key in settings if key != "name"}})',
+        f"    return {tower_class.__name__}(config, num_features=num_features)",
+    ]
+    body = "\n\n".join(["from __future__ import annotations", *parts, "\n".join(lines)])
+    return f"{body}\n\nmlflow.models.set_model(Scorer())\n"
+
+
+def _imported_files(path: Path) -> list[Path]:
+    """`path` after every file of models/ it imports, directly or not: the order in which they can be concatenated."""
+    ordered: list[Path] = []
+
+    def visit(file: Path) -> None:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("models."):
+                visit(REPOSITORY / f"{str(node.module).replace('.', '/')}.py")
+        if file not in ordered:
+            ordered.append(file)
+
+    visit(path)
+    return ordered
+
+
+def _module_body(path: Path) -> str:
+    """The file without its imports of `__future__` and `models`."""
+    source = path.read_text()
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and (
+            node.module == "__future__" or (node.module or "").startswith("models.")
+        ):
+            assert node.end_lineno is not None
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines)
+
+
+def _whole_table(checkpoint: Path, table: str) -> Any:
+    import torch
+
+    parts = []
+    for file in sorted(checkpoint.glob(f"table-{table}-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            parts.append(tensors.get_tensor("weight"))
+    return torch.cat(parts)
+
+
+def _items_table(vocabulary: Any) -> pa.Table:
+    """item_id and the rows of each feature, in the order of the table rows from FIRST_ITEM_ROW."""
+    import numpy as np
+
+    columns: dict[str, Any] = {"item_id": vocabulary.raw(np.arange(FIRST_ITEM_ROW, vocabulary.size))}
+    for name, feature in vocabulary.features.items():
+        offsets = feature.offsets[FIRST_ITEM_ROW:] - feature.offsets[FIRST_ITEM_ROW]
+        values = feature.values[feature.offsets[FIRST_ITEM_ROW] :]
+        columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, pa.int64()))
+    return pa.table(columns)
+
+
+def _signature(config: RunConfig, *, item_type: str) -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+
+    item = DataType.string if item_type == "string" else DataType.long
+    inputs = Schema(
+        [
+            ColSpec(Array(item), "history"),
+            ColSpec(Array(item), "candidates"),
+            ColSpec(Array(DataType.long), "history_time", required=bool(config.model.get("time_features"))),
+            ColSpec(Array(DataType.string), "history_action", required=False),
+            ColSpec(DataType.long, "time", required=False),
+        ]
+    )
+    return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(Array(DataType.double), "scores")]))
+
+
+def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -> None:
+    import mlflow
+
+    from jobs.plots import write_plots
+
+    for system, metrics in evaluated.summary["metrics"].items():
+        prefix = "test" if system == config.model["name"] else f"test/{system.replace(', ', '/')}"
+        mlflow.log_metrics({f"{prefix}/{metric_name(key)}": value for key, value in metrics.items() if value == value})
+    mlflow.log_artifact(str(evaluated.directory / "summary.json"), "evaluation")
+    for plot in write_plots(trained.run_dir, model=config.model["name"]):
+        mlflow.log_artifact(str(plot), "plots")
+
+
+def _create_version(client: Any, name: str, model_uri: str, trained: Trained, key: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name)
+    facts = read_json(trained.run_dir / "run.json")
+    tags = {
+        "solar.run_key": key,
+        "solar.checkpoint": str(trained.checkpoint.absolute()),
+        "solar.manifest": str(facts["manifest"]),
+        "solar.manifest_fingerprint": facts["manifest_fingerprint"],
+        "solar.git_commit": facts["git_commit"],
+    }
+    champion = _champion(client, name)
+    if champion is not None:
+        tags["solar.parent_version"] = champion.version
+    return client.create_model_version(name, source=model_uri, run_id=trained.mlflow_run_id, tags=tags)
+
+
+def _set_alias(client: Any, name: str, version: str) -> str:
+    alias = "champion" if _champion(client, name) is None else "challenger"
+    client.set_registered_model_alias(name, alias, version)
+    return alias
+
+
+def _champion(client: Any, name: str) -> Any | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, "champion")
+    except MlflowException:
+        return None
+
+
+def _find_version(client: Any, name: str, key: str) -> Any | None:
+    found = client.search_model_versions(f"name = '{name}'")
+    versions = [version for version in found if version.tags.get("solar.run_key") == key]
+    return client.get_model_version(name, versions[0].version) if versions else None
+
+
+def _run_key(trained: Trained) -> str:
+    commit = (trained.checkpoint / "COMMIT").read_bytes()
+    return hashlib.sha256(commit).hexdigest()[:16]
+
+
+def _manifest_of(checkpoint: Path) -> int:
+    return read_json(checkpoint / "state.json")["manifest"]
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package).split("+")[0]

@@ -1,0 +1,131 @@
+"""solar run RECIPE: import, prepare, train, evaluate, register in one go; what is already there is reused.
+
+`make demo` is `solar run movielens-100k`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from jobs.cluster import ray_session
+from jobs.config import RunConfig
+from jobs.console import Console
+from jobs.evaluate import Evaluated, evaluate
+from jobs.ingest import import_events, prepare_shards
+from jobs.register import Registered, register
+from jobs.tracking import tracking_uri
+from jobs.train import Trained, train, trained_run
+
+
+def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Registered:
+    """The whole flow. Each part returns what it made or found."""
+    started = time.monotonic()
+    if config.source.path is None and config.source.name == "files" and (config.events_dir / "source.json").exists():
+        console.line(f"{'import':<12} already there: {config.events_dir}")
+    else:
+        import_events(config.source, config.events_dir, console, downloads=Path(config.workspace) / "downloads")
+    with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
+        prepare_shards(str(config.events_dir), str(config.shards_dir), config.data.prepare, console)
+        for part in systems(config):
+            _train(part, console, verbose=verbose)
+        trained, evaluated = evaluate_runs(config, console, verbose=verbose)
+    registered = register(config, trained, evaluated, console)
+    print_results(config, console, evaluated)
+    _print_places(config, console, trained, registered)
+    console.line(f"done in {time.monotonic() - started:.0f} s")
+    return registered
+
+
+def systems(config: RunConfig) -> list[RunConfig]:
+    """The run itself and its comparisons."""
+    return [config, *(config.with_model(name) for name in config.compare)]
+
+
+def evaluate_runs(config: RunConfig, console: Console, *, verbose: bool = False) -> tuple[Trained, Evaluated]:
+    """Evaluate the finished runs of a recipe side by side."""
+    trained = {part.model["name"]: trained_run(part) for part in systems(config)}
+    return trained[config.model["name"]], evaluate(config, trained, console, verbose=verbose)
+
+
+def _train(config: RunConfig, console: Console, *, verbose: bool) -> Trained:
+    console.line(f"{'train':<12} {config.model['name']} on {config.parallel.num_workers} workers -> {config.run_dir}")
+    trained = train(config, console, resume=True, verbose=verbose)
+    if trained.reused:
+        console.line(f"{'train':<12} already there: {trained.checkpoint}")
+    return trained
+
+
+def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> None:
+    summary = evaluated.summary
+    if evaluated.reused:
+        console.line(f"{'evaluate':<12} already there: {evaluated.directory}")
+    console.line()
+    title = f"{summary['part']} part, {summary['task']}, {summary['split']}"
+    if summary["task"] == "impressions":
+        skipped = summary["metrics"][config.model["name"]]["requests_skipped"]
+        counted = summary["metrics"][config.model["name"]]["requests"]
+        rows = [_impression_row(system, metrics) for system, metrics in summary["metrics"].items()]
+        console.table(
+            f"{title}: {counted:,.0f} requests ({skipped:,.0f} with a shorter history left out)",
+            ("model", "AUC", "GAUC", "LogLoss", "calibration"),
+            rows,
+        )
+        return
+    requests = summary["metrics"][config.model["name"]]["requests"]
+    rows = []
+    for system, metrics in summary["metrics"].items():
+        interval, ratio = summary["intervals"][system], summary["ratios"].get(system)
+        rows.append(
+            (
+                system,
+                f"{metrics['hr@10']:.4f}",
+                f"{metrics['ndcg@10']:.4f}",
+                f"{interval['low']:.4f} - {interval['high']:.4f}",
+                f"{metrics['mrr@10']:.4f}",
+                f"{metrics['hr@10_seen_kept']:.4f}",
+                f"{metrics['ndcg@10_seen_kept']:.4f}",
+                f"{ratio['value']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})" if ratio else "",
+            )
+        )
+    console.table(
+        f"{title}: {requests:,.0f} requests ranked among the whole catalogue; seen items removed unless said; 95 % "
+        "bootstrap intervals over users",
+        (
+            "model",
+            "HR@10",
+            "NDCG@10",
+            "95 %",
+            "MRR@10",
+            "HR@10 kept",
+            "NDCG@10 kept",
+            f"{config.model['name']} is x times",
+        ),
+        rows,
+    )
+
+
+def _impression_row(system: str, metrics: dict[str, float]) -> tuple[str, ...]:
+    probabilities = system != "popularity"
+    return (
+        system,
+        f"{metrics['auc']:.4f}",
+        f"{metrics['gauc']:.4f}",
+        f"{metrics['logloss']:.4f}" if probabilities else "",
+        f"{metrics['calibration']:.3f}" if probabilities else "",
+    )
+
+
+def _print_places(config: RunConfig, console: Console, trained: Trained, registered: Registered) -> None:
+    uri = tracking_uri(config.tracking, config.workspace)
+    again = "already there: " if registered.reused else ""
+    console.line(f"shards       {config.shards_dir}")
+    console.line(f"checkpoint   {trained.checkpoint}")
+    console.line(f"plots        {trained.run_dir / 'plots'}")
+    console.line(f"MLflow run   {trained.mlflow_run_id} in {uri}")
+    console.line(f"registered   {again}{registered.model} version {registered.version} ({registered.alias})")
+    console.line()
+    console.line("try next:")
+    console.line(f"  solar inspect {config.shards_dir} --verify")
+    console.line(f"  mlflow ui --backend-store-uri {uri}")
+    console.line(f"  solar train {config.name} --name {config.name}-rank-8 --model.rank 8")

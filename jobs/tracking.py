@@ -1,0 +1,172 @@
+"""MLflow: one run a training run, written by the driver in batches.
+
+The default store is SQLite under the workspace; any tracking URI works by configuration. Workers never speak to MLflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+METRICS_PER_REQUEST = 1000
+"""MLflow's limit of one log_batch call."""
+PARAM_LENGTH = 6000
+"""MLflow's limit of a parameter's value."""
+FLUSH_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where runs and models are recorded."""
+
+    uri: str | None = None
+    """MLflow tracking URI; unset = SQLite at WORKSPACE/mlflow/mlflow.db."""
+    experiment: str = "solar"
+    """MLflow experiment."""
+    registered_model: str | None = None
+    """Name in the registry; unset = solar-DATA_NAME."""
+
+
+def tracking_uri(config: TrackingConfig, workspace: str) -> str:
+    """The URI in use; the embedded store's directory is created."""
+    if config.uri:
+        return config.uri
+    directory = Path(workspace).absolute() / "mlflow"
+    directory.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{directory / 'mlflow.db'}"
+
+
+class TrackedRun:
+    """One MLflow run: opened by `open_run`, fed by rows, closed with a status."""
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = client
+        self._metrics: list[Any] = []
+        self._flushed = time.monotonic()
+
+    def metrics(self, values: Mapping[str, float], *, step: int, time_seconds: float | None = None) -> None:
+        """Queue metrics; sent in batches. MLflow has no `@` in names: `ndcg@10` is recorded as `ndcg_at_10`."""
+        from mlflow.entities import Metric
+
+        stamp = int((time_seconds or time.time()) * 1000)
+        for key, value in values.items():
+            if not math.isnan(value):
+                self._metrics.append(Metric(metric_name(key), value, stamp, step))
+        if len(self._metrics) >= METRICS_PER_REQUEST or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued."""
+        for first in range(0, len(self._metrics), METRICS_PER_REQUEST):
+            self._client.log_batch(self.run_id, metrics=self._metrics[first : first + METRICS_PER_REQUEST])
+        self._metrics, self._flushed = [], time.monotonic()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Flattened parameters (dots between levels)."""
+        from mlflow.entities import Param
+
+        flat = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in _flatten(values).items()]
+        for first in range(0, len(flat), 100):
+            self._client.log_batch(self.run_id, params=flat[first : first + 100])
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            self._client.set_tag(self.run_id, key, str(value))
+
+    def artifact(self, path: Path, directory: str | None = None) -> None:
+        self._client.log_artifact(self.run_id, str(path), directory)
+
+    def close(self, *, status: str = "FINISHED") -> None:
+        """Flush and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again)."""
+        self.flush()
+        self._client.set_terminated(self.run_id, status)
+
+
+def open_run(config: TrackingConfig, workspace: str, *, name: str, run_id: str | None = None) -> TrackedRun:
+    """A new run, or the run `run_id` again if the store still has it."""
+    from mlflow.tracking import MlflowClient
+
+    uri = tracking_uri(config, workspace)
+    client = MlflowClient(uri, registry_uri=uri)
+    if run_id and _has_run(client, run_id):
+        client.update_run(run_id, status="RUNNING")
+        return TrackedRun(client, run_id)
+    experiment = client.get_experiment_by_name(config.experiment)
+    if experiment is None:
+        artifacts = None if config.uri else (Path(workspace).absolute() / "mlflow" / "artifacts").as_uri()
+        experiment_id = client.create_experiment(config.experiment, artifact_location=artifacts)
+    else:
+        experiment_id = experiment.experiment_id
+    run = client.create_run(experiment_id, run_name=name)
+    if run_id:
+        client.set_tag(run.info.run_id, "solar.replaces_run", run_id)
+    return TrackedRun(client, run.info.run_id)
+
+
+def metric_name(key: str) -> str:
+    """A metric's name in MLflow."""
+    return key.replace("@", "_at_")
+
+
+def system_facts() -> dict[str, Any]:
+    """Machine and versions of the run."""
+    import deepspeed
+    import ray
+    import torch
+    import torchrec
+
+    return {
+        "system.python": platform.python_version(),
+        "system.platform": platform.platform(),
+        "system.cpus": os.cpu_count(),
+        "system.memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system.torch": torch.__version__,
+        "system.torchrec": torchrec.__version__,
+        "system.deepspeed": deepspeed.__version__,
+        "system.ray": ray.__version__,
+    }
+
+
+def git_commit() -> str:
+    """Commit of the running code, with `-dirty` where it was changed; `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match", "no-tag"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip()
+
+
+def _has_run(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException:
+        return False
+    return True
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,336 @@
+"""solar train RECIPE: shards -> checkpoints and an MLflow run.
+
+The driver: checks everything that can be checked before a worker starts, starts Ray Train, follows it with a progress
+bar, writes MLflow. The work itself is jobs/training/loop.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import ray_session
+from jobs.config import ConfigError, RunConfig
+from jobs.console import Console, Stage
+from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
+from jobs.training.checkpoint import committed_checkpoints, latest_checkpoint, read_state
+from jobs.training.loop import PRIMARY_METRIC, TrainJob
+from pipeline.build import index_requests
+from pipeline.manifest import current_manifest
+from pipeline.shards import Shards
+
+POLL_SECONDS = 0.5
+
+
+class Interrupted(Exception):
+    """The run stopped on Ctrl-C or SIGTERM, after a checkpoint."""
+
+
+class WorkerFailure(Exception):
+    """A worker died or raised; the message is the first line of its error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a training run left behind."""
+
+    run_dir: Path
+    checkpoint: Path
+    """The best checkpoint by the validation metric."""
+    mlflow_run_id: str
+    reused: bool
+
+
+def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = False) -> Trained:
+    """Train to the end. A finished run of the same configuration is reused; an unfinished one needs `resume`."""
+    run_dir = config.run_dir
+    manifest = current_manifest(str(config.shards_dir))
+    if manifest is None:
+        raise ConfigError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
+    facts = {
+        "config": config.as_dict(),
+        "fingerprint": config.fingerprint(),
+        "manifest": manifest.number,
+        "manifest_fingerprint": manifest.fingerprint,
+        "git_commit": git_commit(),
+    }
+    previous = _previous_run(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    latest = latest_checkpoint(run_dir)
+    if latest is not None:
+        document = read_state(latest)
+        _check_same_data(run_dir, document, facts)
+        if document["train_state"]["finished"]:
+            return Trained(run_dir, best_checkpoint(run_dir), previous["mlflow_run_id"], reused=True)
+        if not resume:
+            raise ConfigError(f"{run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW")
+
+    run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
+    write_json(run_dir / "run.json", {**facts, "mlflow_run_id": run.run_id})
+    if latest is None:
+        run.params(facts["config"])
+        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in facts.items() if key != "config"}})
+    job = train_job(config, facts=facts)
+    status = "FAILED"
+    try:
+        with (
+            ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
+            console.stage("train") as stage,
+        ):
+            index_requests(Shards.open(job.shards, number=job.manifest), config=config.data.requests)
+            follow = _Follower(
+                run, stage, run_dir / "telemetry.jsonl", primary=PRIMARY_METRIC[config.data.requests.task]
+            )
+            run_workers(_train_worker, {"job": job}, config=config, name="train", on_rows=follow, stoppable=True)
+        status = "FINISHED"
+    except Interrupted:
+        status = "KILLED"
+        raise
+    finally:
+        run.close(status=status)
+    return Trained(run_dir, best_checkpoint(run_dir), run.run_id, reused=False)
+
+
+def trained_run(config: RunConfig) -> Trained:
+    """What a run of this config left behind, finished or not."""
+    previous = _previous_run(config)
+    if not previous:
+        raise ConfigError(f"{config.run_dir}: no run there: run `solar train` first")
+    return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
+
+
+def train_job(config: RunConfig, *, facts: dict[str, Any] | None = None) -> TrainJob:
+    """What the workers get to know of a config."""
+    manifest = current_manifest(str(config.shards_dir))
+    if manifest is None:
+        raise ConfigError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
+    return TrainJob(
+        run_dir=str(config.run_dir.absolute()),
+        shards=str(config.shards_dir.absolute()),
+        manifest=manifest.number,
+        seed=config.seed,
+        model=config.model,
+        training=config.training,
+        requests=config.data.requests,
+        loader=config.data.loader,
+        optimizer=config.optimizer,
+        parallel=config.parallel,
+        checkpoint=config.checkpoint,
+        facts=facts or {},
+    )
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint with the best validation metric so far."""
+    latest = latest_checkpoint(run_dir)
+    if latest is None:
+        raise ConfigError(f"{run_dir}: no checkpoint there: run `solar train` first")
+    best = run_dir / f"step-{read_state(latest)['train_state']['best_step']:08d}"
+    return best if best in committed_checkpoints(run_dir) else latest
+
+
+def run_workers(
+    function: Callable[[dict[str, Any]], None],
+    arguments: dict[str, Any],
+    *,
+    config: RunConfig,
+    name: str,
+    on_rows: Callable[[list[dict[str, Any]]], None],
+    stoppable: bool = False,
+) -> None:
+    """Run `function` on every worker of a Ray Train group and hand rank 0's rows to `on_rows`.
+
+    `fit` runs beside the main thread, which keeps the signals. The first SIGINT or SIGTERM asks all ranks to
+    checkpoint and stop (`stoppable`) and raises Interrupted once they did; the second raises at once.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from jobs.training.telemetry import Telemetry
+
+    telemetry = Telemetry.remote()
+    parallel = config.parallel
+    trainer = TorchTrainer(
+        _start_worker,
+        train_loop_config={**arguments, "function": function, "telemetry": telemetry, "parallel": parallel},
+        torch_config=TorchConfig(backend="nccl" if parallel.device == "cuda" else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=parallel.num_workers,
+            use_gpu=parallel.device == "cuda",
+            resources_per_worker={
+                "CPU": parallel.threads_per_worker,
+                **({"GPU": 1} if parallel.device == "cuda" else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{name}-{int(time.time())}",
+            storage_path=str((config.run_dir / "ray").absolute()),
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # handed to the main thread
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    with _signals(lambda: telemetry.stop.remote() if stoppable else None) as asked_to_stop:
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            on_rows(ray.get(telemetry.drain.remote()))
+            if asked_to_stop() and not stoppable:
+                raise Interrupted(name)
+    on_rows(ray.get(telemetry.drain.remote()))
+    if failure:
+        raise WorkerFailure(_first_cause(failure[0])) from failure[0]
+    if asked_to_stop():
+        raise Interrupted(name)
+
+
+def _start_worker(arguments: dict[str, Any]) -> None:
+    """Runs in every worker: threads, noise, then the job's function."""
+    import torch
+
+    from jobs.training.parallel import quiet_libraries
+    from jobs.training.telemetry import Reporter
+
+    parallel = arguments["parallel"]
+    torch.set_num_threads(parallel.threads_per_worker)
+    quiet_libraries()
+    arguments["function"](arguments | {"reporter": Reporter(arguments["telemetry"])})
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    from jobs.training.loop import train as train_loop
+
+    train_loop(arguments["job"], reporter=arguments["reporter"])
+
+
+class _Follower:
+    """Turns rank 0's rows into the progress bar, MLflow metrics and RUN/telemetry.jsonl."""
+
+    def __init__(self, run: TrackedRun, stage: Stage, log: Path, *, primary: str) -> None:
+        self._run, self._stage, self._log, self._primary = run, stage, log, primary
+        self._step, self._num_steps, self._loss, self._best = 0, 0, float("nan"), float("nan")
+
+    def __call__(self, rows: list[dict[str, Any]]) -> None:
+        with self._log.open("a") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            kind, stamp = row.pop("kind"), row.pop("time")
+            if kind == "start":
+                self._step, self._num_steps = row["step"], row["num_steps"]
+            elif kind == "step":
+                self._step, self._loss = row.pop("step"), row["loss"]
+                self._run.metrics(
+                    {f"train/{key}": value for key, value in row.items()}, step=self._step, time_seconds=stamp
+                )
+            elif kind == "valid":
+                step = row.pop("step")
+                self._best = max(row[self._primary], self._best) if self._best == self._best else row[self._primary]
+                self._run.metrics({f"valid/{key}": value for key, value in row.items()}, step=step, time_seconds=stamp)
+        note = f"step {self._step}/{self._num_steps}  loss {self._loss:.4f}  best {self._primary} {self._best:.4f}"
+        self._stage.result = note
+        self._stage.update(self._step, self._num_steps or None, note)
+
+
+@contextmanager
+def _signals(on_first: Callable[[], Any]) -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM set a flag and call `on_first`; a second one raises KeyboardInterrupt."""
+    seen: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        on_first()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _previous_run(config: RunConfig) -> dict[str, Any]:
+    """The directory's run.json, {} where there is none; a directory of another configuration is refused."""
+    file = config.run_dir / "run.json"
+    if not file.exists():
+        if config.run_dir.exists() and any(config.run_dir.iterdir()):
+            raise ConfigError(f"{config.run_dir}: not empty and not a run: choose another --name or --workspace")
+        return {}
+    previous = read_json(file)
+    if previous["fingerprint"] != config.fingerprint():
+        key, there, here = _first_difference(previous["config"], config.as_dict(), config.identity())
+        raise ConfigError(
+            f"{config.run_dir}: belongs to another configuration ({key} is {there} there, {here} here): "
+            "choose another --name, or remove the directory"
+        )
+    return previous
+
+
+def _check_same_data(run_dir: Path, document: dict[str, Any], facts: dict[str, Any]) -> None:
+    if document["manifest_fingerprint"] != facts["manifest_fingerprint"]:
+        raise ConfigError(
+            f"{run_dir}: was trained on manifest {document['manifest']} ({document['manifest_fingerprint']}), the shards "
+            f"are now at manifest {facts['manifest']} ({facts['manifest_fingerprint']}): choose another --name"
+        )
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any], identity: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The first dotted key within the identity whose values differ."""
+
+    def walk(keys: Any, left: Any, right: Any, prefix: str) -> tuple[str, Any, Any] | None:
+        for key in keys:
+            old, new = (side.get(key) if isinstance(side, dict) else None for side in (left, right))
+            if isinstance(keys[key], dict) and isinstance(old, dict):
+                found = walk(keys[key], old, new, f"{prefix}{key}.")
+                if found:
+                    return found
+            elif old != new:
+                return f"{prefix}{key}", old, new
+        return None
+
+    keys = {key: value for key, value in identity.items() if key != "precision"}
+    return walk(keys, there, here, "") or (
+        "parallel.precision",
+        there["parallel"]["precision"],
+        here["parallel"]["precision"],
+    )
+
+
+def _first_cause(error: BaseException) -> str:
+    """The worker's own error in one line, out of Ray's wrappers."""
+    failures = getattr(error, "worker_failures", None)
+    cause: Any = next(iter(failures.values())) if failures else error
+    while getattr(cause, "cause", None) is not None or cause.__cause__ is not None:
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Replace the file as a whole."""
+    staged = path.with_suffix(".tmp")
+    staged.write_text(json.dumps(document, indent=1, sort_keys=True))
+    os.replace(staged, path)

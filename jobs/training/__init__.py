@@ -1,0 +1,1 @@
+"""One training job inside its workers. Start reading at loop.py."""

@@ -1,0 +1,219 @@
+"""Checkpoints: what must survive a crash, readable without TorchRec or DeepSpeed, at any world size and ZeRO stage.
+
+    step-00000400/
+      table-item-000000000000.safetensors   rows from 0: `weight` [rows, C], `accumulator` [rows]; one file a rank
+      table-item-000000001024.safetensors   rows from 1024
+      dense.safetensors                     every parameter `NAME` fp32 with `NAME/exp_avg`, `NAME/exp_avg_sq`
+      state.json                            counters, loader state, random states, config, fingerprints, plan
+      COMMIT                                size and checksum of every file above; created last, exclusively
+
+Without COMMIT a directory is not a checkpoint. No pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from jobs.training.dense_state import gather_dense_state
+from jobs.training.parallel import ShardedTables, TableShard
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the fix in one line."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointConfig:
+    """When to write and what to keep."""
+
+    every_steps: int = 0
+    """Steps between checkpoints; 0 = at every evaluation and at the end only."""
+    keep: int = 2
+    """Latest checkpoints kept beside the best one."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ValueError(f"every_steps={self.every_steps}: must be 0 or more")
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: must be 1 or more")
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainState:
+    """All that must survive a crash besides weights and optimizer state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    loader: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The loader's cursor and fingerprint."""
+    best_metric: float | None = None
+    """Best validation value so far."""
+    best_step: int = 0
+    """The step of `best_metric`."""
+    train_seconds: float = 0.0
+    """Time spent in steps, over all restarts."""
+    finished: bool = False
+    """All epochs are done."""
+
+
+def save_checkpoint(
+    run_dir: Path, state: TrainState, *, tables: ShardedTables, engine: Any, facts: dict[str, Any], keep: int
+) -> Path:
+    """Write `step-XXXXXXXX`, then collect old ones. All ranks join; `facts` (config, fingerprints) goes into state.json."""
+    path = run_dir / f"step-{state.step:08d}"
+    if dist.get_rank() == 0:
+        if path.exists() and not (path / "COMMIT").exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+
+    written = [_save_table(path, shard) for shard in tables.shards() if shard.weight.shape[0]]
+    dense = dict(gather_dense_state(engine))
+    random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (written, random_state))
+
+    if dist.get_rank() == 0:
+        save_file(dense, path / "dense.safetensors")
+        document = {
+            **facts,
+            "train_state": dataclasses.asdict(state),
+            "world_size": dist.get_world_size(),
+            "random_states": [random for _, random in gathered],
+            "tables": [dataclasses.asdict(spec) for spec in tables.specs],
+            "sharding_plan": str(tables.plan),
+        }
+        (path / "state.json").write_text(json.dumps(document, indent=1, sort_keys=True))
+        files = [file for files, _ in gathered for file in files]
+        files += [_describe(path / "dense.safetensors"), _describe(path / "state.json")]
+        _commit(path, files)
+        _collect(run_dir, keep=keep, protected={state.best_step, state.step})
+    dist.barrier()
+    return path
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The committed checkpoint of the highest step, None where there is none."""
+    found = committed_checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def committed_checkpoints(run_dir: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return sorted(path.parent for path in run_dir.glob("step-*/COMMIT"))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a committed checkpoint, after every file's size was compared with COMMIT."""
+    if not (path / "COMMIT").exists():
+        raise CheckpointError(f"{path}: not a checkpoint (no COMMIT): give a step-XXXXXXXX directory of a run")
+    problems = verify_checkpoint(path, checksums=False)
+    if problems:
+        raise CheckpointError(f"{problems[0]}: use an earlier checkpoint of {path.parent}")
+    return json.loads((path / "state.json").read_text())
+
+
+def verify_checkpoint(path: Path, *, checksums: bool = True) -> list[str]:
+    """Every difference between the files and COMMIT, one line each."""
+    problems = []
+    for entry in json.loads((path / "COMMIT").read_text())["files"]:
+        file = path / entry["name"]
+        if not file.exists():
+            problems.append(f"{file}: missing")
+        elif file.stat().st_size != entry["bytes"]:
+            problems.append(f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}")
+        elif checksums and _checksum(file) != entry["xxh64"]:
+            problems.append(f"{file}: checksum differs")
+    return problems
+
+
+def load_tables(path: Path, shards: Iterable[TableShard]) -> None:
+    """Fill this rank's rows from the row ranges of a checkpoint; rows it does not have keep their value."""
+    for shard in shards:
+        last_row = shard.first_row + shard.weight.shape[0]
+        for file in sorted(path.glob(f"table-{shard.table}-*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                first_in_file = _first_row(file)
+                rows = tensors.get_slice("weight").get_shape()[0]
+                first, last = max(shard.first_row, first_in_file), min(last_row, first_in_file + rows)
+                if first >= last:
+                    continue
+                source = slice(first - first_in_file, last - first_in_file)
+                target = slice(first - shard.first_row, last - shard.first_row)
+                shard.weight[target] = tensors.get_slice("weight")[source]
+                shard.accumulator[target] = tensors.get_slice("accumulator")[source]
+
+
+def load_dense(path: Path) -> dict[str, Tensor]:
+    """All tensors of dense.safetensors."""
+    return load_file(path / "dense.safetensors")
+
+
+def restore_random_state(document: dict[str, Any]) -> None:
+    """Set this rank's random state. At another world size there is none to restore: ranks keep their seeds."""
+    if document["world_size"] == dist.get_world_size():
+        raw = bytearray(base64.b64decode(document["random_states"][dist.get_rank()]))
+        torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
+
+
+def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
+    file = path / f"table-{shard.table}-{shard.first_row:012d}.safetensors"
+    save_file({"weight": shard.weight.contiguous(), "accumulator": shard.accumulator.contiguous()}, file)
+    return _describe(file)
+
+
+def _first_row(file: Path) -> int:
+    match = re.fullmatch(r"table-.*-(\d{12})", file.stem)
+    assert match, file
+    return int(match[1])
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return {"name": file.name, "bytes": file.stat().st_size, "xxh64": _checksum(file)}
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh64()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _commit(path: Path, files: list[dict[str, Any]]) -> None:
+    """COMMIT appears whole or not at all: written under another name, synced, then linked."""
+    staged = path / ".COMMIT.tmp"
+    with staged.open("w") as stream:
+        json.dump({"format_version": 1, "files": sorted(files, key=lambda file: file["name"])}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.link(staged, path / "COMMIT")
+    staged.unlink()
+    directory = os.open(path, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _collect(run_dir: Path, *, keep: int, protected: set[int]) -> None:
+    for path in committed_checkpoints(run_dir)[:-keep]:
+        if int(path.name.removeprefix("step-")) not in protected:
+            (path / "COMMIT").unlink()
+            shutil.rmtree(path)

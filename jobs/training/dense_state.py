@@ -1,0 +1,111 @@
+"""Read and write the tower's weights and AdamW moments through a DeepSpeed engine, whatever its ZeRO stage.
+
+ZeRO keeps fp32 weights and moments in flat partitions. The functions here speak of whole named parameters instead, so
+that a checkpoint written at one stage and world size loads at any other. Every function is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def parameter_names(engine: Any) -> list[str]:
+    return [name for name, _ in engine.module.named_parameters()]
+
+
+def gather_dense_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(key, fp32 tensor) of every parameter and its moments, one parameter at a time; keys `NAME` and `NAME/exp_avg`.
+
+    Needs at least one optimizer step behind it.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    _link_moments(engine)
+    for name, parameter in engine.module.named_parameters():
+        if engine.zero_optimization():
+            yield name, _cpu(safe_get_full_fp32_param(parameter), parameter)
+            for moment in MOMENTS:
+                yield f"{name}/{moment}", _cpu(safe_get_full_optimizer_state(parameter, moment), parameter)
+        else:
+            yield name, _cpu(parameter.detach(), parameter)
+            for moment in MOMENTS:
+                yield f"{name}/{moment}", _cpu(engine.optimizer.state[parameter][moment], parameter)
+
+
+def restore_dense_state(engine: Any, state: Mapping[str, Tensor], *, num_steps: int) -> None:
+    """Put back what `gather_dense_state` yielded after `num_steps` optimizer steps.
+
+    The module's own (possibly bf16) weights must have been loaded before `deepspeed.initialize`.
+    """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    _create_moments(engine, num_steps=num_steps)
+    stage = engine.zero_optimization_stage() if engine.zero_optimization() else 0
+    for name, parameter in engine.module.named_parameters():
+        if stage == 3:
+            _restore_partition(parameter, name, state)
+        elif stage in (1, 2):
+            safe_set_full_fp32_param(parameter, state[name])
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{name}/{moment}"], moment)
+        else:
+            for moment in MOMENTS:
+                engine.optimizer.state[parameter][moment].copy_(state[f"{name}/{moment}"])
+
+
+def _create_moments(engine: Any, *, num_steps: int) -> None:
+    """AdamW makes its state in its first step; a restored engine needs the tensors before that."""
+    zero = engine.optimizer
+    adamw = getattr(zero, "optimizer", zero)
+    stage3_partitions = getattr(zero, "fp32_partitioned_groups_flat", None)
+    partitions = stage3_partitions or [tensor for group in adamw.param_groups for tensor in group["params"]]
+    for partition in partitions:
+        adamw.state[partition] = {"step": torch.tensor(float(num_steps))}
+        for moment in MOMENTS:
+            adamw.state[partition][moment] = torch.zeros_like(partition, memory_format=torch.preserve_format)
+    _link_moments(engine)
+
+
+def _link_moments(engine: Any) -> None:
+    """Point ZeRO-1/2's per-parameter views at the moments.
+
+    DeepSpeed links all parameter groups after stepping the first one, when the others have no moments yet.
+    """
+    zero = engine.optimizer
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _restore_partition(parameter: Tensor, name: str, state: Mapping[str, Tensor]) -> None:
+    """ZeRO-3's own setter slices past the end of a parameter that does not divide by the world size: slice here."""
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    size = safe_get_local_fp32_param(parameter).numel()
+    first = size * dist.get_rank()
+
+    def partition(key: str) -> Tensor:
+        whole = state[key].flatten()
+        padded = torch.zeros(size * dist.get_world_size())
+        padded[: whole.numel()] = whole
+        return padded[first : first + size]
+
+    safe_set_local_fp32_param(parameter, partition(name))
+    for moment in MOMENTS:
+        safe_set_local_optimizer_state(parameter, partition(f"{name}/{moment}"), moment)
+
+
+def _cpu(tensor: Tensor, parameter: Tensor) -> Tensor:
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return tensor.detach().to("cpu", torch.float32, copy=True).reshape(shape).contiguous()

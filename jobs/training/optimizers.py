@@ -1,0 +1,60 @@
+"""The optimizers of both halves: AdamW for the tower, fused row-wise Adagrad for the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Learning rates, decay and clipping."""
+
+    dense_lr: float = 1e-3
+    """Peak learning rate of AdamW (tower)."""
+    sparse_lr: float = 0.05
+    """Learning rate of row-wise Adagrad (tables); constant."""
+    warmup_steps: int = 100
+    """Steps over which the tower's rate rises linearly from 0."""
+    final_lr_ratio: float = 0.1
+    """The tower's rate falls by a cosine to this share of the peak at the last step."""
+    weight_decay: float = 0.01
+    """AdamW's decay of the tower's matrices; vectors (biases, norms, temperatures) are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    dense_eps: float = 1e-8
+    """AdamW's denominator offset."""
+    sparse_eps: float = 1e-8
+    """Row-wise Adagrad's denominator offset."""
+    clip_norm: float = 1.0
+    """Global norm to which the tower's gradient is clipped; 0 = off. Tables are not clipped."""
+
+    def __post_init__(self) -> None:
+        for name in ("dense_lr", "sparse_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise ValueError(f"final_lr_ratio={self.final_lr_ratio}: must be between 0 and 1")
+
+    def parameter_groups(self, tower: nn.Module) -> list[dict[str, Any]]:
+        """Two AdamW groups: matrices with weight decay, everything else without."""
+        matrices = [parameter for parameter in tower.parameters() if parameter.ndim >= 2]
+        vectors = [parameter for parameter in tower.parameters() if parameter.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def dense_lr_at(self, step: int, *, num_steps: int) -> float:
+        """The tower's learning rate in step `step` (from 0) of `num_steps`: a function of the step, no state."""
+        warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        progress = min(1.0, step / max(1, num_steps))
+        cosine = self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.dense_lr * warmup * cosine

@@ -1,0 +1,60 @@
+"""How low-rank real histories are under the trained model: the energy share that the first r interests hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from jobs.training.evaluation import EVENTS_PER_BATCH
+from jobs.training.model import training_input
+from jobs.training.parallel import ShardedTables
+from models.solar import Solar
+from pipeline.loader import EvaluationLoader
+from pipeline.requests import RequestConfig
+from pipeline.shards import Shards
+
+QUANTILES = (0.1, 0.5, 0.9)
+MAX_REQUESTS = 2000
+
+
+def energy_by_rank(
+    tower: nn.Module, tables: ShardedTables, shards: Shards, *, requests: RequestConfig, part: str
+) -> dict[str, Any] | None:
+    """Quantiles over histories of the cumulative energy share at rank 1..R; None for models without a decomposition.
+
+    All ranks join; every rank gets the same answer.
+    """
+    if not isinstance(tower, Solar) or not tower.config.interests:
+        return None
+    loader = EvaluationLoader(
+        shards,
+        requests=requests,
+        part=part,
+        batch_events=EVENTS_PER_BATCH,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        limit=MAX_REQUESTS,
+    )
+    tower.eval()
+    local = []
+    for batch in loader:
+        with torch.no_grad():
+            interests, _ = tower.interests(training_input(batch, tables))
+        energy_K = interests.energy_K[1:].double()
+        share_KR = (interests.singular_KR[1:].double() ** 2).cumsum(1) / energy_K[:, None].clamp_min(1e-30)
+        local.append(share_KR[energy_K > 0].numpy())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    parts = [share for shares in gathered for share in shares if len(share)]
+    if not parts:
+        return None
+    share_KR = np.concatenate(parts)
+    return {
+        "histories": len(share_KR),
+        "rank": list(range(1, share_KR.shape[1] + 1)),
+        "quantiles": {str(q): np.quantile(share_KR, q, axis=0).tolist() for q in QUANTILES},
+    }

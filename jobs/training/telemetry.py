@@ -1,0 +1,62 @@
+"""What workers tell the driver while they train, and the one thing the driver tells them: stop.
+
+Rank 0 of the workers pushes rows into an actor; the driver polls them for its progress bar and for MLflow. The stop
+flag goes the other way and reaches every rank in the same step.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+
+@ray.remote(num_cpus=0)
+class Telemetry:
+    """Rows from rank 0, a stop flag from the driver."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._stop = False
+
+    def push(self, rows: list[dict[str, Any]]) -> bool:
+        """Append rows; returns the stop flag."""
+        self._rows.extend(rows)
+        return self._stop
+
+    def drain(self) -> list[dict[str, Any]]:
+        """All rows since the last call."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def stop(self) -> None:
+        """Ask all ranks to checkpoint at the same step and end."""
+        self._stop = True
+
+
+class Reporter:
+    """One rank's end: `row` on rank 0 sends, `should_stop` is joined by every rank."""
+
+    def __init__(self, actor: Any | None) -> None:
+        self._actor = actor if dist.get_rank() == 0 else None
+        self._pending: Any = None
+
+    def row(self, kind: str, **values: Any) -> None:
+        """Send one row without waiting; other ranks do nothing."""
+        if self._actor is not None:
+            rows = [{"kind": kind, "time": time.time(), **values}]
+            self._pending = self._actor.push.remote(rows)
+
+    def should_stop(self) -> bool:
+        """Whether the driver asked to stop, the same answer on every rank. A collective."""
+        flag = torch.zeros(1)
+        if self._pending is not None:
+            ready, _ = ray.wait([self._pending], timeout=0)
+            if ready:
+                flag.fill_(float(ray.get(self._pending)))
+                self._pending = None
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())

@@ -1,0 +1,36 @@
+"""Real gloo ranks for tests: `run_ranks(function, world_size, ...)` runs a module-level function in that many processes."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returned on each rank, in rank order; an exception on a rank fails the test."""
+    with tempfile.TemporaryDirectory() as directory:
+        torch.multiprocessing.spawn(_enter, args=(world_size, directory, function, arguments), nprocs=world_size)
+        return [pickle.loads((Path(directory) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
+
+
+def _enter(rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: Any) -> None:
+    import os
+
+    import torch.distributed as dist
+
+    from jobs.training.parallel import quiet_libraries
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    torch.set_num_threads(1)
+    quiet_libraries()
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=world_size)
+    result = function(*arguments)
+    (Path(directory) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
+    dist.destroy_process_group()
