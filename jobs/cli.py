@@ -148,7 +148,7 @@ def _import(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parser = ArgumentParser(prog=f"solar import {name}", exit_on_error=False)
     if name == "files":
         parser.add_argument("path", type=str, help="file, directory or pattern of CSV, JSON lines or Parquet")
-        parser.add_argument("--items", type=str | None, default=None, help="table of items and their features")
+        parser.add_argument("--items_path", type=str | None, default=None, help="table of items and their features")
         parser.add_class_arguments(ImportConfig)
     else:
         parser.add_argument("--from", type=str | None, default=None, help="a local copy of the wheel or of its files")
@@ -163,7 +163,7 @@ def _import(arguments: list[str], console: Console, *, verbose: bool) -> int:
         fields = ImportConfig.__dataclass_fields__
         built = _instantiate(parser, parsed)
         options = ImportConfig(**{field: built[field] for field in fields})
-        source = SourceConfig(name=name, path=parsed.path, items=parsed.items, files=options)
+        source = SourceConfig(name=name, path=parsed.path, items_path=parsed.items_path, files=options)
     else:
         source = SourceConfig(name=name, path=parsed["from"])
     import_events(source, out, console, downloads=Path(parsed.workspace) / "downloads")
@@ -180,7 +180,7 @@ def _prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parser = ArgumentParser(prog="solar prepare", exit_on_error=False)
     parser.add_argument("--events", type=str, required=True, help="event log: file, directory, pattern or s3:// URI")
     parser.add_argument("--out", type=str, required=True, help="directory of the sequence shards")
-    parser.add_argument("--items", type=str | None, default=None, help="items table; default: the event log's own")
+    parser.add_argument("--items_path", type=str | None, default=None, help="items table; default: the log's own")
     parser.add_argument("--workspace", type=str, default="workspace", help="directory of logs")
     parser.add_class_arguments(PrepareConfig)
     parser.add_class_arguments(ClusterConfig, "cluster")
@@ -189,7 +189,7 @@ def _prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     options = PrepareConfig(**{field: built[field] for field in PrepareConfig.__dataclass_fields__})
     _capture(console, parsed.workspace, "prepare", verbose=verbose)
     prepare_shards(
-        parsed.events, parsed.out, options, console, items=parsed.items, cluster=built["cluster"], verbose=verbose
+        parsed.events, parsed.out, options, console, items=parsed.items_path, cluster=built["cluster"], verbose=verbose
     )
     return 0
 

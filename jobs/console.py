@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import rich.console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+PLAIN_WIDTH = 160
 PLAIN_LINE_SECONDS = 10.0
 """Off a terminal a stage prints a line at its start and end and at most this often between."""
 
@@ -28,7 +30,7 @@ class Console:
         self.log: Path | None = None
         """Where the libraries' output goes, None while it goes to the terminal."""
         self._out, self._err = sys.stdout, sys.stderr
-        self._rich = rich.console.Console(file=self._out, highlight=False, soft_wrap=True)
+        self._rich = _rich_console(self._out)
 
     def capture_libraries(self, log: Path) -> None:
         """From now on file descriptors 1 and 2 of this process and its children are `log`; this console is not."""
@@ -37,7 +39,7 @@ class Console:
         sys.stderr.flush()
         self._out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
         self._err = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")
-        self._rich = rich.console.Console(file=self._out, highlight=False, soft_wrap=True)
+        self._rich = _rich_console(self._out)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
@@ -56,7 +58,7 @@ class Console:
         """A table; the first column is left-aligned, numbers to the right."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
         for row in rows:
             table.add_row(*row)
         self._rich.print(table)
@@ -72,6 +74,12 @@ class Console:
             stage.end("stopped")
             raise
         stage.end(stage.result)
+
+
+def _rich_console(out: TextIO) -> rich.console.Console:
+    # Off a terminal nothing needs to fit a window.
+    width = None if out.isatty() else PLAIN_WIDTH
+    return rich.console.Console(file=out, highlight=False, soft_wrap=True, width=width)
 
 
 class Stage:
@@ -100,7 +108,8 @@ class Stage:
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
         """Move the bar to `done` of `total` (None: unknown)."""
-        assert self._progress is not None and self._task is not None
+        assert self._progress is not None
+        assert self._task is not None
         self._progress.update(self._task, completed=done, total=total, note=note)
 
     def end(self, result: str) -> None:

@@ -116,10 +116,10 @@ def _torchrec() -> str:
 
 
 def _gloo() -> str:
-    import torch.multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(_all_reduce, args=(f"file://{directory}/store",), nprocs=2)
+        spawn(_all_reduce, args=(f"file://{directory}/store",), nprocs=2)
     return "all-reduce between two processes"
 
 
@@ -142,7 +142,10 @@ def _deepspeed() -> str:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    return f"{deepspeed.__version__}, accelerator {get_accelerator().device_name()}"
+    accelerator = get_accelerator()
+    if accelerator is None:
+        raise RuntimeError("DeepSpeed finds no accelerator, not even the CPU")
+    return f"{deepspeed.__version__}, accelerator {accelerator.device_name()}"
 
 
 def _ray() -> str:

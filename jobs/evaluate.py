@@ -148,7 +148,7 @@ def _summarise(directory: Path, config: RunConfig, *, checkpoints: dict[str, str
 def _ndcg_per_user(directory: Path, system: str) -> np.ndarray:
     """Mean NDCG@10 (seen items removed) of every user, in the order of the users."""
     table = pq.read_table(directory / f"{_file_name(system)}.parquet", columns=["user", "rank_removed"])
-    users, index = np.unique(table["user"].to_numpy(), return_inverse=True)
+    _, index = np.unique(table["user"].to_numpy(), return_inverse=True)
     values = ndcg(table["rank_removed"].to_numpy(), k=PRIMARY_CUTOFF)
     return np.bincount(index, weights=values) / np.bincount(index)
 

@@ -32,7 +32,9 @@ def import_events(source: SourceConfig, out: Path, console: Console, *, download
                     f"source.path is not set and {out} is not there: name the events with --source.path FILE, "
                     "or bring them in with `solar import files`"
                 )
-            imported = import_files(source.path, str(out), config=source.files, items=source.items, progress=progress)
+            imported = import_files(
+                source.path, str(out), config=source.files, items=source.items_path, progress=progress
+            )
         stage.result = f"{_found(imported.reused)}{imported.events:,} events, {imported.items:,} items in {out}"
     return imported
 

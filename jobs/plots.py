@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _plot_history_length(results: Path, path: Path) -> Path:
     table = pq.read_table(results, columns=["history_length", "rank_removed"])
     length, values = table["history_length"].to_numpy(), ndcg(table["rank_removed"].to_numpy(), k=10)
     labels, means, low, high = [], [], [], []
-    for first, end in zip(LENGTH_BUCKETS, LENGTH_BUCKETS[1:], strict=False):
+    for first, end in itertools.pairwise(LENGTH_BUCKETS):
         inside = (length >= first) & (length < end)
         if inside.sum() < MIN_BUCKET_USERS:
             continue

@@ -72,7 +72,7 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
             rows,
         )
         return
-    requests = summary["metrics"][config.model["name"]]["requests"]
+    main = config.model["name"]
     rows = []
     for system, metrics in summary["metrics"].items():
         interval, ratio = summary["intervals"][system], summary["ratios"].get(system)
@@ -80,27 +80,18 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
             (
                 system,
                 f"{metrics['hr@10']:.4f}",
-                f"{metrics['ndcg@10']:.4f}",
-                f"{interval['low']:.4f} - {interval['high']:.4f}",
+                f"{metrics['ndcg@10']:.4f} ({interval['low']:.4f}-{interval['high']:.4f})",
                 f"{metrics['mrr@10']:.4f}",
                 f"{metrics['hr@10_seen_kept']:.4f}",
                 f"{metrics['ndcg@10_seen_kept']:.4f}",
-                f"{ratio['value']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})" if ratio else "",
+                f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "",
             )
         )
+    requests = summary["metrics"][main]["requests"]
     console.table(
-        f"{title}: {requests:,.0f} requests ranked among the whole catalogue; seen items removed unless said; 95 % "
-        "bootstrap intervals over users",
-        (
-            "model",
-            "HR@10",
-            "NDCG@10",
-            "95 %",
-            "MRR@10",
-            "HR@10 kept",
-            "NDCG@10 kept",
-            f"{config.model['name']} is x times",
-        ),
+        f"{title}: {requests:,.0f} requests, each ranked among the whole catalogue "
+        "(seen items removed; in brackets 95 % bootstrap intervals over users)",
+        ("model", "HR@10", "NDCG@10", "MRR@10", "HR@10, seen kept", "NDCG@10, seen kept", f"NDCG@10 of {main} / this"),
         rows,
     )
 

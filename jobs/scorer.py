@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
+from mlflow.pyfunc.model import PythonModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from models.interface import ModelInput, Recommender
 UNKNOWN_ITEM_ROW = 1
 
 
-class Scorer(mlflow.pyfunc.PythonModel):
+class Scorer(PythonModel):
     """Loads one exported model directory and scores requests.
 
     Columns of a request:
@@ -111,7 +112,7 @@ def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recomm
 
 
 def _mean_rows(weight: Tensor, values: list[list[int]], first_item_row: int) -> Tensor:
-    """[item rows, C]: the mean of each item's feature rows; zero for padding, the unknown item and items without any."""
+    """[item rows, C]: the mean of each item's feature rows; zero for items without any (padding and unknown too)."""
     lengths = torch.tensor([0] * first_item_row + [len(value) for value in values])
     flat = torch.tensor([row for value in values for row in value], dtype=torch.int64)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)

@@ -288,8 +288,9 @@ def _previous_run(config: RunConfig) -> dict[str, Any]:
 def _check_same_data(run_dir: Path, document: dict[str, Any], facts: dict[str, Any]) -> None:
     if document["manifest_fingerprint"] != facts["manifest_fingerprint"]:
         raise ConfigError(
-            f"{run_dir}: was trained on manifest {document['manifest']} ({document['manifest_fingerprint']}), the shards "
-            f"are now at manifest {facts['manifest']} ({facts['manifest_fingerprint']}): choose another --name"
+            f"{run_dir}: was trained on manifest {document['manifest']} ({document['manifest_fingerprint']}), "
+            f"the shards are now at manifest {facts['manifest']} ({facts['manifest_fingerprint']}): "
+            "choose another --name"
         )
 
 

@@ -23,7 +23,7 @@ class ModelInput:
     """What a tower reads. Items are looked up once each; events and candidates point into them by index."""
 
     item_IC: Tensor
-    """[I, C] embedding rows of the distinct items of this batch (a leaf of the tables' look-up; carries the gradient)."""
+    """[I, C] embedding rows of the distinct items of this batch, with the gradient of the look-up."""
     features_IFC: Tensor
     """[I, F, C] one vector per item feature: the mean of its values' rows, zero where an item has none."""
     event_offsets_U1: Tensor

@@ -36,7 +36,7 @@ class MeanPoolingConfig:
 class MeanPooling(Recommender):
     """The tower. `num_features` is F, the number of item features of the tables."""
 
-    def __init__(self, config: MeanPoolingConfig, num_features: int) -> None:
+    def __init__(self, config: MeanPoolingConfig, *, num_features: int) -> None:
         super().__init__()
         self.config = config
         self.item = nn.Linear(config.width * (1 + num_features), config.width, bias=False)

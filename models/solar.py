@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows
+from models.checkpoints import checkpoint_interests
 from models.history import NUM_GAP_BUCKETS, EventEncoder, History, ItemEncoder, recent_events
 from models.interface import ModelInput, Recommender
 from models.set_attention import SetAttention
-from models.svd_attention import Interests, SvdAttention, checkpoint_interests
+from models.svd_attention import Interests, SvdAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class SolarConfig:
     """Candidates of a request attend to each other."""
     set_attention_exact_up_to: int = 256
     """Candidates of a set up to which that is exact; above, candidates attend to the set's principal components."""
-    ffn_multiple: int = 2
+    ffn_multiple: int = 0
     """Hidden width of the feed-forward network of a block, in widths; 0 switches it off."""
     head_width: int = 32
     """Hidden units of the head's network; 0 leaves the inner product alone."""
@@ -86,7 +87,7 @@ class SolarConfig:
 class Solar(Recommender):
     """The tower. `num_features` is F, the number of item features of the tables."""
 
-    def __init__(self, config: SolarConfig, num_features: int) -> None:
+    def __init__(self, config: SolarConfig, *, num_features: int) -> None:
         super().__init__()
         self.config = config
         self.items = ItemEncoder(config.width, num_features=num_features)

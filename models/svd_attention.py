@@ -9,7 +9,7 @@ components and the stable gradient. Lemma (tested): if rank(X) <= R then Q (X W_
 Softmax over R interests is another function than softmax over N events, even then.
 
 Each thing is written twice: the reference form, readable and slow, above the fast form that the models use.
-The letters are those of models/interface.py; here K counts the checkpoints that requests use, G a chunk of events.
+The letters are those of models/interface.py; K counts histories (models/checkpoints.py: one per checkpoint in use).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import dataclasses
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias
@@ -32,7 +31,7 @@ START_TEMPERATURE = 6.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Interests:
-    """The principal components of K histories, strongest first. Row 0 is the empty history: nothing valid."""
+    """The principal components of K histories, strongest first."""
 
     interest_KRD: Tensor
     """[K, R, D] S_R V_R^T / sqrt(N) with the canonical sign, in the Gram's dtype; zero where not valid."""
@@ -88,74 +87,6 @@ def interests_from_gram(
         singular_KR=singular_KR.detach(),
         energy_K=value_KD.detach().sum(-1),
     )
-
-
-def reference_checkpoint_interests(
-    event_ND: Tensor,
-    *,
-    event_offsets_U1: Tensor,
-    request_user_B: Tensor,
-    request_position_B: Tensor,
-    rank: int,
-    every: int,
-) -> Tensor:
-    """interest_BRD: per request, the interests of the user's events before the last checkpoint at or before it."""
-    rows = []
-    for user, position in zip(request_user_B.tolist(), request_position_B.tolist(), strict=True):
-        start = int(event_offsets_U1[user])
-        rows.append(reference_interests(event_ND[start : start + position // every * every], rank=rank))
-    return torch.stack(rows) if rows else event_ND.new_zeros(0, rank, event_ND.shape[-1], dtype=torch.float64)
-
-
-def checkpoint_interests(
-    event_ND: Tensor,
-    *,
-    event_offsets_U1: Tensor,
-    request_user_B: Tensor,
-    request_position_B: Tensor,
-    rank: int,
-    every: int,
-    gram_dtype: torch.dtype = torch.float64,
-    gradient_eps: float = GRADIENT_EPS,
-) -> tuple[Interests, Tensor]:
-    """Interests at the checkpoints (every `every` events of a user) that some request uses, and checkpoint_B.
-
-        user 0, every = 2    a b | c d | e        request at position 5 -> checkpoint 2 (a b c d)
-                                                  request at position 1 -> row 0, the empty history
-
-    The running Gram is the cumulative sum of chunk Grams X_G^T X_G: no padding, nothing of size N x M, no event twice.
-    Gram and decomposition run in `gram_dtype`, never under autocast.
-    """
-    every_event = torch.arange(every, device=event_ND.device)
-    number_B = request_position_B // every
-    stride = event_ND.shape[0] + 1
-    key_K, inverse = torch.unique((request_user_B * stride + number_B)[number_B > 0], return_inverse=True)
-    checkpoint_B = torch.zeros_like(number_B).masked_scatter(number_B > 0, inverse + 1)
-    user_K, number_K = key_K // stride, key_K % stride
-    # The span of a checkpoint: the chunks since the previous used checkpoint of the same user.
-    place_K = torch.arange(key_K.numel(), device=key_K.device)
-    first_K = user_K != torch.cat([user_K.new_full((1,), -1), user_K])[: key_K.numel()]
-    rank_K = place_K - torch.where(first_K, place_K, 0).cummax(0).values if key_K.numel() else place_K
-    from_K = torch.where(first_K, 0, torch.cat([number_K.new_zeros(1), number_K])[: key_K.numel()])
-    length_K = number_K - from_K
-    span_G = torch.repeat_interleave(place_K, length_K)
-    chunk_G = torch.arange(span_G.numel(), device=span_G.device) - (length_K.cumsum(0) - length_K - from_K)[span_G]
-    row_GE = (event_offsets_U1[user_K[span_G]] + chunk_G * every)[:, None] + every_event
-
-    with torch.autocast(event_ND.device.type, enabled=False):
-        event_GED = F.embedding(row_GE, event_ND).to(gram_dtype)
-        width = event_ND.shape[1]
-        gram_KDD = event_GED.new_zeros(key_K.numel(), width, width)
-        gram_KDD = gram_KDD.index_add(0, span_G, event_GED.transpose(1, 2) @ event_GED)
-        sum_KD = event_GED.new_zeros(key_K.numel(), width).index_add(0, span_G, event_GED.sum(1))
-        interests = interests_from_gram(
-            _running_sum(gram_KDD, rank_K=rank_K),
-            sum_KD=_running_sum(sum_KD, rank_K=rank_K),
-            count_K=(number_K * every).to(gram_dtype),
-            rank=rank,
-            gradient_eps=gradient_eps,
-        )
-    return _with_empty_history(interests), checkpoint_B
 
 
 def reference_svd_attention(
@@ -247,24 +178,3 @@ class _StableEigh(torch.autograd.Function):
         inner_KDD = turn_KDD + torch.diag_embed(value_bar_KD)
         gram_bar_KDD = vector_KDD @ inner_KDD @ vector_KDD.mT
         return (gram_bar_KDD + gram_bar_KDD.mT) / 2, None
-
-
-def _running_sum(value: Tensor, *, rank_K: Tensor) -> Tensor:
-    """Cumulative sum along the first axis that starts anew where rank_K is 0, in log2 steps and without a difference:
-    a user's sum never holds another user's rounding error."""
-    step, longest = 1, int(rank_K.max()) if rank_K.numel() else 0
-    while step <= longest:
-        shifted = torch.cat([torch.zeros_like(value[:step]), value[:-step]])
-        joins = (rank_K >= step).view(-1, *[1] * (value.dim() - 1))
-        value = value + torch.where(joins, shifted, 0.0)
-        step *= 2
-    return value
-
-
-def _with_empty_history(interests: Interests) -> Interests:
-    """The same with a row 0 that is the history without events."""
-
-    def prepend(value: Tensor) -> Tensor:
-        return torch.cat([value.new_zeros(1, *value.shape[1:]), value])
-
-    return Interests(**{field.name: prepend(getattr(interests, field.name)) for field in dataclasses.fields(interests)})

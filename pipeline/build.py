@@ -46,7 +46,7 @@ class PrepareConfig:
     files: FileFormat = dataclasses.field(default_factory=FileFormat)
     """How the event files are written."""
     buckets: int = 16
-    """Shard files; a task holds one of them in memory (about 100 bytes an event)."""
+    """Shard files; a task holds one of them in memory (about 250 bytes an event: measured on 3 M events)."""
     row_group_events: int = 1_000_000
     """Most events of a row group, the unit that training reads; a longer single user stands alone."""
     max_rejected_ratio: float = 0.01
@@ -163,7 +163,8 @@ def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
             "set columns.timestamp"
         )
     names = ("timestamp", "order", "action", "label", "request_id")
-    return EventColumns(**{name: name if name in there else None for name in names})
+    found: dict[str, Any] = {name: name if name in there else None for name in names}
+    return EventColumns(**found)
 
 
 def _by_bucket(staged: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from pipeline import readers, sequences
 from pipeline.events import DataError, EventColumns, Reason, validate
+from pipeline.items import read_items
 from pipeline.manifest import Manifest, flatten
 from pipeline.readers import FileFormat, Input
 from pipeline.shards import Shards, bucket_of, write_index, write_shard
@@ -119,8 +120,8 @@ def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, A
             if "action" in mapping:
                 actions |= set(checked.events["action"].drop_nulls().unique())
             if "timestamp" in mapping:
-                low, high = checked.events["timestamp"].min(), checked.events["timestamp"].max()
-                result["time_range"] = _join_ranges(result["time_range"], [low, high])
+                times = checked.events["timestamp"].to_numpy()
+                result["time_range"] = _join_ranges(result["time_range"], [int(times.min()), int(times.max())])
             name = f"events-{number:06d}-{count:04d}.arrow"
             result["fragments"] += _write_fragment(store, name, checked.events, plan.config["buckets"])
     except DataError as error:
@@ -164,7 +165,7 @@ def grow_vocabulary(staged: list[dict[str, Any]], *, plan: Plan, staging: str) -
     if names:
         raw = pl.concat([_read_table(store, name)["item_id"] for name in names]).unique()
         vocabulary = vocabulary.grow(raw, {action for s in staged for action in s["actions"]})
-    return vocabulary.with_features(read_items(plan.items[0])) if plan.items else vocabulary
+    return vocabulary.with_features(read_items(plan.items[0], vocabulary)) if plan.items else vocabulary
 
 
 def build_bucket(
@@ -235,26 +236,6 @@ def finish(
     )
 
 
-def read_items(file: Input) -> pl.DataFrame:
-    """The items table: item_id and string or list-of-strings features. DataError for other types."""
-    try:
-        with file.open() as stream:
-            table = pl.DataFrame(pq.read_table(stream))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.name}: not a whole Parquet file; copy it again") from error
-    if "item_id" not in table.columns:
-        raise DataError(f"{file.name}: no column 'item_id'; it has {', '.join(table.columns)}; rename the id column")
-    for name, dtype in table.schema.items():
-        inner = dtype.inner if isinstance(dtype, pl.List) else dtype
-        if name != "item_id" and not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Boolean))):
-            raise DataError(f"{file.name}: feature {name!r} is {dtype}; features are categories: cast it to strings")
-    return table.with_columns(
-        pl.col(n).cast(pl.List(pl.String) if isinstance(t, pl.List) else pl.String)
-        for n, t in table.schema.items()
-        if n != "item_id"
-    )
-
-
 def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, Any]) -> None:
     ours, theirs = flatten(config), flatten(existing)
     for key in sorted(ours | theirs):
@@ -277,7 +258,7 @@ def _write_fragment(store: Store, name: str, events: pl.DataFrame, buckets: int)
         fragments.append([name, batch, int(part["bucket"][0]), part.height])
     assert writer is not None
     writer.close()
-    store.write(name, sink.getvalue())
+    store.write(name, sink.getvalue(), durable=False)
     return fragments
 
 
@@ -289,7 +270,7 @@ def _read_fragment(store: Store, name: str, batch: int) -> pl.DataFrame:
 def _write_table(store: Store, name: str, table: pl.DataFrame) -> None:
     sink = io.BytesIO()
     pq.write_table(table.to_arrow(compat_level=pl.CompatLevel.oldest()), sink, compression="zstd")
-    store.write(name, sink.getvalue())
+    store.write(name, sink.getvalue(), durable=False)
 
 
 def _read_table(store: Store, name: str) -> pl.DataFrame:

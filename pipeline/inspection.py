@@ -8,7 +8,6 @@ import json
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from pipeline.events import DataError
@@ -72,7 +71,7 @@ def _problems_of_file(data: Shards, file: int) -> list[str]:
     entry, index = data.manifest.files[file], data.index
     try:
         events = data.raw_events(data.groups_of_file(file))
-    except (DataError, OSError, pq.lib.ArrowException) as error:
+    except (DataError, OSError, pa.ArrowException) as error:
         return [f"{entry['name']}: cannot be read ({error})"]
     problems = []
     if events.height != entry["events"]:

@@ -25,6 +25,7 @@ from pipeline.request_index import PartCounts, check_log, request_counts
 from pipeline.requests import RequestConfig, Requests, carried, hash64, list_requests, of_part, sample, with_negatives
 from pipeline.sequences import UserEvents, offsets_of, ranges
 from pipeline.shards import Shards
+from pipeline.user_reader import UserReader
 
 _T = TypeVar("_T")
 
@@ -70,7 +71,7 @@ class TrainLoader:
         """Requests of the epoch over all ranks."""
         return int(np.minimum(self._counts.requests, self._requests.max_requests).sum())
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         """From the cursor on, for ever. The state counts a batch as soon as it is handed out."""
 
         def batches() -> Iterator[tuple[int, int, Batch]]:
@@ -128,7 +129,7 @@ class TrainLoader:
             return plan
 
     def _build(self, epoch: int, start: int) -> Iterator[Batch]:
-        plan, reader = self._plan(epoch), _GroupReader(self._data, keep=2 * self._loader.window_row_groups)
+        plan, reader = self._plan(epoch), UserReader(self._data, keep=2 * self._loader.window_row_groups)
         for number in range(start, plan.num_batches):
             users = plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
@@ -172,7 +173,7 @@ class EvaluationLoader:
         return _prefetched(self._build, 2)
 
     def _build(self) -> Iterator[Batch]:
-        reader = _GroupReader(self._data, keep=2)
+        reader = UserReader(self._data, keep=2)
         for number in range(self.num_batches):
             users = self._plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
@@ -205,31 +206,6 @@ class _EpochPlan:
         """User rows that a rank serves in a batch, in epoch order."""
         run = slice(int(self._offsets[number]), int(self._offsets[number + 1]))
         return self._users[run][order.deal(self._cost[run], world_size=world_size) == rank]
-
-
-class _GroupReader:
-    """Reads users by row, keeping the latest `keep` row groups in memory."""
-
-    def __init__(self, data: Shards, *, keep: int) -> None:
-        self._data, self._keep = data, keep
-        self._groups: dict[int, UserEvents] = {}
-
-    def read(self, users: np.ndarray) -> UserEvents:
-        """The sequences of these users, in this order."""
-        group, row = self._data.index.group[users], self._data.index.row[users]
-        distinct = np.unique(group)
-        parts = [self._group(int(g)).take(row[group == g]) for g in distinct]
-        joined = _concatenate(parts) if parts else _no_users(self._data)
-        back = np.empty(len(users), np.int64)
-        back[np.argsort(group, kind="stable")] = np.arange(len(users))
-        return joined.take(back)
-
-    def _group(self, group: int) -> UserEvents:
-        events = self._groups.pop(group, None) or self._data.read(group)
-        while len(self._groups) >= self._keep:
-            self._groups.pop(next(iter(self._groups)))
-        self._groups[group] = events
-        return events
 
 
 def _training_cost(counts: PartCounts, config: RequestConfig) -> np.ndarray:
@@ -272,28 +248,6 @@ def _batch(
 
 def _tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, np.int64))
-
-
-def _concatenate(parts: list[UserEvents]) -> UserEvents:
-    if len(parts) == 1:
-        return parts[0]
-
-    def join(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else np.concatenate(values)
-
-    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    names = ("item", "time", "before", "action", "label", "request")
-    return UserEvents(offsets=offsets_of(lengths), **{name: join(name) for name in names})
-
-
-def _no_users(data: Shards) -> UserEvents:
-    columns, empty = data.manifest.schema["columns"], np.zeros(0, np.int64)
-    return UserEvents(
-        offsets=np.zeros(1, np.int64), item=empty, time=empty, before=empty, action=empty,
-        label=np.zeros(0, np.float32) if "label" in columns else None,
-        request=empty if "request_id" in columns else None,
-    )  # fmt: skip
 
 
 def _fingerprint(fields: dict[str, Any]) -> str:

@@ -7,21 +7,19 @@ names it; a line that cannot be parsed is handed back as text, for events.valida
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 import fsspec
 import polars as pl
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
 from pipeline.storage import checksum_stream
+from pipeline.text_rows import csv_parser, json_parser, split_line
 
 _BLOCK_BYTES = 16 << 20
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -66,7 +64,7 @@ class Input:
     """parquet, csv or jsonl."""
 
     def open(self) -> IO[Any]:
-        return fsspec.open(self.url, "rb", compression="infer" if self.format != "parquet" else None).open()
+        return _open(self.url, compression="infer" if self.format != "parquet" else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +134,7 @@ def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
     if first is None:
         return {}
     if file.format == "csv":
-        names = options.header or tuple(_split(first.decode("utf-8", "replace"), options.separator) or ())
+        names = options.header or tuple(split_line(first.decode("utf-8", "replace"), options.separator) or ())
         return {name: pl.String() for name in names}
     try:
         row = json.loads(first)
@@ -160,7 +158,7 @@ def log_schema(files: list[Input], *, columns: EventColumns, options: FileFormat
 
 def checksum(file: Input) -> str:
     """xxh3-128 of the file's own bytes, not of what a compression holds."""
-    with fsspec.open(file.url, "rb").open() as stream:
+    with _open(file.url) as stream:
         return checksum_stream(stream)
 
 
@@ -181,12 +179,13 @@ def read_blocks(
         return
     skip_header = file.format == "csv" and not options.header
     names = list(read_schema(file, options=options))
-    parse = _csv_parser(names, mapping, options) if file.format == "csv" else _json_parser(mapping)
+    parse = csv_parser(names, mapping, separator=options.separator) if file.format == "csv" else json_parser(mapping)
     for block in _line_blocks(file, options):
         if skip_header:
             block, skip_header = block.partition(b"\n")[2], False
         if block:
-            yield parse(block)
+            rows, malformed = parse(block)
+            yield Block(table=rows, malformed=malformed)
 
 
 def _read_parquet(file: Input, mapping: dict[str, str], row_group: int | None) -> Iterator[Block]:
@@ -241,92 +240,8 @@ def _line_blocks(file: Input, options: FileFormat) -> Iterator[bytes]:
                 return
 
 
-def _csv_parser(names: list[str], mapping: dict[str, str], options: FileFormat) -> Callable[[bytes], Block]:
-    wanted = [mapping[name] for name in mapping]
-
-    def parse(block: bytes) -> Block:
-        fast = _parse_csv_block(block, names, wanted, options) if len(options.separator) == 1 else None
-        table, malformed = fast or _parse_csv_lines(block, names, wanted, options)
-        return Block(table=table.select(pl.col(c).alias(name) for name, c in mapping.items()), malformed=malformed)
-
-    return parse
-
-
-def _parse_csv_block(
-    block: bytes, names: list[str], wanted: list[str], options: FileFormat
-) -> tuple[pl.DataFrame, list[str]] | None:
-    """The block parsed at once; None where a stray quote or wrong byte makes rows run into each other."""
-    malformed: list[str] = []
-
-    def keep(row: pyarrow.csv.InvalidRow) -> str:
-        malformed.append(row.text)
-        return "skip"
-
-    try:
-        table = pyarrow.csv.read_csv(
-            io.BytesIO(block),
-            read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=options.separator, invalid_row_handler=keep),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={name: pa.string() for name in names}, include_columns=wanted, strings_can_be_null=False
-            ),
-        )
-    except pa.ArrowException:
-        return None
-    lines = sum(1 for line in block.split(b"\n") if line.rstrip(b"\r"))
-    return (pl.DataFrame(table), malformed) if table.num_rows + len(malformed) == lines else None
-
-
-def _parse_csv_lines(
-    block: bytes, names: list[str], wanted: list[str], options: FileFormat
-) -> tuple[pl.DataFrame, list[str]]:
-    places = [names.index(column) for column in wanted]
-    rows, malformed = [], []
-    for line in block.split(b"\n"):
-        if not (line := line.rstrip(b"\r")):
-            continue
-        text = line.decode("utf-8", "replace")
-        fields = _split(text, options.separator)
-        if fields is None or len(fields) != len(names) or "\ufffd" in text:
-            malformed.append(text)
-        else:
-            rows.append([fields[place] for place in places])
-    return pl.DataFrame(rows, schema=dict.fromkeys(wanted, pl.String), orient="row"), malformed
-
-
-def _split(line: str, separator: str) -> list[str] | None:
-    if len(separator) > 1:
-        return line.split(separator)
-    try:
-        return next(csv.reader([line], delimiter=separator, strict=True))
-    except csv.Error:
-        return None
-
-
-def _json_parser(mapping: dict[str, str]) -> Callable[[bytes], Block]:
-    def parse(block: bytes) -> Block:
-        rows, malformed = [], []
-        for line in block.split(b"\n"):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                rows.append([_as_text(row.get(column)) for column in mapping.values()])
-            except (ValueError, AttributeError, TypeError, RecursionError):
-                malformed.append(line.decode("utf-8", "replace").rstrip("\r"))
-        return Block(
-            table=pl.DataFrame(rows, schema=dict.fromkeys(mapping, pl.String), orient="row"), malformed=malformed
-        )
-
-    return parse
-
-
-def _as_text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (dict, list)):
-        raise TypeError("a nested value is no id, time or category")
-    return json.dumps(value)
+def _open(url: str, compression: str | None = None) -> IO[Any]:
+    return fsspec.open(url, "rb", compression=compression).open()  # type: ignore[union-attr]
 
 
 def _one_line(error: Exception) -> str:

@@ -83,7 +83,7 @@ def count_file(data: Shards, file: int, *, config: RequestConfig, staging: str) 
     """Count one shard file's users into a file of the staging directory."""
     sink = io.BytesIO()
     pq.write_table(pa.table(_count(data, file, config)), sink)
-    Store(staging).write(f"requests-{file:05d}.parquet", sink.getvalue())
+    Store(staging).write(f"requests-{file:05d}.parquet", sink.getvalue(), durable=False)
 
 
 def assemble(data: Shards, config: RequestConfig, *, staging: str) -> RequestCounts:

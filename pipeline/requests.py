@@ -227,7 +227,7 @@ def with_negatives(
     )
 
 
-def hash64(*keys: int | np.ndarray) -> np.ndarray:
+def hash64(*keys: int | np.ndarray | np.uint64) -> np.ndarray:
     """uint64 hash of the keys, element by element: splitmix64 (Steele et al., 2014) chained over them."""
     state = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):

@@ -60,15 +60,19 @@ class Store:
         with self.open(name) as stream:
             return checksum_stream(stream)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Replace or create the file; a reader sees the old bytes or all the new ones."""
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Replace or create the file; a reader sees the old bytes or all the new ones.
+
+        Files that a power cut may take (staging) need not be `durable`.
+        """
         if not self.is_local:
             self.fs.pipe_file(self.join(name), data)
             return
         target = Path(self.join(name))
-        temporary = _write_temporary(target, data)
+        temporary = _write_temporary(target, data, durable=durable)
         os.replace(temporary, target)
-        _sync_directory(target.parent)
+        if durable:
+            _sync_directory(target.parent)
 
     def adopt(self, local_path: str, name: str) -> None:
         """Move a finished local file to `name`, replacing nothing but equal bytes: names carry a content hash."""
@@ -138,13 +142,14 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
         yield chunk
 
 
-def _write_temporary(target: Path, data: bytes) -> Path:
+def _write_temporary(target: Path, data: bytes, *, durable: bool = True) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
     with os.fdopen(handle, "wb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            os.fsync(stream.fileno())
     os.chmod(name, 0o644)
     return Path(name)
 

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -213,20 +214,20 @@ _POLARS_TYPE = {"int64": pl.Int64(), "string": pl.String()}
 
 def _as_items(raw_ids: pa.Array | pl.Series | np.ndarray | Iterable, item_type: pa.DataType) -> pa.Array:
     if isinstance(raw_ids, pl.Series):
-        raw_ids = raw_ids.to_arrow()
-    elif isinstance(raw_ids, pa.ChunkedArray):
-        raw_ids = raw_ids.combine_chunks()
-    elif not isinstance(raw_ids, pa.Array):
+        ids: Any = raw_ids.to_arrow()
+    elif isinstance(raw_ids, pa.Array):
+        ids = raw_ids
+    else:
         values = raw_ids if isinstance(raw_ids, np.ndarray) else list(raw_ids)
-        raw_ids = pa.array(values, item_type) if not len(values) else pa.array(values)
-    if raw_ids.type == item_type:
-        return raw_ids
-    if item_type == pa.int64() and not pa.types.is_integer(raw_ids.type):
+        ids = pa.array(values) if len(values) else pa.array([], item_type)
+    if ids.type == item_type:
+        return ids
+    if item_type == pa.int64() and not pa.types.is_integer(ids.type):
         # A string is an integer id only in its canonical decimal form: identity is the bytes.
-        text = pl.Series(raw_ids.cast(pa.large_string()), dtype=pl.String)
+        text = pl.Series(ids.cast(pa.large_string()), dtype=pl.String)
         number = text.cast(pl.Int64, strict=False)
         return number.set(number.cast(pl.String) != text, None).to_arrow()
-    return raw_ids.cast(item_type)
+    return ids.cast(item_type)
 
 
 def _replace_values(old: Feature, rows: np.ndarray, raw: pl.Series) -> Feature:

@@ -74,7 +74,7 @@ class TrainState:
 def save_checkpoint(
     run_dir: Path, state: TrainState, *, tables: ShardedTables, engine: Any, facts: dict[str, Any], keep: int
 ) -> Path:
-    """Write `step-XXXXXXXX`, then collect old ones. All ranks join; `facts` (config, fingerprints) goes into state.json."""
+    """Write `step-XXXXXXXX`, then collect old ones; `facts` (config, fingerprints) go into state.json. Collective."""
     path = run_dir / f"step-{state.step:08d}"
     if dist.get_rank() == 0:
         if path.exists() and not (path / "COMMIT").exists():

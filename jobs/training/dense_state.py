@@ -106,6 +106,7 @@ def _restore_partition(parameter: Tensor, name: str, state: Mapping[str, Tensor]
         safe_set_local_optimizer_state(parameter, partition(f"{name}/{moment}"), moment)
 
 
-def _cpu(tensor: Tensor, parameter: Tensor) -> Tensor:
+def _cpu(tensor: Tensor | None, parameter: Tensor) -> Tensor:
+    assert tensor is not None
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return tensor.detach().to("cpu", torch.float32, copy=True).reshape(shape).contiguous()

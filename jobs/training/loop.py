@@ -156,7 +156,6 @@ def train_step(
 
 def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tuple[ShardedTables, Recommender]:
     """Sharded tables and an unwrapped tower: fresh from the seed, or with a checkpoint's weights. All ranks join."""
-    torch.manual_seed(job.seed)
     vocabulary = shards.vocabulary
     tables = ShardedTables(
         table_specs(vocabulary, width=job.model["width"]),
@@ -165,6 +164,8 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
         device=job.parallel.device,
     )
     tables.initialize(seed=job.seed, std=job.training.embedding_std)
+    # Here and not earlier: sharding the tables draws random numbers, more or fewer of them by world size.
+    torch.manual_seed(job.seed)
     tower = build_tower(model_settings(job.model, vocabulary), num_features=len(vocabulary.features))
     if checkpoint is not None:
         load_tables(checkpoint, tables.shards())

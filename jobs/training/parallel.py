@@ -106,7 +106,7 @@ class ShardedTables:
         )
 
     def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
-        """(item_IC, features_IFC) of distinct items; the one look-up of a step. Joined by every rank, also with none."""
+        """(item_IC, features_IFC) of distinct items; the one look-up of a step. All ranks join, also with no item."""
         num_items = item_rows_I.numel()
         # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
         asked = item_rows_I if num_items else item_rows_I.new_zeros(1)
@@ -176,7 +176,7 @@ def quiet_libraries() -> None:
 
 
 def _planner(tables: Sequence[TableSpec], *, device: str) -> Any:
-    """Row-wise sharding for every table, planned against this machine's memory instead of the library's example host."""
+    """Row-wise sharding for every table, planned against this machine's memory and not the library's example host."""
     from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
     from torchrec.distributed.planner.types import ParameterConstraints
 

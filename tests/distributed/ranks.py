@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: `run_ranks(function, world_size, ...)` runs a module-level function in that many processes."""
+"""Real gloo ranks for tests: `run_ranks(function, world_size, ...)` runs a function in that many processes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing
+import torch
+from torch.multiprocessing.spawn import spawn
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returned on each rank, in rank order; an exception on a rank fails the test."""
     with tempfile.TemporaryDirectory() as directory:
-        torch.multiprocessing.spawn(_enter, args=(world_size, directory, function, arguments), nprocs=world_size)
+        spawn(_enter, args=(world_size, directory, function, arguments), nprocs=world_size)
         return [pickle.loads((Path(directory) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 

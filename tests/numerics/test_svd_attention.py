@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.candidate_sets import CandidateSets
+from models.checkpoints import checkpoint_interests, reference_checkpoint_interests
 from models.svd_attention import (
     Interests,
     SvdAttention,
-    checkpoint_interests,
     interests_from_gram,
-    reference_checkpoint_interests,
     reference_interests,
     reference_svd_attention,
 )

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.svd_attention import checkpoint_interests, interests_from_gram, reference_interests
+from models.checkpoints import checkpoint_interests
+from models.svd_attention import interests_from_gram, reference_interests
 
 
 def seeded(seed: int) -> torch.Generator:

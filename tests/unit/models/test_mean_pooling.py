@@ -13,7 +13,7 @@ from tests.unit.models.model_inputs import NUM_FEATURES, WIDTH, empty_inputs, gr
 
 def build(dtype: torch.dtype = torch.float64) -> MeanPooling:
     torch.manual_seed(0)
-    model = randomise(MeanPooling(MeanPoolingConfig(width=WIDTH), NUM_FEATURES)).to(dtype).eval()
+    model = randomise(MeanPooling(MeanPoolingConfig(width=WIDTH), num_features=NUM_FEATURES)).to(dtype).eval()
     assert isinstance(model, MeanPooling)
     return model
 

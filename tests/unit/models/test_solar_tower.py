@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.solar import Solar, SolarConfig
 from tests.unit.models.model_inputs import (
@@ -42,7 +44,7 @@ VARIANTS = {
 
 def build(config: SolarConfig, dtype: torch.dtype = torch.float64) -> Solar:
     torch.manual_seed(0)
-    model = randomise(Solar(config, NUM_FEATURES)).to(dtype).eval()
+    model = randomise(Solar(config, num_features=NUM_FEATURES)).to(dtype).eval()
     assert isinstance(model, Solar)
     return model
 
@@ -154,6 +156,30 @@ def test_batch_with_equal_sets_equals_the_same_sets_beside_another_size(config: 
     for name in ("event_item_N", "event_time_N", "event_action_N", "request_time_B"):
         mixed = dataclasses.replace(mixed, **{name: getattr(inputs, name)})
     torch.testing.assert_close(model(mixed)[:20], model(inputs)[:20], rtol=1e-6, atol=1e-6)  # Float32 rounding.
+
+
+class LargestTensor(TorchDispatchMode):
+    """Counts the elements of the largest tensor that any operation returns, backward included."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_nothing_of_size_events_times_candidates_exists() -> None:
+    config = dataclasses.replace(BASE, set_attention_exact_up_to=20, ffn_multiple=1, head_width=4)
+    num_events, num_candidates = 3000, 3000
+    inputs = random_inputs(lengths=(num_events, 5), requests=((0, num_events), (1, 5)), sizes=(num_candidates, 2))
+    with LargestTensor() as seen:
+        build(config)(inputs).sum().backward()
+    # Largest allowed: 2 heads x candidates x 8 recent events, and events x width in few copies.
+    assert seen.largest <= 20 * max(num_events, num_candidates)
+    assert seen.largest < num_events * num_candidates / 100
 
 
 @pytest.mark.parametrize("field", ["features_IFC", "event_time_N", "event_action_N", "request_time_B"])

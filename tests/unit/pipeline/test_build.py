@@ -48,7 +48,7 @@ def test_the_same_inputs_are_reused_and_give_the_same_bytes(prepare, write_log, 
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 99), days=st.lists(st.integers(0, 3), min_size=60, max_size=60), text_ids=st.booleans())
 def test_any_split_into_ingests_has_the_same_digest(tmp_path_factory, seed, days, text_ids):
     import numpy as np
@@ -58,7 +58,7 @@ def test_any_split_into_ingests_has_the_same_digest(tmp_path_factory, seed, days
         {
             "user_id": rng.integers(0, 6, 60), "item_id": rng.integers(0, 5, 60), "timestamp": rng.integers(0, 4, 60),
             "action": rng.choice(["a", "b", ""], 60), "label": rng.integers(0, 3, 60),
-            "request_id": rng.choice([1, 2, None], 60).astype(object).tolist(), "day": days,
+            "request_id": [[1, 2, None][n] for n in rng.integers(0, 3, 60)], "day": days,
         }
     )  # fmt: skip
     if text_ids:

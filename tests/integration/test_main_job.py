@@ -1,0 +1,209 @@
+"""`solar run` as a user types it, on a tiny log: from raw events to a registered model that scores elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.tiny import write_tiny_log, write_tiny_recipe
+
+SOLAR = str(Path(sys.executable).parent / "solar")
+
+
+def solar(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([SOLAR, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("main-job")
+
+
+@pytest.fixture(scope="module")
+def recipe(workplace) -> Path:
+    log = write_tiny_log(workplace / "raw")
+    return write_tiny_recipe(workplace / "tiny.yaml", workspace=workplace / "workspace", events=log)
+
+
+@pytest.fixture(scope="module")
+def first_run(recipe, workplace) -> subprocess.CompletedProcess[str]:
+    return solar("run", recipe, cwd=workplace)
+
+
+def test_first_run_ends_with_metrics_places_and_a_champion(first_run, workplace):
+    assert first_run.returncode == 0, first_run.stderr
+    out = first_run.stdout
+    for system in ("solar", "solar, history emptied", "mean_pooling", "popularity"):
+        assert system in out
+    assert "solar-tiny version 1 (champion)" in out
+    assert "try next:" in out
+    plots = workplace / "workspace" / "runs" / "tiny" / "plots"
+    assert {path.name for path in plots.iterdir()} >= {"loss.png", "spectrum.png"}
+    summary = json.loads((workplace / "workspace/runs/tiny/evaluation/summary.json").read_text())
+    assert {metrics["requests"] for metrics in summary["metrics"].values()} == {40.0}
+    assert summary["ratios"]["popularity"]["low"] <= summary["ratios"]["popularity"]["value"]
+
+
+def test_libraries_stay_silent(first_run):
+    noise = ("WARNING", "Warning", "deepspeed", "raylet", "INFO")
+    assert [
+        line for line in (first_run.stdout + first_run.stderr).splitlines() if any(word in line for word in noise)
+    ] == []
+
+
+def test_second_run_reuses_everything(first_run, recipe, workplace):
+    again = solar("run", recipe, cwd=workplace)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("already there") >= 6
+    assert "step " not in again.stdout
+    assert "already there: solar-tiny version 1 (champion)" in again.stdout
+
+
+def test_mlflow_run_holds_config_metrics_plots_and_lineage(first_run, workplace):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{workplace}/workspace/mlflow/mlflow.db")
+    version = client.get_model_version_by_alias("solar-tiny", "champion")
+    assert version.run_id
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.rank"] == "4"
+    assert run.data.metrics["test/ndcg_at_10"] >= 0
+    assert "test/solar/history emptied/ndcg_at_10" in run.data.metrics
+    steps = client.get_metric_history(version.run_id, "train/loss")
+    assert [point.step for point in steps] == list(range(1, len(steps) + 1))
+    assert {"solar.git_commit", "solar.manifest_fingerprint", "system.torch"} <= run.data.tags.keys()
+    assert version.tags["solar.manifest"] == "1"
+    assert {artifact.path for artifact in client.list_artifacts(version.run_id)} >= {"plots", "evaluation"}
+
+
+SCORE_ELSEWHERE = """
+import importlib.util, json, sys
+for name in ("models", "pipeline", "jobs"):
+    assert importlib.util.find_spec(name) is None, name
+import mlflow, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/solar-tiny@champion")
+frame = pd.DataFrame(json.loads(sys.argv[2]))
+print(json.dumps([list(map(float, row)) for row in model.predict(frame)["scores"]]))
+"""
+
+
+def test_champion_scores_in_a_process_without_this_repository_as_training_does(first_run, workplace, tmp_path):
+    minute = 60_000
+    requests = [
+        {
+            "history": [100, 104, 108, 112],
+            "history_time": [minute * k for k in range(4)],
+            "candidates": [116, 101, 999],
+        },
+        {"history": [], "history_time": [], "candidates": [105, 106]},
+    ]
+    site = tmp_path / "site"
+    site.mkdir()
+    installed = Path(json.__file__).parent, next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    # The editable install of this repository is a .pth file and a finder: link everything else.
+    for entry in installed[1].iterdir():
+        if "solar_recommender" not in entry.name:
+            (site / entry.name).symlink_to(entry)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+    base = Path(sys.executable).resolve()
+    uri = f"sqlite:///{workplace}/workspace/mlflow/mlflow.db"
+    done = subprocess.run(
+        [str(base), "-S", "-c", SCORE_ELSEWHERE, uri, json.dumps(requests)],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    elsewhere = json.loads(done.stdout.splitlines()[-1])
+    # Same weights, same float32 arithmetic, the same order of operations.
+    for row, expected in zip(elsewhere, scores_of_training(workplace, requests), strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
+
+
+def scores_of_training(workplace: Path, requests: list[dict]) -> list[list[float]]:
+    """The same requests through the repository's own scorer class and the checkpoint's weights."""
+    from jobs.config import load_config
+    from jobs.register import export_model
+    from jobs.scorer import Scorer
+    from jobs.train import trained_run
+
+    config = load_config("register", str(workplace / "tiny.yaml"), [])
+    directory = workplace / "exported"
+    export_model(config, trained_run(config).checkpoint, directory)
+    scorer = Scorer()
+    scorer.load(directory)
+    return [list(row) for row in scorer.predict(None, pd.DataFrame(requests))["scores"]]
+
+
+def test_inspect_verifies_shards_and_checkpoint_and_names_damage(first_run, workplace):
+    shards = workplace / "workspace" / "shards" / "tiny"
+    healthy = solar("inspect", shards, "--verify", "--digest", cwd=workplace)
+    assert healthy.returncode == 0, healthy.stderr
+    assert "every file has its size and checksum" in healthy.stdout
+    checkpoint = max((workplace / "workspace/runs/tiny").glob("step-*"))
+    assert solar("inspect", checkpoint, "--verify", cwd=workplace).returncode == 0
+    damaged = workplace / "damaged"
+    damaged.mkdir()
+    for file in checkpoint.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[: -1 if file.name == "dense.safetensors" else None])
+    found = solar("inspect", damaged, "--verify", cwd=workplace)
+    assert found.returncode == 1
+    assert "damaged: " in found.stdout
+    assert "dense.safetensors" in found.stdout
+
+
+def refused(*arguments: str | Path, cwd: Path) -> str:
+    done = solar(*arguments, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_run_directory_of_another_configuration_is_refused(first_run, recipe, workplace):
+    line = refused("train", recipe, "--model.rank", "3", cwd=workplace)
+    assert "belongs to another configuration (model.rank is 4 there, 3 here)" in line
+
+
+def test_shards_that_changed_under_a_run_are_refused(first_run, recipe, workplace):
+    from pipeline.manifest import current_manifest
+
+    shards = workplace / "workspace" / "shards" / "tiny"
+    extra = write_tiny_log(workplace / "more", seed=1)
+    (workplace / "workspace/events/tiny/events-00001.parquet").write_bytes(
+        (extra / "events-00000.parquet").read_bytes()
+    )
+    merged = solar("prepare", "--events", "workspace/events/tiny", "--out", shards, "--buckets", "3",
+                   "--row_group_events", "200", cwd=workplace)  # fmt: skip
+    assert merged.returncode == 0, merged.stderr
+    manifest = current_manifest(str(shards))
+    assert manifest is not None
+    assert manifest.number == 2
+    line = refused("train", recipe, "--resume", cwd=workplace)
+    assert "was trained on manifest 1" in line
+
+
+def test_impressions_task_reports_probabilities(recipe, workplace, tmp_path):
+    changed = yaml.safe_load(recipe.read_text())
+    changed["workspace"] = str(tmp_path / "workspace")
+    changed["compare"] = []
+    changed["data"]["requests"] = {
+        "task": "impressions", "split": "temporal", "min_history": 2,
+        "valid_from": 1_000_000_000 + 5_000_000 * 10, "test_from": 1_000_000_000 + 5_000_000 * 15,
+    }  # fmt: skip
+    file = tmp_path / "impressions.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    done = solar("run", file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "workspace/runs/impressions/evaluation/summary.json").read_text())["metrics"]
+    assert 0 <= metrics["solar"]["auc"] <= 1
+    assert metrics["solar"]["logloss"] > 0
+    assert metrics["solar"]["requests_skipped"] >= 0
+    assert "left out" in done.stdout

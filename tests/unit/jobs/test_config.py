@@ -1,0 +1,103 @@
+"""Every mistake in a configuration is one line with the origin, the key, the value and the fix."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.config import ConfigError, load_config, recipe_names
+
+
+def complaint(*arguments: str, recipe: str = "movielens-100k") -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config("train", recipe, list(arguments))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_loads(recipe):
+    config = load_config("run", recipe, [])
+    assert config.name == recipe
+    assert str(config.shards_dir) == f"workspace/shards/{config.data.name}"
+
+
+def test_files_and_overrides_follow_the_recipe_in_order(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 7\nmodel: {rank: 5}\noptimizer: {dense_lr: 0.5}\n")
+    config = load_config("train", "movielens-100k", ["--config", str(file), "--model.rank", "6"])
+    assert (config.seed, config.model["rank"], config.optimizer.dense_lr) == (7, 6, 0.5)
+
+
+def test_unknown_recipe_names_the_known_ones():
+    assert complaint(recipe="movielens").startswith("unknown recipe 'movielens': one of ml-1m, movielens-100k")
+
+
+def test_missing_recipe_file_is_named():
+    assert complaint(recipe="nowhere.yaml").startswith("nowhere.yaml: no such file")
+
+
+def test_unknown_key_on_the_command_line_names_the_nearest():
+    assert complaint("--model.rnk", "3") == "command line: unknown key model.rnk: did you mean model.rank?"
+
+
+def test_unknown_key_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {rnk: 5}\n")
+    assert complaint("--config", str(file)) == f"{file}: unknown key model.rnk: did you mean model.rank?"
+
+
+def test_broken_yaml_names_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: [")
+    assert complaint("--config", str(file)).startswith(f"{file}: not valid YAML")
+
+
+def test_value_of_the_wrong_type_names_key_and_value():
+    assert complaint("--seed", "x") == "command line: seed: expected int, got x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.rank", "65"], "model.rank = 65 must not exceed width = 64"),
+        (["--parallel.precision", "fp16"], "parallel.precision=fp16: loss scaling would leak"),
+        (["--parallel.num_workers", "0"], "parallel.num_workers=0: must be 1 or more"),
+        (["--parallel.precision", "bf16", "--parallel.zero_stage", "0"], "parallel.precision=bf16 with zero_stage=0"),
+        (["--training.epochs", "0"], "training.epochs=0: must be 1 or more"),
+        (["--optimizer.dense_lr", "-1"], "optimizer.dense_lr=-1.0: must be above 0"),
+    ],
+)
+def test_value_out_of_range_names_section_value_and_rule(arguments, expected):
+    assert complaint(*arguments).startswith(f"command line: {expected}")
+
+
+def test_value_out_of_range_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("parallel: {num_workers: 0}\n")
+    assert complaint("--config", str(file)) == f"{file}: parallel.num_workers=0: must be 1 or more"
+
+
+def test_unknown_model_names_the_known_ones():
+    assert complaint("--model.name", "solr") == "model.name='solr': must be one of solar, mean_pooling"
+
+
+def test_secrets_in_uris_never_leave_the_config():
+    config = load_config("train", "movielens-100k", ["--tracking.uri", "https://me:hunter2@mlflow.example/x"])
+    assert config.tracking.uri == "https://me:hunter2@mlflow.example/x"
+    assert config.as_dict()["tracking"]["uri"] == "https://me:***@mlflow.example/x"
+
+
+def test_identity_follows_what_decides_the_weights_and_nothing_else():
+    base = load_config("train", "movielens-100k", [])
+    elsewhere = load_config("train", "movielens-100k", ["--parallel.num_workers", "4", "--tracking.experiment", "x"])
+    other = load_config("train", "movielens-100k", ["--model.rank", "8"])
+    assert elsewhere.fingerprint() == base.fingerprint()
+    assert other.fingerprint() != base.fingerprint()
+
+
+def test_comparison_runs_beside_with_the_same_width():
+    config = load_config("run", "movielens-100k", ["--model.width", "32"])
+    compared = config.with_model("mean_pooling")
+    assert compared.name == "movielens-100k-mean_pooling"
+    assert compared.model["width"] == 32
+    assert compared.training == config.training
