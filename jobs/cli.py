@@ -157,7 +157,7 @@ def _import(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parsed = _parse(parser, arguments[1:] if arguments[0] in names else arguments)
     if parsed.out is None and name == "files":
         raise _usage_error("import files", "--out DIR is not given: name the event log to write")
-    out = Path(parsed.out or Path(parsed.workspace) / "events" / name)
+    out = parsed.out or str(Path(parsed.workspace) / "events" / name)
     _capture(console, parsed.workspace, "import", verbose=verbose)
     if name == "files":
         fields = ImportConfig.__dataclass_fields__

@@ -98,12 +98,12 @@ class RunConfig:
     cluster: ClusterConfig
 
     @property
-    def events_dir(self) -> Path:
-        return Path(self.data.events or Path(self.workspace) / "events" / self.data.name)
+    def events_dir(self) -> str:
+        return self.data.events or str(Path(self.workspace) / "events" / self.data.name)
 
     @property
-    def shards_dir(self) -> Path:
-        return Path(self.data.shards or Path(self.workspace) / "shards" / self.data.name)
+    def shards_dir(self) -> str:
+        return self.data.shards or str(Path(self.workspace) / "shards" / self.data.name)
 
     @property
     def run_dir(self) -> Path:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from jobs.cluster import ray_session
 from jobs.config import RunConfig
 from jobs.console import Console
-from jobs.train import Trained, read_json, run_workers, train_job, write_json
+from jobs.train import Trained, open_shards, read_json, run_workers, train_job, write_json
 from models.metrics import bootstrap_interval, bootstrap_ratio_interval, ndcg
 from pipeline.shards import Shards
 
@@ -40,15 +40,22 @@ def evaluate(
 ) -> Evaluated:
     """Evaluate `trained` (model name -> its run; the main model first) on one part. Same checkpoints: reused."""
     directory = config.run_dir / "evaluation"
-    wanted = {name: run.checkpoint.name for name, run in trained.items()}
+    shards = open_shards(config)
+    subject = {
+        "part": part,
+        "checkpoints": {name: run.checkpoint.name for name, run in trained.items()},
+        "manifest_fingerprint": shards.manifest.fingerprint,
+    }
     if (directory / "summary.json").exists():
         summary = read_json(directory / "summary.json")
-        if (summary["checkpoints"], summary["part"]) == (wanted, part):
+        if all(summary.get(key) == value for key, value in subject.items()):
             return Evaluated(directory, summary, reused=True)
     directory.mkdir(parents=True, exist_ok=True)
 
-    jobs = [(name, train_job(config if index == 0 else config.with_model(name)), str(run.checkpoint.absolute()))
-            for index, (name, run) in enumerate(trained.items())]  # fmt: skip
+    jobs = []
+    for name, run in trained.items():
+        part_config = config if name == config.model["name"] else config.with_model(name)
+        jobs.append((name, train_job(part_config, shards), str(run.checkpoint.absolute())))
     arguments = {"jobs": jobs, "part": part, "directory": str(directory.absolute())}
     with (
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
@@ -62,7 +69,7 @@ def evaluate(
 
         run_workers(_evaluate_worker, arguments, config=config, name="evaluate", on_rows=follow)
         stage.result = f"{num_systems} systems on the {part} part"
-    summary = _summarise(directory, config, checkpoints=wanted, part=part)
+    summary = subject | _summarise(directory, config)
     write_json(directory / "summary.json", summary)
     return Evaluated(directory, summary, reused=False)
 
@@ -92,7 +99,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
     for index, (name, job, checkpoint) in enumerate(arguments["jobs"]):
         shards = Shards.open(job.shards, number=job.manifest)
         tables, tower = build_model(job, shards, checkpoint=Path(checkpoint))
-        tower.to(PRECISIONS[job.parallel.precision])
+        tower.to(tables.device, PRECISIONS[job.parallel.precision])
         record(name, evaluate_part(tower, tables, shards, requests=job.requests, part=part))
         if index == 0:
             emptied = evaluate_part(
@@ -118,17 +125,15 @@ def _write_result(directory: Path, system: str, result: Any) -> None:
     write_json(directory / f"{_file_name(system)}.json", {"system": system, "metrics": result.metrics()})
 
 
-def _summarise(directory: Path, config: RunConfig, *, checkpoints: dict[str, str], part: str) -> dict[str, Any]:
+def _summarise(directory: Path, config: RunConfig) -> dict[str, Any]:
     main = config.model["name"]
     systems = [main, f"{main}, {EMPTIED}", *config.compare, "popularity"]
     metrics = {
         system: json.loads((directory / f"{_file_name(system)}.json").read_text())["metrics"] for system in systems
     }
     summary: dict[str, Any] = {
-        "part": part,
         "task": config.data.requests.task,
         "split": config.data.requests.split,
-        "checkpoints": checkpoints,
         "metrics": metrics,
     }
     if config.data.requests.task == "next_item":

@@ -18,23 +18,19 @@ from pipeline.sources.files import import_files
 from pipeline.sources.movielens import import_movielens_100k
 
 
-def import_events(source: SourceConfig, out: Path, console: Console, *, downloads: Path) -> Imported:
+def import_events(source: SourceConfig, out: str, console: Console, *, downloads: Path) -> Imported:
     """Bring a source into an event log; the same source again is a no-op."""
     with console.stage("import") as stage:
         progress = _progress(stage)
         if source.name == "movielens-100k":
-            imported = import_movielens_100k(
-                str(out), from_file=source.path, downloads=str(downloads), progress=progress
-            )
+            imported = import_movielens_100k(out, from_file=source.path, downloads=str(downloads), progress=progress)
         else:
             if source.path is None:
                 raise ConfigError(
                     f"source.path is not set and {out} is not there: name the events with --source.path FILE, "
                     "or bring them in with `solar import files`"
                 )
-            imported = import_files(
-                source.path, str(out), config=source.files, items=source.items_path, progress=progress
-            )
+            imported = import_files(source.path, out, config=source.files, items=source.items_path, progress=progress)
         stage.result = f"{_found(imported.reused)}{imported.events:,} events, {imported.items:,} items in {out}"
     return imported
 

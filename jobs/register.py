@@ -91,7 +91,7 @@ def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
     Returns the type of raw item ids (int64 or string).
     """
     directory.mkdir(parents=True)
-    shards = Shards.open(str(config.shards_dir), number=_manifest_of(checkpoint))
+    shards = Shards.open(config.shards_dir, number=_manifest_of(checkpoint))
     vocabulary = shards.vocabulary
     sizes = {ITEM_TABLE: vocabulary.size, **{name: feature.size for name, feature in vocabulary.features.items()}}
     for table, size in sizes.items():
@@ -127,7 +127,7 @@ def scorer_source(model: str) -> str:
         f"    return {tower_class.__name__}(config, num_features=num_features)",
     ]
     body = "\n\n".join(["from __future__ import annotations", *parts, "\n".join(lines)])
-    return f"{body}\n\nmlflow.models.set_model(Scorer())\n"
+    return f"{body}\n\nimport mlflow  # noqa: E402\n\nmlflow.models.set_model(Scorer())\n"
 
 
 def _imported_files(path: Path) -> list[Path]:

@@ -21,12 +21,13 @@ from jobs.train import Trained, train, trained_run
 def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Registered:
     """The whole flow. Each part returns what it made or found."""
     started = time.monotonic()
-    if config.source.path is None and config.source.name == "files" and (config.events_dir / "source.json").exists():
+    imported = (Path(config.events_dir) / "source.json").exists()
+    if config.source.name == "files" and config.source.path is None and (imported or "://" in config.events_dir):
         console.line(f"{'import':<12} already there: {config.events_dir}")
     else:
         import_events(config.source, config.events_dir, console, downloads=Path(config.workspace) / "downloads")
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
-        prepare_shards(str(config.events_dir), str(config.shards_dir), config.data.prepare, console)
+        prepare_shards(config.events_dir, config.shards_dir, config.data.prepare, console)
         for part in systems(config):
             _train(part, console, verbose=verbose)
         trained, evaluated = evaluate_runs(config, console, verbose=verbose)
@@ -67,7 +68,8 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
         counted = summary["metrics"][config.model["name"]]["requests"]
         rows = [_impression_row(system, metrics) for system, metrics in summary["metrics"].items()]
         console.table(
-            f"{title}: {counted:,.0f} requests ({skipped:,.0f} with a shorter history left out)",
+            f"{title}: {counted:,.0f} requests with at least {config.data.requests.min_history} earlier events, "
+            f"{counted / max(1, counted + skipped):.0%} of all",
             ("model", "AUC", "GAUC", "LogLoss", "calibration"),
             rows,
         )

@@ -52,18 +52,16 @@ class Trained:
 def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = False) -> Trained:
     """Train to the end. A finished run of the same configuration is reused; an unfinished one needs `resume`."""
     run_dir = config.run_dir
-    manifest = current_manifest(str(config.shards_dir))
-    if manifest is None:
-        raise ConfigError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
+    shards = open_shards(config)
+    _check_model(config, shards)
     facts = {
         "config": config.as_dict(),
         "fingerprint": config.fingerprint(),
-        "manifest": manifest.number,
-        "manifest_fingerprint": manifest.fingerprint,
+        "manifest": shards.manifest.number,
+        "manifest_fingerprint": shards.manifest.fingerprint,
         "git_commit": git_commit(),
     }
     previous = _previous_run(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
     latest = latest_checkpoint(run_dir)
     if latest is not None:
         document = read_state(latest)
@@ -73,29 +71,22 @@ def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = 
         if not resume:
             raise ConfigError(f"{run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW")
 
-    run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
-    write_json(run_dir / "run.json", {**facts, "mlflow_run_id": run.run_id})
-    if latest is None:
-        run.params(facts["config"])
-        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in facts.items() if key != "config"}})
-    job = train_job(config, facts=facts)
-    status = "FAILED"
-    try:
-        with (
-            ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
-            console.stage("train") as stage,
-        ):
-            index_requests(Shards.open(job.shards, number=job.manifest), config=config.data.requests)
-            follow = _Follower(
-                run, stage, run_dir / "telemetry.jsonl", primary=PRIMARY_METRIC[config.data.requests.task]
-            )
-            run_workers(_train_worker, {"job": job}, config=config, name="train", on_rows=follow, stoppable=True)
-        status = "FINISHED"
-    except Interrupted:
-        status = "KILLED"
-        raise
-    finally:
-        run.close(status=status)
+    with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
+        index_requests(shards, config=config.data.requests)
+        run = _open_run(config, facts, previous, fresh=latest is None)
+        status = "FAILED"
+        try:
+            with console.stage("train") as stage:
+                primary = PRIMARY_METRIC[config.data.requests.task]
+                follow = _Follower(run, stage, run_dir / "telemetry.jsonl", primary=primary)
+                arguments = {"job": train_job(config, shards, facts=facts)}
+                run_workers(_train_worker, arguments, config=config, name="train", on_rows=follow, stoppable=True)
+            status = "FINISHED"
+        except Interrupted:
+            status = "KILLED"
+            raise
+        finally:
+            run.close(status=status)
     return Trained(run_dir, best_checkpoint(run_dir), run.run_id, reused=False)
 
 
@@ -107,15 +98,20 @@ def trained_run(config: RunConfig) -> Trained:
     return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
 
 
-def train_job(config: RunConfig, *, facts: dict[str, Any] | None = None) -> TrainJob:
-    """What the workers get to know of a config."""
-    manifest = current_manifest(str(config.shards_dir))
-    if manifest is None:
+def open_shards(config: RunConfig) -> Shards:
+    """The current data set of a config."""
+    path = config.shards_dir if "://" in config.shards_dir else os.path.abspath(config.shards_dir)
+    if current_manifest(path) is None:
         raise ConfigError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
+    return Shards.open(path)
+
+
+def train_job(config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None = None) -> TrainJob:
+    """What the workers get to know of a config."""
     return TrainJob(
         run_dir=str(config.run_dir.absolute()),
-        shards=str(config.shards_dir.absolute()),
-        manifest=manifest.number,
+        shards=shards.path,
+        manifest=shards.manifest.number,
         seed=config.seed,
         model=config.model,
         training=config.training,
@@ -161,7 +157,7 @@ def run_workers(
     trainer = TorchTrainer(
         _start_worker,
         train_loop_config={**arguments, "function": function, "telemetry": telemetry, "parallel": parallel},
-        torch_config=TorchConfig(backend="nccl" if parallel.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if parallel.device == "cuda" else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=parallel.num_workers,
             use_gpu=parallel.device == "cuda",
@@ -266,6 +262,25 @@ def _signals(on_first: Callable[[], Any]) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _check_model(config: RunConfig, shards: Shards) -> None:
+    if config.model.get("time_features") and not shards.manifest.has_time:
+        raise ConfigError(
+            f"model.time_features=true: {config.shards_dir} has an order only, no time stamps: "
+            "set --model.time_features false"
+        )
+
+
+def _open_run(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any], *, fresh: bool) -> TrackedRun:
+    """The MLflow run, new or continued, and run.json that ties it to the directory."""
+    run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(config.run_dir / "run.json", {**facts, "mlflow_run_id": run.run_id})
+    if fresh:
+        run.params(facts["config"])
+        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in facts.items() if key != "config"}})
+    return run
 
 
 def _previous_run(config: RunConfig) -> dict[str, Any]:

@@ -46,8 +46,9 @@ class SolarConfig:
     recent_window: int = 50
     """W, latest events that are attended to exactly; 0 switches this off."""
     set_attention: bool = True
-    """Candidates of a request attend to each other."""
-    set_attention_exact_up_to: int = 256
+    """Candidates of a request attend to each other. Better off where negatives are sampled: training then sees sets of
+    17 and evaluation the whole catalogue (MovieLens-100K, next item: no better, and 30 % slower)."""
+    set_attention_exact_up_to: int = 2048
     """Candidates of a set up to which that is exact; above, candidates attend to the set's principal components."""
     ffn_multiple: int = 0
     """Hidden width of the feed-forward network of a block, in widths; 0 switches it off."""

@@ -144,7 +144,7 @@ def _rank_targets(
             part = select_requests(batch, min(first, last), last)
             seen = transform(part)
             logits_M = model(_catalogue_input(seen, item_IC, features_IFC))
-            results.append(_ranks(part, logits_M.view(part.num_requests, num_items)))
+            results.append(_ranks(part, logits_M.cpu().view(part.num_requests, num_items)))
     return _collect_ranks(results)
 
 

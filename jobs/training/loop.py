@@ -45,7 +45,7 @@ class TrainingConfig:
     """Passes over all training requests."""
     set_loss_weight: float = 1.0
     """Weight of the set-wise softmax cross-entropy beside the binary cross-entropy."""
-    embedding_std: float = 0.05
+    embedding_std: float = 0.02
     """Standard deviation of an untrained embedding row."""
     eval_every_epochs: int = 1
     """Epochs between validations (and checkpoints); the best one is what is evaluated and registered."""
@@ -135,15 +135,17 @@ def train_step(
     one rank and many ranks follow the same gradient, however unevenly requests fall.
     """
     world_size, count = dist.get_world_size(), max(1, batch.num_global_requests)
+    share = job.optimizer.lr_share_at(step, num_steps=num_steps)
+    tables.set_learning_rate(job.optimizer.sparse_lr * share)
     for group in engine.optimizer.param_groups:
-        group["lr"] = job.optimizer.dense_lr_at(step, num_steps=num_steps)
+        group["lr"] = job.optimizer.dense_lr * share
 
     inputs = training_input(batch, tables)
     logits_M = engine(inputs)
     loss = request_loss(
         logits_M,
-        label_M=batch.candidate_label,
-        candidate_offsets_B1=batch.candidate_offsets,
+        label_M=batch.candidate_label.to(logits_M.device),
+        candidate_offsets_B1=batch.candidate_offsets.to(logits_M.device),
         set_weight=job.training.set_loss_weight,
     )
     engine.backward(loss.total * (world_size / count))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from torch import nn
@@ -15,15 +14,15 @@ class OptimizerConfig:
 
     dense_lr: float = 1e-3
     """Peak learning rate of AdamW (tower)."""
-    sparse_lr: float = 0.05
-    """Learning rate of row-wise Adagrad (tables); constant."""
+    sparse_lr: float = 0.1
+    """Peak learning rate of row-wise Adagrad (tables)."""
     warmup_steps: int = 100
-    """Steps over which the tower's rate rises linearly from 0."""
-    final_lr_ratio: float = 0.1
-    """The tower's rate falls by a cosine to this share of the peak at the last step."""
+    """Steps over which both rates rise linearly from 0."""
+    final_lr_ratio: float = 0.02
+    """Both rates fall linearly to this share of their peak at the last step."""
     weight_decay: float = 0.01
     """AdamW's decay of the tower's matrices; vectors (biases, norms, temperatures) are not decayed."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's moment decays."""
     dense_eps: float = 1e-8
     """AdamW's denominator offset."""
@@ -52,9 +51,8 @@ class OptimizerConfig:
         ]
         return [group for group in groups if group["params"]]
 
-    def dense_lr_at(self, step: int, *, num_steps: int) -> float:
-        """The tower's learning rate in step `step` (from 0) of `num_steps`: a function of the step, no state."""
+    def lr_share_at(self, step: int, *, num_steps: int) -> float:
+        """The share of the peak rates in step `step` (from 0) of `num_steps`: a function of the step, no state."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         progress = min(1.0, step / max(1, num_steps))
-        cosine = self.final_lr_ratio + (1 - self.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.dense_lr * warmup * cosine
+        return warmup * (1 - (1 - self.final_lr_ratio) * progress)

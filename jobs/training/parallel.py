@@ -76,7 +76,7 @@ class TableShard:
 class ShardedTables:
     """All tables, row-wise sharded over the ranks, updated by fused row-wise Adagrad inside backward.
 
-    Every method but `shards` is a collective: all ranks of the group call it equally often.
+    Look-ups and the constructor are collectives: all ranks of the group call them equally often.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class ShardedTables:
 
         self.specs = list(tables)
         self.features = list(features)
+        self.device = torch.device(device if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
         collection = embedding_collection(tables)
         apply_optimizer_in_backward(
             RowWiseAdagrad, collection.parameters(), {"lr": optimizer.sparse_lr, "eps": optimizer.sparse_eps}
@@ -99,7 +100,7 @@ class ShardedTables:
         self.plan = _planner(tables, device=device).collective_plan(collection, [sharder], group)
         self.module = DistributedModelParallel(
             collection,
-            device=torch.device(device if device == "cpu" else f"cuda:{torch.cuda.current_device()}"),
+            device=self.device,
             plan=self.plan,
             sharders=[sharder],
             init_data_parallel=False,
@@ -110,8 +111,17 @@ class ShardedTables:
         num_items = item_rows_I.numel()
         # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
         asked = item_rows_I if num_items else item_rows_I.new_zeros(1)
-        item_IC, features_IFC = pool_features(self.module(look_up_ids(asked, self.features)), self.features)
+        ids = look_up_ids(asked, self.features).to(self.device)
+        item_IC, features_IFC = pool_features(self.module(ids), self.features)
         return item_IC[:num_items], features_IFC[:num_items]
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The rate of the next backward. Not a collective."""
+        optimizer = self.module.fused_optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # What hands the rate to the fused kernels.
+        optimizer.zero_grad()
 
     def initialize(self, *, seed: int, std: float) -> None:
         """Fill every local row from (seed, table, row): the same table at any world size."""

@@ -111,6 +111,25 @@ def test_embedding_shards_differ_between_ranks_and_equal_the_seeded_rows():
         assert torch.equal(torch.cat([weight, other_weight]), whole)
 
 
+def learning_rate_of_tables() -> list[float]:
+    """How far a row moves by the same gradient at two rates: (its first step, its first step at a tenth)."""
+    moves = []
+    for rate in (OPTIMIZER.sparse_lr, OPTIMIZER.sparse_lr / 10):
+        tables = make_tables()
+        tables.set_learning_rate(rate)
+        item_IC, _ = tables.look_up(torch.tensor([3]))
+        before = item_IC.detach().clone()
+        item_IC.sum().backward()
+        moves.append((tables.look_up(torch.tensor([3]))[0].detach() - before).abs().mean().item())
+    return moves
+
+
+def test_scheduled_rate_reaches_the_fused_update():
+    full, tenth = run_ranks(learning_rate_of_tables, 1)[0]
+    assert full == pytest.approx(OPTIMIZER.sparse_lr, rel=1e-4)
+    assert tenth == pytest.approx(full / 10, rel=1e-4)
+
+
 def row_in_two_roles() -> tuple[Tensor, Tensor, Tensor]:
     """Item 70 as event and as candidate of one step: (its row before, after, the dense gradient)."""
     tables = make_tables()
