@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.console import Console
+from jobs.recipes import recipe_names
 
 USAGE = """\
 solar COMMAND ... [-v]
@@ -58,8 +59,8 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     from jsonargparse import ArgumentError
 
     from jobs.config import ConfigError
-    from jobs.train import Interrupted, WorkerFailure
     from jobs.training.checkpoint import CheckpointError
+    from jobs.workers import Interrupted, WorkerFailure
     from pipeline.events import DataError
 
     errors = sys.stderr
@@ -73,7 +74,9 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         console.error(f"solar: {_one_line(error)}")
         return 2
     except Interrupted:
-        console.error("solar: interrupted; the same command with --resume continues from the last checkpoint")
+        console.error(
+            "solar: interrupted; the same command continues from the last checkpoint (`solar train` with --resume)"
+        )
         return 130
     except KeyboardInterrupt:
         console.error("solar: interrupted; what was committed is still there")
@@ -233,7 +236,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def _config(command: str, arguments: list[str]) -> Any | None:
     """The config of a command that takes a recipe; None after --help or --print_config."""
-    from jobs.config import config_parser, load_config, recipe_names
+    from jobs.config import config_parser, load_config
 
     if arguments and arguments[0] in ("-h", "--help"):
         config_parser(command, model="solar").print_help()
@@ -286,8 +289,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _usage() -> str:
-    from jobs.config import recipe_names
-
     return USAGE.format(recipes=", ".join(recipe_names()))
 
 

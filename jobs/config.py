@@ -14,7 +14,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs.cluster import ClusterConfig
+from jobs.recipes import RECIPES, recipe_names
 from jobs.tracking import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.loop import TrainingConfig
@@ -143,15 +143,6 @@ SECTIONS: Mapping[str, type] = {
 }
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with Solar."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in resources.files("jobs").joinpath("recipes").iterdir()
-        if entry.name.endswith(".yaml")
-    )
-
-
 def recipe_path(recipe: str) -> Path:
     """The file of a recipe: a name from `recipe_names()` or a path that ends in .yaml."""
     if recipe.endswith((".yaml", ".yml")):
@@ -160,7 +151,7 @@ def recipe_path(recipe: str) -> Path:
         return Path(recipe)
     if recipe not in recipe_names():
         raise ConfigError(f"unknown recipe {recipe!r}: one of {', '.join(recipe_names())}, or the path of a YAML file")
-    return Path(str(resources.files("jobs").joinpath("recipes", f"{recipe}.yaml")))
+    return RECIPES / f"{recipe}.yaml"
 
 
 def config_parser(command: str, *, model: str) -> ArgumentParser:

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from jobs.cluster import ray_session
 from jobs.config import RunConfig
 from jobs.console import Console
-from jobs.train import Trained, open_shards, read_json, run_workers, train_job, write_json
+from jobs.train import Trained, open_shards, read_json, train_job, write_json
+from jobs.workers import run_workers
 from models.metrics import bootstrap_interval, bootstrap_ratio_interval, ndcg
 from pipeline.shards import Shards
 

@@ -47,8 +47,9 @@ def _plot_loss(run_dir: Path, path: Path) -> Path:
             list(valid), [row[metric] for row in valid.values()], "o-", color="tab:orange", label=f"valid {metric}"
         )
         right.set_ylabel(f"valid {metric}")
-        right.legend(loc="center right")
-    axes.legend(loc="upper right")
+        right.legend(handles=[*axes.get_lines(), *right.get_lines()], loc="center right")
+    else:
+        axes.legend()
     return _save(figure, path)
 
 

@@ -95,15 +95,7 @@ def evaluate(
     transform: Transform = lambda batch: batch,
 ) -> RankedTargets | ScoredImpressions:
     """Score one part (valid, test) with the current weights; `limit` = the first so many requests' users only."""
-    loader = EvaluationLoader(
-        shards,
-        requests=requests,
-        part=part,
-        batch_events=EVENTS_PER_BATCH,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        limit=limit,
-    )
+    loader = evaluation_loader(shards, requests=requests, part=part, limit=limit)
     model.eval()
     with torch.no_grad():
         if requests.task == "next_item":
@@ -114,18 +106,26 @@ def evaluate(
     return result
 
 
-def evaluate_counts(
-    shards: Shards, counts: np.ndarray, *, requests: RequestConfig, part: str
-) -> RankedTargets | ScoredImpressions:
-    """Popularity: an item's score is its count among training events, whoever asks."""
-    loader = EvaluationLoader(
+def evaluation_loader(
+    shards: Shards, *, requests: RequestConfig, part: str, limit: int | None = None
+) -> EvaluationLoader:
+    """This rank's share of a part."""
+    return EvaluationLoader(
         shards,
         requests=requests,
         part=part,
         batch_events=EVENTS_PER_BATCH,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        limit=limit,
     )
+
+
+def evaluate_counts(
+    shards: Shards, counts: np.ndarray, *, requests: RequestConfig, part: str
+) -> RankedTargets | ScoredImpressions:
+    """Popularity: an item's score is its count among training events, whoever asks."""
+    loader = evaluation_loader(shards, requests=requests, part=part)
     scores_I = torch.from_numpy(counts[: shards.vocabulary.size].astype(np.float32))
     if requests.task == "next_item":
         return _collect_ranks([_ranks(batch, scores_I.expand(batch.num_requests, -1)) for batch in loader])

@@ -117,7 +117,7 @@ class ShardedTables:
 
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the next backward. Not a collective."""
-        optimizer = self.module.fused_optimizer
+        optimizer: Any = self.module.fused_optimizer
         for group in optimizer.param_groups:
             group["lr"] = rate
         # What hands the rate to the fused kernels.

@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from jobs.training.evaluation import EVENTS_PER_BATCH
+from jobs.training.evaluation import evaluation_loader
 from jobs.training.model import training_input
 from jobs.training.parallel import ShardedTables
 from models.solar import Solar
-from pipeline.loader import EvaluationLoader
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 
@@ -30,15 +29,7 @@ def energy_by_rank(
     """
     if not isinstance(tower, Solar) or not tower.config.interests:
         return None
-    loader = EvaluationLoader(
-        shards,
-        requests=requests,
-        part=part,
-        batch_events=EVENTS_PER_BATCH,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        limit=MAX_REQUESTS,
-    )
+    loader = evaluation_loader(shards, requests=requests, part=part, limit=MAX_REQUESTS)
     tower.eval()
     local = []
     for batch in loader:

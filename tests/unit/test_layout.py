@@ -35,7 +35,7 @@ def test_every_path_in_the_readme_exists():
 
 def test_every_command_in_the_readme_exists():
     from jobs.cli import COMMANDS
-    from jobs.config import recipe_names
+    from jobs.recipes import recipe_names
 
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"\bsolar (\w+)", text.replace("solar-", "")))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.config import ConfigError, load_config, recipe_names
+from jobs.config import ConfigError, load_config
+from jobs.recipes import recipe_names
 
 
 def complaint(*arguments: str, recipe: str = "movielens-100k") -> str:
