@@ -63,7 +63,6 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     from jobs.workers import Interrupted, WorkerFailure
     from pipeline.events import DataError
 
-    errors = sys.stderr
     console = Console()
     try:
         return command(arguments, console, verbose=verbose)
@@ -87,8 +86,6 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     except Exception:
         console.error(traceback.format_exc())
         return 1
-    finally:
-        errors.flush()
 
 
 def _run(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -127,10 +124,12 @@ def _evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
 def _register(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.register import register
     from jobs.run import evaluate_runs
+    from jobs.train import require_finished
 
     config = _config("register", arguments)
     if config is not None:
         _capture(console, config.workspace, "register", verbose=verbose)
+        require_finished(config.run_dir)
         trained, evaluated = evaluate_runs(config, console, verbose=verbose)
         registered = register(config, trained, evaluated, console)
         console.line(f"{'already there: ' if registered.reused else ''}{registered.uri} ({registered.alias})")
@@ -280,8 +279,15 @@ def _usage_error(command: str, text: str) -> Exception:
 
 
 def _capture(console: Console, workspace: str, command: str, *, verbose: bool) -> None:
-    if not verbose:
-        console.capture_libraries(Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}.log")
+    from jobs.config import ConfigError
+
+    if verbose:
+        return
+    log = Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    try:
+        console.capture_libraries(log)
+    except OSError as error:
+        raise ConfigError(f"workspace={workspace}: {error.strerror}: name a directory that can be written") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -78,6 +78,8 @@ class DataConfig:
 class RunConfig:
     """A resolved configuration."""
 
+    recipe: str
+    """The recipe as the user named it."""
     name: str
     """Names the run's directory WORKSPACE/runs/NAME."""
     seed: int
@@ -116,13 +118,14 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, secrets in URIs redacted: what is printed, stored and logged."""
-        return _redacted(json.loads(json.dumps(dataclasses.asdict(self))))
+        return redacted(json.loads(json.dumps(dataclasses.asdict(self))))
 
     def identity(self) -> dict[str, Any]:
         """What decides the trained weights: a run directory belongs to one identity."""
         whole = self.as_dict()
         parts = {key: whole[key] for key in ("seed", "model", "training", "optimizer")}
-        parts["data"] = {key: whole["data"][key] for key in ("requests", "loader")}
+        loader = {key: value for key, value in whole["data"]["loader"].items() if key != "prefetch"}
+        parts["data"] = {"requests": whole["data"]["requests"], "loader": loader}
         parts["precision"] = self.parallel.precision
         return parts
 
@@ -192,10 +195,9 @@ def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfi
         built = parser.instantiate(parsed)
     except ValueError as error:
         raise ConfigError(_locate(error, parser, layers, arguments)) from error
-    for compared in parsed.compare:
-        if compared not in MODELS:
-            raise ConfigError(f"compare={compared!r}: must be of {', '.join(MODELS)}")
+    _check_run(parsed, model)
     return RunConfig(
+        recipe=recipe,
         name=parsed.name or path.stem,
         seed=parsed.seed,
         workspace=parsed.workspace,
@@ -203,6 +205,19 @@ def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfi
         model=dataclasses.asdict(built.model),
         **{section: built[section] for section in SECTIONS},
     )
+
+
+def _check_run(parsed: Any, model: str) -> None:
+    """The rules of the fields that belong to no section."""
+    others = [name for name in MODELS if name != model]
+    if set(parsed.compare) - set(others) or len(set(parsed.compare)) < len(parsed.compare):
+        raise ConfigError(f"compare={list(parsed.compare)}: must be different models other than {model}, of {others}")
+    if not 0 <= parsed.seed < 1 << 31:
+        raise ConfigError(f"seed={parsed.seed}: must be from 0 to 2147483647")
+    if "://" in parsed.workspace:
+        raise ConfigError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
+    if parsed.name and not re.fullmatch(r"\w[\w.-]*", parsed.name):
+        raise ConfigError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
 
 
 def _named(model: str) -> type:
@@ -216,10 +231,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give a readable YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `key: value` sections, holds {type(values).__name__}")
+    for section in ("model", *SECTIONS):
+        if not isinstance(values.get(section, {}), dict):
+            raise ConfigError(f"{path}: {section} must hold `key: value` lines, holds {values[section]!r}")
     return values
 
 
@@ -264,8 +282,11 @@ def explain(error: Exception, parser: ArgumentParser) -> str:
 def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: Sequence[str]) -> str:
     """Put the dotted key and its origin before a section's `field=value: rule`."""
     text = " ".join(str(error).split())
-    field = re.match(r"\w+", text)
-    keys = [action.dest for action in parser._actions if field and action.dest.split(".")[-1] == field[0]]
+    named = re.match(r"[\w.]+", text)
+    field = named[0].split(".")[-1] if named else ""
+    keys = [action.dest for action in parser._actions if action.dest.split(".")[-1] == field]
+    if named:
+        text = text.removeprefix(named[0].removesuffix(field))
     for key in keys:
         if any(argument.split("=")[0] == f"--{key}" for argument in arguments):
             return f"command line: {key.rsplit('.', 1)[0]}.{text}"
@@ -279,11 +300,12 @@ def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: S
     return text
 
 
-def _redacted(value: Any) -> Any:
+def redacted(value: Any) -> Any:
+    """The value with the passwords inside its URIs replaced."""
     if isinstance(value, dict):
-        return {key: _redacted(item) for key, item in value.items()}
+        return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_redacted(item) for item in value]
+        return [redacted(item) for item in value]
     if isinstance(value, str):
         return re.sub(r"(\w+://[^/\s:@]*):[^/\s@]+@", r"\1:***@", value)
     return value

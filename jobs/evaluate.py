@@ -19,6 +19,7 @@ from jobs.cluster import ray_session
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.train import Trained, open_shards, read_json, train_job, write_json
+from jobs.training.checkpoint import checkpoint_key
 from jobs.workers import run_workers
 from models.metrics import bootstrap_interval, bootstrap_ratio_interval, ndcg
 from pipeline.shards import Shards
@@ -44,7 +45,7 @@ def evaluate(
     shards = open_shards(config)
     subject = {
         "part": part,
-        "checkpoints": {name: run.checkpoint.name for name, run in trained.items()},
+        "checkpoints": {name: checkpoint_key(run.checkpoint) for name, run in trained.items()},
         "manifest_fingerprint": shards.manifest.fingerprint,
     }
     if (directory / "summary.json").exists():
@@ -57,6 +58,12 @@ def evaluate(
     for name, run in trained.items():
         part_config = config if name == config.model["name"] else config.with_model(name)
         jobs.append((name, train_job(part_config, shards), str(run.checkpoint.absolute())))
+    longer = int((shards.index.events > config.data.requests.max_history).sum())
+    if longer:
+        console.line(
+            f"{'evaluate':<12} {longer:,} users have more than data.requests.max_history="
+            f"{config.data.requests.max_history} events: their older ones count as unseen"
+        )
     arguments = {"jobs": jobs, "part": part, "directory": str(directory.absolute())}
     with (
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
@@ -70,7 +77,7 @@ def evaluate(
 
         run_workers(_evaluate_worker, arguments, config=config, name="evaluate", on_rows=follow)
         stage.result = f"{num_systems} systems on the {part} part"
-    summary = subject | _summarise(directory, config)
+    summary = subject | _summarise(directory, config, list(trained))
     write_json(directory / "summary.json", summary)
     return Evaluated(directory, summary, reused=False)
 
@@ -126,15 +133,16 @@ def _write_result(directory: Path, system: str, result: Any) -> None:
     write_json(directory / f"{_file_name(system)}.json", {"system": system, "metrics": result.metrics()})
 
 
-def _summarise(directory: Path, config: RunConfig) -> dict[str, Any]:
+def _summarise(directory: Path, config: RunConfig, trained: list[str]) -> dict[str, Any]:
     main = config.model["name"]
-    systems = [main, f"{main}, {EMPTIED}", *config.compare, "popularity"]
+    systems = [main, f"{main}, {EMPTIED}", *trained[1:], "popularity"]
     metrics = {
         system: json.loads((directory / f"{_file_name(system)}.json").read_text())["metrics"] for system in systems
     }
     summary: dict[str, Any] = {
         "task": config.data.requests.task,
         "split": config.data.requests.split,
+        "systems": systems,
         "metrics": metrics,
     }
     if config.data.requests.task == "next_item":

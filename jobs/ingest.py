@@ -59,8 +59,9 @@ def prepare_shards(
 def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
     """Print what a shard directory or a checkpoint holds; 1 if `check` finds damage."""
     if (path / "COMMIT").exists():
-        _print_checkpoint(path, console)
-        problems = verify_checkpoint(path) if check else []
+        problems = verify_checkpoint(path, checksums=check)
+        if not problems:
+            _print_checkpoint(path, console)
     else:
         manifest = current_manifest(str(path)) if path.exists() else None
         if manifest is None:

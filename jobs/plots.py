@@ -35,7 +35,9 @@ def write_plots(run_dir: Path, *, model: str) -> list[Path]:
 
 
 def _plot_loss(run_dir: Path, path: Path) -> Path:
-    rows = [json.loads(line) for line in (run_dir / "telemetry.jsonl").read_text().splitlines()]
+    lines = (run_dir / "telemetry.jsonl").read_text().splitlines()
+    # A driver that was killed may have left half a line.
+    rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
     steps = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
     valid = {row["step"]: row for row in rows if row["kind"] == "valid"}
     metric = next((key for row in valid.values() for key in ("ndcg@10", "gauc") if key in row), None)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from jobs.console import Console
 from jobs.evaluate import Evaluated
 from jobs.tracking import metric_name, tracking_uri
 from jobs.train import Trained, read_json
+from jobs.training.checkpoint import checkpoint_key, table_files
 from jobs.training.model import MODELS, model_settings
 from models.embeddings import ITEM_TABLE
 from pipeline.shards import Shards
+from pipeline.vocabulary import NUM_RESERVED
 
-FIRST_ITEM_ROW = 2
 REQUESTS_PER_FORWARD = 64
 RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -56,12 +57,12 @@ def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console:
     mlflow.set_registry_uri(uri)
     client = MlflowClient(uri, registry_uri=uri)
     name = config.tracking.registered_model or f"solar-{config.data.name}"
-    key = _run_key(trained)
+    key = checkpoint_key(trained.checkpoint)
     found = _find_version(client, name, key)
     if found is not None:
-        return Registered(
-            name, found.version, ", ".join(sorted(found.aliases)), f"models:/{name}/{found.version}", True
-        )
+        # A crash may have come between the version and its alias.
+        aliases = sorted(found.aliases) or [_set_alias(client, name, found.version)]
+        return Registered(name, found.version, ", ".join(aliases), f"models:/{name}/{found.version}", True)
 
     with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "model"
@@ -103,7 +104,7 @@ def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
         "model": model_settings(config.model, vocabulary),
         "features": list(vocabulary.features),
         "actions": list(vocabulary.actions),
-        "first_item_row": FIRST_ITEM_ROW,
+        "first_item_row": NUM_RESERVED,
         "max_history": config.data.requests.max_history,
         "requests_per_forward": REQUESTS_PER_FORWARD,
         "vocabulary_fingerprint": vocabulary.fingerprint,
@@ -162,20 +163,20 @@ def _whole_table(checkpoint: Path, table: str) -> Any:
     import torch
 
     parts = []
-    for file in sorted(checkpoint.glob(f"table-{table}-*.safetensors")):
+    for file in table_files(checkpoint, table):
         with safe_open(file, framework="pt") as tensors:
             parts.append(tensors.get_tensor("weight"))
     return torch.cat(parts)
 
 
 def _items_table(vocabulary: Any) -> pa.Table:
-    """item_id and the rows of each feature, in the order of the table rows from FIRST_ITEM_ROW."""
+    """item_id and the rows of each feature, in the order of the table rows from NUM_RESERVED."""
     import numpy as np
 
-    columns: dict[str, Any] = {"item_id": vocabulary.raw(np.arange(FIRST_ITEM_ROW, vocabulary.size))}
+    columns: dict[str, Any] = {"item_id": vocabulary.raw(np.arange(NUM_RESERVED, vocabulary.size))}
     for name, feature in vocabulary.features.items():
-        offsets = feature.offsets[FIRST_ITEM_ROW:] - feature.offsets[FIRST_ITEM_ROW]
-        values = feature.values[feature.offsets[FIRST_ITEM_ROW] :]
+        offsets = feature.offsets[NUM_RESERVED:] - feature.offsets[NUM_RESERVED]
+        values = feature.values[feature.offsets[NUM_RESERVED] :]
         columns[name] = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values, pa.int64()))
     return pa.table(columns)
 
@@ -211,11 +212,7 @@ def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -
 
 
 def _create_version(client: Any, name: str, model_uri: str, trained: Trained, key: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
+    if _or_none(lambda: client.get_registered_model(name)) is None:
         client.create_registered_model(name)
     facts = read_json(trained.run_dir / "run.json")
     tags = {
@@ -238,23 +235,25 @@ def _set_alias(client: Any, name: str, version: str) -> str:
 
 
 def _champion(client: Any, name: str) -> Any | None:
+    return _or_none(lambda: client.get_model_version_by_alias(name, "champion"))
+
+
+def _or_none(look_up: Callable[[], Any]) -> Any | None:
+    """What the registry answers, None if it says that there is none; any other trouble with it is raised."""
     from mlflow.exceptions import MlflowException
 
     try:
-        return client.get_model_version_by_alias(name, "champion")
-    except MlflowException:
-        return None
+        return look_up()
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def _find_version(client: Any, name: str, key: str) -> Any | None:
     found = client.search_model_versions(f"name = '{name}'")
     versions = [version for version in found if version.tags.get("solar.run_key") == key]
     return client.get_model_version(name, versions[0].version) if versions else None
-
-
-def _run_key(trained: Trained) -> str:
-    commit = (trained.checkpoint / "COMMIT").read_bytes()
-    return hashlib.sha256(commit).hexdigest()[:16]
 
 
 def _manifest_of(checkpoint: Path) -> int:

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
 from jobs.cluster import ray_session
-from jobs.config import RunConfig
+from jobs.config import RunConfig, redacted
 from jobs.console import Console
 from jobs.evaluate import Evaluated, evaluate
 from jobs.ingest import import_events, prepare_shards
@@ -21,8 +24,8 @@ from jobs.train import Trained, train, trained_run
 def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Registered:
     """The whole flow. Each part returns what it made or found."""
     started = time.monotonic()
-    imported = (Path(config.events_dir) / "source.json").exists()
-    if config.source.name == "files" and config.source.path is None and (imported or "://" in config.events_dir):
+    there = "://" in config.events_dir or Path(config.events_dir).exists()
+    if config.source.name == "files" and config.source.path is None and there:
         console.line(f"{'import':<12} already there: {config.events_dir}")
     else:
         import_events(config.source, config.events_dir, console, downloads=Path(config.workspace) / "downloads")
@@ -44,8 +47,14 @@ def systems(config: RunConfig) -> list[RunConfig]:
 
 
 def evaluate_runs(config: RunConfig, console: Console, *, verbose: bool = False) -> tuple[Trained, Evaluated]:
-    """Evaluate the finished runs of a recipe side by side."""
-    trained = {part.model["name"]: trained_run(part) for part in systems(config)}
+    """Evaluate the run of a recipe beside those of its comparisons that were trained."""
+    main, *comparisons = systems(config)
+    trained = {main.model["name"]: trained_run(main)}
+    for part in comparisons:
+        if (part.run_dir / "run.json").exists():
+            trained[part.model["name"]] = trained_run(part)
+        else:
+            console.line(f"{'evaluate':<12} without {part.model['name']}: not trained (`solar run` trains it beside)")
     return trained[config.model["name"]], evaluate(config, trained, console, verbose=verbose)
 
 
@@ -66,7 +75,7 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
     if summary["task"] == "impressions":
         skipped = summary["metrics"][config.model["name"]]["requests_skipped"]
         counted = summary["metrics"][config.model["name"]]["requests"]
-        rows = [_impression_row(system, metrics) for system, metrics in summary["metrics"].items()]
+        rows = [_impression_row(system, summary["metrics"][system]) for system in summary["systems"]]
         console.table(
             f"{title}: {counted:,.0f} requests with at least {config.data.requests.min_history} earlier events, "
             f"{counted / max(1, counted + skipped):.0%} of all",
@@ -76,24 +85,36 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
         return
     main = config.model["name"]
     rows = []
-    for system, metrics in summary["metrics"].items():
+    for system in summary["systems"]:
+        metrics = summary["metrics"][system]
         interval, ratio = summary["intervals"][system], summary["ratios"].get(system)
         rows.append(
             (
                 system,
                 f"{metrics['hr@10']:.4f}",
-                f"{metrics['ndcg@10']:.4f} ({interval['low']:.4f}-{interval['high']:.4f})",
+                f"{interval['value']:.4f} ({interval['low']:.4f}-{interval['high']:.4f})",
                 f"{metrics['mrr@10']:.4f}",
                 f"{metrics['hr@10_seen_kept']:.4f}",
                 f"{metrics['ndcg@10_seen_kept']:.4f}",
+                f"{metrics['ndcg@10_untied']:.4f}",
                 f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "",
             )
         )
-    requests = summary["metrics"][main]["requests"]
+    count, untied = (summary["metrics"][main][key] for key in ("requests", "requests_untied"))
     console.table(
-        f"{title}: {requests:,.0f} requests, each ranked among the whole catalogue "
-        "(seen items removed; in brackets 95 % bootstrap intervals over users)",
-        ("model", "HR@10", "NDCG@10", "MRR@10", "HR@10, seen kept", "NDCG@10, seen kept", f"NDCG@10 of {main} / this"),
+        f"{title}: {count:,.0f} requests, each ranked among the whole catalogue (seen items removed; in brackets 95 % "
+        f"bootstrap intervals over users)\nno ties: the {untied:,.0f} requests whose target has a later time stamp "
+        "than the event before it",
+        (
+            "model",
+            "HR@10",
+            "NDCG@10",
+            "MRR@10",
+            "HR@10, seen kept",
+            "NDCG@10, seen kept",
+            "NDCG@10, no ties",
+            f"NDCG@10 of {main} / this",
+        ),
         rows,
     )
 
@@ -115,10 +136,17 @@ def _print_places(config: RunConfig, console: Console, trained: Trained, registe
     console.line(f"shards       {config.shards_dir}")
     console.line(f"checkpoint   {trained.checkpoint}")
     console.line(f"plots        {trained.run_dir / 'plots'}")
-    console.line(f"MLflow run   {trained.mlflow_run_id} in {uri}")
+    console.line(f"MLflow run   {trained.mlflow_run_id} in {redacted(uri)}")
     console.line(f"registered   {again}{registered.model} version {registered.version} ({registered.alias})")
     console.line()
+    workspace = "" if config.workspace == "workspace" else f" --workspace {config.workspace}"
     console.line("try next:")
-    console.line(f"  solar inspect {config.shards_dir} --verify")
-    console.line(f"  mlflow ui --backend-store-uri {uri}")
-    console.line(f"  solar train {config.name} --name {config.name}-rank-8 --model.rank 8")
+    console.line(f"  {_command('solar')} inspect {config.shards_dir} --verify")
+    if config.tracking.uri is None:
+        console.line(f"  {_command('mlflow')} ui --backend-store-uri {uri}")
+    console.line(f"  {_command('solar')} run {config.recipe}{workspace} --name {config.name}-seed-2 --seed 2")
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from here."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)

@@ -83,9 +83,6 @@ class TrackedRun:
         for key, value in values.items():
             self._client.set_tag(self.run_id, key, str(value))
 
-    def artifact(self, path: Path, directory: str | None = None) -> None:
-        self._client.log_artifact(self.run_id, str(path), directory)
-
     def close(self, *, status: str = "FINISHED") -> None:
         """Flush and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again)."""
         self.flush()

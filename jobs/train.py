@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import ray_session
-from jobs.config import ConfigError, RunConfig
+from jobs.config import ConfigError, RunConfig, redacted
 from jobs.console import Console, Stage
 from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
 from jobs.training.checkpoint import committed_checkpoints, latest_checkpoint, read_state
@@ -21,6 +21,7 @@ from jobs.training.loop import PRIMARY_METRIC, TrainJob
 from jobs.workers import Interrupted, run_workers
 from pipeline.build import index_requests
 from pipeline.manifest import current_manifest
+from pipeline.request_index import RequestCounts
 from pipeline.shards import Shards
 
 
@@ -47,19 +48,18 @@ def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = 
         "manifest_fingerprint": shards.manifest.fingerprint,
         "git_commit": git_commit(),
     }
-    previous = _previous_run(config)
+    previous = _previous_run(config, shards)
     latest = latest_checkpoint(run_dir)
     if latest is not None:
-        document = read_state(latest)
-        _check_same_data(run_dir, document, facts)
+        document = read_state(latest, checksums=True)
         if document["train_state"]["finished"]:
             return Trained(run_dir, best_checkpoint(run_dir), previous["mlflow_run_id"], reused=True)
         if not resume:
             raise ConfigError(f"{run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW")
 
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
-        index_requests(shards, config=config.data.requests)
-        run = _open_run(config, facts, previous, fresh=latest is None)
+        _check_parts(config, index_requests(shards, config=config.data.requests))
+        run = _open_run(config, facts, previous)
         status = "FAILED"
         try:
             with console.stage("train") as stage:
@@ -78,10 +78,17 @@ def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = 
 
 def trained_run(config: RunConfig) -> Trained:
     """What a run of this config left behind, finished or not."""
-    previous = _previous_run(config)
+    previous = _previous_run(config, open_shards(config))
     if not previous:
         raise ConfigError(f"{config.run_dir}: no run there: run `solar train` first")
     return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
+
+
+def require_finished(run_dir: Path) -> None:
+    """Refuse a run that still has epochs to go."""
+    latest = latest_checkpoint(run_dir)
+    if latest is None or not read_state(latest)["train_state"]["finished"]:
+        raise ConfigError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
 
 
 def open_shards(config: RunConfig) -> Shards:
@@ -111,12 +118,14 @@ def train_job(config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint with the best validation metric so far."""
+    """The checkpoint with the best validation metric so far, with all its checksums right."""
     latest = latest_checkpoint(run_dir)
     if latest is None:
         raise ConfigError(f"{run_dir}: no checkpoint there: run `solar train` first")
     best = run_dir / f"step-{read_state(latest)['train_state']['best_step']:08d}"
-    return best if best in committed_checkpoints(run_dir) else latest
+    chosen = best if best in committed_checkpoints(run_dir) else latest
+    read_state(chosen, checksums=True)
+    return chosen
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
@@ -161,19 +170,36 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
         )
 
 
-def _open_run(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any], *, fresh: bool) -> TrackedRun:
+def _check_parts(config: RunConfig, counts: RequestCounts) -> None:
+    """Every part of the split must have a request, or the run would fail when it gets there."""
+    requests = config.data.requests
+    for part in ("train", "valid", "test"):
+        if not getattr(counts, part).requests.any():
+            raise ConfigError(
+                f"data.requests: task {requests.task} with split {requests.split} (valid_from {requests.valid_from}, "
+                f"test_from {requests.test_from}) leaves no {part} request in {config.shards_dir}: move the bounds, "
+                "lower min_history, or bring more events"
+            )
+
+
+def _open_run(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any]) -> TrackedRun:
     """The MLflow run, new or continued, and run.json that ties it to the directory."""
-    run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
+    except MlflowException as error:
+        raise ConfigError(f"tracking.uri={redacted(config.tracking.uri)}: {redacted(str(error))}") from error
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.run_dir / "run.json", {**facts, "mlflow_run_id": run.run_id})
-    if fresh:
+    if run.run_id != previous.get("mlflow_run_id"):
         run.params(facts["config"])
         run.tags({**system_facts(), **{f"solar.{key}": value for key, value in facts.items() if key != "config"}})
     return run
 
 
-def _previous_run(config: RunConfig) -> dict[str, Any]:
-    """The directory's run.json, {} where there is none; a directory of another configuration is refused."""
+def _previous_run(config: RunConfig, shards: Shards) -> dict[str, Any]:
+    """The directory's run.json, {} where there is none; one of another configuration or of other data is refused."""
     file = config.run_dir / "run.json"
     if not file.exists():
         if config.run_dir.exists() and any(config.run_dir.iterdir()):
@@ -186,16 +212,13 @@ def _previous_run(config: RunConfig) -> dict[str, Any]:
             f"{config.run_dir}: belongs to another configuration ({key} is {there} there, {here} here): "
             "choose another --name, or remove the directory"
         )
-    return previous
-
-
-def _check_same_data(run_dir: Path, document: dict[str, Any], facts: dict[str, Any]) -> None:
-    if document["manifest_fingerprint"] != facts["manifest_fingerprint"]:
+    manifest = shards.manifest
+    if previous["manifest_fingerprint"] != manifest.fingerprint:
         raise ConfigError(
-            f"{run_dir}: was trained on manifest {document['manifest']} ({document['manifest_fingerprint']}), "
-            f"the shards are now at manifest {facts['manifest']} ({facts['manifest_fingerprint']}): "
-            "choose another --name"
+            f"{config.run_dir}: was trained on manifest {previous['manifest']} ({previous['manifest_fingerprint']}), "
+            f"the shards are now at manifest {manifest.number} ({manifest.fingerprint}): choose another --name"
         )
+    return previous
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], identity: dict[str, Any]) -> tuple[str, Any, Any]:

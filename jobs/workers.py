@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.config import RunConfig
+from jobs.config import ConfigError, RunConfig
+from jobs.training.checkpoint import CheckpointError
+from jobs.training.parallel import ParallelConfig
+from pipeline.events import DataError
 
 POLL_SECONDS = 0.5
 
@@ -41,8 +44,9 @@ def run_workers(
 
     from jobs.training.telemetry import Telemetry
 
-    telemetry = Telemetry.remote()
     parallel = config.parallel
+    _check_resources(parallel)
+    telemetry = Telemetry.remote()
     trainer = TorchTrainer(
         _start_worker,
         train_loop_config={**arguments, "function": function, "telemetry": telemetry, "parallel": parallel},
@@ -79,7 +83,11 @@ def run_workers(
                 raise Interrupted(name)
     on_rows(ray.get(telemetry.drain.remote()))
     if failure:
-        raise WorkerFailure(_first_cause(failure[0])) from failure[0]
+        cause = _first_cause(failure[0])
+        if isinstance(cause, DataError | CheckpointError):
+            raise cause
+        lines = [line for line in str(cause).splitlines() if line.strip()]
+        raise WorkerFailure(f"{type(cause).__name__}: {lines[-1] if lines else ''}") from failure[0]
     if asked_to_stop():
         raise Interrupted(name)
 
@@ -119,11 +127,24 @@ def _signals(on_first: Callable[[], Any]) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _first_cause(error: BaseException) -> str:
-    """The worker's own error in one line, out of Ray's wrappers."""
+def _check_resources(parallel: ParallelConfig) -> None:
+    """A group that can never be placed would wait for ever."""
+    import ray
+
+    there = ray.cluster_resources()
+    needed = {"CPU": parallel.num_cpus, "GPU": parallel.num_workers if parallel.device == "cuda" else 0}
+    for kind, count in needed.items():
+        if there.get(kind, 0) < count:
+            raise ConfigError(
+                f"parallel.num_workers={parallel.num_workers}, device={parallel.device}: needs {count} {kind}, "
+                f"this Ray has {there.get(kind, 0):.0f}: lower parallel.num_workers or set parallel.device"
+            )
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The worker's own error, out of Ray's wrappers."""
     failures = getattr(error, "worker_failures", None)
     cause: Any = next(iter(failures.values())) if failures else error
     while getattr(cause, "cause", None) is not None or cause.__cause__ is not None:
         cause = getattr(cause, "cause", None) or cause.__cause__
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"
+    return cause

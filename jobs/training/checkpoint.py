@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -37,7 +38,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the fix in one line."""
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to write and what to keep."""
 
@@ -118,14 +119,19 @@ def committed_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(path.parent for path in run_dir.glob("step-*/COMMIT"))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a committed checkpoint, after every file's size was compared with COMMIT."""
+def read_state(path: Path, *, checksums: bool = False) -> dict[str, Any]:
+    """state.json of a committed checkpoint, after every file's size (and checksum) was compared with COMMIT."""
     if not (path / "COMMIT").exists():
         raise CheckpointError(f"{path}: not a checkpoint (no COMMIT): give a step-XXXXXXXX directory of a run")
-    problems = verify_checkpoint(path, checksums=False)
+    problems = verify_checkpoint(path, checksums=checksums)
     if problems:
         raise CheckpointError(f"{problems[0]}: use an earlier checkpoint of {path.parent}")
     return json.loads((path / "state.json").read_text())
+
+
+def checkpoint_key(path: Path) -> str:
+    """Sixteen hex digits that two different checkpoints never share: a hash over all checksums."""
+    return hashlib.sha256((path / "COMMIT").read_bytes()).hexdigest()[:16]
 
 
 def verify_checkpoint(path: Path, *, checksums: bool = True) -> list[str]:
@@ -146,7 +152,7 @@ def load_tables(path: Path, shards: Iterable[TableShard]) -> None:
     """Fill this rank's rows from the row ranges of a checkpoint; rows it does not have keep their value."""
     for shard in shards:
         last_row = shard.first_row + shard.weight.shape[0]
-        for file in sorted(path.glob(f"table-{shard.table}-*.safetensors")):
+        for file in table_files(path, shard.table):
             with safe_open(file, framework="pt") as tensors:
                 first_in_file = _first_row(file)
                 rows = tensors.get_slice("weight").get_shape()[0]
@@ -157,6 +163,11 @@ def load_tables(path: Path, shards: Iterable[TableShard]) -> None:
                 target = slice(first - shard.first_row, last - shard.first_row)
                 shard.weight[target] = tensors.get_slice("weight")[source]
                 shard.accumulator[target] = tensors.get_slice("accumulator")[source]
+
+
+def table_files(path: Path, table: str) -> list[Path]:
+    """The files of one table, by their first row."""
+    return sorted(path.glob(f"table-{table}-{'[0-9]' * 12}.safetensors"))
 
 
 def load_dense(path: Path) -> dict[str, Tensor]:

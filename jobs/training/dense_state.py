@@ -16,10 +16,6 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def parameter_names(engine: Any) -> list[str]:
-    return [name for name, _ in engine.module.named_parameters()]
-
-
 def gather_dense_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
     """(key, fp32 tensor) of every parameter and its moments, one parameter at a time; keys `NAME` and `NAME/exp_avg`.
 

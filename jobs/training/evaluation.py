@@ -24,10 +24,9 @@ from pipeline.batch import Batch
 from pipeline.loader import EvaluationLoader
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
+from pipeline.vocabulary import NUM_RESERVED
 
 CUTOFFS = (5, 10, 20)
-FIRST_ITEM_ROW = 2
-"""Rows 0 and 1 of the item table are padding and unknown."""
 CANDIDATES_PER_FORWARD = 1 << 16
 """Bounds the memory of one forward: about 1 KB a candidate at width 64."""
 EVENTS_PER_BATCH = 1 << 14
@@ -46,6 +45,8 @@ class RankedTargets:
     """1 = best; seen items stay in the ranking."""
     rank_removed: np.ndarray
     """Seen items (other than the target) are taken out."""
+    tied: np.ndarray
+    """The target shares its time stamp with the event before it: only the log's tie-break says which came first."""
 
     def metrics(self) -> dict[str, float]:
         values: dict[str, float] = {"requests": float(len(self.user))}
@@ -54,6 +55,8 @@ class RankedTargets:
                 values[f"hr@{cutoff}{suffix}"] = _mean(hit_rate(ranks, k=cutoff))
                 values[f"ndcg@{cutoff}{suffix}"] = _mean(ndcg(ranks, k=cutoff))
                 values[f"mrr@{cutoff}{suffix}"] = _mean(reciprocal_rank(ranks, k=cutoff))
+        values["requests_untied"] = float((~self.tied).sum())
+        values["ndcg@10_untied"] = _mean(ndcg(self.rank_removed[~self.tied], k=10))
         return values
 
 
@@ -194,15 +197,19 @@ def _catalogue_input(batch: Batch, item_IC: Tensor, features_IFC: Tensor) -> Any
 
 
 def _ranks(batch: Batch, scores_BI: Tensor) -> tuple[np.ndarray, ...]:
-    """(user, history length, rank kept, rank removed) of a batch whose only candidates are the targets."""
+    """(user, history length, rank kept, rank removed, tied) of a batch whose only candidates are the targets."""
     scores_BI = scores_BI.clone()
-    scores_BI[:, :FIRST_ITEM_ROW] = -torch.inf
+    scores_BI[:, :NUM_RESERVED] = -torch.inf
     seen_BI = torch.zeros(scores_BI.shape, dtype=torch.bool)
     lengths_B = batch.request_position
     owner = torch.repeat_interleave(torch.arange(batch.num_requests), lengths_B)
     within = torch.arange(int(lengths_B.sum())) - torch.repeat_interleave(lengths_B.cumsum(0) - lengths_B, lengths_B)
     event = batch.event_offsets[batch.request_user][owner] + within
     seen_BI[owner, batch.event_item[event]] = True
+    previous = (batch.event_offsets[batch.request_user] + lengths_B - 1).clamp(min=0)
+    tied_B = (lengths_B > 0) & (batch.request_time > 0)
+    if batch.num_events:
+        tied_B = tied_B & (batch.event_time[previous] == batch.request_time)
     target_B = batch.candidate_item
     seen_BI[torch.arange(batch.num_requests), target_B] = False
     return (
@@ -210,13 +217,14 @@ def _ranks(batch: Batch, scores_BI: Tensor) -> tuple[np.ndarray, ...]:
         lengths_B.numpy(),
         rank_of_target(scores_BI, target_B).numpy(),
         rank_of_target(scores_BI, target_B, excluded_BI=seen_BI).numpy(),
+        tied_B.numpy(),
     )
 
 
 def _collect_ranks(results: list[tuple[np.ndarray, ...]]) -> RankedTargets:
-    user, history, kept, removed = _gather_columns(results)
-    order = np.lexsort((history, user))
-    return RankedTargets(user[order], history[order], kept[order], removed[order])
+    columns = _gather_columns(results)
+    order = np.lexsort((columns[1], columns[0]))
+    return RankedTargets(*(column[order] for column in columns))
 
 
 def _gather_columns(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:

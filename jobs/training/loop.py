@@ -6,6 +6,7 @@ Runs inside every worker of a Ray Train job (jobs/train.py starts it); every ran
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def _validate(
         engine, tables, shards, requests=job.requests, part="valid", limit=job.training.valid_requests or None
     ).metrics()
     primary = metrics[PRIMARY_METRIC[job.requests.task]]
-    if state.best_metric is None or primary > state.best_metric:
+    if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):
         state.best_metric, state.best_step = primary, state.step
     reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, **metrics)
 

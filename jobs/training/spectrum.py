@@ -37,7 +37,7 @@ def energy_by_rank(
             interests, _ = tower.interests(training_input(batch, tables))
         energy_K = interests.energy_K[1:].double()
         share_KR = (interests.singular_KR[1:].double() ** 2).cumsum(1) / energy_K[:, None].clamp_min(1e-30)
-        local.append(share_KR[energy_K > 0].numpy())
+        local.append(share_KR[energy_K > 0].cpu().numpy())
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, local)
     parts = [share for shares in gathered for share in shares if len(share)]

@@ -42,21 +42,21 @@ class Reporter:
 
     def __init__(self, actor: Any | None) -> None:
         self._actor = actor if dist.get_rank() == 0 else None
-        self._pending: Any = None
+        self._pending: list[Any] = []
+        self._stop = False
 
     def row(self, kind: str, **values: Any) -> None:
         """Send one row without waiting; other ranks do nothing."""
         if self._actor is not None:
             rows = [{"kind": kind, "time": time.time(), **values}]
-            self._pending = self._actor.push.remote(rows)
+            self._pending.append(self._actor.push.remote(rows))
 
     def should_stop(self) -> bool:
         """Whether the driver asked to stop, the same answer on every rank. A collective."""
-        flag = torch.zeros(1)
-        if self._pending is not None:
-            ready, _ = ray.wait([self._pending], timeout=0)
-            if ready:
-                flag.fill_(float(ray.get(self._pending)))
-                self._pending = None
+        if self._pending:
+            # Answers of earlier steps: waiting for this step's would cost a round trip.
+            ready, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
+            self._stop = self._stop or any(ray.get(ready))
+        flag = torch.tensor([float(self._stop)])
         dist.broadcast(flag, src=0)
         return bool(flag.item())

@@ -44,7 +44,7 @@ def shards_dir(tmp_path_factory, local_ray) -> str:
 
 
 def make_job(shards_dir: str, run_dir: Path, **changes: Any) -> TrainJob:
-    model = SolarConfig(width=16, rank=4, recent_window=8, checkpoint_every=4, dropout=0.1)
+    model = SolarConfig(**SMALL, dropout=0.1)
     job = TrainJob(
         run_dir=str(run_dir),
         shards=shards_dir,
@@ -60,6 +60,10 @@ def make_job(shards_dir: str, run_dir: Path, **changes: Any) -> TrainJob:
         facts={"manifest": 1, "manifest_fingerprint": "tiny"},
     )
     return dataclasses.replace(job, **changes)
+
+
+SMALL = {"width": 16, "rank": 4, "recent_window": 8, "checkpoint_every": 4}
+WITHOUT_DROPOUT = {"name": "solar", **dataclasses.asdict(SolarConfig(**SMALL, dropout=0.0))}
 
 
 class RecordingReporter(Reporter):
@@ -107,21 +111,20 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
 @pytest.fixture(scope="module")
 def two_rank_runs(shards_dir, tmp_path_factory) -> tuple[Path, list[list[dict[str, Any]]]]:
     directory = tmp_path_factory.mktemp("runs")
-    plain = TrainingConfig(epochs=2)
-    still = {
-        "name": "solar",
-        **dataclasses.asdict(SolarConfig(width=16, rank=4, recent_window=8, checkpoint_every=4, dropout=0.0)),
-    }
     jobs = [
         (make_job(shards_dir, directory / "straight"), [None]),
         (make_job(shards_dir, directory / "resumed"), [5, 9, None]),
-        (make_job(shards_dir, directory / "without-dropout", model=still, training=plain), [None]),
+        (make_job(shards_dir, directory / "without-dropout", model=WITHOUT_DROPOUT), [None]),
+        (
+            make_job(shards_dir, directory / "stage-3", model=WITHOUT_DROPOUT, parallel=ParallelConfig(zero_stage=3)),
+            [None],
+        ),
     ]
     return directory, run_ranks(run_each, 2, jobs)[0]
 
 
 def test_interrupted_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(two_rank_runs):
-    directory, (straight, resumed, _) = two_rank_runs
+    directory, (straight, resumed, *_) = two_rank_runs
     assert losses(resumed) == losses(straight)
     expected, found = weights(directory / "straight"), weights(directory / "resumed")
     assert expected.keys() == found.keys()
@@ -130,18 +133,21 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(two_ra
 
 
 def test_one_and_two_ranks_give_the_same_losses_and_validation(two_rank_runs, shards_dir, tmp_path):
-    _, (_, _, two_ranks) = two_rank_runs
-    still = {
-        "name": "solar",
-        **dataclasses.asdict(SolarConfig(width=16, rank=4, recent_window=8, checkpoint_every=4, dropout=0.0)),
-    }
-    one_rank = run_ranks(run_each, 1, [(make_job(shards_dir, tmp_path / "one", model=still), [None])])[0][0]
+    _, (_, _, two_ranks, _) = two_rank_runs
+    one_rank = run_ranks(run_each, 1, [(make_job(shards_dir, tmp_path / "one", model=WITHOUT_DROPOUT), [None])])[0][0]
     # fp32 sums in another order, the bound of the project's contract.
     assert losses(one_rank) == pytest.approx(losses(two_ranks), rel=1e-4)
     first, second = ([row for row in rows if row["kind"] == "valid"] for rows in (one_rank, two_ranks))
     assert [row["requests"] for row in first] == [row["requests"] for row in second]
     # One request in forty may change its rank by such a difference.
     assert [row["ndcg@10"] for row in first] == pytest.approx([row["ndcg@10"] for row in second], abs=0.02)
+
+
+def test_zero_stage_3_trains_and_evaluates_like_stage_1(two_rank_runs):
+    _, (_, _, stage_1, stage_3) = two_rank_runs
+    # fp32 sums in another order, the bound of the project's contract.
+    assert losses(stage_3) == pytest.approx(losses(stage_1), rel=1e-4)
+    assert [row["requests"] for row in stage_3 if row["kind"] == "valid"] == [40.0, 40.0]
 
 
 def test_training_lowers_the_loss(two_rank_runs):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -172,24 +174,6 @@ def test_run_directory_of_another_configuration_is_refused(first_run, recipe, wo
     assert "belongs to another configuration (model.rank is 4 there, 3 here)" in line
 
 
-def test_shards_that_changed_under_a_run_are_refused(first_run, recipe, workplace):
-    from pipeline.manifest import current_manifest
-
-    shards = workplace / "workspace" / "shards" / "tiny"
-    extra = write_tiny_log(workplace / "more", seed=1)
-    (workplace / "workspace/events/tiny/events-00001.parquet").write_bytes(
-        (extra / "events-00000.parquet").read_bytes()
-    )
-    merged = solar("prepare", "--events", "workspace/events/tiny", "--out", shards, "--buckets", "3",
-                   "--row_group_events", "200", cwd=workplace)  # fmt: skip
-    assert merged.returncode == 0, merged.stderr
-    manifest = current_manifest(str(shards))
-    assert manifest is not None
-    assert manifest.number == 2
-    line = refused("train", recipe, "--resume", cwd=workplace)
-    assert "was trained on manifest 1" in line
-
-
 def test_impressions_task_reports_probabilities(recipe, workplace, tmp_path):
     changed = yaml.safe_load(recipe.read_text())
     changed["workspace"] = str(tmp_path / "workspace")
@@ -206,4 +190,60 @@ def test_impressions_task_reports_probabilities(recipe, workplace, tmp_path):
     assert 0 <= metrics["solar"]["auc"] <= 1
     assert metrics["solar"]["logloss"] > 0
     assert metrics["solar"]["requests_skipped"] >= 0
-    assert "left out" in done.stdout
+    assert "requests with at least 2 earlier events" in done.stdout
+
+
+def test_train_evaluate_register_one_by_one_also_without_the_comparison(recipe, workplace, tmp_path):
+    workspace = ["--workspace", tmp_path / "workspace"]
+    config = yaml.safe_load(recipe.read_text())
+    for command in ("import", "prepare"):
+        source, out = config["source"], tmp_path / "workspace"
+        arguments = {
+            "import": ["files", source["path"], "--out", out / "events/tiny"],
+            "prepare": ["--events", out / "events/tiny", "--out", out / "shards/tiny", "--buckets", "3"],
+        }[command]
+        assert solar(command, *arguments, *workspace, cwd=tmp_path).returncode == 0
+    assert "run `solar train` first" in refused("evaluate", recipe, *workspace, cwd=tmp_path)
+    trained = solar("train", recipe, *workspace, "--training.epochs", "1", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    registered = solar("register", recipe, *workspace, "--training.epochs", "1", cwd=tmp_path)
+    assert registered.returncode == 0, registered.stderr
+    assert "without mean_pooling: not trained" in registered.stdout
+    assert "models:/solar-tiny@champion (champion)" in registered.stdout
+
+
+def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(first_run, recipe, workplace):
+    arguments = [SOLAR, "train", str(recipe), "--name", "interrupted", "--training.epochs", "40"]
+    running = subprocess.Popen(arguments, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    telemetry = workplace / "workspace/runs/interrupted/telemetry.jsonl"
+    deadline = time.monotonic() + 240
+    while not (telemetry.exists() and '"kind": "step"' in telemetry.read_text()):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130, errors
+    assert "continues from the checkpoint" in errors
+    stopped = max((workplace / "workspace/runs/interrupted").glob("step-*/COMMIT"))
+    state = json.loads((stopped.parent / "state.json").read_text())["train_state"]
+    assert not state["finished"]
+    assert "add --resume" in refused(*arguments[1:], cwd=workplace)
+
+
+def test_shards_that_changed_under_a_run_are_refused(first_run, recipe, workplace):
+    from pipeline.manifest import current_manifest
+
+    shards = workplace / "workspace" / "shards" / "tiny"
+    extra = write_tiny_log(workplace / "more", seed=1)
+    (workplace / "workspace/events/tiny/events-00001.parquet").write_bytes(
+        (extra / "events-00000.parquet").read_bytes()
+    )
+    merged = solar("prepare", "--events", "workspace/events/tiny", "--out", shards, "--buckets", "3",
+                   "--row_group_events", "200", cwd=workplace)  # fmt: skip
+    assert merged.returncode == 0, merged.stderr
+    manifest = current_manifest(str(shards))
+    assert manifest is not None
+    assert manifest.number == 2
+    line = refused("train", recipe, "--resume", cwd=workplace)
+    assert "was trained on manifest 1" in line
