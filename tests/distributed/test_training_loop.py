@@ -62,7 +62,7 @@ def make_job(shards_dir: str, run_dir: Path, **changes: Any) -> TrainJob:
     return dataclasses.replace(job, **changes)
 
 
-SMALL = {"width": 16, "rank": 4, "recent_window": 8, "checkpoint_every": 4}
+SMALL: dict[str, Any] = {"width": 16, "rank": 4, "recent_window": 8, "checkpoint_every": 4}
 WITHOUT_DROPOUT = {"name": "solar", **dataclasses.asdict(SolarConfig(**SMALL, dropout=0.0))}
 
 

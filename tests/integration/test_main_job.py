@@ -224,7 +224,7 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(fir
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 130, errors
-    assert "continues from the checkpoint" in errors
+    assert "solar: interrupted" in errors
     stopped = max((workplace / "workspace/runs/interrupted").glob("step-*/COMMIT"))
     state = json.loads((stopped.parent / "state.json").read_text())["train_state"]
     assert not state["finished"]
