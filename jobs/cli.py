@@ -66,10 +66,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     console = Console()
     try:
         return command(arguments, console, verbose=verbose)
-    except (ConfigError, DataError, CheckpointError, ArgumentError) as error:
-        console.error(f"solar: {_one_line(error)}")
-        return 2
-    except ConnectionError as error:
+    except (ConfigError, DataError, CheckpointError, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {_one_line(error)}")
         return 2
     except Interrupted:

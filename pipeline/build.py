@@ -241,7 +241,7 @@ def _is_alive(pid: str) -> bool:
     except (ValueError, ProcessLookupError):
         return False
     except PermissionError:
-        pass
+        return True
     return True
 
 

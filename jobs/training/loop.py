@@ -6,6 +6,7 @@ Runs inside every worker of a Ray Train job (jobs/train.py starts it); every ran
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from pathlib import Path
@@ -99,7 +100,8 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     num_steps = sum(batches_per_epoch)
 
     state, tables, engine = _create_or_restore(job, shards, loader)
-    last_steps = set(_cumulative(batches_per_epoch)[training.eval_every_epochs - 1 :: training.eval_every_epochs])
+    epoch_ends = list(itertools.accumulate(batches_per_epoch))
+    last_steps = set(epoch_ends[training.eval_every_epochs - 1 :: training.eval_every_epochs])
     last_steps.add(num_steps)
     reporter.row("start", step=state.step, num_steps=num_steps)
 
@@ -209,11 +211,3 @@ def _validate(
 
 PRIMARY_METRIC = {"next_item": "ndcg@10", "impressions": "gauc"}
 """What decides which step is best, by task."""
-
-
-def _cumulative(counts: list[int]) -> list[int]:
-    total, sums = 0, []
-    for count in counts:
-        total += count
-        sums.append(total)
-    return sums
