@@ -1,0 +1,1 @@
+"""The subcommands of `solar`: their arguments, and which job they start."""
