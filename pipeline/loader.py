@@ -20,9 +20,10 @@ import torch
 
 from pipeline import order
 from pipeline.batch import Batch
+from pipeline.draws import evaluated, hash64, sample, with_negatives
 from pipeline.events import DataError
 from pipeline.request_index import PartCounts, check_log, request_counts
-from pipeline.requests import RequestConfig, Requests, carried, hash64, list_requests, of_part, sample, with_negatives
+from pipeline.requests import RequestConfig, Requests, carried, list_requests, of_part
 from pipeline.sequences import UserEvents, offsets_of, ranges
 from pipeline.shards import Shards
 from pipeline.user_reader import UserReader
@@ -133,7 +134,7 @@ class TrainLoader:
         for number in range(start, plan.num_batches):
             users = plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
-            eligible, _ = of_part(list_requests(events, self._requests), "train", self._requests)
+            eligible = of_part(list_requests(events, self._requests), "train", self._requests)
             # The window of events is that of all eligible requests, not of the sample: its cost is what was planned.
             window = carried(eligible, num_users=len(users), part="train", config=self._requests)
             chosen = sample(eligible, user_rows=users, seed=self._seed, epoch=epoch, config=self._requests)
@@ -152,7 +153,7 @@ class EvaluationLoader:
         self, data: Shards, *, requests: RequestConfig, part: str, batch_events: int, rank: int = 0,
         world_size: int = 1, limit: int | None = None,
     ) -> None:  # fmt: skip
-        """`limit`: at most so many users, the same ones each time, spread over the data set."""
+        """`limit`: users, the same ones each time and spread over the data set, until they have so many requests."""
         if part not in ("valid", "test"):
             raise ValueError(f"part is {part!r}: it must be valid or test")
         self._data, self._requests, self._part = data, requests, part
@@ -177,7 +178,8 @@ class EvaluationLoader:
         for number in range(self.num_batches):
             users = self._plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
-            chosen, _ = of_part(list_requests(events, self._requests), self._part, self._requests)
+            chosen = of_part(list_requests(events, self._requests), self._part, self._requests)
+            chosen = evaluated(chosen, config=self._requests)
             window = carried(chosen, num_users=len(users), part=self._part, config=self._requests)
             yield _batch(users, events, chosen, *window, num_global_requests=int(self._plan.num_requests[number]))
 
@@ -211,16 +213,16 @@ class _EpochPlan:
 def _training_cost(counts: PartCounts, config: RequestConfig) -> np.ndarray:
     """[users] events plus candidates after the caps; an upper bound where the sample decides how many candidates."""
     asked = np.minimum(counts.requests, config.max_requests)
-    if config.task == "next_item":
-        return counts.events + asked * (1 + config.num_negatives)
-    return counts.events + np.minimum(counts.candidates, asked * counts.largest)
+    negatives = config.num_negatives if config.task == "next_item" else 0
+    return counts.events + np.minimum(counts.candidates, asked * counts.largest) + asked * negatives
 
 
 def _evaluated_users(data: Shards, counts: PartCounts, limit: int | None) -> np.ndarray:
     index = data.index
     users = np.flatnonzero(counts.requests)
-    if limit is not None and limit < len(users):
-        users = users[np.argsort(hash64(users), kind="stable")[:limit]]
+    if limit is not None:
+        users = users[np.argsort(hash64(users), kind="stable")]
+        users = users[: int(np.searchsorted(np.cumsum(counts.requests[users]), limit)) + 1]
     return users[np.lexsort((index.row[users], index.group[users]))]
 
 

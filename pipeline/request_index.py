@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.draws import evaluated
 from pipeline.events import DataError
-from pipeline.requests import PARTS, RequestConfig, carried, list_requests, of_part
+from pipeline.requests import PARTS, RequestConfig, carried, list_requests, of_part, too_short
 from pipeline.shards import Shards
 from pipeline.storage import Store
 
@@ -101,21 +102,21 @@ def _count(data: Shards, file: int, config: RequestConfig) -> dict[str, np.ndarr
     for group in data.groups_of_file(file):
         events = data.read(group)
         every = list_requests(events, config)
+        short = every.take(too_short(every, config))
         columns: dict[str, np.ndarray] = {}
         for part in PARTS:
-            chosen, _ = of_part(every, part, config)
+            chosen = of_part(every, part, config)
+            chosen = chosen if part == "train" else evaluated(chosen, config=config)
             start, last = carried(chosen, num_users=events.num_users, part=part, config=config)
             sizes = np.diff(chosen.offsets)
             largest = np.zeros(events.num_users, np.int64)
             np.maximum.at(largest, chosen.user, sizes)
-            total = np.bincount(every.user[every.part == PARTS.index(part)], minlength=events.num_users)
-            requests = np.bincount(chosen.user, minlength=events.num_users)
             values = (
-                requests,
+                np.bincount(chosen.user, minlength=events.num_users),
                 np.bincount(chosen.user, weights=sizes, minlength=events.num_users).astype(np.int64),
                 largest,
                 last - start,
-                np.zeros_like(requests) if part == "train" else total - requests,
+                np.bincount(short.user[short.part == PARTS.index(part)], minlength=events.num_users),
             )
             columns |= {f"{part}_{name}": value for name, value in zip(_COLUMNS, values, strict=True)}
         counted.append(columns)

@@ -10,8 +10,7 @@ Task `next_item`, split `leave_one_out`, one user with events a b c d:
 
 Task `impressions`: the events of one request_id (else of one session) are the candidates, with their labels; the
 history is every event strictly before the first of them. Split `temporal`: the part follows from the request's time.
-All draws come from a counter-based generator keyed by (seed, epoch, user, request), so they are the same however the
-work is dealt.
+What is drawn (a sample of them, negatives) is in draws.py.
 """
 
 from __future__ import annotations
@@ -20,13 +19,11 @@ import dataclasses
 import datetime
 import hashlib
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.events import DataError
 from pipeline.sequences import UserEvents, offsets_of, ranges
-from pipeline.vocabulary import NUM_RESERVED
 
 PARTS = ("train", "valid", "test")
 _MIN_REQUESTS_TO_SPLIT = 3
@@ -50,6 +47,10 @@ class RequestConfig:
     """Training requests a user and epoch, a fresh sample each epoch."""
     num_negatives: int = 64
     """next_item: negatives drawn for each training request."""
+    group: Literal["event", "request"] = "event"
+    """next_item: each event is a request, or all events of one request_id are (without request ids: of one time)."""
+    max_eval_requests: int = 0
+    """Evaluation requests a user and part, the same draw each time; 0 = all."""
     session_gap_seconds: int = 1800
     """impressions without request_id: a longer pause starts the next session."""
     min_history: int = 5
@@ -58,9 +59,17 @@ class RequestConfig:
     def __post_init__(self) -> None:
         if self.task not in ("next_item", "impressions"):
             raise ValueError(f"requests.task is {self.task!r}: it must be next_item or impressions")
+        if self.group not in ("event", "request"):
+            raise ValueError(f"requests.group is {self.group!r}: it must be event or request")
         if self.split not in ("leave_one_out", "temporal"):
             raise ValueError(f"requests.split is {self.split!r}: it must be leave_one_out or temporal")
-        for name, least in (("max_history", 1), ("max_requests", 1), ("num_negatives", 0), ("min_history", 0)):
+        for name, least in (
+            ("max_history", 1),
+            ("max_requests", 1),
+            ("num_negatives", 0),
+            ("min_history", 0),
+            ("max_eval_requests", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"requests.{name} is {getattr(self, name)}: it must be at least {least}")
         if self.session_gap_seconds <= 0:
@@ -82,11 +91,14 @@ class RequestConfig:
     @property
     def counting_fingerprint(self) -> str:
         """Hash of the fields that decide how many requests there are."""
-        fields = {"task": self.task, "split": self.split, "max_history": self.max_history}
+        fields: dict[str, Any] = {"task": self.task, "split": self.split, "max_history": self.max_history}
+        fields |= {"max_eval_requests": self.max_eval_requests}
         if self.split == "temporal":
             fields |= {"bounds": self.bounds}
         if self.task == "impressions":
             fields |= {"session_gap_seconds": self.session_gap_seconds, "min_history": self.min_history}
+        else:
+            fields |= {"group": self.group}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -137,13 +149,15 @@ def list_requests(events: UserEvents, config: RequestConfig) -> Requests:
     user = np.repeat(np.arange(events.num_users), lengths)
     place = np.arange(len(user)) - events.offsets[:-1][user]
     first = _first_of_equal(events, user)
-    if config.task == "next_item":
-        request = np.arange(len(user))
-        member, offsets = request, np.arange(len(user) + 1)
-        label = np.ones(len(user), np.float32)
+    asks_at_event = False
+    if config.task == "impressions":
+        request, member, offsets, label = _grouped(events, user, *_shown_together(events, user, config))
+    elif config.group == "request":
+        request, member, offsets, label = _grouped(events, user, *_asked_together(events, first))
     else:
-        request, member, offsets, label = _impressions(events, user, config)
-    asks_at_event = config.task == "next_item" and config.split == "leave_one_out"
+        asks_at_event = config.split == "leave_one_out"
+        request = member = np.arange(len(user))
+        offsets, label = np.arange(len(user) + 1), np.ones(len(user), np.float32)
     position = place[request] if asks_at_event else place[first[request]]
     part = _split(user[request], events.time[request], config)
     return Requests(
@@ -158,20 +172,24 @@ def list_requests(events: UserEvents, config: RequestConfig) -> Requests:
     )
 
 
-def of_part(requests: Requests, part: str, config: RequestConfig) -> tuple[Requests, int]:
-    """The requests of a part under the caps that do not depend on the epoch, and how many evaluation requests were
-    skipped for a history below min_history.
+def of_part(requests: Requests, part: str, config: RequestConfig) -> Requests:
+    """The requests of a part under the caps that do not depend on the epoch.
 
-    Training keeps requests within the user's latest `max_history` events (see `carried`).
+    Training keeps requests within the user's latest `max_history` events (see `carried`), evaluation those that are not
+    `too_short`.
     """
-    chosen = requests.take(requests.part == PARTS.index(part))
+    chosen = requests.take((requests.part == PARTS.index(part)) & ~too_short(requests, config))
     if part != "train":
-        if config.task != "impressions":
-            return chosen, 0
-        long_enough = chosen.position >= config.min_history
-        return chosen.take(long_enough), int((~long_enough).sum())
+        return chosen
     starts, _ = carried(chosen, num_users=int(requests.user.max(initial=-1)) + 1, part=part, config=config)
-    return chosen.take(chosen.position >= starts[chosen.user]), 0
+    return chosen.take(chosen.position >= starts[chosen.user])
+
+
+def too_short(requests: Requests, config: RequestConfig) -> np.ndarray:
+    """[B] evaluation requests left out because their history is shorter than min_history."""
+    if config.task != "impressions":
+        return np.zeros(len(requests), bool)
+    return (requests.part != PARTS.index("train")) & (requests.position < config.min_history)
 
 
 def carried(requests: Requests, *, num_users: int, part: str, config: RequestConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -188,63 +206,6 @@ def carried(requests: Requests, *, num_users: int, part: str, config: RequestCon
     return np.maximum(earliest - config.max_history, 0), last
 
 
-def sample(requests: Requests, *, user_rows: np.ndarray, seed: int, epoch: int, config: RequestConfig) -> Requests:
-    """At most max_requests training requests a user, drawn by (seed, epoch, user); their order is kept.
-
-    user_rows: [U] int64, the index row of each user.
-    """
-    draw = hash64(seed, epoch, user_rows[requests.user], requests.key, np.uint64(1))
-    order = np.lexsort((draw, requests.user))
-    counts = np.bincount(requests.user, minlength=len(user_rows))
-    rank = np.empty(len(requests), np.int64)
-    rank[order] = np.arange(len(requests)) - np.repeat(offsets_of(counts)[:-1], counts)
-    return requests.take(rank < config.max_requests)
-
-
-def with_negatives(
-    requests: Requests, *, user_rows: np.ndarray, seed: int, epoch: int, num_negatives: int, vocabulary_size: int
-) -> Requests:
-    """next_item: after each positive, negatives drawn uniformly from the real items except the positive itself."""
-    num_items = vocabulary_size - NUM_RESERVED
-    if num_negatives == 0:
-        return requests
-    if num_items < 2:
-        raise DataError(f"the data set has {num_items} item: negatives need two; set requests.num_negatives to 0")
-    draw = hash64(seed, epoch, user_rows[requests.user], requests.key, np.uint64(2))
-    counter = np.arange(1, num_negatives + 1, dtype=np.uint64) * _GOLDEN
-    # The high 32 bits times the range, shifted back, is a number below the range: no slow modulo, bias below 2^-32 n.
-    bits = _mix(draw[:, None] + counter[None, :]) >> np.uint64(32)
-    negative = ((bits * np.uint64(num_items - 1)) >> np.uint64(32)).astype(np.int64) + NUM_RESERVED
-    positive = requests.candidate[:, None]
-    negative += negative >= positive
-    label = np.zeros((len(requests), num_negatives + 1), np.float32)
-    label[:, 0] = 1
-    return dataclasses.replace(
-        requests,
-        candidate=np.concatenate([positive, negative], axis=1).reshape(-1),
-        label=label.reshape(-1),
-        offsets=np.arange(len(requests) + 1, dtype=np.int64) * (num_negatives + 1),
-    )
-
-
-def hash64(*keys: int | np.ndarray | np.uint64) -> np.ndarray:
-    """uint64 hash of the keys, element by element: splitmix64 (Steele et al., 2014) chained over them."""
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            state = _mix(state + np.asarray(key).astype(np.uint64) * _GOLDEN + _GOLDEN)
-    return state
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
 def _first_of_equal(events: UserEvents, user: np.ndarray) -> np.ndarray:
     """[N]: the first event of the same user at the same time; what stands before it is strictly earlier."""
     starts = np.ones(len(user), bool)
@@ -252,21 +213,38 @@ def _first_of_equal(events: UserEvents, user: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(starts, np.arange(len(user)), 0))
 
 
-def _impressions(events: UserEvents, user: np.ndarray, config: RequestConfig) -> tuple[np.ndarray, ...]:
-    """First event of each request, and its candidates: event, offsets, label. An item stands once in a request, as a
-    positive when any of its events is one."""
+def _shown_together(
+    events: UserEvents, user: np.ndarray, config: RequestConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """impressions: (group of each event, events that belong to one, label of each event)."""
     assert events.label is not None, "request_index.check_log refuses such a log"
     number = np.arange(len(user))
+    if events.request is not None:
+        return events.request, number[events.request >= 0], events.label
+    starts = np.ones(len(user), bool)
+    starts[1:] = (user[1:] != user[:-1]) | (np.diff(events.time) > 1000 * config.session_gap_seconds)
+    return np.cumsum(starts), number, events.label
+
+
+def _asked_together(events: UserEvents, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """next_item: the same of requests with several positives; an event of no request is one of its own."""
+    number = np.arange(len(first))
     if events.request is None:
-        starts = np.ones(len(user), bool)
-        starts[1:] = (user[1:] != user[:-1]) | (np.diff(events.time) > 1000 * config.session_gap_seconds)
-        session, shown = np.cumsum(starts), number
+        group = first
     else:
-        session, shown = events.request, number[events.request >= 0]
-    # Sorting is stable: within (user, request) events stay in total order, and the first is the earliest.
-    grouped = shown[np.lexsort((session[shown], user[shown]))]
+        group = np.where(events.request >= 0, events.request, number + events.request.max(initial=0) + 1)
+    return group, number, np.ones(len(number), np.float32)
+
+
+def _grouped(
+    events: UserEvents, user: np.ndarray, group: np.ndarray, shown: np.ndarray, label: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """First event of each request, and its candidates: event, offsets, label. An item stands once in a request, as a
+    positive when any of its events is one."""
+    # Sorting is stable: within (user, group) events stay in total order, and the first is the earliest.
+    grouped = shown[np.lexsort((group[shown], user[shown]))]
     new = np.ones(len(grouped), bool)
-    new[1:] = (user[grouped][1:] != user[grouped][:-1]) | (session[grouped][1:] != session[grouped][:-1])
+    new[1:] = (user[grouped][1:] != user[grouped][:-1]) | (group[grouped][1:] != group[grouped][:-1])
     # Requests by the place of their first event, not by the arbitrary code of their id.
     first = grouped[new][np.cumsum(new) - 1]
     by_item = np.lexsort((grouped, events.item[grouped], first))
@@ -274,11 +252,11 @@ def _impressions(events: UserEvents, user: np.ndarray, config: RequestConfig) ->
     distinct = np.ones(len(item), bool)
     distinct[1:] = (item[1:] != item[:-1]) | (start[1:] != start[:-1])
     edges = np.flatnonzero(distinct)
-    label = np.maximum.reduceat(events.label[grouped][by_item], edges) if len(edges) else np.zeros(0, np.float32)
+    chosen = np.maximum.reduceat(label[grouped][by_item], edges) if len(edges) else np.zeros(0, np.float32)
     member, start = grouped[by_item][edges], start[edges]
     order = np.lexsort((member, start))
     request, counts = np.unique(start, return_counts=True)
-    return request, member[order], offsets_of(counts), label[order].astype(np.float32)
+    return request, member[order], offsets_of(counts), chosen[order].astype(np.float32)
 
 
 def _split(user: np.ndarray, time: np.ndarray, config: RequestConfig) -> np.ndarray:

@@ -5,18 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.draws import evaluated, hash64, sample, with_negatives
 from pipeline.events import DataError
-from pipeline.requests import (
-    PARTS,
-    RequestConfig,
-    Requests,
-    carried,
-    hash64,
-    list_requests,
-    of_part,
-    sample,
-    with_negatives,
-)
+from pipeline.requests import PARTS, RequestConfig, Requests, carried, list_requests, of_part, too_short
 from pipeline.sequences import UserEvents, offsets_of
 
 SECOND = 1000
@@ -137,13 +128,13 @@ def test_no_users_and_users_without_events_are_legal():
 def test_training_is_cut_to_the_latest_events_and_evaluation_keeps_whole_histories():
     events = events_of([(2 + n, n) for n in range(10)])
     every = list_requests(events, RequestConfig(max_history=3))
-    train, _ = of_part(every, "train", RequestConfig(max_history=3))
+    train = of_part(every, "train", RequestConfig(max_history=3))
     assert train.position.tolist() == [4, 5, 6, 7]
     assert [w.tolist() for w in carried(train, num_users=1, part="train", config=RequestConfig(max_history=3))] == [
         [4],
         [7],
     ]
-    test, _ = of_part(every, "test", RequestConfig(max_history=3))
+    test = of_part(every, "test", RequestConfig(max_history=3))
     assert [w.tolist() for w in carried(test, num_users=1, part="test", config=RequestConfig(max_history=3))] == [
         [6],
         [9],
@@ -156,14 +147,45 @@ def test_evaluation_of_impressions_skips_and_counts_short_histories():
         [(n, n) for n in range(2, 6)], [(2, 1), (3, 1), (4, 2)], labels=[1] * 7, requests=[0, 1, 2, 3, 0, 1, 2]
     )
     every = list_requests(events, config)
-    valid, skipped = of_part(every, "valid", config)
-    assert (valid.user.tolist(), skipped) == ([0], 1)
-    assert len(of_part(every, "train", config)[0]) == 3
+    assert of_part(every, "valid", config).user.tolist() == [0]
+    assert PARTS[every.take(too_short(every, config)).part[0]] == "valid"
+    assert len(of_part(every, "train", config)) == 3
+
+
+def test_events_of_one_request_are_the_positives_of_one_request():
+    config = RequestConfig(group="request", split="temporal", valid_from=3 * SECOND, test_from=4 * SECOND)
+    users = [(5, 1), (6, 1), (7, 3), (5, 3), (7, 3), (8, 5)], [(9, 4)]
+    by_id = events_of(*users, requests=[0, 0, 1, 1, 1, -1, 0])
+    expected = [
+        (0, 0, 1, "train", {5: 1, 6: 1}),
+        (0, 2, 3, "valid", {5: 1, 7: 1}),
+        (0, 5, 5, "test", {8: 1}),
+        (1, 0, 4, "test", {9: 1}),
+    ]
+    assert as_tuples(list_requests(by_id, config)) == expected
+    assert as_tuples(list_requests(events_of(*users), config)) == expected, "without ids: events of one time"
+    events = events_of([(5, 1), (6, 1), (7, 1), (8, 2), (9, 3)], requests=[0, 1, 0, -1, -1])
+    assert as_tuples(list_requests(events, RequestConfig(group="request"))) == [
+        (0, 0, 1, "train", {5: 1, 7: 1}),
+        (0, 0, 1, "train", {6: 1}),
+        (0, 3, 2, "valid", {8: 1}),
+        (0, 4, 3, "test", {9: 1}),
+    ]
+
+
+def test_evaluation_requests_are_capped_by_the_same_draw_each_time():
+    config = RequestConfig(split="temporal", valid_from=10 * SECOND, test_from=50 * SECOND, max_eval_requests=6)
+    every = of_part(list_requests(events_of([(5, n) for n in range(60)], [(5, 20), (6, 21)]), config), "valid", config)
+    drawn = [evaluated(every, config=config) for _ in range(2)]
+    assert np.bincount(drawn[0].user).tolist() == [6, 2]
+    assert drawn[0].key.tolist() == drawn[1].key.tolist()
+    assert (np.diff(drawn[0].key[drawn[0].user == 0]) > 0).all()
+    assert len(evaluated(every, config=RequestConfig())) == len(every) == 42
 
 
 def next_items(num_users, length, first_item=2):
     users = [[(first_item + (n + u) % 50, n) for n in range(length)] for u in range(num_users)]
-    return of_part(list_requests(events_of(*users), RequestConfig()), "train", RequestConfig())[0]
+    return of_part(list_requests(events_of(*users), RequestConfig()), "train", RequestConfig())
 
 
 def test_the_sample_is_capped_ordered_fresh_each_epoch_and_independent_of_company():
@@ -202,7 +224,7 @@ def test_two_items_leave_one_negative_and_one_item_none():
     requests = next_items(1, 4).take(np.array([0]))
     drawn = with_negatives(requests, user_rows=np.array([0]), seed=0, epoch=0, num_negatives=3, vocabulary_size=4)
     assert drawn.candidate.tolist() == [2, 3, 3, 3]
-    with pytest.raises(DataError, match="negatives need two"):
+    with pytest.raises(DataError, match="negatives need more items"):
         with_negatives(requests, user_rows=np.array([0]), seed=0, epoch=0, num_negatives=1, vocabulary_size=3)
 
 
@@ -240,3 +262,29 @@ def test_a_wrong_config_is_refused(change, words):
 def test_bounds_are_utc_unless_they_have_a_zone():
     config = RequestConfig(split="temporal", valid_from="1970-01-02", test_from="1970-01-02T03:00:00+01:00")
     assert config.bounds == (86_400_000, 93_600_000)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sets(st.integers(2, 13), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(1, 30))
+def test_negatives_of_several_positives_are_uniform_over_everything_else(positives, num_negatives):
+    sizes = np.array([len(items) for items in positives])
+    number = np.arange(len(positives))
+    requests = Requests(
+        user=number, position=number, time=number, key=number, part=np.zeros(len(number), np.int8),
+        offsets=offsets_of(sizes), candidate=np.array([item for items in positives for item in items]),
+        label=np.ones(sizes.sum(), np.float32),
+    )  # fmt: skip
+    arguments = {"user_rows": number, "seed": 1, "epoch": 0, "vocabulary_size": 14}
+    for b, (_, _, _, _, candidates) in enumerate(
+        as_tuples(with_negatives(requests, num_negatives=num_negatives, **arguments))
+    ):
+        assert {item for item, label in candidates.items() if label} == positives[b]
+        assert set(candidates) <= set(range(2, 14))
+    many = with_negatives(requests, num_negatives=600, **arguments)
+    for b, items in enumerate(positives):
+        drawn = many.candidate[many.offsets[b] : many.offsets[b + 1]][len(items) :]
+        counts = np.bincount(drawn, minlength=14)
+        assert (counts[list(items)] == 0).all()
+        others = [item for item in range(2, 14) if item not in items]
+        # 600 draws over at most 11 items: every expected count is above 54, six standard deviations below 100.
+        assert (np.abs(counts[others] - 600 / len(others)) < 6 * np.sqrt(600 / len(others))).all()
