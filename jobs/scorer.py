@@ -11,11 +11,13 @@ weights and runs where this repository is unknown.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from mlflow.pyfunc.model import PythonModel
@@ -46,18 +48,22 @@ class Scorer(PythonModel):
         self.settings = json.loads((directory / "scorer.json").read_text())
         items = pq.read_table(directory / "items.parquet")
         first = self.settings["first_item_row"]
-        self._row_of_item = {item: row for row, item in enumerate(items["item_id"].to_pylist(), start=first)}
+        self.item_ids: pa.Array = items["item_id"].combine_chunks()
+        """Raw ids (int64 or strings); item_ids[i] has row i + first_item_row."""
+        self._index = pd.Index(self.item_ids.to_numpy(zero_copy_only=False))
         self._code_of_action = {name: code for code, name in enumerate(self.settings["actions"])}
-        self._item_IC = load_file(directory / "table-item.safetensors")["weight"]
+        self.item_IC: Tensor = load_file(directory / "table-item.safetensors")["weight"]
+        """[item rows, C]."""
         features = [
             _mean_rows(load_file(directory / f"table-{name}.safetensors")["weight"], items[name].to_pylist(), first)
             for name in self.settings["features"]
         ]
-        empty = torch.zeros(len(self._item_IC), 0, self._item_IC.shape[1])
-        self._features_IFC = torch.stack(features, dim=1) if features else empty
-        self._tower = build_scorer_tower(self.settings["model"], num_features=len(features))
-        self._tower.load_state_dict(load_file(directory / "model.safetensors"))
-        self._tower.eval()
+        empty = torch.zeros(len(self.item_IC), 0, self.item_IC.shape[1])
+        self.features_IFC: Tensor = torch.stack(features, dim=1) if features else empty
+        """[item rows, F, C]: the mean of each item's feature rows."""
+        self.tower: Recommender = build_scorer_tower(self.settings["model"], num_features=len(features))
+        self.tower.load_state_dict(load_file(directory / "model.safetensors"))
+        self.tower.eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row of `scores` per request, in the order of its candidates; a logit each (sigmoid = probability)."""
@@ -77,17 +83,18 @@ class Scorer(PythonModel):
             list(names)[-keep:] for names in _column(frame, "history_action", [[""] * len(h) for h in histories])
         ]
         asked = _column(frame, "time", [history[-1] if history else 0 for history in times])
-        rows, index = torch.unique(self._rows(histories + candidates), return_inverse=True)
+        rows, index = torch.unique(
+            torch.from_numpy(self.rows([item for items in histories + candidates for item in items])),
+            return_inverse=True,
+        )
         num_events = sum(len(history) for history in histories)
         inputs = ModelInput(
-            item_IC=self._item_IC[rows],
-            features_IFC=self._features_IFC[rows],
+            item_IC=self.item_IC[rows],
+            features_IFC=self.features_IFC[rows],
             event_offsets_U1=_offsets(histories),
             event_item_N=index[:num_events],
             event_time_N=_integers(times),
-            event_action_N=torch.tensor(
-                [self._code_of_action.get(name, 0) for names in actions for name in names], dtype=torch.int64
-            ),
+            event_action_N=torch.from_numpy(self.codes([name for names in actions for name in names])),
             request_user_B=torch.arange(len(frame)),
             request_position_B=torch.tensor([len(history) for history in histories]),
             request_time_B=torch.tensor([int(time) for time in asked]),
@@ -95,12 +102,23 @@ class Scorer(PythonModel):
             candidate_item_M=index[num_events:],
         )
         with torch.no_grad():
-            logits_M = self._tower(inputs)
+            logits_M = self.tower(inputs)
         return [part.tolist() for part in logits_M.split([len(ids) for ids in candidates])]
 
-    def _rows(self, lists: list[list[Any]]) -> Tensor:
-        rows = [self._row_of_item.get(item, UNKNOWN_ITEM_ROW) for items in lists for item in items]
-        return torch.tensor(rows, dtype=torch.int64)
+    def rows(self, raw_ids: Sequence[Any] | pa.Array) -> np.ndarray:
+        """int64 table rows of raw item ids, UNKNOWN_ITEM_ROW for an id, or null, that is not in the model."""
+        ids: Any = raw_ids if isinstance(raw_ids, pa.Array) else pa.array(raw_ids, self.item_ids.type)
+        encoded = ids.dictionary_encode()
+        places = self._index.get_indexer(pd.Index(encoded.dictionary.to_numpy(zero_copy_only=False)))
+        row_of_code = np.append(
+            np.where(places < 0, UNKNOWN_ITEM_ROW, places + self.settings["first_item_row"]), UNKNOWN_ITEM_ROW
+        ).astype(np.int64)
+        codes = encoded.indices.fill_null(len(encoded.dictionary))
+        return row_of_code[codes.to_numpy(zero_copy_only=False)]
+
+    def codes(self, actions: Iterable[str | None]) -> np.ndarray:
+        """int64 codes of action names, 0 for a name, or None, that is not in the model."""
+        return np.fromiter((self._code_of_action.get(name or "", 0) for name in actions), np.int64)
 
 
 def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recommender:

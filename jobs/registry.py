@@ -1,0 +1,251 @@
+"""From a model's name in the MLflow registry to its weights: which version an alias means, and its files here.
+
+    fetch_model("models:/solar-shop@champion", ...)  ->  RegisteredModel: version, tags, directory, scorer()
+
+Reads what jobs/register.py exported. Files that a local store holds are used where they lie; others are fetched once to
+WORKSPACE/models/NAME.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from jobs.config import ConfigError, redacted
+from jobs.scorer import Scorer
+from jobs.tracking import TrackingConfig, tracking_uri
+from pipeline.batch import Batch
+from pipeline.storage import checksum_stream
+from pipeline.vocabulary import NUM_RESERVED, Vocabulary
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.tracking import MlflowClient
+
+EXPORTED = ("scorer.json", "config.json", "items.parquet", "table-item.safetensors", "model.safetensors")
+"""Files of every export; item features have a table-NAME.safetensors each beside them."""
+_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""A user waits for the first answer: MLflow's own defaults take minutes to say that no server is there."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegisteredModel:
+    """A version in the registry and its files here."""
+
+    name: str
+    version: str
+    alias: str | None
+    """The alias it was asked by, None where a version was named."""
+    directory: Path
+    """What jobs/register.py exported."""
+    tags: Mapping[str, str]
+    """Of the version: solar.checkpoint, solar.manifest, solar.run_key, ..."""
+
+    @property
+    def uri(self) -> str:
+        """Names this very version, whatever its alias points to later."""
+        return f"models:/{self.name}/{self.version}"
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """scorer.json: the tower's settings, features, actions, max_history."""
+        return json.loads((self.directory / "scorer.json").read_text())
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json: the resolved configuration that trained it."""
+        return json.loads((self.directory / "config.json").read_text())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """xxh3-128 of all exported files: two models that score differently never share it. Reads every byte."""
+        whole = xxhash.xxh3_128()
+        for file in sorted(self.directory.iterdir()):
+            with file.open("rb") as stream:
+                whole.update(f"{file.name} {checksum_stream(stream)}\n".encode())
+        return whole.hexdigest()
+
+    def scorer(self) -> Scorer:
+        """Weights and tables in memory, ready to score. ConfigError when a file is damaged."""
+        scorer = Scorer()
+        try:
+            scorer.load(self.directory)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self.uri}: {self.directory} cannot be read ({type(error).__name__}: {reason}); register it again"
+            ) from error
+        return scorer
+
+
+def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> RegisteredModel:
+    """Resolve models:/NAME@ALIAS or models:/NAME/VERSION and bring its files to this machine.
+
+    ConfigError: another form of URI, no such model, alias or version, a store that does not answer, a missing artifact.
+    """
+    asked = _URI.fullmatch(uri)
+    if asked is None:
+        raise ConfigError(f"{uri}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
+    store = store_uri(tracking, workspace)
+    with _explained(store):
+        client = _client(store)
+        version = _resolve(client, asked, uri=uri, store=store)
+        source = client.get_model_version_download_uri(version.name, version.version)
+    return RegisteredModel(
+        name=version.name,
+        version=str(version.version),
+        alias=asked["alias"],
+        directory=_exported_files(f"{source}/artifacts/model", version, uri=uri, store=store, workspace=workspace),
+        tags=dict(version.tags),
+    )
+
+
+def store_uri(tracking: TrackingConfig, workspace: str) -> str:
+    """Where to look models up. ConfigError where it would be the workspace's own store and there is none."""
+    if tracking.uri is None and not (Path(workspace) / "mlflow" / "mlflow.db").exists():
+        raise ConfigError(
+            f"{workspace}/mlflow: no MLflow store there; give --workspace DIR of a run or --tracking.uri URI"
+        )
+    return tracking_uri(tracking, workspace)
+
+
+class RegisteredTables:
+    """A registered model's tables behind the rows of another data set's vocabulary: `look_up` as ShardedTables has it.
+
+    Items are matched by raw id, actions by name; what the model does not know becomes its unknown row, or no action.
+    """
+
+    def __init__(self, scorer: Scorer, vocabulary: Vocabulary) -> None:
+        raw = vocabulary.raw(torch.arange(NUM_RESERVED, vocabulary.size).numpy())
+        self.device = scorer.item_IC.device
+        self.row_R = torch.cat([torch.arange(NUM_RESERVED), torch.from_numpy(scorer.rows(raw))])
+        """[vocabulary size] the model's row of each row of the data set."""
+        self.code_A = torch.from_numpy(scorer.codes(vocabulary.actions))
+        """[actions] the model's code of each action code of the data set."""
+        self._scorer = scorer
+
+    @property
+    def num_unknown_items(self) -> int:
+        """Items of the data set that the model has never seen."""
+        return int((self.row_R[NUM_RESERVED:] < NUM_RESERVED).sum())
+
+    def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
+        """(item_IC, features_IFC) of rows of the data set's vocabulary."""
+        rows_I = self.row_R[item_rows_I]
+        return self._scorer.item_IC[rows_I], self._scorer.features_IFC[rows_I]
+
+    def translate(self, batch: Batch) -> Batch:
+        """The same batch with the model's action codes; its items stay rows of the data set, which `look_up` maps."""
+        return dataclasses.replace(batch, event_action=self.code_A[batch.event_action])
+
+
+def _client(store: str) -> MlflowClient:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(store, registry_uri=store)
+
+
+def _resolve(client: MlflowClient, asked: re.Match[str], *, uri: str, store: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    name, alias = asked["name"], asked["alias"]
+    try:
+        if alias:
+            # The answer to an alias lacks the other aliases and, in some stores, the tags.
+            return client.get_model_version(name, client.get_model_version_by_alias(name, alias).version)
+        return client.get_model_version(name, asked["version"])
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+    models = {model.name: model for model in client.search_registered_models()}
+    if name not in models:
+        known = f"it has {', '.join(sorted(models))}" if models else "it has none: run `solar register`"
+        raise ConfigError(f"{uri}: no model {name!r} at {redacted(store)}; {known}")
+    if alias:
+        known = ", ".join(sorted(models[name].aliases)) or "none"
+        raise ConfigError(f"{uri}: model {name!r} has no alias {alias!r}; its aliases: {known}")
+    known = ", ".join(sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int))
+    raise ConfigError(f"{uri}: model {name!r} has no version {asked['version']}; its versions: {known or 'none'}")
+
+
+def _exported_files(artifact: str, version: ModelVersion, *, uri: str, store: str, workspace: str) -> Path:
+    """The export as a local directory, complete."""
+    local = Path(artifact.removeprefix("file://"))
+    if artifact.startswith(("/", "file://")):
+        return _complete(local, uri=uri)
+    key = hashlib.sha256(artifact.encode()).hexdigest()[:8]
+    directory = Path(workspace) / "models" / version.name / f"{version.version}-{key}"
+    if not directory.exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix="fetching-") as scratch:
+            fetched = _download(artifact, scratch, uri=uri, store=store)
+            _complete(fetched, uri=uri)
+            try:
+                fetched.rename(directory)
+            except OSError:
+                # Another process may have fetched the same version meanwhile: the same files.
+                if not directory.exists():
+                    raise
+    return _complete(directory, uri=uri)
+
+
+def _download(artifact: str, scratch: str, *, uri: str, store: str) -> Path:
+    import mlflow.artifacts
+
+    try:
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=artifact, dst_path=scratch, tracking_uri=store, registry_uri=store
+            )
+        )
+    except Exception as error:
+        reason = redacted(" ".join(str(error).split()))[:200]
+        raise ConfigError(f"{uri}: artifact {redacted(artifact)} cannot be fetched: {reason}") from error
+
+
+def _complete(directory: Path, *, uri: str) -> Path:
+    names = list(EXPORTED)
+    if (directory / "scorer.json").is_file():
+        features = json.loads((directory / "scorer.json").read_text()).get("features", [])
+        names += [f"table-{name}.safetensors" for name in features]
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{uri}: artifact {directory / missing[0]} is missing: restore it or register the model again"
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def _explained(store: str) -> Iterator[None]:
+    """A store that does not answer becomes one line, soon."""
+    before = {key: os.environ.get(key) for key in _PATIENCE}
+    os.environ.update({key: value for key, value in _PATIENCE.items() if before[key] is None})
+    try:
+        yield
+    except ConfigError:
+        raise
+    # Whatever the store's driver raises: database, network and missing-driver errors share no class.
+    except Exception as error:
+        reason = redacted(" ".join(str(error).split()))[:200]
+        raise ConfigError(
+            f"MLflow at {redacted(store)} does not answer ({type(error).__name__}: {reason}): start it, or set "
+            "--tracking.uri"
+        ) from error
+    finally:
+        for key in (key for key, value in before.items() if value is None):
+            os.environ.pop(key, None)
