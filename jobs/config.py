@@ -174,20 +174,30 @@ def config_parser(command: str, *, model: str) -> ArgumentParser:
 def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfig:
     """The resolved config of `solar COMMAND RECIPE ARGUMENTS`."""
     path = recipe_path(recipe)
-    layers = [(str(path), _read_yaml(path))]
-    for file in _config_files(arguments):
-        layers.append((file, _read_yaml(Path(file))))
+    return _resolve(command, _read_yaml(path), str(path), arguments, recipe=recipe, default_name=path.stem)
+
+
+def stored_config(command: str, stored: Mapping[str, Any], origin: str, arguments: Sequence[str]) -> RunConfig:
+    """A config as `as_dict` stored it (with a checkpoint, in the registry) under further arguments."""
+    values = {key: value for key, value in stored.items() if key != "recipe"}
+    return _resolve(command, values, origin, arguments, recipe=stored["recipe"], default_name=stored["name"])
+
+
+def _resolve(
+    command: str, first: dict[str, Any], origin: str, arguments: Sequence[str], *, recipe: str, default_name: str
+) -> RunConfig:
+    layers = [(origin, first), *((file, _read_yaml(Path(file))) for file in _config_files(arguments))]
     model = _model_name(layers, arguments)
     if model not in MODELS:
         raise ConfigError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
     parser = config_parser(command, model=model)
-    for origin, values in layers:
+    for layer, values in layers:
         try:
             parser.parse_object(values)
         except (ArgumentError, ValueError) as error:
-            raise ConfigError(f"{origin}: {explain(error, parser)}") from error
+            raise ConfigError(f"{layer}: {explain(error, parser)}") from error
     try:
-        parsed = parser.parse_args(["--config", str(path), *arguments])
+        parsed = parser.parse_args(list(arguments), namespace=parser.parse_object(first))
     except (ArgumentError, ValueError) as error:
         raise ConfigError(f"command line: {explain(error, parser)}") from error
 
@@ -198,7 +208,7 @@ def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfi
     _check_run(parsed, model)
     return RunConfig(
         recipe=recipe,
-        name=parsed.name or path.stem,
+        name=parsed.name or default_name,
         seed=parsed.seed,
         workspace=parsed.workspace,
         compare=tuple(parsed.compare),
@@ -242,16 +252,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _config_files(arguments: Sequence[str]) -> list[str]:
-    return _values_of("--config", arguments)
+    return values_of("--config", arguments)
 
 
 def _model_name(layers: Sequence[tuple[str, dict[str, Any]]], arguments: Sequence[str]) -> str:
     named = [(values.get("model") or {}).get("name") for _, values in layers]
-    named += _values_of("--model.name", arguments)
+    named += values_of("--model.name", arguments)
     return next((name for name in reversed(named) if name), "solar")
 
 
-def _values_of(option: str, arguments: Sequence[str]) -> list[str]:
+def values_of(option: str, arguments: Sequence[str]) -> list[str]:
     """The values of `--option VALUE` and `--option=VALUE`, in order."""
     values = []
     for index, argument in enumerate(arguments):

@@ -1,7 +1,8 @@
-"""solar evaluate RECIPE: the best checkpoint of a run -> metrics, beside its baselines, on the same requests.
+"""solar evaluate SUBJECT: a model -> metrics, beside its baselines, on the same requests.
 
-Systems: the model, the model with its history emptied, the models of `compare` and popularity. Results per request go
-to RUN/evaluation/SYSTEM.parquet, the summary to RUN/evaluation/summary.json.
+The subject is a run (by its recipe), a checkpoint or a registered model; data set, split and part may be others than
+those it was trained on. Systems: the model, the model with its history emptied, the models of `compare` and
+popularity. Results per target go to DIR/SYSTEM.parquet, the summary to DIR/summary.json (jobs/report.py prints it).
 """
 
 from __future__ import annotations
@@ -16,16 +17,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.cluster import ray_session
-from jobs.config import RunConfig
+from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
 from jobs.train import Trained, open_shards, read_json, train_job, write_json
 from jobs.training.checkpoint import checkpoint_key
+from jobs.training.loop import TrainJob
+from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from jobs.workers import run_workers
-from models.metrics import bootstrap_interval, bootstrap_ratio_interval, ndcg
+from models.metrics import bootstrap_ratio_interval
 from pipeline.shards import Shards
 
-PRIMARY_CUTOFF = 10
 EMPTIED = "history emptied"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """A trained model: where its weights are, and what it was trained on."""
+
+    name: str
+    key: str
+    """Tells weights apart."""
+    weights: str
+    """A checkpoint, or the export of a registered model."""
+    job: TrainJob | None
+    """The job of the checkpoint; None = `weights` is an export."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,49 +52,88 @@ class Evaluated:
     reused: bool
 
 
-def evaluate(
+def evaluate_run(
     config: RunConfig, trained: dict[str, Trained], console: Console, *, part: str = "test", verbose: bool = False
 ) -> Evaluated:
-    """Evaluate `trained` (model name -> its run; the main model first) on one part. Same checkpoints: reused."""
-    directory = config.run_dir / "evaluation"
+    """Evaluate `trained` (model name -> its run; the main model first) on one part of their own data."""
+    shards = open_shards(config)
+    systems = []
+    for name, run in trained.items():
+        job = train_job(config if name == config.model["name"] else config.with_model(name), shards)
+        weights = run.checkpoint
+        systems.append(System(name=name, key=checkpoint_key(weights), weights=str(weights.absolute()), job=job))
+    directory = config.run_dir / ("evaluation" if part == "test" else f"evaluation-{part}")
+    return evaluate(config, systems, console, part=part, directory=directory, verbose=verbose)
+
+
+def evaluate(
+    config: RunConfig, systems: list[System], console: Console, *, part: str, directory: Path, verbose: bool = False
+) -> Evaluated:
+    """Evaluate the systems (the main one first) on one part of `config.data`. The same again is reused."""
     shards = open_shards(config)
     subject = {
         "part": part,
-        "checkpoints": {name: checkpoint_key(run.checkpoint) for name, run in trained.items()},
+        "systems_evaluated": {system.name: system.key for system in systems},
         "manifest_fingerprint": shards.manifest.fingerprint,
+        "requests_config": json.loads(json.dumps(dataclasses.asdict(config.data.requests))),
     }
     if (directory / "summary.json").exists():
         summary = read_json(directory / "summary.json")
         if all(summary.get(key) == value for key, value in subject.items()):
             return Evaluated(directory, summary, reused=True)
+    elif directory.exists() and any(directory.iterdir()):
+        raise ConfigError(f"{directory}: not empty and no evaluation: give another --out")
     directory.mkdir(parents=True, exist_ok=True)
-
-    jobs = []
-    for name, run in trained.items():
-        part_config = config if name == config.model["name"] else config.with_model(name)
-        jobs.append((name, train_job(part_config, shards), str(run.checkpoint.absolute())))
-    longer = int((shards.index.events > config.data.requests.max_history).sum())
-    if longer:
-        console.line(
-            f"{'evaluate':<12} {longer:,} users have more than data.requests.max_history="
-            f"{config.data.requests.max_history} events: their older ones count as unseen"
-        )
-    arguments = {"jobs": jobs, "part": part, "directory": str(directory.absolute())}
+    _warn(config, shards, systems[0], console)
+    arguments = {
+        "systems": systems,
+        "shards": shards.path,
+        "manifest": shards.manifest.number,
+        "requests": config.data.requests,
+        "parallel": config.parallel,
+        "part": part,
+        "directory": str(directory.absolute()),
+    }
     with (
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
         console.stage("evaluate") as stage,
     ):
-        num_systems = len(jobs) + 2
+        num_systems = len(systems) + 2
+        finished = 0
 
         def follow(rows: list[dict[str, Any]]) -> None:
+            nonlocal finished
             for row in rows:
-                stage.update(row["done"], num_systems, row["system"])
+                if row["kind"] == "progress":
+                    stage.update(finished + row["done"] / max(1, row["total"]), num_systems, row["stage"])
+                else:
+                    finished = row["done"]
+                    stage.update(finished, num_systems, row["system"])
 
         run_workers(_evaluate_worker, arguments, config=config, name="evaluate", on_rows=follow)
         stage.result = f"{num_systems} systems on the {part} part"
-    summary = subject | _summarise(directory, config, list(trained))
+    summary = subject | _summarise(directory, config, [system.name for system in systems])
     write_json(directory / "summary.json", summary)
     return Evaluated(directory, summary, reused=False)
+
+
+def _warn(config: RunConfig, shards: Shards, main: System, console: Console) -> None:
+    """What a reader of the figures must know."""
+    requests = config.data.requests
+    longer = int((shards.index.events > requests.max_history).sum())
+    if longer:
+        console.line(
+            f"{'evaluate':<12} {longer:,} users have more than data.requests.max_history={requests.max_history} "
+            "events: their older ones are not read and count as unseen"
+        )
+    trained_on = main.job.requests if main.job else None
+    if trained_on is not None and (trained_on.split, trained_on.valid_from, trained_on.test_from) != (
+        requests.split, requests.valid_from, requests.test_from,
+    ):  # fmt: skip
+        console.line(
+            f"{'evaluate':<12} {main.name} was trained under split {trained_on.split} (test_from "
+            f"{trained_on.test_from}): requests of this part may have been trained on"
+        )
 
 
 def _evaluate_worker(arguments: dict[str, Any]) -> None:
@@ -89,82 +143,117 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
 
     from jobs.training.evaluation import evaluate as evaluate_part
     from jobs.training.evaluation import evaluate_counts
-    from jobs.training.loop import build_model
-    from jobs.training.parallel import PRECISIONS
     from jobs.training.spectrum import energy_by_rank
     from pipeline.batch import Batch
-    from pipeline.loader import training_item_counts
 
-    directory, part, done = Path(arguments["directory"]), arguments["part"], 0
+    directory, reporter, done = Path(arguments["directory"]), arguments["reporter"], 0
+    data = Shards.open(arguments["shards"], number=arguments["manifest"])
+    asked = {"requests": arguments["requests"], "part": arguments["part"]}
+
+    def progress(system: str) -> Any:
+        return lambda count, total: reporter.row("progress", stage=system, done=count, total=total)
 
     def record(system: str, result: Any) -> None:
         nonlocal done
         done += 1
-        arguments["reporter"].row("evaluated", system=system, done=done)
+        reporter.row("evaluated", system=system, done=done)
         if dist.get_rank() == 0:
             _write_result(directory, system, result)
 
-    for index, (name, job, checkpoint) in enumerate(arguments["jobs"]):
-        shards = Shards.open(job.shards, number=job.manifest)
-        tables, tower = build_model(job, shards, checkpoint=Path(checkpoint))
-        tower.to(tables.device, PRECISIONS[job.parallel.precision])
-        record(name, evaluate_part(tower, tables, shards, requests=job.requests, part=part))
+    for index, system in enumerate(arguments["systems"]):
+        tower, rows, catalogue = _load_system(system, data, arguments)
+        common: dict[str, Any] = {"catalogue": catalogue, **asked}
+        record(system.name, evaluate_part(tower, rows, data, progress=progress(system.name), **common))
         if index == 0:
+            name = f"{system.name}, {EMPTIED}"
             emptied = evaluate_part(
-                tower, tables, shards, requests=job.requests, part=part, transform=Batch.without_history
+                tower, rows, data, transform=Batch.without_history, progress=progress(name), **common
             )
-            record(f"{name}, {EMPTIED}", emptied)
-            counts = training_item_counts(shards, requests=job.requests)
-            record("popularity", evaluate_counts(shards, counts, requests=job.requests, part=part))
-            spectrum = energy_by_rank(tower, tables, shards, requests=job.requests, part=part)
+            record(name, emptied)
+            record("popularity", evaluate_counts(data, **common))
+            spectrum = energy_by_rank(tower, rows, data, **common)
             if spectrum is not None and dist.get_rank() == 0:
                 write_json(directory / "spectrum.json", spectrum)
-        del tables, tower
+        del tower, rows
         torch.distributed.barrier()
 
 
-def _write_result(directory: Path, system: str, result: Any) -> None:
+def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """(tower, item rows, catalogue) of a system, for the data it is evaluated on. All ranks join."""
+    from jobs.training.catalogue import catalogue_of, training_counts
+    from jobs.training.exported import load_export
+    from jobs.training.loop import build_model
+    from jobs.training.parallel import PRECISIONS
+
+    if system.job is None:
+        tower, rows, vocabulary, counts = load_export(Path(system.weights))
+    else:
+        shards = Shards.open(system.job.shards, number=system.job.manifest)
+        rows, tower = build_model(system.job, shards, checkpoint=Path(system.weights))
+        tower.to(rows.device, PRECISIONS[system.job.parallel.precision])
+        vocabulary, counts = shards.vocabulary, training_counts(shards, requests=system.job.requests)
+    catalogue = catalogue_of(data, requests=arguments["requests"], training_count=counts, vocabulary=vocabulary)
+    return tower, rows, catalogue
+
+
+def _write_result(directory: Path, system: str, result: RankedTargets | ScoredImpressions) -> None:
     columns = {
         field.name: getattr(result, field.name)
         for field in dataclasses.fields(result)
         if isinstance(getattr(result, field.name), np.ndarray)
     }
     pq.write_table(pa.table(columns), directory / f"{_file_name(system)}.parquet")
-    write_json(directory / f"{_file_name(system)}.json", {"system": system, "metrics": result.metrics()})
-
-
-def _summarise(directory: Path, config: RunConfig, trained: list[str]) -> dict[str, Any]:
-    main = config.model["name"]
-    systems = [main, f"{main}, {EMPTIED}", *trained[1:], "popularity"]
-    metrics = {
-        system: json.loads((directory / f"{_file_name(system)}.json").read_text())["metrics"] for system in systems
+    counts = {
+        field.name: getattr(result, field.name) for field in dataclasses.fields(result) if field.name not in columns
     }
-    summary: dict[str, Any] = {
-        "task": config.data.requests.task,
-        "split": config.data.requests.split,
+    write_json(directory / f"{_file_name(system)}.json", {"system": system, "counts": counts})
+
+
+def _read_result(directory: Path, system: str, *, task: str) -> RankedTargets | ScoredImpressions:
+    table = pq.read_table(directory / f"{_file_name(system)}.parquet")
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    counts = read_json(directory / f"{_file_name(system)}.json")["counts"]
+    return (ScoredImpressions if task == "impressions" else RankedTargets)(**columns, **counts)
+
+
+def _summarise(directory: Path, config: RunConfig, names: list[str]) -> dict[str, Any]:
+    """Metrics of every system; intervals over users and ratios of the primary one, also by slice."""
+    main, requests = names[0], config.data.requests
+    systems = [main, f"{main}, {EMPTIED}", *names[1:], "popularity"]
+    results = {system: _read_result(directory, system, task=requests.task) for system in systems}
+
+    def per_user(system: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        result = results[system]
+        if isinstance(result, RankedTargets):
+            return result.per_user(mask, seen_items=requests.seen_items)
+        return result.per_user(mask)
+
+    slices = []
+    for name, mask in results[main].slices().items():
+        sums = {system: per_user(system, mask) for system in systems}
+        users = len(sums[main][1])
+        if not users:
+            continue
+        intervals = {
+            system: dataclasses.asdict(bootstrap_ratio_interval(*values, seed=config.seed))
+            for system, values in sums.items()
+        }
+        slices.append({"name": name, "users": users, "weight": float(sums[main][1].sum()), "systems": intervals})
+    everything = {system: per_user(system, np.ones(len(results[system].user), bool))[0] for system in systems}
+    return {
+        "task": requests.task,
+        "split": requests.split,
+        "primary": primary_metric(requests),
         "systems": systems,
-        "metrics": metrics,
+        "metrics": {system: results[system].metrics() for system in systems},
+        "slices": slices,
+        "intervals": slices[0]["systems"] if slices else {},
+        "ratios": {
+            system: dataclasses.asdict(bootstrap_ratio_interval(everything[main], values, seed=config.seed))
+            for system, values in everything.items()
+            if system != main and len(values)
+        },
     }
-    if config.data.requests.task == "next_item":
-        per_user = {system: _ndcg_per_user(directory, system) for system in systems}
-        summary["intervals"] = {
-            system: dataclasses.asdict(bootstrap_interval(values, seed=config.seed))
-            for system, values in per_user.items()
-        }
-        summary["ratios"] = {
-            system: dataclasses.asdict(bootstrap_ratio_interval(per_user[main], values, seed=config.seed))
-            for system, values in per_user.items()
-            if system != main
-        }
-    return summary
-
-
-def _ndcg_per_user(directory: Path, system: str) -> np.ndarray:
-    """Mean NDCG@10 (seen items removed) of every user, in the order of the users."""
-    table = pq.read_table(directory / f"{_file_name(system)}.parquet", columns=["user", "rank_removed"])
-    _, index = np.unique(table["user"].to_numpy(), return_inverse=True)
-    values = ndcg(table["rank_removed"].to_numpy(), k=PRIMARY_CUTOFF)
-    return np.bincount(index, weights=values) / np.bincount(index)
 
 
 def _file_name(system: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,7 @@ from jobs.train import Trained, read_json
 from jobs.training.checkpoint import checkpoint_key, table_files
 from jobs.training.model import MODELS, model_settings
 from models.embeddings import ITEM_TABLE
+from pipeline.loader import training_item_counts
 from pipeline.shards import Shards
 from pipeline.vocabulary import NUM_RESERVED
 
@@ -100,6 +102,8 @@ def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
     dense = load_file(checkpoint / "dense.safetensors")
     save_file({key: value for key, value in dense.items() if "/" not in key}, directory / "model.safetensors")
     pq.write_table(_items_table(vocabulary), directory / "items.parquet")
+    counts = torch.from_numpy(training_item_counts(shards, requests=config.data.requests)[: vocabulary.size])
+    save_file({"training_events": counts.contiguous()}, directory / "item-counts.safetensors")
     settings = {
         "model": model_settings(config.model, vocabulary),
         "features": list(vocabulary.features),
@@ -160,8 +164,6 @@ def _module_body(path: Path) -> str:
 
 
 def _whole_table(checkpoint: Path, table: str) -> Any:
-    import torch
-
     parts = []
     for file in table_files(checkpoint, table):
         with safe_open(file, framework="pt") as tensors:

@@ -14,9 +14,10 @@ from pathlib import Path
 from jobs.cluster import ray_session
 from jobs.config import RunConfig, redacted
 from jobs.console import Console
-from jobs.evaluate import Evaluated, evaluate
+from jobs.evaluate import Evaluated, evaluate_run
 from jobs.ingest import import_events, prepare_shards
 from jobs.register import Registered, register
+from jobs.report import print_results
 from jobs.tracking import tracking_uri
 from jobs.train import Trained, train, trained_run
 
@@ -46,16 +47,18 @@ def systems(config: RunConfig) -> list[RunConfig]:
     return [config, *(config.with_model(name) for name in config.compare)]
 
 
-def evaluate_runs(config: RunConfig, console: Console, *, verbose: bool = False) -> tuple[Trained, Evaluated]:
+def evaluate_runs(
+    config: RunConfig, console: Console, *, part: str = "test", verbose: bool = False
+) -> tuple[Trained, Evaluated]:
     """Evaluate the run of a recipe beside those of its comparisons that were trained."""
     main, *comparisons = systems(config)
     trained = {main.model["name"]: trained_run(main)}
-    for part in comparisons:
-        if (part.run_dir / "run.json").exists():
-            trained[part.model["name"]] = trained_run(part)
+    for other in comparisons:
+        if (other.run_dir / "run.json").exists():
+            trained[other.model["name"]] = trained_run(other)
         else:
-            console.line(f"{'evaluate':<12} without {part.model['name']}: not trained (`solar run` trains it beside)")
-    return trained[config.model["name"]], evaluate(config, trained, console, verbose=verbose)
+            console.line(f"{'evaluate':<12} without {other.model['name']}: not trained (`solar run` trains it beside)")
+    return trained[config.model["name"]], evaluate_run(config, trained, console, part=part, verbose=verbose)
 
 
 def _train(config: RunConfig, console: Console, *, verbose: bool) -> Trained:
@@ -64,70 +67,6 @@ def _train(config: RunConfig, console: Console, *, verbose: bool) -> Trained:
     if trained.reused:
         console.line(f"{'train':<12} already there: {trained.checkpoint}")
     return trained
-
-
-def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> None:
-    summary = evaluated.summary
-    if evaluated.reused:
-        console.line(f"{'evaluate':<12} already there: {evaluated.directory}")
-    console.line()
-    title = f"{summary['part']} part, {summary['task']}, {summary['split']}"
-    if summary["task"] == "impressions":
-        skipped = summary["metrics"][config.model["name"]]["requests_skipped"]
-        counted = summary["metrics"][config.model["name"]]["requests"]
-        rows = [_impression_row(system, summary["metrics"][system]) for system in summary["systems"]]
-        console.table(
-            f"{title}: {counted:,.0f} requests with at least {config.data.requests.min_history} earlier events, "
-            f"{counted / max(1, counted + skipped):.0%} of all",
-            ("model", "AUC", "GAUC", "LogLoss", "calibration"),
-            rows,
-        )
-        return
-    main = config.model["name"]
-    rows = []
-    for system in summary["systems"]:
-        metrics = summary["metrics"][system]
-        interval, ratio = summary["intervals"][system], summary["ratios"].get(system)
-        rows.append(
-            (
-                system,
-                f"{metrics['hr@10']:.4f}",
-                f"{interval['value']:.4f} ({interval['low']:.4f}-{interval['high']:.4f})",
-                f"{metrics['mrr@10']:.4f}",
-                f"{metrics['hr@10_seen_kept']:.4f}",
-                f"{metrics['ndcg@10_seen_kept']:.4f}",
-                f"{metrics['ndcg@10_untied']:.4f}",
-                f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "",
-            )
-        )
-    count, untied = (summary["metrics"][main][key] for key in ("requests", "requests_untied"))
-    console.table(
-        f"{title}: {count:,.0f} requests, each ranked among the whole catalogue (seen items removed; in brackets 95 % "
-        f"bootstrap intervals over users)\nno ties: the {untied:,.0f} requests whose target has a later time stamp "
-        "than the event before it",
-        (
-            "model",
-            "HR@10",
-            "NDCG@10",
-            "MRR@10",
-            "HR@10, seen kept",
-            "NDCG@10, seen kept",
-            "NDCG@10, no ties",
-            f"NDCG@10 of {main} / this",
-        ),
-        rows,
-    )
-
-
-def _impression_row(system: str, metrics: dict[str, float]) -> tuple[str, ...]:
-    probabilities = system != "popularity"
-    return (
-        system,
-        f"{metrics['auc']:.4f}",
-        f"{metrics['gauc']:.4f}",
-        f"{metrics['logloss']:.4f}" if probabilities else "",
-        f"{metrics['calibration']:.3f}" if probabilities else "",
-    )
 
 
 def _print_places(config: RunConfig, console: Console, trained: Trained, registered: Registered) -> None:

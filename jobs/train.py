@@ -17,7 +17,8 @@ from jobs.config import ConfigError, RunConfig, redacted
 from jobs.console import Console, Stage
 from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
 from jobs.training.checkpoint import committed_checkpoints, latest_checkpoint, read_state
-from jobs.training.loop import PRIMARY_METRIC, TrainJob
+from jobs.training.loop import TrainJob
+from jobs.training.results import primary_metric
 from jobs.workers import Interrupted, run_workers
 from pipeline.build import index_requests
 from pipeline.manifest import current_manifest
@@ -63,7 +64,7 @@ def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = 
         status = "FAILED"
         try:
             with console.stage("train") as stage:
-                primary = PRIMARY_METRIC[config.data.requests.task]
+                primary = primary_metric(config.data.requests)
                 follow = _Follower(run, stage, run_dir / "telemetry.jsonl", primary=primary)
                 arguments = {"job": train_job(config, shards, facts=facts)}
                 run_workers(_train_worker, arguments, config=config, name="train", on_rows=follow, stoppable=True)
@@ -91,12 +92,12 @@ def require_finished(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
 
 
-def open_shards(config: RunConfig) -> Shards:
-    """The current data set of a config."""
+def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
+    """The current data set of a config, or it as manifest `number` describes it."""
     path = config.shards_dir if "://" in config.shards_dir else os.path.abspath(config.shards_dir)
     if current_manifest(path) is None:
         raise ConfigError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
-    return Shards.open(path)
+    return Shards.open(path, number=number)
 
 
 def train_job(config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None = None) -> TrainJob:

@@ -46,6 +46,8 @@ class Batch:
     """[B] int64: how many of the user's events are its history (the first so many)."""
     request_time: Tensor
     """[B] int64: milliseconds since 1970 UTC, zero where the log has an order only."""
+    request_key: Tensor
+    """[B] int64: tells a user's requests apart; the place of the request's first event in the user's whole sequence."""
     candidate_offsets: Tensor
     """[B + 1] int64: request b owns candidates candidate_offsets[b] : candidate_offsets[b + 1]."""
     candidate_item: Tensor

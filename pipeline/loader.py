@@ -12,7 +12,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -184,11 +184,14 @@ class EvaluationLoader:
             yield _batch(users, events, chosen, *window, num_global_requests=int(self._plan.num_requests[number]))
 
 
-def training_item_counts(data: Shards, *, requests: RequestConfig) -> np.ndarray:
-    """[vocabulary capacity] int64: how often each row is a positive of a training request, before any cap."""
+def training_item_counts(data: Shards, *, requests: RequestConfig, groups: Iterable[int] | None = None) -> np.ndarray:
+    """[vocabulary capacity] int64: how often each row is a positive of a training request, before any cap.
+
+    `groups`: of these row groups only.
+    """
     check_log(data, requests)
     counts = np.zeros(data.vocabulary.capacity, np.int64)
-    for group in range(data.num_groups):
+    for group in range(data.num_groups) if groups is None else groups:
         every = list_requests(data.read(group), requests)
         train = every.take(every.part == 0)
         counts += np.bincount(train.candidate[train.label > 0], minlength=len(counts))
@@ -241,6 +244,7 @@ def _batch(
         request_user=_tensor(chosen.user),
         request_position=_tensor(chosen.position - start[chosen.user]),
         request_time=_tensor(chosen.time),
+        request_key=_tensor(chosen.key),
         candidate_offsets=_tensor(chosen.offsets),
         candidate_item=_tensor(chosen.candidate),
         candidate_label=torch.from_numpy(np.ascontiguousarray(chosen.label, np.float32)),

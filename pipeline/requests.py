@@ -49,6 +49,8 @@ class RequestConfig:
     """next_item: negatives drawn for each training request."""
     group: Literal["event", "request"] = "event"
     """next_item: each event is a request, or all events of one request_id are (without request ids: of one time)."""
+    seen_items: Literal["removed", "kept"] = "removed"
+    """next_item: whether items of the history compete in evaluation; removed also leaves repeated targets out."""
     max_eval_requests: int = 0
     """Evaluation requests a user and part, the same draw each time; 0 = all."""
     session_gap_seconds: int = 1800
@@ -61,6 +63,8 @@ class RequestConfig:
             raise ValueError(f"requests.task is {self.task!r}: it must be next_item or impressions")
         if self.group not in ("event", "request"):
             raise ValueError(f"requests.group is {self.group!r}: it must be event or request")
+        if self.seen_items not in ("removed", "kept"):
+            raise ValueError(f"requests.seen_items is {self.seen_items!r}: it must be removed or kept")
         if self.split not in ("leave_one_out", "temporal"):
             raise ValueError(f"requests.split is {self.split!r}: it must be leave_one_out or temporal")
         for name, least in (

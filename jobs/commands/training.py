@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from jobs.commands.arguments import capture, recipe_config
+from pathlib import Path
+
+from jobs.commands.arguments import capture, recipe_config, usage_error
 from jobs.console import Console
 
 
@@ -30,13 +32,43 @@ def train(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.run import evaluate_runs, print_results
+    from jobs.evaluate import evaluate as evaluate_systems
+    from jobs.report import print_results
+    from jobs.run import evaluate_runs
+    from jobs.subjects import find_subject, is_subject
 
-    config = recipe_config("evaluate", arguments)
-    if config is not None:
+    part, out, arguments = _evaluation_options(arguments)
+    if arguments and is_subject(arguments[0]):
+        subject = find_subject(arguments[0], arguments[1:])
+        config = subject.config
         capture(console, config.workspace, "evaluate", verbose=verbose)
-        print_results(config, console, evaluate_runs(config, console, verbose=verbose)[1])
+        directory = Path(out) if out else subject.directory(part)
+        evaluated = evaluate_systems(config, [subject.system], console, part=part, directory=directory, verbose=verbose)
+    else:
+        config = recipe_config("evaluate", arguments)
+        if config is None:
+            return 0
+        if out:
+            raise usage_error("evaluate", "--out is for a checkpoint or a registered model: a run has its own place")
+        capture(console, config.workspace, "evaluate", verbose=verbose)
+        evaluated = evaluate_runs(config, console, part=part, verbose=verbose)[1]
+    print_results(config, console, evaluated)
+    console.line(f"results      {evaluated.directory}")
     return 0
+
+
+def _evaluation_options(arguments: list[str]) -> tuple[str, str | None, list[str]]:
+    """(--part, --out, the other arguments)."""
+    from argparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog="solar evaluate", add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--part", choices=("valid", "test"), default="test")
+    parser.add_argument("--out", default=None)
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise usage_error("evaluate", str(error)) from error
+    return options.part, options.out, others
 
 
 def register(arguments: list[str], console: Console, *, verbose: bool) -> int:

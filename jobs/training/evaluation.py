@@ -1,6 +1,6 @@
 """Distributed, exact evaluation: every rank scores its requests, every rank gets all results, nothing is sampled.
 
-    next_item    each request's target is ranked among the whole catalogue, seen items kept and removed
+    next_item    each target is ranked among the whole catalogue known at that time, seen items kept and removed
     impressions  each request's own candidate set is scored
 
 Every rank joins every call: look-ups are collectives, and under ZeRO-3 so is each forward.
@@ -9,7 +9,7 @@ Every rank joins every call: look-ups are collectives, and under ZeRO-3 so is ea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,94 +17,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jobs.training.model import model_input, select_requests, training_input
-from jobs.training.parallel import ShardedTables
-from models.metrics import auc, calibration, gauc, hit_rate, log_loss, ndcg, rank_of_target, reciprocal_rank
+from jobs.training.catalogue import Catalogue
+from jobs.training.model import ItemRows, model_input, select_requests, training_input
+from jobs.training.results import RankedTargets, ScoredImpressions
+from models.metrics import rank_of_target
 from pipeline.batch import Batch
 from pipeline.loader import EvaluationLoader
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 from pipeline.vocabulary import NUM_RESERVED
 
-CUTOFFS = (5, 10, 20)
-CANDIDATES_PER_FORWARD = 1 << 16
+CANDIDATES_PER_FORWARD = 1 << 17
 """Bounds the memory of one forward: about 1 KB a candidate at width 64."""
 EVENTS_PER_BATCH = 1 << 14
 LOOK_UP_ROWS = 1 << 16
+TARGETS_PER_RANKING = 64
 
 Transform = Callable[[Batch], Batch]
-
-
-@dataclasses.dataclass(frozen=True)
-class RankedTargets:
-    """Results of `next_item`, one entry a request, in the order of the users."""
-
-    user: np.ndarray
-    history_length: np.ndarray
-    rank_kept: np.ndarray
-    """1 = best; seen items stay in the ranking."""
-    rank_removed: np.ndarray
-    """Seen items (other than the target) are taken out."""
-    tied: np.ndarray
-    """The target shares its time stamp with the event before it: only the log's tie-break says which came first."""
-
-    def metrics(self) -> dict[str, float]:
-        values: dict[str, float] = {"requests": float(len(self.user))}
-        for suffix, ranks in (("", self.rank_removed), ("_seen_kept", self.rank_kept)):
-            for cutoff in CUTOFFS:
-                values[f"hr@{cutoff}{suffix}"] = _mean(hit_rate(ranks, k=cutoff))
-                values[f"ndcg@{cutoff}{suffix}"] = _mean(ndcg(ranks, k=cutoff))
-                values[f"mrr@{cutoff}{suffix}"] = _mean(reciprocal_rank(ranks, k=cutoff))
-        values["requests_untied"] = float((~self.tied).sum())
-        values["ndcg@10_untied"] = _mean(ndcg(self.rank_removed[~self.tied], k=10))
-        return values
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoredImpressions:
-    """Results of `impressions`, one entry a candidate."""
-
-    user: np.ndarray
-    history_length: np.ndarray
-    logit: np.ndarray
-    label: np.ndarray
-    skipped_requests: int
-    """Requests left out because their history was shorter than `min_history`."""
-    requests: int
-
-    def metrics(self) -> dict[str, float]:
-        by_user = gauc(self.logit, self.label, self.user)
-        return {
-            "requests": float(self.requests),
-            "requests_skipped": float(self.skipped_requests),
-            "candidates": float(len(self.label)),
-            "auc": auc(self.logit, self.label),
-            "gauc": by_user.value,
-            "gauc_users": float(by_user.num_users),
-            "gauc_users_skipped": float(by_user.num_users_skipped),
-            "logloss": log_loss(self.logit, self.label),
-            "calibration": calibration(self.logit, self.label),
-        }
+Progress = Callable[[int, int], None]
+"""(requests done, requests of the part), both over all ranks, about."""
 
 
 def evaluate(
     model: nn.Module,
-    tables: ShardedTables,
+    tables: ItemRows,
     shards: Shards,
     *,
+    catalogue: Catalogue,
     requests: RequestConfig,
     part: str,
     limit: int | None = None,
     transform: Transform = lambda batch: batch,
+    progress: Progress = lambda done, total: None,
 ) -> RankedTargets | ScoredImpressions:
-    """Score one part (valid, test) with the current weights; `limit` = the first so many requests' users only."""
+    """Score one part (valid, test) with the current weights; `limit` = about so many requests, the same ones always."""
     loader = evaluation_loader(shards, requests=requests, part=part, limit=limit)
+    batches = _translated(loader, catalogue, progress)
     model.eval()
     with torch.no_grad():
         if requests.task == "next_item":
-            result = _rank_targets(model, tables, loader, num_items=shards.vocabulary.size, transform=transform)
+            result = _rank_targets(model, tables, batches, catalogue=catalogue, transform=transform)
         else:
-            result = _score_impressions(model, tables, loader, transform=transform)
+            result = _score_impressions(model, tables, batches, loader, transform=transform)
     model.train()
     return result
 
@@ -125,36 +79,54 @@ def evaluation_loader(
 
 
 def evaluate_counts(
-    shards: Shards, counts: np.ndarray, *, requests: RequestConfig, part: str
+    shards: Shards, *, catalogue: Catalogue, requests: RequestConfig, part: str
 ) -> RankedTargets | ScoredImpressions:
     """Popularity: an item's score is its count among training events, whoever asks."""
     loader = evaluation_loader(shards, requests=requests, part=part)
-    scores_I = torch.from_numpy(counts[: shards.vocabulary.size].astype(np.float32))
-    if requests.task == "next_item":
-        return _collect_ranks([_ranks(batch, scores_I.expand(batch.num_requests, -1)) for batch in loader])
-    return _collect_impressions([_impressions(batch, scores_I[batch.candidate_item]) for batch in loader], loader)
+    scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
+    results = []
+    for batch in _translated(loader, catalogue, lambda done, total: None):
+        if requests.task == "impressions":
+            results.append(_impressions(batch, scores_I[batch.candidate_item]))
+            continue
+        per_chunk = max(1, CANDIDATES_PER_FORWARD // catalogue.num_items)
+        for first in range(0, batch.num_requests, per_chunk):
+            chunk = select_requests(batch, first, min(first + per_chunk, batch.num_requests))
+            results.append(_ranks(chunk, scores_I.expand(chunk.num_requests, -1), catalogue))
+    if requests.task == "impressions":
+        return _collect_impressions(results, loader)
+    return _collect_ranks(results)
+
+
+def _translated(loader: EvaluationLoader, catalogue: Catalogue, progress: Progress) -> Iterator[Batch]:
+    done = 0
+    for batch in loader:
+        yield catalogue.translate(batch)
+        done += batch.num_global_requests
+        progress(done, loader.num_requests)
 
 
 def _rank_targets(
-    model: nn.Module, tables: ShardedTables, loader: EvaluationLoader, *, num_items: int, transform: Transform
+    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], *, catalogue: Catalogue, transform: Transform
 ) -> RankedTargets:
-    item_IC, features_IFC = _look_up_catalogue(tables, num_items)
-    per_forward = max(1, CANDIDATES_PER_FORWARD // num_items)
+    item_IC, features_IFC = _look_up_catalogue(tables, catalogue.num_items)
+    per_forward = max(1, CANDIDATES_PER_FORWARD // catalogue.num_items)
     results = []
-    for batch in loader:
+    for batch in batches:
         for first in range(0, _max_over_ranks(batch.num_requests), per_forward):
+            # Only the users of these requests: a batch may hold one with thousands of requests and events.
             last = min(first + per_forward, batch.num_requests)
-            part = select_requests(batch, min(first, last), last)
-            seen = transform(part)
-            logits_M = model(_catalogue_input(seen, item_IC, features_IFC))
-            results.append(_ranks(part, logits_M.cpu().view(part.num_requests, num_items)))
+            chunk = select_requests(batch, min(first, last), last)
+            logits_M = model(_catalogue_input(transform(chunk), item_IC, features_IFC))
+            scores_BI = logits_M.cpu().view(chunk.num_requests, catalogue.num_items)
+            results.append(_ranks(chunk, scores_BI, catalogue))
     return _collect_ranks(results)
 
 
 def _score_impressions(
-    model: nn.Module, tables: ShardedTables, loader: EvaluationLoader, *, transform: Transform
+    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], loader: EvaluationLoader, *, transform: Transform
 ) -> ScoredImpressions:
-    results = [_impressions(batch, model(training_input(transform(batch), tables))) for batch in loader]
+    results = [_impressions(batch, model(training_input(transform(batch), tables))) for batch in batches]
     return _collect_impressions(results, loader)
 
 
@@ -176,7 +148,7 @@ def _collect_impressions(results: list[tuple[np.ndarray, ...]], loader: Evaluati
     )
 
 
-def _look_up_catalogue(tables: ShardedTables, num_items: int) -> tuple[Tensor, Tensor]:
+def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor]:
     parts = [
         tables.look_up(torch.arange(first, min(first + LOOK_UP_ROWS, num_items)))
         for first in range(0, num_items, LOOK_UP_ROWS)
@@ -196,29 +168,55 @@ def _catalogue_input(batch: Batch, item_IC: Tensor, features_IFC: Tensor) -> Any
     )
 
 
-def _ranks(batch: Batch, scores_BI: Tensor) -> tuple[np.ndarray, ...]:
-    """(user, history length, rank kept, rank removed, tied) of a batch whose only candidates are the targets."""
-    scores_BI = scores_BI.clone()
-    scores_BI[:, :NUM_RESERVED] = -torch.inf
-    seen_BI = torch.zeros(scores_BI.shape, dtype=torch.bool)
-    lengths_B = batch.request_position
-    owner = torch.repeat_interleave(torch.arange(batch.num_requests), lengths_B)
-    within = torch.arange(int(lengths_B.sum())) - torch.repeat_interleave(lengths_B.cumsum(0) - lengths_B, lengths_B)
-    event = batch.event_offsets[batch.request_user][owner] + within
-    seen_BI[owner, batch.event_item[event]] = True
-    previous = (batch.event_offsets[batch.request_user] + lengths_B - 1).clamp(min=0)
-    tied_B = (lengths_B > 0) & (batch.request_time > 0)
-    if batch.num_events:
-        tied_B = tied_B & (batch.event_time[previous] == batch.request_time)
-    target_B = batch.candidate_item
-    seen_BI[torch.arange(batch.num_requests), target_B] = False
+def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.ndarray, ...]:
+    """The columns of RankedTargets for a batch whose only candidates are the targets."""
+    request_T = torch.repeat_interleave(batch.candidate_offsets.diff())
+    target_T = batch.candidate_item
+    scores_BI = scores_BI.masked_fill(torch.arange(scores_BI.shape[1]) < NUM_RESERVED, -torch.inf)
+    if catalogue.first_time is not None:
+        scores_BI = scores_BI.masked_fill(catalogue.first_time > batch.request_time[:, None], -torch.inf)
+    seen_BI = _first_places(batch, scores_BI.shape[1])[batch.request_user] < batch.request_position[:, None]
+    targets_BI = torch.zeros_like(seen_BI)
+    targets_BI[request_T, target_T] = True
+
+    kept, removed = [], []
+    for request_t, target_t in zip(
+        request_T.split(TARGETS_PER_RANKING), target_T.split(TARGETS_PER_RANKING), strict=True
+    ):
+        others_tI = targets_BI[request_t]
+        kept.append(rank_of_target(scores_BI[request_t], target_t, excluded_BI=others_tI))
+        removed.append(rank_of_target(scores_BI[request_t], target_t, excluded_BI=others_tI | seen_BI[request_t]))
+    unknown_T = target_T < NUM_RESERVED
+    rank_T2 = torch.stack([torch.cat(kept), torch.cat(removed)], 1) if kept else torch.zeros(0, 2)
+    rank_T2 = rank_T2.masked_fill(unknown_T[:, None], torch.inf)
+    count_T = torch.from_numpy(catalogue.training_count)[target_T].masked_fill(unknown_T, -1)
     return (
-        batch.user[batch.request_user].numpy(),
-        lengths_B.numpy(),
-        rank_of_target(scores_BI, target_B).numpy(),
-        rank_of_target(scores_BI, target_B, excluded_BI=seen_BI).numpy(),
-        tied_B.numpy(),
+        batch.user[batch.request_user][request_T].numpy(),
+        batch.request_key[request_T].numpy(),
+        batch.request_position[request_T].numpy(),
+        rank_T2[:, 0].double().numpy(),
+        rank_T2[:, 1].double().numpy(),
+        _tied(batch)[request_T].numpy(),
+        seen_BI[request_T, target_T].numpy() & ~unknown_T.numpy(),
+        count_T.numpy(),
     )
+
+
+def _first_places(batch: Batch, num_items: int) -> Tensor:
+    """[U, I] where in its user's sequence an item stands first; beyond every position where it never does."""
+    owner_N = torch.repeat_interleave(batch.event_offsets.diff())
+    place_N = torch.arange(batch.num_events) - batch.event_offsets[:-1][owner_N]
+    never = torch.full((batch.num_users * num_items,), torch.iinfo(torch.int64).max)
+    return never.scatter_reduce_(0, owner_N * num_items + batch.event_item, place_N, "amin").view(-1, num_items)
+
+
+def _tied(batch: Batch) -> Tensor:
+    """[B] the event before the request has the request's time."""
+    if not batch.num_events:
+        return torch.zeros(batch.num_requests, dtype=torch.bool)
+    previous = (batch.event_offsets[batch.request_user] + batch.request_position - 1).clamp(min=0)
+    has_time = (batch.request_position > 0) & (batch.request_time > 0)
+    return has_time & (batch.event_time[previous] == batch.request_time)
 
 
 def _collect_ranks(results: list[tuple[np.ndarray, ...]]) -> RankedTargets:
@@ -241,7 +239,3 @@ def _max_over_ranks(count: int) -> int:
     largest = torch.tensor([max(1, count)])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else float("nan")

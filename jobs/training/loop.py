@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from jobs.training.catalogue import Catalogue, catalogue_of, training_counts
 from jobs.training.checkpoint import (
     CheckpointConfig,
     TrainState,
@@ -30,6 +31,7 @@ from jobs.training.evaluation import evaluate
 from jobs.training.model import build_tower, item_features, model_settings, table_specs, training_input
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, ShardedTables, dense_engine
+from jobs.training.results import primary_metric
 from jobs.training.telemetry import Reporter
 from models.interface import Recommender
 from models.losses import request_loss
@@ -105,6 +107,8 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     last_steps.add(num_steps)
     reporter.row("start", step=state.step, num_steps=num_steps)
 
+    counts = training_counts(shards, requests=job.requests)
+    catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
     batches = iter(loader)
     while state.step < num_steps:
         started = time.perf_counter()
@@ -116,7 +120,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         stop = reporter.should_stop()
 
         if state.step in last_steps:
-            _validate(job, shards, state, tables, engine, reporter)
+            _validate(job, shards, catalogue, state, tables, engine, reporter)
         state.finished = state.step == num_steps
         due = job.checkpoint.every_steps and state.step % job.checkpoint.every_steps == 0
         if due or stop or state.step in last_steps:
@@ -196,18 +200,27 @@ def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tu
 
 
 def _validate(
-    job: TrainJob, shards: Shards, state: TrainState, tables: ShardedTables, engine: Any, reporter: Reporter
+    job: TrainJob,
+    shards: Shards,
+    catalogue: Catalogue,
+    state: TrainState,
+    tables: ShardedTables,
+    engine: Any,
+    reporter: Reporter,
 ) -> None:
     """Measure the validation part; remember the best step. The metrics are the same on every rank."""
     started = time.perf_counter()
     metrics = evaluate(
-        engine, tables, shards, requests=job.requests, part="valid", limit=job.training.valid_requests or None
+        engine,
+        tables,
+        shards,
+        catalogue=catalogue,
+        requests=job.requests,
+        part="valid",
+        limit=job.training.valid_requests or None,
+        progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
     ).metrics()
-    primary = metrics[PRIMARY_METRIC[job.requests.task]]
+    primary = metrics[primary_metric(job.requests)]
     if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):
         state.best_metric, state.best_step = primary, state.step
     reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, **metrics)
-
-
-PRIMARY_METRIC = {"next_item": "ndcg@10", "impressions": "gauc"}
-"""What decides which step is best, by task."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from jobs.training.parallel import ShardedTables
 from models.embeddings import ITEM_TABLE, ItemFeature, TableSpec
 from models.interface import ModelInput, Recommender
 from models.mean_pooling import MeanPooling, MeanPoolingConfig
@@ -22,6 +21,14 @@ MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
     "mean_pooling": (MeanPoolingConfig, MeanPooling),
 }
 """`model.name` -> (its config, its tower)."""
+
+
+class ItemRows(Protocol):
+    """Rows of the item tables: sharded ones (parallel.py), or those of a registered model."""
+
+    def look_up(self, item_rows_I: Tensor, /) -> tuple[Tensor, Tensor]:
+        """(item_IC, features_IFC) of distinct items."""
+        ...
 
 
 def model_settings(settings: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def item_features(vocabulary: Vocabulary) -> list[ItemFeature]:
     ]
 
 
-def training_input(batch: Batch, tables: ShardedTables) -> ModelInput:
+def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
     """Look every distinct item of the batch up once. Joined by every rank, also with an empty batch."""
     rows, index = torch.unique(torch.cat([batch.event_item, batch.candidate_item]), return_inverse=True)
     item_IC, features_IFC = tables.look_up(rows)
@@ -91,13 +98,24 @@ def model_input(
 
 
 def select_requests(batch: Batch, first: int, last: int) -> Batch:
-    """The same users with requests first..last-1 only (and no candidates of others)."""
+    """Requests first..last-1 alone: their users, and of these the events up to the last one that some request sees."""
+    request_user, position = batch.request_user[first:last], batch.request_position[first:last]
+    users, renumbered = torch.unique_consecutive(request_user, return_inverse=True)
+    length = torch.zeros(len(users), dtype=torch.int64).scatter_reduce(0, renumbered, position, "amax")
+    offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
+    event = torch.arange(int(offsets[-1])) + torch.repeat_interleave(batch.event_offsets[users] - offsets[:-1], length)
     start, end = int(batch.candidate_offsets[first]), int(batch.candidate_offsets[last])
     return dataclasses.replace(
         batch,
-        request_user=batch.request_user[first:last],
-        request_position=batch.request_position[first:last],
+        user=batch.user[users],
+        event_offsets=offsets,
+        event_item=batch.event_item[event],
+        event_time=batch.event_time[event],
+        event_action=batch.event_action[event],
+        request_user=renumbered,
+        request_position=position,
         request_time=batch.request_time[first:last],
+        request_key=batch.request_key[first:last],
         candidate_offsets=batch.candidate_offsets[first : last + 1] - start,
         candidate_item=batch.candidate_item[start:end],
         candidate_label=batch.candidate_label[start:end],

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from jobs.training.catalogue import Catalogue
 from jobs.training.evaluation import evaluation_loader
-from jobs.training.model import training_input
-from jobs.training.parallel import ShardedTables
+from jobs.training.model import ItemRows, training_input
 from models.solar import Solar
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
@@ -21,7 +21,7 @@ MAX_REQUESTS = 2000
 
 
 def energy_by_rank(
-    tower: nn.Module, tables: ShardedTables, shards: Shards, *, requests: RequestConfig, part: str
+    tower: nn.Module, tables: ItemRows, shards: Shards, *, catalogue: Catalogue, requests: RequestConfig, part: str
 ) -> dict[str, Any] | None:
     """Quantiles over histories of the cumulative energy share at rank 1..R; None for models without a decomposition.
 
@@ -34,7 +34,7 @@ def energy_by_rank(
     local = []
     for batch in loader:
         with torch.no_grad():
-            interests, _ = tower.interests(training_input(batch, tables))
+            interests, _ = tower.interests(training_input(catalogue.translate(batch), tables))
         energy_K = interests.energy_K[1:].double()
         share_KR = (interests.singular_KR[1:].double() ** 2).cumsum(1) / energy_K[:, None].clamp_min(1e-30)
         local.append(share_KR[energy_K > 0].cpu().numpy())

@@ -11,20 +11,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.training.evaluation import RankedTargets, evaluate, evaluate_counts
+from jobs.training.catalogue import catalogue_of, training_counts
+from jobs.training.evaluation import evaluate, evaluate_counts
 from jobs.training.model import item_features, table_specs
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ShardedTables
+from jobs.training.results import RankedTargets
 from models.interface import ModelInput
 from pipeline.batch import Batch
 from pipeline.build import PrepareConfig, index_requests, prepare
-from pipeline.loader import training_item_counts
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
+from pipeline.vocabulary import NUM_RESERVED
 from tests.distributed.ranks import run_ranks
 from tests.tiny import write_tiny_log
 
-REQUESTS = RequestConfig()
+FIRST, STEP = 1_000_000_000, 5_000_000
+"""Milliseconds of the tiny log's first event, and between two events of a user."""
+LAST = RequestConfig()
+BASKETS = RequestConfig(
+    split="temporal", valid_from=FIRST + 6 * STEP, test_from=FIRST + 9 * STEP, group="request", seen_items="kept"
+)
 
 
 class LengthTimesItem(nn.Module):
@@ -40,37 +47,59 @@ def score(item: Any, length: Any) -> Any:
     return ((item * 37 + length * 11) % 61) * 1.0
 
 
-def evaluate_here(shards_dir: str) -> dict[str, RankedTargets]:
-    shards = Shards.open(shards_dir)
+def evaluate_here(shards_dir: str, requests: RequestConfig, model_dir: str) -> dict[str, Any]:
+    """Systems of a model that was trained on the shards of `model_dir`."""
+    shards, trained_on = Shards.open(shards_dir), Shards.open(model_dir)
     tables = ShardedTables(
-        table_specs(shards.vocabulary, width=4),
-        item_features(shards.vocabulary),
+        table_specs(trained_on.vocabulary, width=4),
+        item_features(trained_on.vocabulary),
         optimizer=OptimizerConfig(),
         device="cpu",
     )
-    counts = training_item_counts(shards, requests=REQUESTS)
-    arguments: dict[str, Any] = {"requests": REQUESTS, "part": "test"}
-    results = {
-        "model": evaluate(LengthTimesItem(), tables, shards, **arguments),
+    catalogue = catalogue_of(
+        shards,
+        requests=requests,
+        training_count=training_counts(trained_on, requests=requests),
+        vocabulary=trained_on.vocabulary,
+    )
+    arguments: dict[str, Any] = {"catalogue": catalogue, "requests": requests, "part": "test"}
+    done: list[tuple[int, int]] = []
+    return {
+        "model": evaluate(LengthTimesItem(), tables, shards, progress=lambda *counts: done.append(counts), **arguments),
         "emptied": evaluate(LengthTimesItem(), tables, shards, transform=Batch.without_history, **arguments),
-        "popularity": evaluate_counts(shards, counts, **arguments),
+        "popularity": evaluate_counts(shards, **arguments),
+        "progress": done,
     }
-    return {name: result for name, result in results.items() if isinstance(result, RankedTargets)}
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, local_ray) -> tuple[Path, Shards, list[dict[str, RankedTargets]]]:
+def prepared(tmp_path_factory, local_ray) -> tuple[Path, Shards]:
     directory = tmp_path_factory.mktemp("evaluation")
     log = write_tiny_log(directory / "log")
     prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
     shards = Shards.open(str(directory / "shards"))
-    index_requests(shards, config=REQUESTS)
-    return log, shards, run_ranks(evaluate_here, 2, str(directory / "shards"))
+    for requests in (LAST, BASKETS):
+        index_requests(shards, config=requests)
+    return log, shards
+
+
+@pytest.fixture(scope="module")
+def last_items(prepared) -> list[dict[str, Any]]:
+    return run_ranks(evaluate_here, 2, prepared[1].path, LAST, prepared[1].path)
+
+
+@pytest.fixture(scope="module")
+def baskets(prepared) -> list[dict[str, Any]]:
+    return run_ranks(evaluate_here, 2, prepared[1].path, BASKETS, prepared[1].path)
+
+
+def read_log(log: Path) -> pl.DataFrame:
+    return pl.read_parquet(log / "events-00000.parquet").sort("user_id", "timestamp", "item_id")
 
 
 def histories(log: Path) -> dict[int, list[int]]:
-    events = pl.read_parquet(log / "events-00000.parquet").sort("user_id", "timestamp", "item_id")
-    return {user: items["item_id"].to_list() for (user,), items in events.group_by("user_id", maintain_order=True)}  # type: ignore[misc]
+    users = read_log(log).group_by("user_id", maintain_order=True)
+    return {user: events["item_id"].to_list() for (user,), events in users}  # type: ignore[misc]
 
 
 def rank_by_hand(scores: dict[int, float], target: int, removed: set[int]) -> float:
@@ -80,27 +109,110 @@ def rank_by_hand(scores: dict[int, float], target: int, removed: set[int]) -> fl
     return 1 + better + equal / 2
 
 
+def rows_of(shards: Shards) -> dict[int, int]:
+    catalogue = shards.vocabulary.raw(np.arange(NUM_RESERVED, shards.vocabulary.size)).to_pylist()
+    return {item: place for place, item in enumerate(catalogue, start=NUM_RESERVED)}
+
+
 @pytest.mark.parametrize("system", ["model", "emptied", "popularity"])
-def test_ranks_equal_brute_force_on_every_rank(evaluated, system):
-    log, shards, per_rank = evaluated
-    catalogue = shards.vocabulary.raw(np.arange(2, shards.vocabulary.size)).to_pylist()
-    row = {item: place for place, item in enumerate(catalogue, start=2)}
-    by_user = histories(log)
-    popularity = {item: 0 for item in catalogue}
+def test_ranks_equal_brute_force_on_every_rank(prepared, last_items, system):
+    log, shards = prepared
+    row, by_user = rows_of(shards), histories(log)
+    popularity = dict.fromkeys(row, 0)
     for items in by_user.values():
         for item in items[:-2]:
             popularity[item] += 1
     user_ids = shards.index.user_id.to_pylist()
-    for results in per_rank:
+    for results in last_items:
         result = results[system]
         assert sorted(user_ids[user] for user in result.user) == sorted(by_user)
         for place, user in enumerate(result.user):
             *history, target = by_user[user_ids[user]]
             shown = {"model": len(history), "emptied": 0, "popularity": 0}[system]
-            scores = {item: score(row[item], shown) for item in catalogue}
+            scores = {item: score(row[item], shown) for item in row}
             if system == "popularity":
                 scores = {item: float(count) for item, count in popularity.items()}
             assert result.history_length[place] == len(history)
             assert result.rank_kept[place] == rank_by_hand(scores, target, set())
             assert result.rank_removed[place] == rank_by_hand(scores, target, set(history))
+            assert result.repeat[place] == (target in history)
+            assert result.training_count[place] == popularity[target]
             assert not result.tied[place]
+        repeats = result.repeat
+        assert 0 < repeats.sum() < len(repeats)
+        assert result.metrics()["hr@10"] == pytest.approx((result.rank_removed[~repeats] <= 10).mean())
+        assert result.metrics()["hr@10_seen_kept"] == pytest.approx((result.rank_kept <= 10).mean())
+    assert last_items[0]["progress"][-1] == (40, 40)
+
+
+def test_targets_of_one_request_share_it_and_do_not_compete(prepared, baskets):
+    log, shards = prepared
+    row, user_ids = rows_of(shards), shards.index.user_id.to_pylist()
+    events = read_log(log).with_columns(pl.col("timestamp").dt.epoch("ms"))
+    first_time = dict(events.group_by("item_id").agg(pl.col("timestamp").min()).iter_rows())
+    trained = events.group_by("user_id", "request_id").agg(pl.col("item_id").unique(), pl.col("timestamp").min())
+    trained = trained.filter(pl.col("timestamp") < BASKETS.bounds[0]).explode("item_id")
+    counts = dict(trained["item_id"].value_counts().iter_rows())
+    expected = {}
+    for (user, _), basket in events.group_by("user_id", "request_id", maintain_order=True):
+        time: Any = basket["timestamp"].min()
+        if time < BASKETS.bounds[1]:
+            continue
+        mine = events.filter(pl.col("user_id") == user)
+        history = mine.filter(pl.col("timestamp") < time)["item_id"].to_list()
+        targets = set(basket["item_id"])
+        known = {item: score(row[item], len(history)) for item in row if first_time[item] <= time}
+        for target in targets:
+            # A target that no one has seen yet stands last: nobody can recommend it.
+            unseen = len([item for item in known if item not in targets]) + 1
+            kept = rank_by_hand(known, target, targets) if target in known else unseen
+            key = (user, len(history), target)
+            expected[key] = (kept, target in history, counts.get(target, 0), 1 / len(targets))
+    result = baskets[0]["model"]
+    assert isinstance(result, RankedTargets)
+    assert len(result.user) == len(expected)
+    assert sum(weight for *_, weight in expected.values()) == pytest.approx(result.metrics()["requests"])
+    found = sorted(
+        (user_ids[user], length, rank, repeat, count, weight)
+        for user, length, rank, repeat, count, weight in zip(
+            result.user, result.history_length, result.rank_kept, result.repeat, result.training_count, result.weight,
+            strict=True,
+        )
+    )  # fmt: skip
+    wanted = sorted((user, length, *values) for (user, length, _), values in expected.items())
+    assert [tuple(map(float, line)) for line in found] == [pytest.approx(tuple(map(float, line))) for line in wanted]
+    assert any(weight < 1 for *_, weight in expected.values())
+
+
+def test_every_rank_gets_the_same_results(baskets):
+    first, second = ([result["model"].rank_kept, result["popularity"].rank_kept] for result in baskets)
+    assert all(left.tolist() == right.tolist() for left, right in zip(first, second, strict=True))
+
+
+def test_items_that_the_model_does_not_know_are_misses_and_others_are_found_by_raw_id(prepared, tmp_path):
+    log, _ = prepared
+    events = read_log(log)
+    known = events.filter(pl.col("item_id") % 3 != 0)
+    for name, part in (("all", events), ("known", known.with_columns(pl.col("item_id").cast(pl.String)))):
+        (tmp_path / name).mkdir()
+        part.write_parquet(tmp_path / name / "events-00000.parquet")
+        prepare(str(tmp_path / name), str(tmp_path / f"{name}-shards"), config=PrepareConfig(buckets=2))
+    shards, trained_on = Shards.open(str(tmp_path / "all-shards")), Shards.open(str(tmp_path / "known-shards"))
+    for data in (shards, trained_on):
+        index_requests(data, config=LAST)
+    result = run_ranks(evaluate_here, 1, shards.path, LAST, trained_on.path)[0]["model"]
+    row = {int(item): place for item, place in rows_of(trained_on).items()}
+    by_user, user_ids = histories(log), shards.index.user_id.to_pylist()
+    for place, user in enumerate(result.user):
+        *history, target = by_user[user_ids[user]]
+        if target % 3 == 0:
+            assert np.isinf(result.rank_kept[place])
+            assert result.training_count[place] == -1
+            assert not result.repeat[place]
+        else:
+            scores = {item: score(row[item], len(history)) for item in row}
+            assert result.rank_kept[place] == rank_by_hand(scores, target, set())
+            assert result.rank_removed[place] == rank_by_hand(scores, target, set(history))
+    metrics = result.metrics()
+    assert 0.1 < metrics["share_unknown"] < 0.6
+    assert metrics["hr@10_seen_kept"] == pytest.approx((result.rank_kept <= 10).mean())

@@ -174,6 +174,36 @@ def test_run_directory_of_another_configuration_is_refused(first_run, recipe, wo
     assert "belongs to another configuration (model.rank is 4 there, 3 here)" in line
 
 
+def test_a_checkpoint_and_its_registered_version_evaluate_alike_on_another_split(first_run, workplace):
+    """A checkpoint needs its shards, a registered model does not: two ways to the same figures."""
+    asked = [
+        "--workspace", "workspace", "--part", "test",
+        "--data.requests.split", "temporal", "--data.requests.group", "request",
+        "--data.requests.valid_from", "1000030000", "--data.requests.test_from", "1000060000",
+        "--data.requests.seen_items", "kept",
+    ]  # fmt: skip
+    checkpoint = next(path for path in read_lines(first_run.stdout) if path.startswith("checkpoint")).split()[1]
+    summaries = []
+    for subject in (checkpoint, "models:/solar-tiny@champion"):
+        done = solar("evaluate", subject, *asked, "--out", workplace / f"out-{len(summaries)}", cwd=workplace)
+        assert done.returncode == 0, done.stderr
+        summaries.append(json.loads((workplace / f"out-{len(summaries)}" / "summary.json").read_text()))
+    assert "not in training" in done.stdout
+    first, second = (summary["metrics"]["solar"] for summary in summaries)
+    assert first == pytest.approx(second, abs=1e-6, nan_ok=True)
+    assert first["requests"] > 40
+    assert 0 < first["share_repeats"] < 1
+    again = solar("evaluate", checkpoint, *asked, "--out", workplace / "out-0", cwd=workplace)
+    assert "already there" in again.stdout
+    line = refused("evaluate", checkpoint, *asked, "--out", workplace / "raw", cwd=workplace)
+    assert "not empty and no evaluation" in line
+    assert "remove it" in refused("evaluate", checkpoint, *asked, "--model.rank", "2", cwd=workplace)
+
+
+def read_lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines()]
+
+
 def test_impressions_task_reports_probabilities(recipe, workplace, tmp_path):
     changed = yaml.safe_load(recipe.read_text())
     changed["workspace"] = str(tmp_path / "workspace")

@@ -1,0 +1,89 @@
+"""What `solar evaluate` can be asked about: a run by its recipe, a checkpoint, or a registered model.
+
+A checkpoint and a registered version carry the configuration they were trained under; further arguments change what
+they are evaluated on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jobs.config import ConfigError, RunConfig, stored_config, values_of
+from jobs.evaluate import System
+from jobs.registry import fetch_model
+from jobs.tracking import TrackingConfig
+from jobs.train import open_shards, train_job
+from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state
+from pipeline.events import DataError
+from pipeline.shards import Shards
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A trained model and what to evaluate it on."""
+
+    system: System
+    config: RunConfig
+    """The stored configuration under the further arguments."""
+
+    def directory(self, part: str) -> Path:
+        """Where the results go unless the user says otherwise: one place for each (weights, data, requests, part)."""
+        asked = {
+            "weights": self.system.key,
+            "shards": self.config.shards_dir,
+            "requests": dataclasses.asdict(self.config.data.requests),
+            "part": part,
+        }
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{self.config.name}-{self.config.data.name}-{part}-{digest}"
+        return Path(self.config.workspace) / "evaluations" / name
+
+
+def is_subject(text: str) -> bool:
+    """Whether a first argument names weights and not a recipe."""
+    return text.startswith("models:/") or Path(text).is_dir()
+
+
+def find_subject(text: str, arguments: Sequence[str]) -> Subject:
+    """The subject of `solar evaluate TEXT ARGUMENTS`."""
+    return _registered(text, arguments) if text.startswith("models:/") else _checkpoint(Path(text), arguments)
+
+
+def _registered(uri: str, arguments: Sequence[str]) -> Subject:
+    workspace = (values_of("--workspace", arguments) or ["workspace"])[-1]
+    stores = values_of("--tracking.uri", arguments)
+    model = fetch_model(uri, tracking=TrackingConfig(uri=stores[-1] if stores else None), workspace=workspace)
+    config = stored_config("evaluate", model.config, model.uri, arguments)
+    system = System(name=config.model["name"], key=model.digest, weights=str(model.directory.absolute()), job=None)
+    return Subject(system=system, config=dataclasses.replace(config, name=f"{model.name}-{model.version}"))
+
+
+def _checkpoint(path: Path, arguments: Sequence[str]) -> Subject:
+    document = read_state(path, checksums=True)
+    stored = stored_config("evaluate", document["config"], str(path), [])
+    config = stored_config("evaluate", document["config"], str(path), arguments)
+    if config.model != stored.model:
+        raise ConfigError(f"{path}: --model.* cannot change what was trained; remove it")
+    shards = _training_shards(stored, document["manifest"], path)
+    system = System(
+        name=config.model["name"],
+        key=checkpoint_key(path),
+        weights=str(path.absolute()),
+        job=dataclasses.replace(train_job(stored, shards), parallel=config.parallel),
+    )
+    return Subject(system=system, config=dataclasses.replace(config, name=f"{stored.name}-{path.name}"))
+
+
+def _training_shards(stored: RunConfig, manifest: int, path: Path) -> Shards:
+    """The data set as it was when the checkpoint was written: its vocabulary says which row is which item."""
+    try:
+        return open_shards(stored, number=manifest)
+    except (DataError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path}: was trained on manifest {manifest} of {stored.shards_dir}, which cannot be read ({error}); bring "
+            "it back, or evaluate the registered model, which carries its items"
+        ) from error
