@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Imported:
     """Rows of the items table."""
     rejected: int
     """Rows of the source that are no events."""
+    left_out: dict[str, int]
+    """{what: how many} of what the source holds and the import leaves out by its rules."""
     reused: bool
     """Everything was there already."""
 
@@ -52,6 +54,7 @@ class EventLogWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_events = self.num_items = self.num_rejected = 0
+        self.left_out: dict[str, int] = {}
         self._pending: list[pl.DataFrame] = []
         self._writers: dict[str, pq.ParquetWriter] = {}
 
@@ -71,6 +74,10 @@ class EventLogWriter:
     def add_items(self, items: pl.DataFrame) -> None:
         self.num_items += items.height
         self._write("items.parquet", items)
+
+    def leave_out(self, counts: Mapping[str, int]) -> None:
+        """Note what is left out by a rule of the import, {what: how many}."""
+        self.left_out |= counts
 
     def close(self) -> None:
         self._flush()
@@ -110,7 +117,8 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
     for name, size in found["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise DataError(f"{out}: {name} is missing or changed; remove the directory and import again")
-    return Imported(path=out, reused=True, **{name: found[name] for name in ("events", "items", "rejected")})
+    counts = {name: found[name] for name in ("events", "items", "rejected")}
+    return Imported(path=out, reused=True, left_out=found.get("left_out", {}), **counts)
 
 
 def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:
@@ -128,7 +136,13 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             raise DataError(f"{out}: the source holds no valid event; nothing was written")
         counts = {"events": writer.num_events, "items": writer.num_items, "rejected": writer.num_rejected}
         files = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
-        description = {"format_version": FORMAT_VERSION, **source, **counts, "files": files}
+        description = {
+            "format_version": FORMAT_VERSION,
+            **source,
+            **counts,
+            "left_out": writer.left_out,
+            "files": files,
+        }
         Store(str(staged)).write("source.json", (json.dumps(description, indent=1) + "\n").encode())
         staged.chmod(0o755)
         try:
@@ -137,7 +151,7 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             raise DataError(f"{out}: another import finished first; run it again to reuse that") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Imported(path=out, reused=False, **counts)
+    return Imported(path=out, reused=False, left_out=writer.left_out, **counts)
 
 
 def _local(out: str) -> Path:
