@@ -20,7 +20,7 @@ solar COMMAND ... [-v]
 
   run RECIPE            import, prepare, train, evaluate, register in one go; reuses what is there
   doctor [--json]       does everything work on this machine?
-  import SOURCE         a public format -> event log (movielens-100k, files)
+  import SOURCE         a public format -> event log (movielens-100k, files, git, synthetic)
   prepare               event log -> sequence shards; again with more events: merges
   inspect DIR           what is in a shard directory or a checkpoint (--verify, --digest)
   train RECIPE          shards -> checkpoints and an MLflow run (--resume)

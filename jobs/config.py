@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -32,10 +33,15 @@ from pipeline.build import PrepareConfig
 from pipeline.loader import LoaderConfig
 from pipeline.requests import RequestConfig
 from pipeline.sources.files import ImportConfig
+from pipeline.sources.git import GitConfig
+from pipeline.sources.synthetic_world import SyntheticConfig
 
 
 class ConfigError(ValueError):
     """A user's mistake in usage or configuration; one line."""
+
+
+SOURCES = ("movielens-100k", "files", "git", "synthetic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,17 +49,38 @@ class SourceConfig:
     """Where events come from when the event log is not there yet."""
 
     name: str = "files"
-    """movielens-100k, or files."""
-    path: str | None = None
-    """The file(s) of `files`; for movielens-100k a local copy of its wheel (unset = obtained through pip)."""
+    """movielens-100k, files, git or synthetic."""
+    path: tuple[str, ...] | str | None = None
+    """files: a file, directory or pattern; git: one or more repositories; movielens-100k: a local copy of its wheel
+    (unset = obtained through pip)."""
     items_path: str | None = None
     """files: a table of items and their features."""
     files: ImportConfig = dataclasses.field(default_factory=ImportConfig)
     """files: how to read them."""
+    git: GitConfig = dataclasses.field(default_factory=GitConfig)
+    """git: which commits count."""
+    synthetic: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
+    """synthetic: what is simulated."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("movielens-100k", "files"):
-            raise ValueError(f"name={self.name!r}: must be movielens-100k or files")
+        if self.name not in SOURCES:
+            raise ValueError(f"name={self.name!r}: must be one of {', '.join(SOURCES)}")
+        if not isinstance(self.path, (str, NoneType)) and self.name != "git":
+            raise ValueError(f"path={list(self.path)}: must be one path; only git takes several")
+        if self.path is not None and self.name == "synthetic":
+            raise ValueError(f"path={self.path}: must be unset, synthetic reads nothing")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """`path` as a list."""
+        if self.path is None:
+            return ()
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def needs_path(self) -> bool:
+        """Nothing can be imported because source.path is missing."""
+        return self.name in ("files", "git") and not self.paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,24 +15,40 @@ from pipeline.inspection import digest, verify
 from pipeline.manifest import current_manifest
 from pipeline.sources.event_log import Imported
 from pipeline.sources.files import import_files
+from pipeline.sources.git import import_git
 from pipeline.sources.movielens import import_movielens_100k
+from pipeline.sources.synthetic import import_synthetic
 
 
 def import_events(source: SourceConfig, out: str, console: Console, *, downloads: Path) -> Imported:
     """Bring a source into an event log; the same source again is a no-op."""
     with console.stage("import") as stage:
-        progress = _progress(stage)
-        if source.name == "movielens-100k":
-            imported = import_movielens_100k(out, from_file=source.path, downloads=str(downloads), progress=progress)
-        else:
-            if source.path is None:
-                raise ConfigError(
-                    f"source.path is not set and {out} is not there: name the events with --source.path FILE, "
-                    "or bring them in with `solar import files`"
-                )
-            imported = import_files(source.path, out, config=source.files, items=source.items_path, progress=progress)
+        imported = _import(source, out, downloads=downloads, progress=_progress(stage))
         stage.result = f"{_found(imported.reused)}{imported.events:,} events, {imported.items:,} items in {out}"
+    for what, count in imported.left_out.items():
+        console.line(f"{'':<12} left out: {count:,} {what}")
+    if imported.rejected:
+        console.line(f"{'':<12} rejected: {imported.rejected:,} rows, in {Path(out) / 'rejected.parquet'}")
     return imported
+
+
+def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -> Imported:
+    if source.needs_path:
+        what = "the repository" if source.name == "git" else "the events"
+        value = "DIRECTORY" if source.name == "git" else "FILE"
+        raise ConfigError(
+            f"source.path is not set and {out} is not there: name {what} with --source.path {value}, "
+            f"or bring them in with `solar import {source.name}`"
+        )
+    if source.name == "git":
+        return import_git(source.paths, out, config=source.git, progress=progress)
+    if source.name == "synthetic":
+        return import_synthetic(out, config=source.synthetic, progress=progress)
+    path = source.paths[0] if source.paths else None
+    if source.name == "movielens-100k":
+        return import_movielens_100k(out, from_file=path, downloads=str(downloads), progress=progress)
+    assert path is not None, "needs_path says otherwise"
+    return import_files(path, out, config=source.files, items=source.items_path, progress=progress)
 
 
 def prepare_shards(

@@ -26,7 +26,7 @@ def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Regist
     """The whole flow. Each part returns what it made or found."""
     started = time.monotonic()
     there = "://" in config.events_dir or Path(config.events_dir).exists()
-    if config.source.name == "files" and config.source.path is None and there:
+    if config.source.needs_path and there:
         console.line(f"{'import':<12} already there: {config.events_dir}")
     else:
         import_events(config.source, config.events_dir, console, downloads=Path(config.workspace) / "downloads")

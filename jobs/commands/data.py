@@ -2,46 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from jobs.commands.arguments import capture, instantiate, parse, usage_error
+from jobs.commands.arguments import capture, instantiate, one_line, parse, usage_error
 from jobs.console import Console
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from jobs.config import SourceConfig
 
 
 def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.config import SourceConfig
+    from jobs.config import SOURCES
     from jobs.ingest import import_events
-    from pipeline.sources.files import ImportConfig
 
-    names = ("movielens-100k", "files")
-    if not arguments or arguments[0] not in (*names, "-h", "--help"):
-        raise usage_error(f"import {arguments[0] if arguments else ''}".strip(), f"name a source: {', '.join(names)}")
-    name = arguments[0] if arguments[0] in names else "files"
+    readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic}
+    if not arguments or arguments[0] not in (*SOURCES, "-h", "--help"):
+        raise usage_error(f"import {arguments[0] if arguments else ''}".strip(), f"name a source: {', '.join(SOURCES)}")
+    name = arguments[0] if arguments[0] in SOURCES else "files"
     parser = ArgumentParser(prog=f"solar import {name}", exit_on_error=False)
-    if name == "files":
-        parser.add_argument("path", type=str, help="file, directory or pattern of CSV, JSON lines or Parquet")
-        parser.add_argument("--items_path", type=str | None, default=None, help="table of items and their features")
-        parser.add_class_arguments(ImportConfig)
-    else:
-        parser.add_argument("--from", type=str | None, default=None, help="a local copy of the wheel or of its files")
+    read_source = readers[name](parser)
     parser.add_argument("--out", type=str | None, default=None, help="event log; default: WORKSPACE/events/NAME")
     parser.add_argument("--workspace", type=str, default="workspace", help="directory of everything written")
-    parsed = parse(parser, arguments[1:] if arguments[0] in names else arguments)
-    if parsed.out is None and name == "files":
-        raise usage_error("import files", "--out DIR is not given: name the event log to write")
+    parsed = parse(parser, arguments[1:] if arguments[0] in SOURCES else arguments)
+    if parsed.out is None and name in ("files", "git"):
+        raise usage_error(f"import {name}", "--out DIR is not given: name the event log to write")
     out = parsed.out or str(Path(parsed.workspace) / "events" / name)
+    source = read_source(parsed)
     capture(console, parsed.workspace, "import", verbose=verbose)
-    if name == "files":
-        fields = ImportConfig.__dataclass_fields__
-        built = instantiate(parser, parsed)
-        options = ImportConfig(**{field: built[field] for field in fields})
-        source = SourceConfig(name=name, path=parsed.path, items_path=parsed.items_path, files=options)
-    else:
-        source = SourceConfig(name=name, path=parsed["from"])
     import_events(source, out, console, downloads=Path(parsed.workspace) / "downloads")
     return 0
+
+
+def _movielens(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
+    """Add the source's arguments; what is returned makes the source of the parsed ones. So do those below."""
+    from jobs.config import SourceConfig
+
+    parser.add_argument("--from", type=str | None, default=None, help="a local copy of the wheel or of its files")
+    return lambda parsed: SourceConfig(name="movielens-100k", path=parsed["from"])
+
+
+def _files(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
+    from jobs.config import SourceConfig
+    from pipeline.sources.files import ImportConfig
+
+    parser.add_argument("path", type=str, help="file, directory or pattern of CSV, JSON lines or Parquet")
+    parser.add_argument("--items_path", type=str | None, default=None, help="table of items and their features")
+    parser.add_class_arguments(ImportConfig)
+    return lambda parsed: SourceConfig(
+        name="files", path=parsed.path, items_path=parsed.items_path, files=_build(ImportConfig, parser, parsed)
+    )
+
+
+def _git(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
+    from jobs.config import SourceConfig
+    from pipeline.sources.git import GitConfig
+
+    parser.add_argument("path", type=str, nargs="+", help="repositories: worktrees or bare ones")
+    parser.add_class_arguments(GitConfig)
+    return lambda parsed: SourceConfig(name="git", path=tuple(parsed.path), git=_build(GitConfig, parser, parsed))
+
+
+def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
+    from jobs.config import SourceConfig
+    from pipeline.sources.synthetic_world import SyntheticConfig
+
+    parser.add_class_arguments(SyntheticConfig)
+    return lambda parsed: SourceConfig(name="synthetic", synthetic=_build(SyntheticConfig, parser, parsed))
+
+
+def _build(options: type, parser: ArgumentParser, parsed: Any) -> Any:
+    """The options that stand at the top of a command; their own rules are checked here, sections' in instantiate."""
+    built = instantiate(parser, parsed)
+    try:
+        return options(**{field: built[field] for field in options.__dataclass_fields__})
+    except ValueError as error:
+        raise usage_error(parser.prog.removeprefix("solar "), one_line(error)) from error
 
 
 def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -60,7 +101,7 @@ def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parser.add_class_arguments(ClusterConfig, "cluster")
     parsed = parse(parser, arguments)
     built = instantiate(parser, parsed)
-    options = PrepareConfig(**{field: built[field] for field in PrepareConfig.__dataclass_fields__})
+    options = _build(PrepareConfig, parser, parsed)
     capture(console, parsed.workspace, "prepare", verbose=verbose)
     prepare_shards(
         parsed.events, parsed.out, options, console, items=parsed.items_path, cluster=built["cluster"], verbose=verbose
