@@ -76,7 +76,8 @@ def import_git(
     repositories = find_repositories(paths)
     source = {
         "source": "git",
-        "repositories": [{"name": r.name, "head": r.head, "mailmap": r.mailmap} for r in repositories],
+        "names": [r.name for r in repositories],
+        "repositories": {r.name: {"head": r.head, "mailmap": r.mailmap} for r in repositories},
         "max_commit_files": config.max_commit_files,
     }
     if existing := find_event_log(out, source=source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import polars as pl
@@ -101,7 +102,33 @@ def test_shards_of_another_configuration_are_refused(refuses, log, tmp_path, cap
 
 
 def test_import_without_a_source_names_the_sources(refuses):
-    assert "movielens-100k, files" in refuses("import", "netflix")
+    assert "movielens-100k, files, git, synthetic" in refuses("import", "netflix")
+
+
+def test_repositories_that_hold_no_history_are_named(refuses, tmp_path):
+    out = ("--out", tmp_path / "out")
+    assert f"{tmp_path}: not a git repository" in refuses("import", "git", tmp_path, *out)
+    subprocess.run(["git", "init", "--quiet", tmp_path / "empty"], check=True)
+    assert "empty: HEAD names no commit" in refuses("import", "git", tmp_path / "empty", *out)
+    assert "empty: HEAD names no commit" in refuses("run", "git", "--source.path", tmp_path / "empty")
+    assert "--source.path DIRECTORY" in refuses("run", "git")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["import", "git", ".", "--out", "x", "--max_commit_files", "0"], "max_commit_files=0: must be 1 or more"),
+        (["import", "git", "."], "--out DIR is not given"),
+        (["import", "synthetic", "--topics", "0"], "import synthetic: topics=0: must be 1 or more"),
+        (["import", "files", "x.csv", "--out", "x", "--max_rejected_ratio", "2"], "max_rejected_ratio is 2.0"),
+        (["prepare", "--events", "x", "--out", "x", "--buckets", "0"], "buckets is 0"),
+        (["run", "synthetic", "--source.path", "x"], "source.path=x: must be unset"),
+        (["run", "ml-1m", "--source.path", "[x, y]"], "must be one path"),
+        (["run", "synthetic", "--source.synthetic.drift", "2"], "source.synthetic.drift=2.0: must be from 0 to 1"),
+    ],
+)
+def test_options_out_of_range_are_named(refuses, arguments, words):
+    assert words in refuses(*arguments)
 
 
 def test_inspect_of_something_else_is_refused(capfd, tmp_path):
