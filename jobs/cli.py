@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from jobs.commands import data, system, training
+from jobs.commands import cluster, data, system, training
 from jobs.commands.arguments import one_line
 from jobs.console import Console
 from jobs.recipes import recipe_names
@@ -26,6 +26,8 @@ solar COMMAND ... [-v]
   train RECIPE          shards -> checkpoints and an MLflow run (--resume)
   evaluate RECIPE       the run's best checkpoint -> metrics, beside its baselines
   register RECIPE       the run's best checkpoint -> MLflow registry
+  submit -- COMMAND     any of these as a job of a Ray cluster, its log followed here
+  jobs list|logs|stop   the jobs of a Ray cluster
 
 RECIPE is one of {recipes}, or a YAML file.
 Further configuration follows it: --config FILE, dotted overrides (--model.rank 8), --print_config.
@@ -93,6 +95,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": training.train,
     "evaluate": training.evaluate,
     "register": training.register,
+    "submit": cluster.submit,
+    "jobs": cluster.jobs,
 }
 
 

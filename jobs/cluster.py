@@ -19,7 +19,8 @@ class ClusterConfig:
     """Where the job runs."""
 
     address: str | None = None
-    """Ray address (`auto`, `ray://host:10001`, `host:6379`); unset = a local Ray that lives as long as the command."""
+    """Ray address (`auto`, `ray://host:10001`, `host:6379`, or `local` for a Ray that lives as long as the command);
+    unset = RAY_ADDRESS, which Ray sets inside a submitted job, else `local`."""
     max_failures: int = 0
     """Restarts of the worker group by Ray Train after a worker died; each continues from the latest checkpoint."""
 
@@ -28,24 +29,27 @@ class ClusterConfig:
             raise ValueError(f"max_failures={self.max_failures}: must be -1 (no limit), 0 or more")
 
 
+FIXED_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
+DEFAULT_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Keep freed tensors in the process: giving them back page by page costs a step 20 to 30 % on a CPU
+    # (MovieLens-100K, 1 and 2 ranks). Workers of a local Ray inherit it, those of a job get it from `solar submit`.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+}
+
+
 def quiet_environment() -> None:
     """Settings that libraries read when they are imported; nothing of ours phones home."""
-    os.environ.update(
-        RAY_USAGE_STATS_ENABLED="0",
-        MLFLOW_DISABLE_TELEMETRY="true",
-        DO_NOT_TRACK="true",
-        MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false",
-    )
-    defaults = {
-        "RAY_TRAIN_V2_ENABLED": "1",
-        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Keep freed tensors in the process: giving them back page by page costs a step 20 to 30 % on a CPU
-        # (MovieLens-100K, 1 and 2 ranks). Workers of a local Ray inherit it; elsewhere see infra/README.md.
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-    }
-    for key, value in defaults.items():
+    os.environ.update(FIXED_ENVIRONMENT)
+    for key, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
 
 
@@ -61,15 +65,8 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
         yield
         return
     level = logging.INFO if verbose else logging.ERROR
-    if config.address:
-        try:
-            ray.init(address=config.address, logging_level=level, log_to_driver=verbose)
-        except ConnectionError as error:
-            raise ConnectionError(
-                f"cluster.address={config.address}: no Ray cluster answers there: start one with `ray start --head`, "
-                "or leave the address unset to run on this machine"
-            ) from error
-    else:
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
         ray.init(
             address="local",
             num_cpus=max(num_cpus, psutil.cpu_count() or 1),
@@ -78,8 +75,33 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
             logging_level=level,
             log_to_driver=verbose,
         )
+    else:
+        _join(address, named=f"{'cluster.address' if config.address else 'RAY_ADDRESS'}={address}", level=level)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str, *, named: str, level: int) -> None:
+    """Connect to a running cluster; ConnectionError with one line that starts with `named`."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    if address.startswith(("http://", "https://")):
+        raise ConnectionError(
+            f"{named}: is a dashboard, which takes jobs: use `solar submit`, or --cluster.address local to run here"
+        )
+    try:
+        ray.init(address=address, logging_level=level, log_to_driver=level == logging.INFO)
+    except AuthenticationError as error:
+        raise ConnectionError(
+            f"{named}: refuses this machine's token, or there is none: copy the cluster's (`ray get-auth-token`) to "
+            "~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
+        ) from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{named}: no Ray cluster answers there: start one with `ray start --head`, "
+            "or use --cluster.address local to run on this machine"
+        ) from error

@@ -155,7 +155,8 @@ def _ray() -> str:
 
     with ray_session(ClusterConfig()):
         resources = ray.cluster_resources()
-    return f"local start, {resources.get('CPU', 0):.0f} CPUs, {resources['memory'] / 2**30:.1f} GiB for tasks"
+    how = "joined the cluster of RAY_ADDRESS" if os.environ.get("RAY_ADDRESS", "local") != "local" else "local start"
+    return f"{how}, {resources.get('CPU', 0):.0f} CPUs, {resources['memory'] / 2**30:.1f} GiB for tasks"
 
 
 def _mlflow() -> str:

@@ -22,6 +22,8 @@ METRICS_PER_REQUEST = 1000
 PARAM_LENGTH = 6000
 """MLflow's limit of a parameter's value."""
 FLUSH_SECONDS = 5.0
+GIT_COMMIT_VARIABLE = "SOLAR_GIT_COMMIT"
+"""Environment variable that tells a job which commit its code was uploaded from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,10 @@ def system_facts() -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Commit of the running code, with `-dirty` where it was changed; `unknown` outside a checkout."""
+    """Commit of the running code, with `-dirty` where it was changed.
+
+    Outside a checkout what `solar submit` noted down when it uploaded the code, else `unknown`.
+    """
     root = Path(__file__).resolve().parents[1]
     try:
         commit = subprocess.run(
@@ -145,7 +150,7 @@ def git_commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get(GIT_COMMIT_VARIABLE, "unknown")
     return commit.stdout.strip()
 
 

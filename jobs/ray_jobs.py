@@ -1,0 +1,326 @@
+"""A Ray cluster seen through its job server (the dashboard): connect, submit, follow, list, stop.
+
+Every way in which this can go wrong for a reason that a user can mend is one line: ConfigError or ConnectionError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray.dashboard.modules.job.pydantic_models import JobDetails
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from jobs.config import ConfigError, redacted
+from jobs.console import Console
+
+LOCAL_DASHBOARD = "http://127.0.0.1:8265"
+"""Where `ray start --head` puts the dashboard unless told otherwise."""
+CONNECT_SECONDS, ANSWER_SECONDS = 10, 60
+POLL_SECONDS = 1.0
+PENDING_SECONDS = 10.0
+"""A job that has not started after this long gets a line, and another one after each six times as long."""
+SILENT_SECONDS = 60.0
+"""Without a word for this long the log stream is opened anew: a connection may be lost without a sign."""
+LOST_SECONDS = 300.0
+"""How long a cluster that went silent is asked again before following gives up."""
+STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Read by Ray's job supervisor, which runs in the job's own environment: seconds from SIGTERM to SIGKILL."""
+STOP_GRACE_SECONDS = 3
+"""Ray's default of it."""
+INTERRUPTED = 130
+RAY_LINES = re.compile(
+    r"^(?:\S+ \S+\tINFO job_manager\.py:\d+ -- Runtime env is setting up\.|Running entrypoint for job .*)\n", re.M
+)
+"""What Ray writes at the head of a job's log."""
+
+
+class ConnectionLost(Exception):
+    """The cluster did not answer any more while a job was followed."""
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client with time limits: by itself it waits for ever for a host that swallows packets."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **options)
+
+
+def choose_address(given: str | None, environment: Mapping[str, str]) -> str:
+    """The dashboard's URL: --address, else RAY_API_SERVER_ADDRESS, else RAY_ADDRESS, else this machine's."""
+    origins = {
+        "--address": given,
+        "RAY_API_SERVER_ADDRESS": environment.get("RAY_API_SERVER_ADDRESS"),
+        "RAY_ADDRESS": environment.get("RAY_ADDRESS"),
+    }
+    origin, address = next(((key, value) for key, value in origins.items() if value), ("", LOCAL_DASHBOARD))
+    if address in ("auto", "local"):
+        return LOCAL_DASHBOARD
+    if not re.match(r"https?://[^/\s]+", address):
+        host = re.sub(r"^\w+://|:\d+$", "", address)
+        raise ConfigError(
+            f"{origin}={redacted(address)}: jobs go to the cluster's dashboard: give --address http://{host}:8265"
+        )
+    return address.rstrip("/")
+
+
+def auth_headers(environment: Mapping[str, str], home: Path) -> dict[str, str]:
+    """The cluster's token where Ray's own tools look for it, as HTTP headers; {} without one.
+
+    Ray's client sends it only where RAY_AUTH_MODE=token is set as well; headers given to it are always sent.
+    """
+    token = environment.get("RAY_AUTH_TOKEN", "").strip()
+    if not token:
+        named = environment.get("RAY_AUTH_TOKEN_PATH")
+        file = Path(named) if named else home / ".ray" / "auth_token"
+        if named and not file.is_file():
+            raise ConfigError(f"RAY_AUTH_TOKEN_PATH={named}: no such file: name the file with the cluster's token")
+        token = file.read_text().strip() if file.is_file() else ""
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+class Cluster:
+    """The job server at an address."""
+
+    def __init__(self, address: str | None) -> None:
+        """Connect; ConfigError or ConnectionError where it cannot take our jobs."""
+        import ray
+
+        self._default = not (address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"))
+        self.address = choose_address(address, os.environ)
+        headers = auth_headers(os.environ, Path.home())
+        self._has_token = bool(headers)
+        # Ray's client prefers these two to the address it is given.
+        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            os.environ.pop(name, None)
+        with self._explained():
+            self._client = _Client(self.address, headers=headers)
+        there = self._client._server_ray_version
+        if there != ray.__version__:
+            raise ConfigError(
+                f"{self.shown}: runs Ray {there}, this is Ray {ray.__version__}: "
+                "use the same version on both sides (pyproject.toml names ours)"
+            )
+
+    @property
+    def shown(self) -> str:
+        """The address without a password."""
+        return redacted(self.address)
+
+    def on_this_machine(self) -> bool:
+        """Whether every node of the cluster is this machine: its raylet's socket is a file here."""
+        with self._explained():
+            response = self._client._do_request("GET", "/nodes?view=summary")
+        if response.status_code != 200:
+            return False
+        nodes = [node["raylet"] for node in response.json()["data"]["summary"]]
+        sockets = [node.get("rayletSocketName", "") for node in nodes if node.get("state") == "ALIVE"]
+        return bool(sockets) and all(Path(socket).is_socket() for socket in sockets)
+
+    def submit(
+        self,
+        *,
+        entrypoint: str,
+        runtime_env: dict[str, Any],
+        submission_id: str | None,
+        command: str,
+        driver_cpus: float,
+    ) -> str:
+        """Upload and submit; returns the job's id."""
+        if submission_id is not None:
+            if not re.fullmatch(r"\w[\w.-]*", submission_id):
+                raise ConfigError(f"--submission-id {submission_id}: must be letters, digits, '.', '_' and '-'")
+            if submission_id in (job.submission_id for job in self.jobs()):
+                raise ConfigError(f"--submission-id {submission_id}: a job there has this id: choose another one")
+        with self._explained():
+            return self._client.submit_job(
+                entrypoint=entrypoint,
+                runtime_env=runtime_env,
+                submission_id=submission_id,
+                metadata={"solar_command": command},
+                entrypoint_num_cpus=driver_cpus or None,
+            )
+
+    def jobs(self) -> list[JobDetails]:
+        """The submitted jobs, the latest first."""
+        with self._explained():
+            jobs = [job for job in self._client.list_jobs() if job.submission_id]
+        return sorted(jobs, key=lambda job: -(job.start_time or 0))
+
+    def job(self, job_id: str) -> JobDetails:
+        with self._explained(job_id):
+            return self._client.get_job_info(job_id)
+
+    def logs(self, job_id: str) -> str:
+        """What the job has printed so far."""
+        self.job(job_id)
+        with self._explained(job_id):
+            return RAY_LINES.sub("", self._client.get_job_logs(job_id))
+
+    def stop(self, job_id: str, console: Console) -> JobDetails:
+        """Ask a job to stop and wait until it has ended."""
+        job = self.job(job_id)
+        if job.status.is_terminal():
+            console.line(f"job {job_id} had ended before: {job.status.lower()}")
+            return job
+        with self._explained(job_id):
+            self._client.stop_job(job_id)
+        seconds = int((job.runtime_env or {}).get("env_vars", {}).get(STOP_GRACE_VARIABLE, STOP_GRACE_SECONDS))
+        console.line(f"job {job_id} is asked to stop; after {seconds} s it is killed")
+        deadline = time.monotonic() + seconds + ANSWER_SECONDS
+        while not job.status.is_terminal():
+            if time.monotonic() > deadline:
+                raise ConnectionError(f"job {job_id} has not ended, it is {job.status}: {one_line(job.message)}")
+            time.sleep(POLL_SECONDS)
+            job = self.job(job_id)
+        last = [line for line in self.logs(job_id).splitlines() if line.strip()][-1:]
+        console.line("\n".join([*last, f"job {job_id} has ended: {job.status.lower()}"]))
+        return job
+
+    def follow(self, job_id: str, console: Console) -> JobDetails:
+        """Print the job's log to the end; ConnectionLost if the cluster stays silent for LOST_SECONDS."""
+        heard, told = time.monotonic(), False
+        log, pending = LogTail(self._client, job_id), Pending(console)
+        while True:
+            try:
+                job = self.job(job_id)
+                heard, told = time.monotonic(), False
+                if job.status == JobStatus.PENDING:
+                    pending.tell(job)
+                else:
+                    asyncio.run(log.print())
+                    # A log stream that ends says nothing about the job (ray-project/ray#57002, #60665).
+                    job = self.job(job_id)
+                    if job.status.is_terminal():
+                        return job
+            except (OSError, aiohttp.ClientError, RuntimeError) as error:
+                if time.monotonic() - heard > LOST_SECONDS:
+                    raise ConnectionLost(one_line(error)) from error
+                if not told:
+                    told = True
+                    console.error(f"{self.shown} does not answer; trying for {LOST_SECONDS:.0f} s")
+            time.sleep(POLL_SECONDS)
+
+    @contextmanager
+    def _explained(self, job_id: str = "") -> Iterator[None]:
+        try:
+            yield
+        except AuthenticationError as error:
+            why = "refuses this token" if self._has_token else "asks for a token, and there is none here"
+            raise ConfigError(
+                f"{self.shown}: {why}: `ray get-auth-token` prints it on the cluster's head node; store it in "
+                "~/.ray/auth_token, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            ) from error
+        except (requests.exceptions.RequestException, ConnectionError) as error:
+            fix = "give --address http://HOST:8265, or start a cluster with `ray start --head`"
+            text = "no --address given, and no Ray dashboard on this machine" if self._default else "does not answer"
+            raise ConnectionError(f"{self.shown}: {text}: {fix}") from error
+        except (RuntimeError, KeyError) as error:
+            text = self._explain_answer(str(error) if isinstance(error, RuntimeError) else "", job_id)
+            # A server's own trouble may pass; whoever follows a job asks again.
+            raise (ConnectionError if "status code 5" in str(error) else ConfigError)(text) from error
+
+    def _explain_answer(self, text: str, job_id: str) -> str:
+        """What an HTTP status other than 200 means; no text: the answer is not a dashboard's."""
+        if job_id and "status code 404" in text:
+            return f"job {job_id}: {self.shown} does not know it: `solar jobs list` shows the ids"
+        if not text or "404" in text:
+            return f"{self.shown}: is no Ray dashboard: give --address http://HOST:8265"
+        lines = [line for line in text.splitlines() if line.strip()]
+        return f"{self.shown}: {redacted(lines[-1])}"
+
+
+class LogTail:
+    """A job's log on standard output, each character once, however often the stream has to be opened."""
+
+    def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
+        self._client, self._job_id = client, job_id
+        self._printed = 0
+
+    async def print(self) -> None:
+        """Print what is new until the stream ends or falls silent."""
+        stream: Any = self._client.tail_job_logs(self._job_id)
+        seen = 0
+        try:
+            while True:
+                text = await asyncio.wait_for(anext(stream), SILENT_SECONDS)
+                fresh = text[max(0, self._printed - seen) :]
+                seen += len(text)
+                self._printed = max(self._printed, seen)
+                sys.stdout.write(RAY_LINES.sub("", fresh))
+                sys.stdout.flush()
+        except (StopAsyncIteration, TimeoutError):
+            return
+        finally:
+            await stream.aclose()
+
+
+class Pending:
+    """Says now and then why a job has not started."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._since, self._next = time.monotonic(), PENDING_SECONDS
+
+    def tell(self, job: JobDetails) -> None:
+        waited = time.monotonic() - self._since
+        if waited >= self._next:
+            self._next = waited + 6 * PENDING_SECONDS
+            self._console.line(f"waiting for {waited:.0f} s: {one_line(job.message)}")
+
+
+def exit_code(job: JobDetails) -> int:
+    """The job's own exit code; 130 if it was stopped, 128 + n after signal n, 1 if its driver never ran."""
+    if job.status == JobStatus.SUCCEEDED:
+        return 0
+    if job.status == JobStatus.STOPPED:
+        return INTERRUPTED
+    code = job.driver_exit_code
+    if code is None:
+        return 1
+    return code if code >= 0 else 128 - code
+
+
+def outcome(job: JobDetails) -> str:
+    """How a job ended, in one line."""
+    took = f"after {duration(job)}"
+    if job.status == JobStatus.SUCCEEDED:
+        return f"job {job.submission_id} succeeded {took}"
+    if job.status == JobStatus.STOPPED:
+        return f"job {job.submission_id} was stopped {took}"
+    code = job.driver_exit_code
+    if code is None:
+        return f"job {job.submission_id} failed {took}: {one_line(job.message)}"
+    if code < 0:
+        return f"job {job.submission_id} was killed by signal {-code} {took} (9: often the node's memory ran out)"
+    hint = ": no such program on the cluster: name its Python with --python" if code in (126, 127) else ""
+    return f"job {job.submission_id} ended with exit code {code} {took}{hint}"
+
+
+def duration(job: JobDetails) -> str:
+    """Hours, minutes and seconds from its start to its end, or until now."""
+    if not job.start_time:
+        return ""
+    seconds = max(0, round((job.end_time or time.time() * 1000) / 1000 - job.start_time / 1000))
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def shown_command(job: JobDetails) -> str:
+    """The command as the user gave it, or what another tool submitted; no passwords."""
+    return redacted((job.metadata or {}).get("solar_command") or job.entrypoint)
+
+
+def one_line(text: object) -> str:
+    return redacted(" ".join(str(text or "").split()))[:500]
