@@ -54,11 +54,13 @@ class Console:
         """One line, as it is."""
         self._rich.print(text, markup=False)
 
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; the first column is left-aligned, numbers to the right."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: Sequence[str] = ()
+    ) -> None:
+        """A table; the first column and those of `text` are left-aligned, numbers to the right."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            table.add_column(column, justify="left" if index == 0 or column in text else "right", no_wrap=index == 0)
         for row in rows:
             table.add_row(*row)
         self._rich.print(table)

@@ -100,10 +100,7 @@ class Cluster:
         self.address = choose_address(address, os.environ)
         headers = auth_headers(os.environ, Path.home())
         self._has_token = bool(headers)
-        # Ray's client prefers these two to the address it is given.
-        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-            os.environ.pop(name, None)
-        with self._explained():
+        with self._explained(), _without_addresses():
             self._client = _Client(self.address, headers=headers)
         there = self._client._server_ray_version
         if there != ray.__version__:
@@ -177,10 +174,14 @@ class Cluster:
             self._client.stop_job(job_id)
         seconds = int((job.runtime_env or {}).get("env_vars", {}).get(STOP_GRACE_VARIABLE, STOP_GRACE_SECONDS))
         console.line(f"job {job_id} is asked to stop; after {seconds} s it is killed")
-        deadline = time.monotonic() + seconds + ANSWER_SECONDS
+        asked = time.monotonic()
         while not job.status.is_terminal():
-            if time.monotonic() > deadline:
-                raise ConnectionError(f"job {job_id} has not ended, it is {job.status}: {one_line(job.message)}")
+            waited = time.monotonic() - asked
+            if job.status == JobStatus.PENDING and waited > PENDING_SECONDS:
+                console.line(f"job {job_id} has not started; Ray ends it before it does: {one_line(job.message)}")
+                return job
+            if waited > seconds + ANSWER_SECONDS:
+                raise ConnectionError(f"job {job_id} has not ended, it is {job.status}: ask again, or see its node")
             time.sleep(POLL_SECONDS)
             job = self.job(job_id)
         last = [line for line in self.logs(job_id).splitlines() if line.strip()][-1:]
@@ -215,29 +216,49 @@ class Cluster:
     def _explained(self, job_id: str = "") -> Iterator[None]:
         try:
             yield
-        except AuthenticationError as error:
-            why = "refuses this token" if self._has_token else "asks for a token, and there is none here"
-            raise ConfigError(
-                f"{self.shown}: {why}: `ray get-auth-token` prints it on the cluster's head node; store it in "
-                "~/.ray/auth_token, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        except (AuthenticationError, requests.RequestException, ConnectionError, RuntimeError, KeyError) as error:
+            named = f"job {job_id}" if job_id else ""
+            raise explained(
+                error, address=self.shown, has_token=self._has_token, default=self._default, named=named
             ) from error
-        except (requests.exceptions.RequestException, ConnectionError) as error:
-            fix = "give --address http://HOST:8265, or start a cluster with `ray start --head`"
-            text = "no --address given, and no Ray dashboard on this machine" if self._default else "does not answer"
-            raise ConnectionError(f"{self.shown}: {text}: {fix}") from error
-        except (RuntimeError, KeyError) as error:
-            text = self._explain_answer(str(error) if isinstance(error, RuntimeError) else "", job_id)
-            # A server's own trouble may pass; whoever follows a job asks again.
-            raise (ConnectionError if "status code 5" in str(error) else ConfigError)(text) from error
 
-    def _explain_answer(self, text: str, job_id: str) -> str:
-        """What an HTTP status other than 200 means; no text: the answer is not a dashboard's."""
-        if job_id and "status code 404" in text:
-            return f"job {job_id}: {self.shown} does not know it: `solar jobs list` shows the ids"
-        if not text or "404" in text:
-            return f"{self.shown}: is no Ray dashboard: give --address http://HOST:8265"
-        lines = [line for line in text.splitlines() if line.strip()]
-        return f"{self.shown}: {redacted(lines[-1])}"
+
+def explained(error: Exception, *, address: str, has_token: bool, default: bool, named: str = "") -> Exception:
+    """What Ray's client raised as one line for the user; `named` is the job that was asked for, if any."""
+    if isinstance(error, AuthenticationError):
+        why = "refuses this token" if has_token else "asks for a token, and there is none here"
+        return ConfigError(
+            f"{address}: {why}: `ray get-auth-token` prints it on the cluster's head node; store it in "
+            "~/.ray/auth_token, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        )
+    if isinstance(error, KeyError | requests.exceptions.JSONDecodeError):
+        return ConfigError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
+    if isinstance(error, requests.exceptions.HTTPError) and error.response is not None:
+        code = error.response.status_code
+        return ConfigError(f"{address}: answers {code}, is no Ray dashboard: give --address http://HOST:8265")
+    if isinstance(error, requests.exceptions.RequestException | ConnectionError):
+        why = "no --address given, and no Ray dashboard on this machine" if default else "does not answer"
+        fix = "give --address http://HOST:8265, or start a cluster with `ray start --head`"
+        return ConnectionError(f"{address}: {why}: {fix}")
+    text = str(error)
+    if named and "status code 404" in text:
+        return ConfigError(f"{named}: {address} does not know it: `solar jobs list` shows the ids")
+    if "returned 404" in text:
+        return ConfigError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
+    lines = [line for line in text.splitlines() if line.strip()]
+    # A server's own trouble may pass; whoever follows a job asks again.
+    kind = ConnectionError if "status code 5" in text else ConfigError
+    return kind(f"{address}: {redacted(lines[-1] if lines else type(error).__name__)}")
+
+
+@contextmanager
+def _without_addresses() -> Iterator[None]:
+    """Ray's client prefers these two variables to the address it is given."""
+    there = {name: os.environ.pop(name, None) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
+    try:
+        yield
+    finally:
+        os.environ.update({name: value for name, value in there.items() if value is not None})
 
 
 class LogTail:

@@ -102,16 +102,16 @@ def submit(
     return job_id, command
 
 
-def job_command(
-    arguments: Sequence[str], *, directory: Path, workspace: str | None, same_machine: bool, known: Sequence[str] = ()
-) -> JobCommand:
+def job_command(arguments: Sequence[str], *, directory: Path, workspace: str | None, same_machine: bool) -> JobCommand:
     """The command with its paths made right for a job.
 
     Relative paths are meant from `directory`. They become absolute where the whole cluster is `same_machine`;
     elsewhere nobody can know where they lead, and they are refused. YAML files are uploaded from wherever they are.
     """
-    arguments = list(arguments[1:] if arguments[:1] == ["solar"] else arguments)
-    name = _checked_name(arguments, known or _commands())
+    arguments = list(arguments)
+    if arguments[:1] == ["solar"]:
+        arguments.pop(0)
+    name = _checked_name(arguments)
     if any(redacted(argument) != argument for argument in arguments):
         raise ConfigError(
             f"submit: {redacted(shlex.join(arguments))}: a cluster shows its jobs' commands, so a password must not be "
@@ -156,14 +156,10 @@ def check_size(directory: Path, *, limit: int) -> None:
         )
 
 
-def _commands() -> Sequence[str]:
+def _checked_name(arguments: Sequence[str]) -> str:
     from jobs.cli import COMMANDS
 
-    return tuple(COMMANDS)
-
-
-def _checked_name(arguments: Sequence[str], known: Sequence[str]) -> str:
-    jobs = [command for command in known if command not in NOT_JOBS]
+    jobs = [command for command in COMMANDS if command not in NOT_JOBS]
     if not arguments:
         raise ConfigError("submit: no command given: put it after --, such as solar submit -- run movielens-100k")
     if arguments[0] not in jobs:

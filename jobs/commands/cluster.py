@@ -100,7 +100,8 @@ def _list(cluster: Any, _parsed: Any, console: Console) -> int:
     for job in found:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000))
         rows.append((job.submission_id, str(job.status), started, duration(job), shown_command(job)))
-    console.table(f"jobs on {cluster.shown}", ("id", "status", "started", "duration", "command"), rows)
+    columns = ("id", "status", "started", "duration", "command")
+    console.table(f"jobs on {cluster.shown}", columns, rows, text=("status", "command"))
     return 0
 
 

@@ -1,0 +1,290 @@
+"""What a job is made of, and what a user is told: everything about submission that needs no cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from ray.dashboard.modules.job.pydantic_models import JobDetails
+from ray.exceptions import AuthenticationError
+
+from jobs import ray_jobs
+from jobs.cli import COMMANDS
+from jobs.config import ConfigError
+from jobs.console import Console
+from jobs.ray_jobs import Pending, auth_headers, choose_address, exit_code, explained, outcome, shown_command
+from jobs.recipes import RECIPES
+from jobs.submit import NOT_JOBS, PATH_OPTIONS, check_size, job_command, stage
+
+
+def command(directory: Path, *arguments: str, workspace: str | None = None, same_machine: bool = True) -> list[str]:
+    made = job_command(arguments, directory=directory, workspace=workspace, same_machine=same_machine)
+    return list(made.arguments)
+
+
+def details(**fields: Any) -> JobDetails:
+    return JobDetails(**{"type": "SUBMISSION", "status": "FAILED", "entrypoint": "x", "submission_id": "a", **fields})
+
+
+def test_relative_paths_become_absolute_where_the_cluster_is_this_machine(tmp_path):
+    made = command(tmp_path, "solar", "prepare", "--events", "raw/*.csv", "--out=shards", "--buckets", "3")
+    assert made == [
+        *("prepare", "--events", f"{tmp_path}/raw/*.csv", f"--out={tmp_path}/shards", "--buckets", "3"),
+        *("--workspace", f"{tmp_path}/workspace"),
+    ]
+    made = command(tmp_path, "import", "files", "--out", "s3://bucket/log", "../clicks.csv", workspace="w")
+    assert made[2:] == ["--out", "s3://bucket/log", f"{tmp_path.parent}/clicks.csv", "--workspace", f"{tmp_path}/w"]
+    assert command(tmp_path, "inspect", "--verify", "shards") == ["inspect", "--verify", f"{tmp_path}/shards"]
+
+
+def test_values_that_are_no_paths_stay(tmp_path):
+    (tmp_path / "ml-1m").mkdir()
+    made = command(tmp_path, "train", "ml-1m", "--name", "workspace", "--source.path", "null", "--resume")
+    assert made[:-2] == ["train", "ml-1m", "--name", "workspace", "--source.path", "null", "--resume"]
+
+
+def test_sqlite_store_becomes_absolute(tmp_path):
+    made = command(tmp_path, "train", "ml-1m", "--tracking.uri", "sqlite:///mlflow.db")
+    assert made[3] == f"sqlite:///{tmp_path}/mlflow.db"
+    assert command(tmp_path, "train", "ml-1m", "--tracking.uri", "sqlite:////m.db")[3] == "sqlite:////m.db"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["prepare", "--events", "raw", "--out", "/out"], "--events raw"),
+        (["inspect", "shards"], "inspect shards"),
+        (["train", "ml-1m", "--workspace", "w"], "--workspace w"),
+        (["train", "ml-1m"], "--workspace DIR is not given"),
+    ],
+)
+def test_relative_paths_are_refused_for_a_cluster_elsewhere(tmp_path, arguments, named):
+    with pytest.raises(ConfigError, match=named):
+        command(tmp_path, *arguments, same_machine=False)
+
+
+def test_paths_inside_yaml_files_become_overrides(tmp_path):
+    (tmp_path / "a.yaml").write_text("workspace: ws\nsource: {path: raw.csv}\ndata: {shards: /mnt/shards}")
+    (tmp_path / "b.yaml").write_text("source: {path: other.csv}")
+    made = command(tmp_path, "run", "a.yaml", "--config=b.yaml")
+    assert made[3:] == ["--workspace", f"{tmp_path}/ws", "--source.path", f"{tmp_path}/other.csv"]
+    made = command(tmp_path, "run", "a.yaml", "--source.path", "/x.csv", workspace="/w", same_machine=False)
+    assert made[2:] == ["--source.path", "/x.csv", "--workspace", "/w"]
+    with pytest.raises(ConfigError, match=r"source.path \(in YAML\) raw.csv"):
+        command(tmp_path, "run", "a.yaml", workspace="/w", same_machine=False)
+
+
+def test_yaml_files_from_anywhere_are_uploaded(tmp_path):
+    here = tmp_path / "here"
+    (here / "sub").mkdir(parents=True)
+    for path in (here / "sub" / "mine.yaml", tmp_path / "far.yml"):
+        path.write_text("seed: 2")
+    made = job_command(
+        ["train", "sub/mine.yaml", "--config", str(tmp_path / "far.yml")],
+        directory=here,
+        workspace="/w",
+        same_machine=False,
+    )
+    assert made.arguments == ("train", "sub/mine.yaml", "--config", "uploaded/1/far.yml", "--workspace", "/w")
+    stage(tmp_path / "upload", made.files)
+    assert (tmp_path / "upload" / "uploaded" / "1" / "far.yml").read_text() == "seed: 2"
+    with pytest.raises(ConfigError, match=r"nothere\.yaml: no such file"):
+        command(here, "train", "nothere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workspace", "named"),
+    [
+        ([], None, "no command given"),
+        (["submit", "--", "train"], None, "'submit' cannot be a job"),
+        (["train", "ml-1m", "--tracking.uri", "https://user:secret@host"], None, "a password must not be"),
+        (["train", "ml-1m", "--workspace", "/a"], "/b", "beside the command's own"),
+        (["doctor"], "/b", "writes nothing"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_uploaded(tmp_path, arguments, workspace, named):
+    with pytest.raises(ConfigError, match=named) as raised:
+        command(tmp_path, *arguments, workspace=workspace)
+    assert "secret" not in str(raised.value)
+
+
+def test_every_other_command_can_be_a_job(tmp_path):
+    for name in set(COMMANDS) - set(NOT_JOBS):
+        assert command(tmp_path, name)[0] == name
+
+
+def test_recipes_of_the_package_name_no_paths():
+    for recipe in RECIPES.glob("*.yaml"):
+        values = yaml.safe_load(recipe.read_text())
+        for key in PATH_OPTIONS:
+            section, _, field = key.rpartition(".")
+            assert field not in (values.get(section, {}) if section else values), f"{recipe.name}: {key}"
+
+
+def test_upload_holds_the_code_and_nothing_else(tmp_path):
+    stage(tmp_path, {})
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"pyproject.toml", "jobs/cli.py", "jobs/recipes/ml-1m.yaml", "models/solar.py", "pipeline/build.py"} <= names
+    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".toml"}
+
+
+def test_upload_above_the_limit_names_the_largest_files(tmp_path):
+    for name, size in (("small.py", 10), ("large.yaml", 3 << 20), ("middle.yaml", 1 << 20)):
+        (tmp_path / name).write_bytes(b" " * size)
+    with pytest.raises(ConfigError, match=r"4\.0 MiB, Ray takes 2; the largest: large.yaml \(3\.0 MiB\), middle.yaml"):
+        check_size(tmp_path, limit=2 << 20)
+    check_size(tmp_path, limit=5 << 20)
+
+
+def test_address_is_the_option_then_the_environment_then_this_machine():
+    both = {"RAY_API_SERVER_ADDRESS": "https://api:1", "RAY_ADDRESS": "http://ray:2"}
+    assert choose_address("http://given:3/", both) == "http://given:3"
+    assert choose_address(None, both) == "https://api:1"
+    assert choose_address(None, {"RAY_ADDRESS": "http://ray:2"}) == "http://ray:2"
+    assert choose_address(None, {"RAY_ADDRESS": "auto"}) == choose_address(None, {}) == "http://127.0.0.1:8265"
+
+
+@pytest.mark.parametrize("address", ["head:6379", "ray://head:10001", "head"])
+def test_address_of_another_port_is_answered_with_the_dashboard(address):
+    with pytest.raises(ConfigError, match=f"^RAY_ADDRESS={address}: .* --address http://head:8265$"):
+        choose_address(None, {"RAY_ADDRESS": address})
+
+
+def test_token_is_found_where_ray_looks_for_it(tmp_path):
+    assert auth_headers({}, tmp_path) == {}
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("home\n")
+    (tmp_path / "file").write_text("file")
+    assert auth_headers({}, tmp_path) == {"Authorization": "Bearer home"}
+    named = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "file")}
+    assert auth_headers(named, tmp_path) == {"Authorization": "Bearer file"}
+    assert auth_headers({**named, "RAY_AUTH_TOKEN": "direct"}, tmp_path) == {"Authorization": "Bearer direct"}
+    with pytest.raises(ConfigError, match="nothere: no such file"):
+        auth_headers({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "nothere")}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "has_token", "kind", "text"),
+    [
+        (AuthenticationError("401"), False, ConfigError, "asks for a token, and there is none here"),
+        (AuthenticationError("403"), True, ConfigError, "refuses this token"),
+        (requests.ConnectTimeout("slow"), False, ConnectionError, "does not answer"),
+        (ConnectionError("Failed to connect"), False, ConnectionError, "does not answer"),
+        (requests.exceptions.JSONDecodeError("no", "", 0), False, ConfigError, "is no Ray dashboard"),
+        (RuntimeError("Version check returned 404. x"), False, ConfigError, "is no Ray dashboard"),
+        (
+            RuntimeError("Request failed with status code 404: x"),
+            False,
+            ConfigError,
+            "job j: http://h does not know it",
+        ),
+        (RuntimeError("Request failed with status code 500: a\nhttp://u:pw@x"), False, ConnectionError, r"u:\*\*\*@x$"),
+    ],
+)
+def test_errors_of_the_client_are_one_line(error, has_token, kind, text):
+    told = explained(error, address="http://h", has_token=has_token, default=False, named="job j")
+    assert isinstance(told, kind)
+    with pytest.raises(kind, match=text):
+        raise told
+    assert "\n" not in str(told)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0, "succeeded"),
+        ({"driver_exit_code": 2}, 2, "exit code 2"),
+        ({"driver_exit_code": 130}, 130, "exit code 130"),
+        ({"driver_exit_code": 127}, 127, "--python"),
+        ({"driver_exit_code": -9}, 137, "killed by signal 9"),
+        ({"message": "runtime env\nfailed"}, 1, "runtime env failed"),
+        ({"status": "STOPPED"}, 130, "was stopped"),
+    ],
+)
+def test_exit_code_is_the_job_s_own(fields, code, text):
+    job = details(start_time=1_000, end_time=3_662_000, **fields)
+    assert exit_code(job) == code
+    assert text in outcome(job)
+    assert "1:01:01" in outcome(job)
+
+
+def test_commands_of_jobs_are_shown_without_passwords():
+    assert shown_command(details(metadata={"solar_command": "solar doctor"})) == "solar doctor"
+    assert shown_command(details(entrypoint="run --uri https://u:secret@h")) == "run --uri https://u:***@h"
+
+
+class BrokenStreams:
+    """A client whose log stream ends early, twice: once silently, once with an error."""
+
+    def __init__(self) -> None:
+        self.streams: list[list[str | Exception]] = [
+            ["one\n"],
+            ["one\n", "two\n", RuntimeError("closed")],
+            ["one\ntwo\nthree\n"],
+        ]
+
+    async def tail_job_logs(self, _job_id: str):
+        for item in self.streams.pop(0):
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+def test_following_goes_on_after_the_stream_broke_and_prints_each_line_once(monkeypatch, capsys):
+    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
+    cluster = object.__new__(ray_jobs.Cluster)
+    cluster.address = "http://h"
+    cluster._client = client = BrokenStreams()  # type: ignore[assignment]
+    monkeypatch.setattr(
+        cluster, "job", lambda _id: details(status="RUNNING" if client.streams else "SUCCEEDED"), raising=False
+    )
+    job = cluster.follow("a", Console())
+    out, err = capsys.readouterr()
+    assert job.status == "SUCCEEDED"
+    assert out == "one\ntwo\nthree\n"
+    assert err.count("does not answer") == 1
+
+
+def test_following_a_cluster_that_stays_away_is_no_success(monkeypatch):
+    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(ray_jobs, "LOST_SECONDS", 0.01)
+    cluster = object.__new__(ray_jobs.Cluster)
+    cluster.address = "http://h"
+
+    def away(_job_id: str) -> JobDetails:
+        raise ConnectionError("gone")
+
+    cluster._client = None  # type: ignore[assignment]
+    monkeypatch.setattr(cluster, "job", away, raising=False)
+    with pytest.raises(ray_jobs.ConnectionLost, match="gone"):
+        cluster.follow("a", Console())
+
+
+def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(monkeypatch, capsys):
+    from jobs.commands.cluster import _follow
+
+    class Interrupting:
+        shown = "http://h"
+
+        def follow(self, _job_id: str, _console: Console) -> None:
+            raise KeyboardInterrupt
+
+    assert _follow(Interrupting(), "a", Console()) == 130
+    err = capsys.readouterr().err
+    assert "job a goes on" in err
+    assert "solar jobs stop a --address http://h" in err
+
+
+def test_pending_job_says_what_it_waits_for(monkeypatch, capsys):
+    clock = iter([0.0, 5.0, 11.0, 12.0, 80.0])
+    monkeypatch.setattr(ray_jobs.time, "monotonic", lambda: next(clock))
+    pending = Pending(Console())
+    for _ in range(4):
+        pending.tell(details(status="PENDING", message="waiting for CPUs"))
+    assert capsys.readouterr().out.splitlines() == [
+        "waiting for 11 s: waiting for CPUs",
+        "waiting for 80 s: waiting for CPUs",
+    ]
