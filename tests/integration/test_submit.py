@@ -6,6 +6,7 @@ whatever runs there runs the uploaded code.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from pathlib import Path
 import pytest
 
 from jobs import cli, ray_jobs
+from jobs.training.checkpoint import latest_checkpoint, read_state
 from tests.tiny import write_tiny_log, write_tiny_recipe
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -137,12 +139,15 @@ def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, wo
     assert (code, err.count("\n")) == (2, 1)
     assert "a job there has this id" in err
 
-    before = len(list(run_dir.glob("step-*/COMMIT")))
     code, out, _ = solar("jobs", "stop", "long")
     assert code == 0
     assert out.splitlines()[-2].startswith("solar: interrupted; the same command continues from the last checkpoint")
     assert out.splitlines()[-1] == "job long has ended: stopped"
-    assert len(list(run_dir.glob("step-*/COMMIT"))) >= min(before, 1)
+    rows = [json.loads(line) for line in (run_dir / "telemetry.jsonl").read_text().splitlines()]
+    latest = latest_checkpoint(run_dir)
+    assert latest is not None
+    assert read_state(latest, checksums=True)["train_state"]["finished"] is False
+    assert latest.name == f"step-{max(row['step'] for row in rows if row['kind'] == 'step'):08d}"
     assert "had ended before: stopped" in solar("jobs", "stop", "long")[1]
     code, out, err = solar("jobs", "logs", "long", "--follow")
     assert (code, out.splitlines()[0]) == (130, "train        ...")
