@@ -123,8 +123,8 @@ def test_run_registers_a_model_in_the_workspace_beside_the_command(solar, workpl
 
 def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, workplace):
     code, out, _ = solar(
-        *("submit", "--detach", "--submission-id", "long", "--", "train", "tiny.yaml", "--name", "long"),
-        *("--parallel.num_workers", "1", "--training.epochs", "100000"),
+        *("submit", "--detach", "--submission-id", "long", "--", "run", "tiny.yaml", "--name", "long"),
+        *("--compare", "[]", "--parallel.num_workers", "1", "--training.epochs", "100000"),
     )
     assert code == 0
     assert "solar jobs logs long --follow" in out
@@ -134,7 +134,7 @@ def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, wo
         time.sleep(0.5)
 
     code, out, _ = solar("jobs", "list")
-    assert re.search(r"long +\S +RUNNING .* solar train tiny.yaml --name long", out), out
+    assert re.search(r"long +\S +RUNNING .* solar run tiny.yaml --name long", out), out
     code, out, err = solar("submit", "--submission-id", "long", "--", "doctor")
     assert (code, err.count("\n")) == (2, 1)
     assert "a job there has this id" in err
@@ -150,7 +150,8 @@ def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, wo
     assert latest.name == f"step-{max(row['step'] for row in rows if row['kind'] == 'step'):08d}"
     assert "had ended before: stopped" in solar("jobs", "stop", "long")[1]
     code, out, err = solar("jobs", "logs", "long", "--follow")
-    assert (code, out.splitlines()[0]) == (130, "train        ...")
+    assert code == 130
+    assert "train        ..." in out.splitlines()
     assert "was stopped after" in err
 
 
