@@ -1,7 +1,7 @@
 """python tests/benchmarks/whole_command.py -- COMMAND ...: seconds and peak memory of a command and all it starts.
 
 Memory is the largest sum of proportional set sizes (shared pages counted once) over the process tree, sampled
-every two seconds; Ray's daemons and workers are part of the tree.
+every second; Ray's daemons and workers are part of the tree.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ import time
 
 import psutil
 
-SAMPLE_SECONDS = 2.0
+SAMPLE_SECONDS = 1.0
 
 
 def main() -> None:
     if "--" not in sys.argv or not sys.argv[sys.argv.index("--") + 1 :]:
         sys.exit("usage: python tests/benchmarks/whole_command.py -- COMMAND [ARGUMENT ...]")
     command = sys.argv[sys.argv.index("--") + 1 :]
-    started, peak = time.monotonic(), 0
     child = psutil.Popen(command)
+    seconds, peak = follow(child)
+    print(f"\n{'seconds':>10} {'peak memory GiB':>16} {'exit code':>10}  command")
+    print(f"{seconds:10.1f} {peak / 2**30:16.2f} {child.returncode:10d}  {' '.join(command)}")
+    sys.exit(child.returncode)
+
+
+def follow(child: psutil.Popen) -> tuple[float, int]:
+    """Wait for the end of a command that was just started: its seconds and its peak memory in bytes."""
+    started, peak = time.monotonic(), 0
     while child.poll() is None:
         peak = max(peak, tree_bytes(child))
         time.sleep(SAMPLE_SECONDS)
-    print(f"\n{'seconds':>10} {'peak memory GiB':>16} {'exit code':>10}  command")
-    print(f"{time.monotonic() - started:10.1f} {peak / 2**30:16.2f} {child.returncode:10d}  {' '.join(command)}")
-    sys.exit(child.returncode)
+    return time.monotonic() - started, peak
 
 
 def tree_bytes(root: psutil.Process) -> int:
