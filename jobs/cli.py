@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from jobs.commands import cluster, data, system, training
+from jobs.commands import cluster, data, serving, system, training
 from jobs.commands.arguments import one_line
 from jobs.console import Console
 from jobs.recipes import recipe_names
@@ -26,6 +26,7 @@ solar COMMAND ... [-v]
   train RECIPE          shards -> checkpoints and an MLflow run (--resume)
   evaluate RECIPE       the run's best checkpoint -> metrics, beside its baselines
   register RECIPE       the run's best checkpoint -> MLflow registry
+  score MODEL_URI       a registered model on Parquet requests -> scores and rankings
   submit -- COMMAND     any of these as a job of a Ray cluster, its log followed here
   jobs list|logs|stop   the jobs of a Ray cluster
 
@@ -95,6 +96,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": training.train,
     "evaluate": training.evaluate,
     "register": training.register,
+    "score": serving.score,
     "submit": cluster.submit,
     "jobs": cluster.jobs,
 }

@@ -33,7 +33,6 @@ from pipeline.loader import training_item_counts
 from pipeline.shards import Shards
 from pipeline.vocabulary import NUM_RESERVED
 
-REQUESTS_PER_FORWARD = 64
 RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -110,7 +109,8 @@ def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
         "actions": list(vocabulary.actions),
         "first_item_row": NUM_RESERVED,
         "max_history": config.data.requests.max_history,
-        "requests_per_forward": REQUESTS_PER_FORWARD,
+        "log_columns": shards.manifest.schema["columns"],
+        "time_range": shards.manifest.time_range,
         "vocabulary_fingerprint": vocabulary.fingerprint,
     }
     (directory / "scorer.json").write_text(json.dumps(settings, indent=1, sort_keys=True))
@@ -119,11 +119,12 @@ def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
 
 
 def scorer_source(model: str) -> str:
-    """jobs/scorer.py and every file of models/ that the tower needs, as one file."""
+    """jobs/scorer.py, its input and every file of models/ that the tower needs, as one file."""
     config_class, tower_class = MODELS[model]
     parts = [
         _module_body(path) for path in _imported_files(REPOSITORY / f"{tower_class.__module__.replace('.', '/')}.py")
     ]
+    parts.append(_module_body(REPOSITORY / "jobs" / "scorer_input.py"))
     scorer = _module_body(REPOSITORY / "jobs" / "scorer.py")
     lines = scorer.splitlines()
     start = next(index for index, line in enumerate(lines) if "# scorer: replaced at export" in line)
@@ -151,12 +152,12 @@ def _imported_files(path: Path) -> list[Path]:
 
 
 def _module_body(path: Path) -> str:
-    """The file without its imports of `__future__` and `models`."""
+    """The file without its imports of `__future__` and of this repository."""
     source = path.read_text()
     lines = source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and (
-            node.module == "__future__" or (node.module or "").startswith("models.")
+            node.module == "__future__" or (node.module or "").startswith(("models.", "jobs."))
         ):
             assert node.end_lineno is not None
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
 import xxhash
 from torch import Tensor
@@ -134,7 +135,7 @@ class RegisteredTables:
         self.device = scorer.item_IC.device
         self.row_R = torch.cat([torch.arange(NUM_RESERVED), torch.from_numpy(scorer.rows(raw))])
         """[vocabulary size] the model's row of each row of the data set."""
-        self.code_A = torch.from_numpy(scorer.codes(vocabulary.actions))
+        self.code_A = torch.from_numpy(scorer.codes(pa.array(vocabulary.actions, pa.large_string())))
         """[actions] the model's code of each action code of the data set."""
         self._scorer = scorer
 

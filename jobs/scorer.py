@@ -1,17 +1,20 @@
-"""The registered model: a data frame of (history, candidates) in, scores out; torch, numpy, pyarrow, safetensors only.
+"""The registered model: requests (history, candidates) in, scores out; torch, numpy, pandas, pyarrow, safetensors only.
 
-jobs/register.py writes this file and the model files it imports into one `scorer.py` that MLflow stores beside the
-weights and runs where this repository is unknown.
+jobs/register.py writes this file, jobs/scorer_input.py and the model files that it imports into one `scorer.py` that
+MLflow stores beside the weights and runs where this repository is unknown. `solar score` and evaluation run it too.
 
     import mlflow, pandas as pd
     model = mlflow.pyfunc.load_model("models:/solar-movielens-100k@champion")
     model.predict(pd.DataFrame({"history": [[50, 181]], "candidates": [[172, 1, 999999]]}))["scores"]
+
+What a history is, here as in training: the events strictly before the request's time, in the log's total order (time,
+then the log's `order` column, else raw item id and action), of these the latest max_history.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +27,40 @@ from mlflow.pyfunc.model import PythonModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.scorer_input import (
+    NO_TIME,
+    Histories,
+    RequestError,
+    flat_offsets,
+    flat_ranges,
+    list_column,
+    refuse_other_lengths,
+    required_column,
+    time_column,
+    total_order,
+)
 from models.interface import ModelInput, Recommender
 
 UNKNOWN_ITEM_ROW = 1
+FORWARD_ENTRIES = 1 << 16
+"""Events plus candidates of one forward (about 1 KB each at width 64); a longer single request is a forward of its own,
+or several where candidates do not attend to each other."""
+REQUEST_ENTRIES = 128
+"""What a request costs beside its events and candidates: its Gram matrix and decomposition, in float64."""
 
 
 class Scorer(PythonModel):
     """Loads one exported model directory and scores requests.
 
     Columns of a request:
-      history         item ids, oldest first
-      candidates      item ids
-      history_time    optional: milliseconds since 1970 UTC of each event; needed if the model uses time
-      history_action  optional: action name of each event
-      time            optional: milliseconds since 1970 UTC of the request; default = the last event's
+      history         item ids; oldest first, or in any order where history_time is given (it is sorted then); null = []
+      candidates      item ids; one given twice is scored twice, an empty list has empty scores
+      history_time    optional: milliseconds since 1970 UTC of each event (or timestamps); needed if the model uses time
+      history_action  optional: action name of each event; null = none
+      time            optional: milliseconds since 1970 UTC of the request (or a timestamp): only events strictly before
+                      it are history, whose times must be given then. Null or absent = the last event's time, and every
+                      event is history
+    An unknown item has the untrained row 1, an unknown action is none. Lists hold no nulls.
     """
 
     def load_context(self, context: Any) -> None:
@@ -50,8 +73,11 @@ class Scorer(PythonModel):
         first = self.settings["first_item_row"]
         self.item_ids: pa.Array = items["item_id"].combine_chunks()
         """Raw ids (int64 or strings); item_ids[i] has row i + first_item_row."""
+        self.item_type = "int64" if pa.types.is_integer(self.item_ids.type) else "string"
         self._index = pd.Index(self.item_ids.to_numpy(zero_copy_only=False))
         self._code_of_action = {name: code for code, name in enumerate(self.settings["actions"])}
+        self.uses_time = bool(self.settings["model"].get("time_features"))
+        self._ties_by_id = "order" not in self.settings["log_columns"]
         self.item_IC: Tensor = load_file(directory / "table-item.safetensors")["weight"]
         """[item rows, C]."""
         features = [
@@ -67,58 +93,109 @@ class Scorer(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row of `scores` per request, in the order of its candidates; a logit each (sigmoid = probability)."""
-        frame = _checked(model_input, uses_time=bool(self.settings["model"].get("time_features")))
-        scores: list[list[float]] = []
-        for first in range(0, len(frame), self.settings["requests_per_forward"]):
-            part = frame.iloc[first : first + self.settings["requests_per_forward"]]
-            scores.extend(self._score(part))
+        batch = _arrow(model_input)
+        histories, time = self.histories(batch), self.request_times(batch)
+        offsets, row = self.candidates(batch)
+        logits = self.logits(*self.shown(histories, time), offsets, row)
+        scores = [part.tolist() for part in np.split(logits, offsets[1:-1])] if len(offsets) > 1 else []
         return pd.DataFrame({"scores": scores}, index=model_input.index)
 
-    def _score(self, frame: pd.DataFrame) -> list[list[float]]:
-        keep = self.settings["max_history"]
-        histories = [list(history)[-keep:] for history in frame["history"]]
-        candidates = [list(ids) for ids in frame["candidates"]]
-        times = [list(times)[-keep:] for times in _column(frame, "history_time", [[0] * len(h) for h in histories])]
-        actions = [
-            list(names)[-keep:] for names in _column(frame, "history_action", [[""] * len(h) for h in histories])
-        ]
-        asked = _column(frame, "time", [history[-1] if history else 0 for history in times])
-        rows, index = torch.unique(
-            torch.from_numpy(self.rows([item for items in histories + candidates for item in items])),
-            return_inverse=True,
-        )
-        num_events = sum(len(history) for history in histories)
-        inputs = ModelInput(
-            item_IC=self.item_IC[rows],
-            features_IFC=self.features_IFC[rows],
-            event_offsets_U1=_offsets(histories),
-            event_item_N=index[:num_events],
-            event_time_N=_integers(times),
-            event_action_N=torch.from_numpy(self.codes([name for names in actions for name in names])),
-            request_user_B=torch.arange(len(frame)),
-            request_position_B=torch.tensor([len(history) for history in histories]),
-            request_time_B=torch.tensor([int(time) for time in asked]),
-            candidate_offsets_B1=_offsets(candidates),
-            candidate_item_M=index[num_events:],
-        )
-        with torch.no_grad():
-            logits_M = self.tower(inputs)
-        return [part.tolist() for part in logits_M.split([len(ids) for ids in candidates])]
+    def histories(self, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
+        """The columns history, history_time and history_action. RequestError counts rows from `first_row`."""
+        items = list_column(batch, "history", values=self.item_type, first_row=first_row)
+        offsets, names = items.offsets, batch.schema.names
+        owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        row, time, action = self.rows(items.values), np.zeros(len(owner), np.int64), np.zeros(len(owner), np.int64)
+        actions = None
+        if "history_action" in names:
+            actions = list_column(batch, "history_action", values="string", first_row=first_row, nulls=True)
+            refuse_other_lengths("history_action", actions, offsets=offsets, first_row=first_row)
+            actions = actions.values
+            action = self.codes(actions)
+        if self.uses_time:
+            required_column(batch, "history_time")
+        if "history_time" in names:
+            times = list_column(batch, "history_time", values="time", first_row=first_row)
+            refuse_other_lengths("history_time", times, offsets=offsets, first_row=first_row)
+            time = np.asarray(times.values)
+            order = total_order(owner, time, items.values, actions, ties_by_id=self._ties_by_id)
+            if order is not None:
+                row, time, action = row[order], time[order], action[order]
+        return Histories(offsets=offsets, row=row, time=time, action=action)
 
-    def rows(self, raw_ids: Sequence[Any] | pa.Array) -> np.ndarray:
+    def request_times(self, batch: pa.RecordBatch) -> np.ndarray:
+        """[B] int64 of the column time, NO_TIME where it is null or absent. RequestError: history_time is absent."""
+        if "time" not in batch.schema.names:
+            return np.full(batch.num_rows, NO_TIME)
+        time = time_column(batch, "time")
+        if "history_time" not in batch.schema.names and (time < NO_TIME).any():
+            raise RequestError("column 'time' needs 'history_time', to tell which events are earlier: give it too")
+        return time
+
+    def candidates(self, batch: pa.RecordBatch, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """(offsets [B + 1], table rows [M]) of the column candidates. RequestError: a null."""
+        lists = list_column(batch, "candidates", values=self.item_type, first_row=first_row)
+        if lists.is_null.any():
+            row = first_row + int(np.flatnonzero(lists.is_null)[0])
+            raise RequestError(f"row {row}: column 'candidates' is null: give a list, which may be empty")
+        return lists.offsets, self.rows(lists.values)
+
+    def rows(self, raw_ids: pa.Array) -> np.ndarray:
         """int64 table rows of raw item ids, UNKNOWN_ITEM_ROW for an id, or null, that is not in the model."""
-        ids: Any = raw_ids if isinstance(raw_ids, pa.Array) else pa.array(raw_ids, self.item_ids.type)
-        encoded = ids.dictionary_encode()
+        encoded = raw_ids.dictionary_encode()
         places = self._index.get_indexer(pd.Index(encoded.dictionary.to_numpy(zero_copy_only=False)))
-        row_of_code = np.append(
-            np.where(places < 0, UNKNOWN_ITEM_ROW, places + self.settings["first_item_row"]), UNKNOWN_ITEM_ROW
-        ).astype(np.int64)
-        codes = encoded.indices.fill_null(len(encoded.dictionary))
-        return row_of_code[codes.to_numpy(zero_copy_only=False)]
+        row = np.where(places < 0, UNKNOWN_ITEM_ROW, places + self.settings["first_item_row"]).astype(np.int64)
+        return _decoded(row, encoded, UNKNOWN_ITEM_ROW)
 
-    def codes(self, actions: Iterable[str | None]) -> np.ndarray:
-        """int64 codes of action names, 0 for a name, or None, that is not in the model."""
-        return np.fromiter((self._code_of_action.get(name or "", 0) for name in actions), np.int64)
+    def codes(self, actions: pa.Array) -> np.ndarray:
+        """int64 codes of action names, 0 for a name, or null, that is not in the model."""
+        encoded = actions.dictionary_encode()
+        code = [self._code_of_action.get(name, 0) for name in encoded.dictionary.to_pylist()]
+        return _decoded(np.array(code, np.int64), encoded, 0)
+
+    def shown(self, histories: Histories, time: np.ndarray) -> tuple[Histories, np.ndarray]:
+        """What the tower sees of the histories: (those events, each request's time [B]) for asked times [B]."""
+        earlier = histories.before(time) if (time < NO_TIME).any() else histories
+        shown = earlier.latest(self.settings["max_history"])
+        last = np.concatenate([shown.time, [0]])[np.where(shown.lengths > 0, shown.offsets[1:] - 1, len(shown.time))]
+        return shown, np.where(time < NO_TIME, time, last)
+
+    def logits(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """[M] float32: a logit per candidate; request b has the candidates row[offsets[b] : offsets[b + 1]]."""
+        together = self.settings["model"].get("set_attention", False)
+        request, start, size = _pieces(offsets, most=None if together else FORWARD_ENTRIES)
+        cost = np.cumsum(shown.lengths[request] + size + REQUEST_ENTRIES)
+        bounds = [0]
+        while bounds[-1] < len(request):
+            done = cost[bounds[-1] - 1] if bounds[-1] else 0
+            bounds.append(max(bounds[-1] + 1, int(np.searchsorted(cost, done + FORWARD_ENTRIES, side="right"))))
+        parts = [np.zeros(0, np.float32)]
+        for first, last in itertools.pairwise(bounds):
+            asked = request[first:last]
+            entries = row[start[first] : start[last - 1] + size[last - 1]]
+            parts.append(self._forward(shown.take(asked), time[asked], flat_offsets(size[first:last]), entries))
+        return np.concatenate(parts)
+
+    def _forward(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
+        item, index = torch.from_numpy(np.concatenate([shown.row, row])), None
+        if len(item) < len(self.item_IC):
+            item, index = torch.unique(item, return_inverse=True)
+        with torch.inference_mode():
+            # More entries than items: the whole table is the cheaper look-up.
+            inputs = ModelInput(
+                item_IC=self.item_IC if index is None else self.item_IC[item],
+                features_IFC=self.features_IFC if index is None else self.features_IFC[item],
+                event_offsets_U1=torch.from_numpy(shown.offsets),
+                event_item_N=(item if index is None else index)[: len(shown.row)],
+                event_time_N=torch.from_numpy(shown.time),
+                event_action_N=torch.from_numpy(shown.action),
+                request_user_B=torch.arange(len(time)),
+                request_position_B=torch.from_numpy(shown.lengths),
+                request_time_B=torch.from_numpy(time),
+                candidate_offsets_B1=torch.from_numpy(offsets),
+                candidate_item_M=(item if index is None else index)[len(shown.row) :],
+            )
+            return self.tower(inputs).numpy()
 
 
 def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recommender:
@@ -137,26 +214,33 @@ def _mean_rows(weight: Tensor, values: list[list[int]], first_item_row: int) -> 
     return total / lengths.clamp(min=1).unsqueeze(1)
 
 
-def _checked(frame: pd.DataFrame, *, uses_time: bool) -> pd.DataFrame:
-    for column in ("history", "candidates", *(["history_time"] if uses_time else [])):
-        if column not in frame:
-            raise ValueError(f"column {column!r} is missing: this model needs it, the frame has {list(frame.columns)}")
-    for column in ("history_time", "history_action"):
-        if column in frame:
-            lengths = zip(frame["history"], frame[column], strict=True)
-            wrong = next((row for row, (left, right) in enumerate(lengths) if len(left) != len(right)), None)
-            if wrong is not None:
-                raise ValueError(f"row {wrong}: {column} and history differ in length: give one entry per event")
-    return frame
+def _arrow(frame: pd.DataFrame) -> pa.RecordBatch:
+    """The columns that a scorer reads, whatever their cells are (lists, arrays, None)."""
+    known = ("history", "candidates", "history_time", "history_action", "time")
+    columns = {}
+    for name in (name for name in known if name in frame):
+        # pandas makes floats of integers beside a missing one.
+        column = frame[name].convert_dtypes() if name == "time" else frame[name]
+        try:
+            columns[name] = pa.array(column, from_pandas=True)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise RequestError(f"column {name!r} mixes types: {error}") from error
+    if not columns:
+        raise RequestError(f"column 'history' is missing: the frame has {list(frame.columns)}")
+    return pa.RecordBatch.from_pydict(columns)
 
 
-def _column(frame: pd.DataFrame, name: str, default: list[Any]) -> list[Any]:
-    return list(frame[name]) if name in frame else default
+def _pieces(offsets: np.ndarray, *, most: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(request, first candidate, number of candidates) of runs of at most `most` candidates of one request."""
+    sizes = np.diff(offsets)
+    most = int(sizes.max(initial=1)) if most is None else most
+    counts = -(-sizes // most)
+    request = np.repeat(np.arange(len(sizes)), counts)
+    start = offsets[request] + most * flat_ranges(np.zeros_like(counts), counts)
+    return request, start, np.minimum(offsets[request + 1] - start, most)
 
 
-def _offsets(lists: list[list[Any]]) -> Tensor:
-    return torch.from_numpy(np.cumsum([0, *(len(items) for items in lists)]))
-
-
-def _integers(lists: list[list[Any]]) -> Tensor:
-    return torch.tensor([int(value) for values in lists for value in values], dtype=torch.int64)
+def _decoded(value_of_code: np.ndarray, encoded: Any, of_null: int) -> np.ndarray:
+    """The values behind the indices of a dictionary array."""
+    codes = np.asarray(encoded.indices.fill_null(len(value_of_code)))
+    return np.append(value_of_code, np.int64(of_null))[codes]

@@ -1,0 +1,267 @@
+"""solar score MODEL_URI --requests IN.parquet --out OUT.parquet: a registered model -> scores and rankings.
+
+Histories stand in the requests, or come from sequence shards by user_id. Candidates stand in the requests, or are the
+whole catalogue. One row a request leaves, in input order: every other column, `candidates` best first (equal scores: in
+the order in which they were given, the catalogue in the order of its table rows) and `scores`, float32 logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.config import ConfigError
+from jobs.console import Console
+from jobs.registry import RegisteredModel
+from jobs.score_input import Block, RequestFile, UserHistories
+from jobs.scorer import UNKNOWN_ITEM_ROW, Scorer
+from jobs.scorer_input import Histories, RequestError, flat_offsets, flat_ranges, list_column
+
+SCORES_PER_PART = 1 << 22
+"""Catalogue scores in memory together (requests times items)."""
+CANDIDATES_PER_ROW_GROUP = 1 << 20
+_HISTORY_COLUMNS = ("history", "history_time", "history_action")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """What is scored, and where the result goes."""
+
+    requests: str
+    """Parquet file, one row a request: history (+ history_time, history_action) or, with --shards, user_id; candidates;
+    time; further columns pass through."""
+    out: str
+    """Parquet file of the result."""
+    shards: str | None = None
+    """Sequence shards that hold the users' histories."""
+    top_k: int | None = None
+    """Keep the best so many; without a column candidates the whole catalogue is ranked."""
+    keep_seen: bool = False
+    """Whole catalogue: also rank what the user's events before the request's time already hold."""
+    overwrite: bool = False
+    """Replace an existing result."""
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: must be 1 or more")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScoreCounts:
+    """What was scored, in requests unless it says otherwise."""
+
+    requests: int = 0
+    candidates: int = 0
+    """Candidates that were scored, before --top_k."""
+    unknown_candidates: int = 0
+    """Of these, items that the model does not know."""
+    history_events: int = 0
+    """Events that the model was shown."""
+    unknown_history_items: int = 0
+    """Of these, events with an item that the model does not know."""
+    cold: int = 0
+    """Without any event before the request."""
+    unknown_users: int = 0
+    """Of these, users that the shards do not hold."""
+    truncated: int = 0
+    """With more events than max_history: the latest were shown."""
+
+
+def score(model: RegisteredModel, config: ScoreConfig, console: Console) -> ScoreCounts:
+    """Score every request; the result appears whole or not at all. ConfigError, DataError: a mistake in the input."""
+    out = Path(config.out)
+    if out.exists() and not config.overwrite:
+        raise ConfigError(f"{out}: is there already: name another --out, or add --overwrite")
+    if out.exists() and out.samefile(config.requests):
+        raise ConfigError(f"{out}: is the file of the requests: name another --out")
+    counts = ScoreCounts()
+    requests = RequestFile(Path(config.requests))
+    with contextlib.closing(requests), console.stage("score") as stage:
+        _check_options(requests, config)
+        scorer = model.scorer()
+        shards = UserHistories(config.shards, scorer) if config.shards else None
+        ranking = _Ranking(scorer, config, path=requests.path)
+        facts = {"model": model.name, "version": model.version, "digest": model.digest}
+        started = time.monotonic()
+        with _Result(out, ranking.schema(requests.schema).with_metadata(_footer(facts))) as result:
+            for block in requests.blocks(scorer, shards):
+                result.write(ranking.of(block, counts))
+                stage.update(counts.requests, requests.num_rows, f"{counts.candidates:,} candidates")
+            result.publish(_footer(dataclasses.asdict(counts)))
+        seconds = time.monotonic() - started
+        stage.result = f"{counts.requests:,} requests, {counts.requests / seconds:,.1f} requests/s -> {out}"
+    return counts
+
+
+def print_counts(counts: ScoreCounts, console: Console) -> None:
+    for title, value, note in (
+        ("requests", counts.requests, ""),
+        ("candidates", counts.candidates, f"{counts.unknown_candidates:,} unknown to the model"),
+        ("history", counts.history_events, f"events, {counts.unknown_history_items:,} of unknown items"),
+        ("cold", counts.cold, f"requests without a history, {counts.unknown_users:,} of users not in the shards"),
+        ("truncated", counts.truncated, "histories longer than max_history: the latest events were read"),
+    ):
+        console.line(f"{title:<12} {value:>12,}  {note}".rstrip())
+
+
+class _Ranking:
+    """Scores a block and ranks its candidates."""
+
+    def __init__(self, scorer: Scorer, config: ScoreConfig, *, path: Path) -> None:
+        self._scorer, self._config, self._path = scorer, config, path
+
+    def schema(self, requests: pa.Schema) -> pa.Schema:
+        kept = [field for field in requests if field.name not in (*_HISTORY_COLUMNS, "candidates")]
+        item = pa.int64() if self._scorer.item_type == "int64" else pa.large_string()
+        return pa.schema(
+            [*kept, pa.field("candidates", pa.large_list(item)), pa.field("scores", pa.large_list(pa.float32()))]
+        )
+
+    def of(self, block: Block, counts: ScoreCounts) -> pa.RecordBatch:
+        """The result's rows; what they count is added to `counts`."""
+        scorer = self._scorer
+        shown, asked = scorer.shown(block.histories, block.time)
+        earlier = block.histories.before(block.time)
+        if "candidates" in block.rows.schema.names:
+            raw, offsets, scores = self._given(block, shown, asked, counts)
+        else:
+            raw, offsets, scores = self._catalogue(earlier, shown, asked, counts)
+        counts.requests += block.rows.num_rows
+        counts.history_events += len(shown.row)
+        counts.unknown_history_items += int((shown.row == UNKNOWN_ITEM_ROW).sum())
+        counts.cold += int((shown.lengths == 0).sum())
+        counts.unknown_users += block.unknown_users
+        counts.truncated += int((earlier.lengths > shown.lengths).sum())
+        schema = self.schema(block.rows.schema)
+        kept = [block.rows.column(name) for name in schema.names if name not in ("candidates", "scores")]
+        lists = [pa.LargeListArray.from_arrays(pa.array(offsets), values) for values in (raw, pa.array(scores))]
+        return pa.RecordBatch.from_arrays([*kept, *lists], schema=schema)
+
+    def _given(self, block: Block, shown: Histories, asked: np.ndarray, counts: ScoreCounts) -> tuple[Any, ...]:
+        scorer = self._scorer
+        try:
+            offsets, row = scorer.candidates(block.rows, first_row=block.first_row)
+        except RequestError as error:
+            raise ConfigError(f"{self._path}: {error}") from error
+        counts.candidates += len(row)
+        counts.unknown_candidates += int((row == UNKNOWN_ITEM_ROW).sum())
+        logits = self._logits(shown, asked, offsets, row)
+        places, kept = best_first(logits, offsets, top_k=self._config.top_k)
+        raw = list_column(block.rows, "candidates", values=scorer.item_type).values
+        return raw.take(pa.array(places)), kept, logits[places]
+
+    def _catalogue(
+        self, earlier: Histories, shown: Histories, asked: np.ndarray, counts: ScoreCounts
+    ) -> tuple[Any, ...]:
+        """The best of all items of the model, some requests at a time."""
+        scorer, first_item = self._scorer, self._scorer.settings["first_item_row"]
+        num_items, num_requests = len(scorer.item_ids), len(asked)
+        step = max(1, SCORES_PER_PART // num_items)
+        items, scores, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+        for start in range(0, num_requests, step):
+            some = np.arange(start, min(start + step, num_requests))
+            wanted = np.ones((len(some), num_items), bool)
+            if not self._config.keep_seen:
+                seen = earlier.take(some)
+                known = seen.row >= first_item
+                wanted[seen.owner[known], seen.row[known] - first_item] = False
+            offsets, item = flat_offsets(wanted.sum(1)), np.nonzero(wanted)[1]
+            counts.candidates += len(item)
+            logits = self._logits(shown.take(some), asked[some], offsets, item + first_item)
+            places, kept = best_first(logits, offsets, top_k=self._config.top_k)
+            items.append(item[places])
+            scores.append(logits[places])
+            sizes.append(np.diff(kept))
+        raw = scorer.item_ids.take(pa.array(np.concatenate(items)))
+        raw = raw.cast(self.schema(pa.schema([])).field("candidates").type.value_type)
+        return raw, flat_offsets(np.concatenate(sizes)), np.concatenate(scores)
+
+    def _logits(self, shown: Histories, asked: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
+        logits = self._scorer.logits(shown, asked, offsets, row)
+        if not np.isfinite(logits).all():
+            raise ConfigError(
+                "the model gives scores that are not numbers: its weights are damaged; use another version"
+            )
+        return logits
+
+
+def best_first(scores: np.ndarray, offsets: np.ndarray, *, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(places of the candidates by request, best first, at most top_k of each; their new offsets). Ties keep order."""
+    sizes = np.diff(offsets)
+    places = np.arange(len(scores))
+    if top_k is not None:
+        # Only what may be among the best is sorted.
+        least = np.full(len(sizes), -np.inf, np.float32)
+        for request in np.flatnonzero(sizes > top_k):
+            part = scores[offsets[request] : offsets[request + 1]]
+            least[request] = np.partition(part, len(part) - top_k)[len(part) - top_k]
+        places = np.flatnonzero(scores >= np.repeat(least, sizes))
+    owner = np.repeat(np.arange(len(sizes)), sizes)[places]
+    places = places[np.lexsort((-scores[places], owner))]
+    found = np.bincount(owner, minlength=len(sizes))
+    kept = found if top_k is None else np.minimum(found, top_k)
+    return places[flat_ranges(flat_offsets(found)[:-1], kept)], flat_offsets(kept)
+
+
+class _Result:
+    """A Parquet file that appears under its name when it is complete."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path, self._schema = path, schema
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._waiting: list[pa.RecordBatch] = []
+        self._num_waiting = 0
+
+    def __enter__(self) -> _Result:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+        except OSError as error:
+            raise ConfigError(f"{self._path}: {error.strerror}: name a file that can be written") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+    def write(self, rows: pa.RecordBatch) -> None:
+        self._waiting.append(rows)
+        self._num_waiting += len(rows.column("scores").values)
+        if self._num_waiting >= CANDIDATES_PER_ROW_GROUP:
+            self._flush()
+
+    def publish(self, facts: dict[str, str]) -> None:
+        """Close the file with these facts in its footer and give it its name."""
+        self._flush()
+        self._writer.add_key_value_metadata(facts)
+        self._writer.close()
+        os.replace(self._partial, self._path)
+
+    def _flush(self) -> None:
+        table = pa.Table.from_batches([rows.cast(self._schema) for rows in self._waiting], schema=self._schema)
+        if table.num_rows:
+            self._writer.write_table(table, row_group_size=table.num_rows)
+        self._waiting, self._num_waiting = [], 0
+
+
+def _check_options(requests: RequestFile, config: ScoreConfig) -> None:
+    given = "candidates" in requests.schema.names
+    if not given and config.top_k is None:
+        raise ConfigError(
+            f"{requests.path}: column 'candidates' is missing: add it, or rank the whole catalogue with --top_k N"
+        )
+    if given and config.keep_seen:
+        raise ConfigError("--keep_seen: belongs to a ranking of the whole catalogue, but the requests have candidates")
+
+
+def _footer(facts: dict[str, Any]) -> dict[str, str]:
+    """What the result says about itself: pq.read_metadata(FILE).metadata."""
+    return {f"solar.{key}": str(value) for key, value in facts.items()}

@@ -1,0 +1,186 @@
+"""What a registered model is asked, as flat arrays: histories in total order, candidates, times.
+
+    history [[a, b], [], [c]]    ->    offsets [0, 2, 2, 3]    row [row of a, of b, of c]
+
+Exported into `scorer.py` beside jobs/scorer.py, so it imports numpy and pyarrow alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+NO_TIME = np.iinfo(np.int64).max
+"""The time of a request that names none: later than every event, so that all of them are its history."""
+
+
+class RequestError(ValueError):
+    """A mistake in the requests: one line that names the column or row, the rule and the fix."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Histories:
+    """The histories of B requests, N events of all of them, each in the log's total order."""
+
+    offsets: np.ndarray
+    """[B + 1] int64: request b has events offsets[b] : offsets[b + 1]."""
+    row: np.ndarray
+    """[N] int64 rows of the model's item table."""
+    time: np.ndarray
+    """[N] int64 milliseconds since 1970 UTC, zeros where there are no times."""
+    action: np.ndarray
+    """[N] int64 action codes of the model."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @property
+    def owner(self) -> np.ndarray:
+        """[N] the request of each event."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
+
+    def events(self, places: np.ndarray, lengths: np.ndarray) -> Histories:
+        """The events at these places (or under this mask), `lengths` of them for each request."""
+        return Histories(
+            offsets=flat_offsets(lengths), row=self.row[places], time=self.time[places], action=self.action[places]
+        )
+
+    def take(self, requests: np.ndarray) -> Histories:
+        """The histories of these requests, in this order."""
+        lengths = self.lengths[requests]
+        return self.events(flat_ranges(self.offsets[requests], lengths), lengths)
+
+    def before(self, time: np.ndarray) -> Histories:
+        """The events strictly before each request's time [B]; all of them where that is NO_TIME."""
+        earlier = self.time < time[self.owner]
+        return self.events(earlier, np.bincount(self.owner[earlier], minlength=len(time)))
+
+    def latest(self, most: int) -> Histories:
+        """The latest `most` events of each request."""
+        lengths = np.minimum(self.lengths, most)
+        return self.events(flat_ranges(self.offsets[1:] - lengths, lengths), lengths)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Lists:
+    """A list column, flat."""
+
+    offsets: np.ndarray
+    """[B + 1] int64; a null list is an empty one."""
+    values: pa.Array
+    """[N], without nulls unless they are allowed."""
+    is_null: np.ndarray
+    """[B] bool: the list itself is null."""
+
+
+def list_column(batch: pa.RecordBatch, name: str, *, values: str, first_row: int = 0, nulls: bool = False) -> Lists:
+    """A column of lists of "int64", "string" or "time" (milliseconds since 1970 UTC, or timestamps).
+
+    RequestError: the column is absent, is no list column, holds other values, or a null where `nulls` is false.
+    """
+    column = required_column(batch, name)
+    kind = column.type
+    if pa.types.is_null(kind):
+        column = pa.nulls(len(column), pa.large_list(pa.null()))
+    elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise RequestError(f"column {name!r} is {kind}: it must hold a list for each request")
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0)).astype(np.int64)  # type: ignore[attr-defined]
+    offsets = flat_offsets(lengths)
+    flat = pc.list_flatten(column)  # type: ignore[attr-defined]
+    if flat.null_count and not nulls:
+        place = int(np.flatnonzero(np.asarray(flat.is_null()))[0])
+        row = first_row + int(np.searchsorted(offsets, place, side="right")) - 1
+        raise RequestError(f"row {row}: column {name!r} holds a null in its list: leave the entry out, or give it")
+    return Lists(offsets=offsets, values=cast_values(flat, name, values), is_null=np.asarray(column.is_null()))
+
+
+def time_column(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """[B] int64 milliseconds since 1970 UTC of a column of such numbers or of timestamps; NO_TIME where it is null."""
+    times = cast_values(required_column(batch, name), name, "time")
+    return np.asarray(pc.fill_null(times, NO_TIME)).astype(np.int64)  # type: ignore[attr-defined]
+
+
+def required_column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    if name not in batch.schema.names:
+        raise RequestError(f"column {name!r} is missing: there are {', '.join(batch.schema.names) or 'none'}")
+    return batch.column(batch.schema.get_field_index(name))
+
+
+def refuse_other_lengths(name: str, lists: Lists, *, offsets: np.ndarray, first_row: int) -> None:
+    """RequestError unless every list has one entry per event of the history that `offsets` delimits."""
+    wrong = np.flatnonzero(np.diff(lists.offsets) != np.diff(offsets))
+    if len(wrong):
+        given, events = np.diff(lists.offsets)[wrong[0]], np.diff(offsets)[wrong[0]]
+        raise RequestError(
+            f"row {first_row + wrong[0]}: {name} and history differ in length ({given} and {events}): "
+            "give one entry per event"
+        )
+
+
+def total_order(
+    owner: np.ndarray, time: np.ndarray, item: pa.Array, action: pa.Array | None, *, ties_by_id: bool
+) -> np.ndarray | None:
+    """The places of N events by request, time and, where `ties_by_id`, raw item id and action; None = as they stand.
+
+    Ids are compared as the log compares them: integers by value, strings by their UTF-8 bytes, no action first.
+    Without `ties_by_id` (the log has a column `order` for that) events of one time stay as they are given.
+    """
+    follows = owner[1:] == owner[:-1]
+    step = np.diff(time)
+    if not np.any(follows & ((step <= 0) if ties_by_id else (step < 0))):
+        return None
+    keys = [time, owner]
+    if ties_by_id:
+        keys.insert(0, _ranks(item))
+    if ties_by_id and action is not None:
+        keys.insert(0, _ranks(pc.fill_null(action, "")))  # type: ignore[attr-defined]
+    return np.lexsort(keys)
+
+
+def cast_values(values: pa.Array, name: str, wanted: str) -> pa.Array:
+    """A column's values as "int64", "string" or "time" (int64 milliseconds). RequestError: they are something else."""
+    kind: Any = values.type
+    if pa.types.is_dictionary(kind):
+        values, kind = values.cast(kind.value_type), kind.value_type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    try:
+        if wanted == "string" and (text or pa.types.is_null(kind)):
+            return values.cast(pa.large_string())
+        if wanted in ("int64", "time") and (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+            return values.cast(pa.int64())
+        if wanted == "time" and pa.types.is_timestamp(kind):
+            return values.cast(pa.timestamp("ms", kind.tz), safe=False).cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise RequestError(f"column {name!r} does not fit into int64: {error}") from error
+    rule = {
+        "int64": "integers, as the known ids are: cast it",
+        "string": "strings, as the known ones are: cast it",
+        "time": "timestamps, or integers that are milliseconds since 1970 UTC",
+    }[wanted]
+    raise RequestError(f"column {name!r} holds {kind}: it must hold {rule}")
+
+
+def flat_offsets(lengths: np.ndarray) -> np.ndarray:
+    """[n] lengths -> [n + 1] int64 offsets."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... (lengths[0] of them), then starts[1], ..."""
+    offsets = flat_offsets(lengths)
+    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+
+
+def _ranks(values: pa.Array) -> np.ndarray:
+    """[N] int64 in the order of the values."""
+    if pa.types.is_integer(values.type):
+        return np.asarray(values)
+    encoded = values.dictionary_encode()
+    rank = np.empty(len(encoded.dictionary), np.int64)
+    rank[np.asarray(pc.array_sort_indices(encoded.dictionary))] = np.arange(len(rank))  # type: ignore[attr-defined]
+    return rank[np.asarray(encoded.indices)]
