@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from jobs.config import RunConfig
 from jobs.console import Console
@@ -88,34 +89,56 @@ def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console:
 
 
 def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
+    """Export a checkpoint (write_export); returns the type of raw item ids (int64 or string)."""
+    shards = Shards.open(config.shards_dir, number=_manifest_of(checkpoint))
+    dense = load_file(checkpoint / "dense.safetensors")
+    write_export(
+        directory,
+        shards=shards,
+        config=config.as_dict(),
+        model=config.model,
+        max_history=config.data.requests.max_history,
+        table=lambda name: _whole_table(checkpoint, name),
+        tower={key: value for key, value in dense.items() if "/" not in key},
+    )
+    return shards.vocabulary.item_type
+
+
+def write_export(
+    directory: Path,
+    *,
+    shards: Shards,
+    config: dict[str, Any],
+    model: dict[str, Any],
+    max_history: int,
+    table: Callable[[str], Tensor],
+    tower: dict[str, Tensor],
+) -> None:
     """Write what the scorer reads: whole tables without optimizer state, tower, items with feature rows, settings.
 
-    Returns the type of raw item ids (int64 or string).
+    `table(NAME)` gives a table's weight, at least as many rows as its vocabulary has; `tower` is the state dict.
     """
     directory.mkdir(parents=True)
-    shards = Shards.open(config.shards_dir, number=_manifest_of(checkpoint))
     vocabulary = shards.vocabulary
     sizes = {ITEM_TABLE: vocabulary.size, **{name: feature.size for name, feature in vocabulary.features.items()}}
-    for table, size in sizes.items():
-        save_file({"weight": _whole_table(checkpoint, table)[:size].clone()}, directory / f"table-{table}.safetensors")
-    dense = load_file(checkpoint / "dense.safetensors")
-    save_file({key: value for key, value in dense.items() if "/" not in key}, directory / "model.safetensors")
+    for name, size in sizes.items():
+        save_file({"weight": table(name)[:size].clone()}, directory / f"table-{name}.safetensors")
+    save_file(tower, directory / "model.safetensors")
     pq.write_table(_items_table(vocabulary), directory / "items.parquet")
     counts = torch.from_numpy(training_item_counts(shards, requests=config.data.requests)[: vocabulary.size])
     save_file({"training_events": counts.contiguous()}, directory / "item-counts.safetensors")
     settings = {
-        "model": model_settings(config.model, vocabulary),
+        "model": model_settings(model, vocabulary),
         "features": list(vocabulary.features),
         "actions": list(vocabulary.actions),
         "first_item_row": NUM_RESERVED,
-        "max_history": config.data.requests.max_history,
+        "max_history": max_history,
         "log_columns": shards.manifest.schema["columns"],
         "time_range": shards.manifest.time_range,
         "vocabulary_fingerprint": vocabulary.fingerprint,
     }
     (directory / "scorer.json").write_text(json.dumps(settings, indent=1, sort_keys=True))
-    (directory / "config.json").write_text(json.dumps(config.as_dict(), indent=1, sort_keys=True))
-    return vocabulary.item_type
+    (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
 
 
 def scorer_source(model: str) -> str:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor
 
 from jobs.config import ConfigError, redacted
@@ -85,7 +86,7 @@ class RegisteredModel:
         scorer = Scorer()
         try:
             scorer.load(self.directory)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
                 f"{self.uri}: {self.directory} cannot be read ({type(error).__name__}: {reason}); register it again"

@@ -169,6 +169,50 @@ def refused(*arguments: str | Path, cwd: Path) -> str:
     return lines[0]
 
 
+def test_score_ranks_requests_with_given_histories_and_with_those_of_the_shards(first_run, workplace):
+    import polars as pl
+
+    events = pl.read_parquet(workplace / "raw/events-00000.parquet").sort("user_id", "timestamp", "item_id")
+    asked = events.group_by("user_id", maintain_order=True).agg(
+        time=pl.col("timestamp").last(), history=pl.col("item_id"), history_time=pl.col("timestamp"),
+        candidates=pl.lit([101, 999, 116]).first(),
+    )  # fmt: skip
+    asked.write_parquet(workplace / "given.parquet")
+    asked.select("user_id", "time", "candidates").write_parquet(workplace / "asked.parquet")
+    model = "models:/solar-tiny@champion"
+    results = []
+    for requests, more in (("given", []), ("asked", ["--shards", "workspace/shards/tiny"])):
+        arguments = ["score", model, "--requests", f"{requests}.parquet", "--out", f"scores/{requests}.parquet", *more]
+        done = solar(*arguments, cwd=workplace)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "solar-tiny version 1 (champion)" in done.stdout
+        assert "40 unknown to the model" in done.stdout
+        results.append(pl.read_parquet(workplace / f"scores/{requests}.parquet"))
+    assert results[0].equals(results[1])
+    assert results[0]["user_id"].to_list() == asked["user_id"].to_list()
+    assert all(set(row) == {101, 999, 116} for row in results[0]["candidates"].to_list())
+    ranking = [
+        "score",
+        model,
+        "--requests",
+        "users.parquet",
+        "--out",
+        "top.parquet",
+        "--shards",
+        "workspace/shards/tiny",
+    ]
+    asked.select("user_id").write_parquet(workplace / "users.parquet")
+    assert "rank the whole catalogue with --top_k" in refused(*ranking, cwd=workplace)
+    assert solar(*ranking, "--top_k", "3", cwd=workplace).returncode == 0
+    top = pl.read_parquet(workplace / "top.parquet")
+    for history, candidates in zip(asked["history"].to_list(), top["candidates"].to_list(), strict=True):
+        assert len(candidates) == 3
+        assert not set(history) & set(candidates)
+    assert "has no alias 'best'; its aliases: champion" in refused(
+        "score", "models:/solar-tiny@best", "--requests", "asked.parquet", "--out", "x.parquet", cwd=workplace
+    )
+
+
 def test_run_directory_of_another_configuration_is_refused(first_run, recipe, workplace):
     line = refused("train", recipe, "--model.rank", "3", cwd=workplace)
     assert "belongs to another configuration (model.rank is 4 there, 3 here)" in line

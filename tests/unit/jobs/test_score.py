@@ -1,0 +1,267 @@
+"""`solar score` against evaluation, and what it does with files: nothing half-written, every mistake in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs import score_input
+from jobs.config import ConfigError
+from jobs.console import Console
+from jobs.score import ScoreConfig, best_first, score
+from jobs.training.model import build_tower, item_features, table_specs, training_input
+from models.embeddings import embedding_collection, look_up_ids, pool_features
+from pipeline.events import DataError
+from pipeline.loader import EvaluationLoader
+from pipeline.requests import RequestConfig
+
+MAX_HISTORY = 7
+
+
+class TrainingTables:
+    """The tables as training looks them up (TorchRec), on one process and unsharded."""
+
+    def __init__(self, model, vocabulary):
+        specs = table_specs(vocabulary, width=16)
+        self.features = item_features(vocabulary)
+        self.module = embedding_collection(specs, device="cpu")
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                weight = load_file(model.directory / f"table-{name.split('.')[1]}.safetensors")["weight"]
+                parameter[: len(weight)] = weight
+
+    def look_up(self, rows):
+        return pool_features(self.module(look_up_ids(rows, self.features)), self.features)
+
+
+def evaluated(model, data, requests, *, catalogue=False):
+    """{user id: (request time, tied with its last event, {item: logit of evaluation})} on the test part."""
+    tables, tower = TrainingTables(model, data.vocabulary), build_tower(model.settings["model"], num_features=1)
+    tower.load_state_dict(load_file(model.directory / "model.safetensors"))
+    tower.eval()
+    found = {}
+    for batch in EvaluationLoader(data, requests=requests, part="test", batch_events=150):
+        if catalogue:
+            items = torch.arange(2, data.vocabulary.size)
+            batch = dataclasses.replace(
+                batch, candidate_item=items.repeat(batch.num_requests),
+                candidate_offsets=torch.arange(batch.num_requests + 1) * len(items),
+            )  # fmt: skip
+        with torch.no_grad():
+            logits = tower(training_input(batch, tables)).numpy()
+        raw = data.vocabulary.raw(batch.candidate_item.numpy()).to_pylist()
+        for b, user in enumerate(batch.user[batch.request_user].tolist()):
+            part = slice(*batch.candidate_offsets[b : b + 2].tolist())
+            time, position = int(batch.request_time[b]), int(batch.request_position[b])
+            last = int(batch.event_offsets[batch.request_user[b]]) + position - 1
+            tied = position > 0 and int(batch.event_time[last]) == time
+            scores = dict(zip(raw[part], logits[part].tolist(), strict=True))
+            found[data.index.user_id[user].as_py()] = (time, tied, scores)
+    return found
+
+
+def given_histories(data, *, drop_last=0, seed=0):
+    """One row a user with its events in no order."""
+    events = data.raw_events(range(data.num_groups)).with_columns(place=pl.int_range(pl.len()).over("user_id"))
+    events = events.filter(pl.col("place") < pl.len().over("user_id") - drop_last)
+    shuffled = events.sample(fraction=1, shuffle=True, seed=seed)
+    return shuffled.group_by("user_id").agg(
+        history="item_id", history_time="timestamp", history_action="action"
+    )  # fmt: skip
+
+
+def run(model, tmp_path, requests, **config):
+    """(rows of the result, counts)"""
+    file = tmp_path / "requests.parquet"
+    pq.write_table(requests, file, row_group_size=8)
+    config = {"out": str(tmp_path / "out.parquet"), "overwrite": True} | config
+    counts = score(model, ScoreConfig(requests=str(file), **config), Console())
+    return pq.read_table(config["out"]).to_pylist(), counts
+
+
+def differences(rows, expected):
+    """|score - logit of evaluation| of every candidate of every request."""
+    assert [row["user_id"] for row in rows] == list(expected)
+    found = []
+    for row in rows:
+        scores = expected[row["user_id"]][2]
+        assert sorted(row["candidates"]) == sorted(scores)
+        found += [abs(s - scores[item]) for item, s in zip(row["candidates"], row["scores"], strict=True)]
+    return np.array(found)
+
+
+@pytest.mark.parametrize("set_attention", [False, True])
+def test_scores_equal_those_of_evaluation_from_shards_and_from_given_histories(data, export, tmp_path, set_attention):
+    model = export(data, max_history=MAX_HISTORY, set_attention=set_attention)
+    requests = RequestConfig(task="impressions", max_history=MAX_HISTORY, min_history=0)
+    expected = evaluated(model, data, requests)
+    users = list(expected)
+    asked = pl.DataFrame(
+        {
+            "user_id": users,
+            "time": [expected[user][0] for user in users],
+            "candidates": [list(expected[user][2]) for user in users],
+        }
+    )
+    from_shards, counts = run(model, tmp_path, asked.to_arrow(), shards=data.path)
+    given = asked.join(given_histories(data), on="user_id", how="left", maintain_order="left")
+    from_given, same = run(model, tmp_path, given.to_arrow())
+    assert counts == same
+    assert counts.truncated > 5
+    assert counts.requests == len(users) > 15
+    for rows in (from_shards, from_given):
+        assert len(differences(rows, expected)) > 25
+        # Measured: 0.0, the same float32 arithmetic; another machine may sum batches of another shape otherwise.
+        assert np.quantile(differences(rows, expected), 0.99) <= 1e-4
+    other = export(data, max_history=MAX_HISTORY + 1, set_attention=set_attention, name="longer")
+    longer, _ = run(other, tmp_path, asked.to_arrow(), shards=data.path)
+    assert differences(longer, expected).max() > 1e-2
+
+
+def test_the_whole_catalogue_is_ranked_as_evaluation_ranks_it_with_tied_last_events(data, export, tmp_path):
+    model = export(data, max_history=MAX_HISTORY)
+    expected = evaluated(model, data, RequestConfig(max_history=MAX_HISTORY), catalogue=True)
+    users = [user for user in expected]
+    # A target that shares its time with the event before it has that event as history: no time, so nothing is cut.
+    times = [None if tied else time for time, tied, _ in expected.values()]
+    assert 0 < times.count(None) < len(times)
+    asked = pl.DataFrame({"user_id": users, "time": times})
+    given = asked.join(given_histories(data, drop_last=1), on="user_id", how="left", maintain_order="left")
+    every, _ = run(model, tmp_path, given.to_arrow(), top_k=1000, keep_seen=True)
+    assert np.quantile(differences(every, expected), 0.99) <= 1e-4
+    ranked, counts = run(model, tmp_path, given.to_arrow(), top_k=4)
+    assert counts.candidates < len(users) * len(data.vocabulary.items)
+    for row, whole, seen in zip(ranked, every, given["history"].to_list(), strict=True):
+        kept = [item for item in whole["candidates"] if item not in set(seen or [])]
+        assert row["candidates"] == kept[:4]
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+
+
+def test_rows_keep_their_order_and_columns_and_the_footer_says_what_was_done(data, export, tmp_path, monkeypatch):
+    model = export(data)
+    monkeypatch.setattr(score_input, "EVENTS_PER_BLOCK", 20)
+    asked = pa.table(
+        {
+            "request_id": ["a", "b", "c", "d"],
+            "user_id": [5, 77777, 2, 5],
+            "candidates": [[100, 101], [31, 104], [], [100, 101]],
+            "weight": [0.5, None, 1.0, 2.0],
+        }
+    )
+    rows, counts = run(model, tmp_path, asked, shards=data.path)
+    assert [row["request_id"] for row in rows] == ["a", "b", "c", "d"]
+    assert [row["weight"] for row in rows] == [0.5, None, 1.0, 2.0]
+    assert list(rows[0]) == ["request_id", "user_id", "weight", "candidates", "scores"]
+    assert rows[0]["candidates"] == rows[3]["candidates"]
+    assert rows[0]["scores"] == pytest.approx(rows[3]["scores"], abs=1e-5)
+    assert (rows[2]["candidates"], rows[2]["scores"]) == ([], [])
+    assert (counts.unknown_users, counts.cold, counts.unknown_candidates, counts.candidates) == (1, 1, 1, 6)
+    footer = pq.read_metadata(tmp_path / "out.parquet").metadata
+    assert footer[b"solar.requests"] == b"4"
+    assert footer[b"solar.digest"].decode() == model.digest
+    assert pq.read_schema(tmp_path / "out.parquet").field("scores").type.value_type == pa.float32()
+
+
+def test_equal_scores_keep_the_order_of_the_request():
+    scores, offsets = np.array([1, 3, 3, 2, 5, 5, 5], np.float32), np.array([0, 4, 4, 7])
+    places, kept = best_first(scores, offsets, top_k=None)
+    assert (places.tolist(), kept.tolist()) == ([1, 2, 3, 0, 4, 5, 6], [0, 4, 4, 7])
+    places, kept = best_first(scores, offsets, top_k=2)
+    assert (places.tolist(), kept.tolist()) == ([1, 2, 4, 5], [0, 2, 2, 4])
+
+
+def ask(**columns):
+    table = {"history": [[100, 101], [102]], "history_time": [[600_000, 1_200_000], [3]], "candidates": [[1], [2]]}
+    return pa.table({name: value for name, value in (table | columns).items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("requests", "words"),
+    [
+        (ask(candidates=None), "column 'candidates' is missing: add it, or rank the whole catalogue with --top_k"),
+        (ask(history=None), "column 'history' is missing"),
+        (ask(history_time=None), "column 'history_time' is missing"),
+        (ask(candidates=[["x"], ["y"]]), "column 'candidates' holds string: it must hold integers"),
+        (ask(history=[3, 4]), "column 'history' is int64: it must hold a list for each request"),
+        (ask(history_time=[[1], [2]]), "row 0: history_time and history differ in length (1 and 2)"),
+        (ask(candidates=[[1], None]), "row 1: column 'candidates' is null"),
+        (ask(time=[1.5, 2.5]), "column 'time' holds double: it must hold timestamps, or integers"),
+        (ask(time=[1 << 60, 5]), "column 'time' has 1152921504606846976: it must be milliseconds since 1970 UTC"),
+        (ask(scores=[1, 2]), "column 'scores' is what the result is called"),
+        (ask()[:0], "it holds no request"),
+    ],
+)
+def test_a_mistake_in_the_requests_is_one_line_and_leaves_no_result(data, export, tmp_path, requests, words):
+    with pytest.raises(ConfigError) as error:
+        run(export(data), tmp_path, requests)
+    assert str(error.value).startswith(f"{tmp_path / 'requests.parquet'}: {words}")
+    assert "\n" not in str(error.value)
+    assert not [path.name for path in tmp_path.iterdir() if "out.parquet" in path.name]
+
+
+def test_times_before_the_first_known_event_are_taken_for_seconds(data, export, tmp_path):
+    model = export(data)
+    scorer_json = model.directory / "scorer.json"
+    scorer_json.write_text(
+        scorer_json.read_text().replace('"time_range": [\n  0,', '"time_range": [\n  1700000000000,')
+    )
+    assert "1700000000000" in scorer_json.read_text()
+    with pytest.raises(ConfigError, match=r"column 'time' ends 1970-01-20, before the first event the model knows"):
+        run(model, tmp_path, ask(time=[1_700_000_001] * 2, history=[[], []], history_time=[[], []]))
+
+
+def test_requests_that_fail_late_leave_the_earlier_result_as_it_was(data, export, tmp_path, monkeypatch):
+    model = export(data)
+    monkeypatch.setattr(score_input, "ROWS_PER_BLOCK", 1)
+    run(model, tmp_path, ask())
+    before = (tmp_path / "out.parquet").read_bytes()
+    with pytest.raises(ConfigError, match="row 1: column 'candidates' is null"):
+        run(model, tmp_path, ask(candidates=[[1], None]))
+    assert (tmp_path / "out.parquet").read_bytes() == before
+    with pytest.raises(ConfigError, match="is there already"):
+        run(model, tmp_path, ask(), overwrite=False)
+    with pytest.raises(ConfigError, match="is the file of the requests"):
+        run(model, tmp_path, ask(), out=str(tmp_path / "requests.parquet"))
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(data, export, tmp_path):
+    model, file = export(data), tmp_path / "requests.parquet"
+    with pytest.raises(ConfigError, match="--keep_seen"):
+        run(model, tmp_path, ask(), keep_seen=True)
+    whole = file.read_bytes()
+    for content in (b"", b"user_id,item_id\n1,2\n", whole[:-20]):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match="no whole Parquet file"):
+            score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
+    file.unlink()
+    with pytest.raises(ConfigError, match="no such file"):
+        score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
+    with pytest.raises(DataError, match="no prepared data set there"):
+        run(model, tmp_path, ask(), shards=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="column 'history' beside --shards"):
+        run(model, tmp_path, ask(user_id=[1, 2]), shards=data.path)
+    with pytest.raises(ConfigError, match="column 'user_id' holds string: it must hold integers"):
+        run(model, tmp_path, pa.table({"user_id": ["a"], "candidates": [[1]]}), shards=data.path)
+    with pytest.raises(ConfigError, match="row 1: user_id is null"):
+        run(model, tmp_path, pa.table({"user_id": [1, None], "candidates": [[1], [1]]}), shards=data.path)
+    with pytest.raises(ValueError, match="top_k=0"):
+        ScoreConfig(requests="a", out="b", top_k=0)
+
+
+def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
+    model = export(data)
+    table = load_file(model.directory / "table-item.safetensors")["weight"]
+    save_file({"weight": table * float("nan")}, model.directory / "table-item.safetensors")
+    with pytest.raises(ConfigError, match="scores that are not numbers"):
+        run(model, tmp_path, ask())
+    (model.directory / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run(model, tmp_path, ask())

@@ -1,0 +1,206 @@
+"""The registered model's reading of requests: order, cut, unknown ids, and what it refuses."""
+
+from __future__ import annotations
+
+import ast
+import sys
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from jobs import scorer as scorer_module
+from jobs.register import scorer_source
+from jobs.scorer_input import NO_TIME, RequestError
+from pipeline.events import EventColumns
+from pipeline.sequences import build_sequences
+from pipeline.shards import Shards
+
+ACTIONS = [None, "click", "view"]
+
+
+@pytest.fixture
+def scorer(data, export):
+    return export(data).scorer()
+
+
+def random_requests(num=30, *, seed=0, string_ids=False):
+    """Histories in no order with many equal times, and unknown items and actions among them."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num):
+        events = int(rng.integers(0, 25))
+        ids = rng.integers(98, 132, events), rng.integers(98, 132, 5)
+        history, candidates = ([f"i{i}" for i in part] if string_ids else part.tolist() for part in ids)
+        rows.append(
+            {
+                "history": history,
+                "history_time": (1000 * rng.integers(0, 9, events)).tolist(),
+                "history_action": [[*ACTIONS, "other"][k] for k in rng.integers(0, 4, events)],
+                "candidates": candidates,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def histories(scorer, frame):
+    batch = pa.RecordBatch.from_pandas(frame, preserve_index=False)
+    return scorer.histories(batch)
+
+
+def of_request(found, b):
+    return slice(int(found.offsets[b]), int(found.offsets[b + 1]))
+
+
+@pytest.mark.parametrize("string_ids", [False, True])
+def test_events_stand_in_the_order_that_the_log_gives_them(
+    string_ids, prepare, write_log, random_log, tmp_path, export
+):
+    log = random_log()
+    if string_ids:
+        log = log.with_columns(pl.format("i{}", "item_id").alias("item_id"))
+    write_log(log)
+    prepare(tmp_path / "log", tmp_path / "out", columns=EventColumns(action="action"), buckets=1)
+    scorer = export(Shards.open(str(tmp_path / "out"))).scorer()
+    frame = random_requests(string_ids=string_ids)
+    found, compared = histories(scorer, frame), 0
+    for b, request in enumerate(frame.to_dict("records")):
+        events = pl.DataFrame(
+            {
+                "user_id": [0] * len(request["history"]), "item_id": request["history"],
+                "timestamp": request["history_time"], "action": request["history_action"],
+            },
+            schema_overrides={"action": pl.String, "item_id": pl.String if string_ids else pl.Int64},
+        )  # fmt: skip
+        # Rows that are the same event are one event of a log; a scorer takes what it is given.
+        log_order = build_sequences(events.with_columns(label=pl.int_range(pl.len()))).events
+        kept = pl.DataFrame(
+            {
+                "item": found.row[of_request(found, b)],
+                "time": found.time[of_request(found, b)],
+                "action": found.action[of_request(found, b)],
+            }
+        )
+        item = scorer.rows(log_order["item_id"].to_arrow(compat_level=pl.CompatLevel.oldest()))
+        action = scorer.codes(log_order["action"].to_arrow(compat_level=pl.CompatLevel.oldest()))
+        if log_order.height == len(request["history"]):
+            expected = pl.DataFrame({"item": item, "time": log_order["timestamp"], "action": action})
+            assert kept.equals(expected)
+            compared += 1
+    assert compared > 20
+
+
+def test_where_the_log_orders_ties_itself_they_stay_as_given(prepare, write_log, random_log, tmp_path, export):
+    log = random_log()
+    write_log(log.with_columns(order=pl.int_range(pl.len())))
+    prepare(tmp_path / "log", tmp_path / "out", columns=EventColumns(order="order"), buckets=1)
+    scorer = export(Shards.open(str(tmp_path / "out"))).scorer()
+    frame = pd.DataFrame({"history": [[105, 103, 104]], "history_time": [[2000, 2000, 1000]], "candidates": [[103]]})
+    assert histories(scorer, frame).row.tolist() == scorer.rows(pa.array([104, 105, 103])).tolist()
+
+
+def test_history_is_what_is_strictly_before_the_request_and_of_that_the_latest(scorer):
+    frame = pd.DataFrame(
+        {
+            "history": [list(range(100, 112))] * 3,
+            "history_time": [[1000 * (k // 2) for k in range(12)]] * 3,
+            "candidates": [[100]] * 3,
+        }
+    )
+    shown, asked = scorer.shown(histories(scorer, frame), np.array([4000, NO_TIME, 0]))
+    assert shown.lengths.tolist() == [7, 7, 0]
+    rows = scorer.rows(pa.array(list(range(100, 112))))
+    assert shown.row[of_request(shown, 0)].tolist() == rows[1:8].tolist()
+    assert shown.row[of_request(shown, 1)].tolist() == rows[5:].tolist()
+    assert asked.tolist() == [4000, 5000, 0]
+
+
+def test_unknown_items_have_row_1_and_unknown_actions_are_none(scorer):
+    assert scorer.rows(pa.array([100, 99999, None, 100])).tolist() == [2, 1, 1, 2]
+    assert scorer.codes(pa.array(["view", "other", None, ""])).tolist() == [2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("set_attention", [False, True])
+def test_scores_do_not_depend_on_how_requests_are_grouped(data, export, monkeypatch, set_attention):
+    scorer = export(data, set_attention=set_attention).scorer()
+    frame = random_requests()
+    together = scorer.predict(None, frame)["scores"]
+    assert [len(scores) for scores in together] == [5] * len(frame)
+    monkeypatch.setattr(scorer_module, "FORWARD_ENTRIES", 2)
+    alone = scorer.predict(None, frame)["scores"]
+    # float32 sums of another length in matrix products.
+    np.testing.assert_allclose(np.stack(list(together)), np.stack(list(alone)), atol=2e-5)
+
+
+def test_empty_frames_histories_and_candidates_are_scored(scorer):
+    frame = pd.DataFrame(
+        {"history": [None, []], "history_time": [None, []], "candidates": [[100, 100], []], "time": [5000, None]}
+    )
+    first, second = scorer.predict(None, frame)["scores"]
+    assert len(first) == 2
+    assert first[0] == pytest.approx(first[1], abs=1e-6)
+    assert second == []
+    assert len(scorer.predict(None, frame[:0])) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"history": None}, "column 'history' is missing"),
+        ({"history_time": None}, "column 'history_time' is missing"),
+        ({"candidates": None}, "column 'candidates' is missing"),
+        ({"history": [["a", "b"], ["c"]]}, "column 'history' holds string: it must hold integers"),
+        ({"history": [1, 2]}, "column 'history' is int64: it must hold a list"),
+        ({"history": [[1, None], [3]]}, "row 0: column 'history' holds a null"),
+        ({"history_time": [[1, 2], [3, 4]]}, "row 1: history_time and history differ in length (2 and 1)"),
+        ({"history_time": [[1.5, 2.0], [3.0]]}, "column 'history_time' holds double"),
+        ({"history_action": [["view"], ["view"]]}, "row 0: history_action and history differ in length (1 and 2)"),
+        ({"candidates": [[1], None]}, "row 1: column 'candidates' is null"),
+        ({"time": ["today", "now"]}, "column 'time' holds"),
+        ({"history": [["a", 1], [2]]}, "column 'history' mixes types"),
+    ],
+)
+def test_mistakes_name_the_column_and_the_row(scorer, change, words):
+    columns = {"history": [[100, 101], [102]], "history_time": [[1, 2], [3]], "candidates": [[100], [101]]}
+    columns = {name: value for name, value in (columns | change).items() if value is not None}
+    with pytest.raises(RequestError) as error:
+        scorer.predict(None, pd.DataFrame(columns))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_time_without_event_times_is_refused(data, export):
+    scorer = export(data, time_features=False).scorer()
+    frame = pd.DataFrame({"history": [[100]], "candidates": [[101]], "time": [1000]})
+    with pytest.raises(RequestError, match="column 'time' needs 'history_time'"):
+        scorer.predict(None, frame)
+
+
+@pytest.mark.parametrize("model", ["solar", "mean_pooling"])
+def test_exported_source_imports_few_packages_and_repeats_no_name(model):
+    tree = ast.parse(scorer_source(model))
+    names = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    assert len(names) == len(set(names))
+    roots = {
+        (alias.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert roots - sys.stdlib_module_names == {"mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch"}
+
+
+def test_exported_source_scores_the_same(data, export):
+    registered = export(data)
+    module = type(sys)("exported_scorer")
+    sys.modules["exported_scorer"] = module
+    try:
+        exec(compile(scorer_source("solar"), "exported_scorer", "exec"), module.__dict__)
+        alone = module.__dict__["Scorer"]()
+        alone.load(registered.directory)
+        frame = random_requests()
+        assert alone.predict(None, frame).equals(registered.scorer().predict(None, frame))
+    finally:
+        del sys.modules["exported_scorer"]
