@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -43,7 +44,8 @@ class TrainingTables:
 
 def evaluated(model, data, requests, *, catalogue=False):
     """{user id: (request time, tied with its last event, {item: logit of evaluation})} on the test part."""
-    tables, tower = TrainingTables(model, data.vocabulary), build_tower(model.settings["model"], num_features=1)
+    tables: Any = TrainingTables(model, data.vocabulary)
+    tower = build_tower(model.settings["model"], num_features=1)
     tower.load_state_dict(load_file(model.directory / "model.safetensors"))
     tower.eval()
     found = {}
