@@ -31,6 +31,7 @@ from jobs.training.checkpoint import checkpoint_key, table_files
 from jobs.training.model import MODELS, model_settings
 from models.embeddings import ITEM_TABLE
 from pipeline.loader import training_item_counts
+from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 from pipeline.vocabulary import NUM_RESERVED
 
@@ -97,7 +98,7 @@ def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
         shards=shards,
         config=config.as_dict(),
         model=config.model,
-        max_history=config.data.requests.max_history,
+        requests=config.data.requests,
         table=lambda name: _whole_table(checkpoint, name),
         tower={key: value for key, value in dense.items() if "/" not in key},
     )
@@ -110,7 +111,7 @@ def write_export(
     shards: Shards,
     config: dict[str, Any],
     model: dict[str, Any],
-    max_history: int,
+    requests: RequestConfig,
     table: Callable[[str], Tensor],
     tower: dict[str, Tensor],
 ) -> None:
@@ -125,14 +126,14 @@ def write_export(
         save_file({"weight": table(name)[:size].clone()}, directory / f"table-{name}.safetensors")
     save_file(tower, directory / "model.safetensors")
     pq.write_table(_items_table(vocabulary), directory / "items.parquet")
-    counts = torch.from_numpy(training_item_counts(shards, requests=config.data.requests)[: vocabulary.size])
+    counts = torch.from_numpy(training_item_counts(shards, requests=requests)[: vocabulary.size])
     save_file({"training_events": counts.contiguous()}, directory / "item-counts.safetensors")
     settings = {
         "model": model_settings(model, vocabulary),
         "features": list(vocabulary.features),
         "actions": list(vocabulary.actions),
         "first_item_row": NUM_RESERVED,
-        "max_history": max_history,
+        "max_history": requests.max_history,
         "log_columns": shards.manifest.schema["columns"],
         "time_range": shards.manifest.time_range,
         "vocabulary_fingerprint": vocabulary.fingerprint,

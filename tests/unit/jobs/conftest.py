@@ -14,6 +14,7 @@ from jobs.registry import RegisteredModel
 from jobs.training.model import build_tower, model_settings, table_specs
 from models.solar import SolarConfig
 from pipeline.events import EventColumns
+from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 from tests.unit.models.model_inputs import randomise
 from tests.unit.pipeline.conftest import prepare, random_log, write_log
@@ -49,7 +50,7 @@ def export(tmp_path):
         tables = {table: torch.randn(size, WIDTH) for table, size in sizes.items()}
         directory = Path(tmp_path) / name
         write_export(
-            directory, shards=data, config={}, model=whole, max_history=max_history,
+            directory, shards=data, config={}, model=whole, requests=RequestConfig(max_history=max_history),
             table=tables.__getitem__, tower=tower.state_dict(),
         )  # fmt: skip
         return RegisteredModel(name="tiny", version="1", alias=None, directory=directory, tags={})
