@@ -49,9 +49,21 @@ PATH_OPTIONS = (
     "tracking.uri",
 )
 """Options, and the same keys of a YAML file, whose value is a path or a URI."""
-PATH_POSITIONS = {"import": 1, "inspect": 0}
-"""The positional argument of a command that is a path."""
-FLAGS = ("--verify", "--digest", "--json", "--resume", "--print_config", "-v", "--verbose", "-h", "--help")
+FIRST_PATH = {"import": 1, "inspect": 0}
+"""The positional arguments of these commands are paths from this one on."""
+FLAGS = (
+    "--verify",
+    "--digest",
+    "--json",
+    "--resume",
+    "--overwrite",
+    "--keep_seen",
+    "--print_config",
+    "-v",
+    "--verbose",
+    "-h",
+    "--help",
+)
 """Options without a value."""
 SQLITE = "sqlite:///"
 
@@ -200,11 +212,18 @@ def _with_absolute_paths(name: str, arguments: list[str], directory: Path, *, sa
         else:
             position += 1
             key, value, prefix = "", argument, ""
-        is_path = key in PATH_OPTIONS or (not key and PATH_POSITIONS.get(name) == position)
+        is_path = key in PATH_OPTIONS if key else _is_path(name, position, directory / value)
         if is_path and _is_relative(value):
             value = _absolute(value, directory, f"--{key}" if key else name, same_machine=same_machine)
         rewritten.append(prefix + value)
     return rewritten
+
+
+def _is_path(name: str, position: int, value: Path) -> bool:
+    """Whether a positional argument is a path: `evaluate` takes a recipe or the directory of a checkpoint."""
+    if name == "evaluate":
+        return position == 0 and value.is_dir()
+    return name in FIRST_PATH and position >= FIRST_PATH[name]
 
 
 def _paths_in_files(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -215,8 +234,8 @@ def _paths_in_files(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str
             node: Any = layer
             for part in key.split("."):
                 node = node.get(part) if isinstance(node, dict) else None
-            found = node if isinstance(node, str) else found
-        if found:
+            found = f"[{', '.join(map(str, node))}]" if isinstance(node, list) else node if node else found
+        if isinstance(found, str):
             yield key, found
 
 
@@ -250,12 +269,17 @@ def _given(arguments: Sequence[str], key: str) -> bool:
 
 
 def _is_relative(value: str) -> bool:
+    if value.startswith("["):
+        return any(_is_relative(part) for part in _parts(value))
     if value.startswith(SQLITE):
         return not value.startswith(f"{SQLITE}/")
     return value not in ("", "null") and not re.match(r"\w[\w+.-]*:", value) and not Path(value).is_absolute()
 
 
 def _absolute(value: str, directory: Path, named: str, *, same_machine: bool) -> str:
+    if value.startswith("["):
+        found = [_absolute(part, directory, named, same_machine=same_machine) for part in _parts(value)]
+        return f"[{', '.join(found)}]"
     prefix = SQLITE if value.startswith(SQLITE) else ""
     if not same_machine:
         raise ConfigError(
@@ -263,6 +287,11 @@ def _absolute(value: str, directory: Path, named: str, *, same_machine: bool) ->
             "that all of its nodes mount, or a URI"
         )
     return prefix + os.path.normpath(directory / value.removeprefix(prefix))
+
+
+def _parts(value: str) -> list[str]:
+    """The paths of a list as it stands on a command line: [one, two]."""
+    return [part.strip().strip("'\"") for part in value.strip("[]").split(",")]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

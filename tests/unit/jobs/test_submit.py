@@ -40,6 +40,21 @@ def test_relative_paths_become_absolute_where_the_cluster_is_this_machine(tmp_pa
     assert command(tmp_path, "inspect", "--verify", "shards") == ["inspect", "--verify", f"{tmp_path}/shards"]
 
 
+def test_every_repository_of_a_list_and_a_checkpoint_become_absolute(tmp_path):
+    (tmp_path / "runs" / "step-00000004").mkdir(parents=True)
+    made = command(tmp_path, "run", "git", "--source.path", "[one, /mnt/two]", "--workspace", "/w")
+    assert made[3] == f"[{tmp_path}/one, /mnt/two]"
+    assert command(tmp_path, "import", "git", "one", "two", "--workspace", "/w")[2:4] == [
+        f"{tmp_path}/one",
+        f"{tmp_path}/two",
+    ]
+    assert command(tmp_path, "evaluate", "runs/step-00000004")[1] == f"{tmp_path}/runs/step-00000004"
+    assert command(tmp_path, "evaluate", "ml-1m", "--workspace", "/w")[1] == "ml-1m"
+    assert command(tmp_path, "evaluate", "models:/a@champion", "--workspace", "/w")[1] == "models:/a@champion"
+    (tmp_path / "git.yaml").write_text("source: {name: git, path: [one]}")
+    assert command(tmp_path, "run", "git.yaml", "--workspace", "/w")[-2:] == ["--source.path", f"[{tmp_path}/one]"]
+
+
 def test_values_that_are_no_paths_stay(tmp_path):
     (tmp_path / "ml-1m").mkdir()
     made = command(tmp_path, "train", "ml-1m", "--name", "workspace", "--source.path", "null", "--resume")
