@@ -6,6 +6,8 @@ anything else is a defect and shows its traceback.
 
 from __future__ import annotations
 
+import errno
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,7 +40,14 @@ Further configuration follows it: --config FILE, dotted overrides (--model.rank 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    # SIGTERM (a scheduler's, a container's) ends a command as Ctrl-C does: leaving nothing half-written behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        print("solar: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
@@ -82,6 +91,20 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     except WorkerFailure as error:
         console.error(f"solar: a worker failed: {one_line(error)}" + ("" if verbose else f" (details: {console.log})"))
         return 1
+    except SystemExit as end:
+        # Ray replaces the handler of SIGTERM by one that exits with the signal's number.
+        if end.code != signal.SIGTERM:
+            raise
+        console.error("solar: interrupted; what was committed is still there")
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            console.error(traceback.format_exc())
+            return 1
+        console.error(
+            f"solar: {error.filename or 'disk'}: {error.strerror}: free some disk; what was committed is still there"
+        )
+        return 2
     except Exception:
         console.error(traceback.format_exc())
         return 1

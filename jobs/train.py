@@ -7,18 +7,25 @@ bar, writes MLflow. The work itself is jobs/training/loop.py.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jobs.cluster import ray_session
-from jobs.config import ConfigError, RunConfig, redacted
-from jobs.console import Console, Stage
-from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
-from jobs.training.checkpoint import committed_checkpoints, latest_checkpoint, read_state
+from jobs.config import ConfigError, RunConfig
+from jobs.console import Console
+from jobs.follower import Follower
+from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, run_facts
+from jobs.run_record import read_json as read_json
+from jobs.run_record import write_json as write_json
+from jobs.training.checkpoint import checkpoint_bytes, committed_checkpoints, latest_checkpoint, read_state
 from jobs.training.loop import TrainJob
+from jobs.training.model import build_tower, model_settings, table_specs
 from jobs.training.results import primary_metric
+from jobs.training.run_lock import sole_command, wait_for_workers
 from jobs.workers import Interrupted, run_workers
 from pipeline.build import index_requests
 from pipeline.manifest import current_manifest
@@ -39,48 +46,65 @@ class Trained:
 
 def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = False) -> Trained:
     """Train to the end. A finished run of the same configuration is reused; an unfinished one needs `resume`."""
-    run_dir = config.run_dir
     shards = open_shards(config)
     _check_model(config, shards)
-    facts = {
-        "config": config.as_dict(),
-        "fingerprint": config.fingerprint(),
-        "manifest": shards.manifest.number,
-        "manifest_fingerprint": shards.manifest.fingerprint,
-        "git_commit": git_commit(),
-    }
-    previous = _previous_run(config, shards)
-    latest = latest_checkpoint(run_dir)
-    if latest is not None:
-        document = read_state(latest, checksums=True)
-        if document["train_state"]["finished"]:
-            return Trained(run_dir, best_checkpoint(run_dir), previous["mlflow_run_id"], reused=True)
-        if not resume:
-            raise ConfigError(f"{run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW")
+    with sole_command(config.run_dir):
+        previous = previous_run(config, shards)
+        latest = latest_checkpoint(config.run_dir)
+        if latest is not None:
+            document = read_state(latest, checksums=True)
+            if document["train_state"]["finished"]:
+                return _finished_before(config, run_facts(config, shards), previous)
+            if not resume:
+                raise ConfigError(
+                    f"{config.run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW"
+                )
+        _require_disk(config, shards)
+        wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
+        with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
+            _check_parts(config, index_requests(shards, config=config.data.requests))
+            run_id = _train(config, shards, console, previous)
+    return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 
-    with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
-        _check_parts(config, index_requests(shards, config=config.data.requests))
-        run = _open_run(config, facts, previous)
-        status = "FAILED"
-        try:
-            with console.stage("train") as stage:
-                primary = primary_metric(config.data.requests)
-                follow = _Follower(run, stage, run_dir / "telemetry.jsonl", primary=primary)
-                arguments = {"job": train_job(config, shards, facts=facts)}
-                run_workers(_train_worker, arguments, config=config, name="train", on_rows=follow, stoppable=True)
-            status = "FINISHED"
-        except Interrupted:
-            status = "KILLED"
-            raise
-        finally:
-            run.close(status=status)
-    return Trained(run_dir, best_checkpoint(run_dir), run.run_id, reused=False)
+
+def _train(config: RunConfig, shards: Shards, console: Console, previous: dict[str, Any]) -> str:
+    """Start the workers, follow them to the end, and record the outcome; returns the MLflow run's id."""
+    facts = run_facts(config, shards)
+    run = open_tracked_run(config, facts, previous)
+    status = "FAILED"
+    try:
+        with console.stage("train") as stage:
+            follow = Follower(
+                run,
+                stage,
+                config.run_dir / "telemetry.jsonl",
+                primary=primary_metric(config.data.requests),
+                num_workers=config.parallel.num_workers,
+            )
+            arguments = {"job": train_job(config, shards, facts=facts)}
+            run_workers(_train_worker, arguments, config=config, name="train", on_rows=follow, stoppable=True)
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        close_tracked_run(config, run, status=status)
+    return run.run_id
+
+
+def _finished_before(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any]) -> Trained:
+    """A finished run; the MLflow run is ended where the command died between the last checkpoint and that."""
+    if previous.get("mlflow_status") != "FINISHED":
+        run = open_tracked_run(config, facts, previous)
+        close_tracked_run(config, run, status="FINISHED")
+        previous = {"mlflow_run_id": run.run_id}
+    return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
 
 
 def trained_run(config: RunConfig) -> Trained:
     """What a run of this config left behind, finished or not."""
-    previous = _previous_run(config, open_shards(config))
-    if not previous:
+    previous = previous_run(config, open_shards(config))
+    if "mlflow_run_id" not in previous:
         raise ConfigError(f"{config.run_dir}: no run there: run `solar train` first")
     return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
 
@@ -130,37 +154,18 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    from jobs.training.checkpoint import discard_unfinished
     from jobs.training.loop import train as train_loop
+    from jobs.training.run_lock import sole_group
 
-    train_loop(arguments["job"], reporter=arguments["reporter"])
-
-
-class _Follower:
-    """Turns rank 0's rows into the progress bar, MLflow metrics and RUN/telemetry.jsonl."""
-
-    def __init__(self, run: TrackedRun, stage: Stage, log: Path, *, primary: str) -> None:
-        self._run, self._stage, self._log, self._primary = run, stage, log, primary
-        self._step, self._num_steps, self._loss, self._best = 0, 0, float("nan"), float("nan")
-
-    def __call__(self, rows: list[dict[str, Any]]) -> None:
-        with self._log.open("a") as stream:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-        for row in rows:
-            kind, stamp = row.pop("kind"), row.pop("time")
-            if kind == "start":
-                self._step, self._num_steps = row["step"], row["num_steps"]
-            elif kind == "step":
-                self._step, self._loss = row.pop("step"), row["loss"]
-                self._run.metrics(
-                    {f"train/{key}": value for key, value in row.items()}, step=self._step, time_seconds=stamp
-                )
-            elif kind == "valid":
-                step = row.pop("step")
-                self._best = max(row[self._primary], self._best) if self._best == self._best else row[self._primary]
-                self._run.metrics({f"valid/{key}": value for key, value in row.items()}, step=step, time_seconds=stamp)
-        note = f"step {self._step}/{self._num_steps}  loss {self._loss:.4f}  best {self._primary} {self._best:.4f}"
-        self._stage.result = note
-        self._stage.update(self._step, self._num_steps or None, note)
+    run_dir = Path(arguments["job"].run_dir)
+    with sole_group(run_dir):
+        if dist.get_rank() == 0:
+            discard_unfinished(run_dir)
+        dist.barrier()
+        train_loop(arguments["job"], reporter=arguments["reporter"])
 
 
 def _check_model(config: RunConfig, shards: Shards) -> None:
@@ -183,73 +188,22 @@ def _check_parts(config: RunConfig, counts: RequestCounts) -> None:
             )
 
 
-def _open_run(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any]) -> TrackedRun:
-    """The MLflow run, new or continued, and run.json that ties it to the directory."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
-    except MlflowException as error:
-        raise ConfigError(f"tracking.uri={redacted(config.tracking.uri)}: {redacted(str(error))}") from error
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(config.run_dir / "run.json", {**facts, "mlflow_run_id": run.run_id})
-    if run.run_id != previous.get("mlflow_run_id"):
-        run.params(facts["config"])
-        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in facts.items() if key != "config"}})
-    return run
-
-
-def _previous_run(config: RunConfig, shards: Shards) -> dict[str, Any]:
-    """The directory's run.json, {} where there is none; one of another configuration or of other data is refused."""
-    file = config.run_dir / "run.json"
-    if not file.exists():
-        if config.run_dir.exists() and any(config.run_dir.iterdir()):
-            raise ConfigError(f"{config.run_dir}: not empty and not a run: choose another --name or --workspace")
-        return {}
-    previous = read_json(file)
-    if previous["fingerprint"] != config.fingerprint():
-        key, there, here = _first_difference(previous["config"], config.as_dict(), config.identity())
-        raise ConfigError(
-            f"{config.run_dir}: belongs to another configuration ({key} is {there} there, {here} here): "
-            "choose another --name, or remove the directory"
-        )
-    manifest = shards.manifest
-    if previous["manifest_fingerprint"] != manifest.fingerprint:
-        raise ConfigError(
-            f"{config.run_dir}: was trained on manifest {previous['manifest']} ({previous['manifest_fingerprint']}), "
-            f"the shards are now at manifest {manifest.number} ({manifest.fingerprint}): choose another --name"
-        )
-    return previous
-
-
-def _first_difference(there: dict[str, Any], here: dict[str, Any], identity: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The first dotted key within the identity whose values differ."""
-
-    def walk(keys: Any, left: Any, right: Any, prefix: str) -> tuple[str, Any, Any] | None:
-        for key in keys:
-            old, new = (side.get(key) if isinstance(side, dict) else None for side in (left, right))
-            if isinstance(keys[key], dict) and isinstance(old, dict):
-                found = walk(keys[key], old, new, f"{prefix}{key}.")
-                if found:
-                    return found
-            elif old != new:
-                return f"{prefix}{key}", old, new
-        return None
-
-    keys = {key: value for key, value in identity.items() if key != "precision"}
-    return walk(keys, there, here, "") or (
-        "parallel.precision",
-        there["parallel"]["precision"],
-        here["parallel"]["precision"],
+def _require_disk(config: RunConfig, shards: Shards) -> None:
+    """Refuse to begin where the checkpoints would not fit: those kept, the best one and the one being written."""
+    vocabulary = shards.vocabulary
+    with torch.device("meta"):
+        tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
+    specs = table_specs(vocabulary, width=config.model["width"])
+    each = checkpoint_bytes(
+        ((spec.capacity, spec.width) for spec in specs),
+        dense_parameters=sum(parameter.numel() for parameter in tower.parameters()),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Replace the file as a whole."""
-    staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps(document, indent=1, sort_keys=True))
-    os.replace(staged, path)
+    there = sum(file.stat().st_size for path in committed_checkpoints(config.run_dir) for file in path.iterdir())
+    needed = each * (config.checkpoint.keep + 2) - there
+    free = shutil.disk_usage(config.run_dir).free
+    if free < needed:
+        raise ConfigError(
+            f"{config.run_dir}: {free >> 20} MiB free, its checkpoints need {-(-needed >> 20)} MiB more "
+            f"({config.checkpoint.keep + 2} of {-(-each >> 20)} MiB): free some disk, lower checkpoint.keep, "
+            "or choose another --workspace"
+        )

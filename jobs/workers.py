@@ -15,6 +15,8 @@ from jobs.training.parallel import ParallelConfig
 from pipeline.events import DataError
 
 POLL_SECONDS = 0.5
+STOP_SECONDS = 300.0
+"""After a first signal the running step, validation and checkpoint get this long; then the command ends without."""
 
 
 class Interrupted(Exception):
@@ -22,7 +24,7 @@ class Interrupted(Exception):
 
 
 class WorkerFailure(Exception):
-    """A worker died or raised; the message is the first line of its error."""
+    """A worker died or raised; the message says which one and what to do, in one line."""
 
 
 def run_workers(
@@ -74,22 +76,35 @@ def run_workers(
             failure.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
-    with _signals(lambda: telemetry.stop.remote() if stoppable else None) as asked_to_stop:
+    asked: float | None = None
+    with _signals() as signalled:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            on_rows(ray.get(telemetry.drain.remote()))
-            if asked_to_stop() and not stoppable:
+            on_rows(_answer(telemetry.drain.remote()))
+            if asked is None and signalled():
+                asked = time.monotonic()
+                # Before the first step there is nothing that a checkpoint could keep.
+                if not stoppable or not _answer(telemetry.stop.remote()):
+                    raise Interrupted(name)
+            if asked is not None and time.monotonic() - asked > STOP_SECONDS:
                 raise Interrupted(name)
-    on_rows(ray.get(telemetry.drain.remote()))
+    on_rows(_answer(telemetry.drain.remote()))
     if failure:
-        cause = _first_cause(failure[0])
-        if isinstance(cause, DataError | CheckpointError):
-            raise cause
-        lines = [line for line in str(cause).splitlines() if line.strip()]
-        raise WorkerFailure(f"{type(cause).__name__}: {lines[-1] if lines else ''}") from failure[0]
-    if asked_to_stop():
+        raise _explained(failure[0], asked_to_stop=asked is not None, config=config, name=name) from failure[0]
+    if asked is not None:
         raise Interrupted(name)
+
+
+def _answer(reference: Any) -> Any:
+    """What the telemetry actor answers; a WorkerFailure if it is gone."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    try:
+        return ray.get(reference)
+    except RayActorError as error:
+        raise WorkerFailure("the actor that collects telemetry died: run the same command again") from error
 
 
 def _start_worker(arguments: dict[str, Any]) -> None:
@@ -106,15 +121,14 @@ def _start_worker(arguments: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _signals(on_first: Callable[[], Any]) -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM set a flag and call `on_first`; a second one raises KeyboardInterrupt."""
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM arrived in the block; a second one raises KeyboardInterrupt."""
     seen: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
         seen.append(number)
         if len(seen) > 1:
             raise KeyboardInterrupt
-        on_first()
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -141,10 +155,44 @@ def _check_resources(parallel: ParallelConfig) -> None:
             )
 
 
-def _first_cause(error: BaseException) -> BaseException:
+def _explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, name: str) -> Exception:
+    """The error of `fit` as one that is told in a line: of all workers' errors the one that caused the others."""
+    from ray.exceptions import RayActorError
+
+    failures = getattr(error, "worker_failures", None) or {None: error}
+    causes = {rank: _root(failure) for rank, failure in failures.items()}
+    for cause in causes.values():
+        if isinstance(cause, DataError | CheckpointError):
+            return cause
+    died = sorted(rank for rank, cause in causes.items() if isinstance(cause, RayActorError) and rank is not None)
+    # A signal to the whole process group ends workers too.
+    if asked_to_stop and died:
+        return Interrupted(name)
+    if died:
+        again = "run the same command again (`solar train` with --resume)"
+        if config.cluster.max_failures == 0:
+            again += ", or let Ray restart workers with --cluster.max_failures 3"
+        return WorkerFailure(
+            f"rank {', '.join(map(str, died))} of {config.parallel.num_workers} died "
+            f"(killed from outside, out of memory, or crashed): {again}"
+        )
+    # When a rank ends, the others lose their connection to it: what they say tells nothing.
+    rank, cause = min(causes.items(), key=lambda item: "gloo" in str(item[1]))
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    where = "" if rank is None else f"rank {rank}: "
+    return WorkerFailure(f"{where}{type(cause).__name__}: {lines[-1] if lines else ''}")
+
+
+def _root(error: BaseException) -> BaseException:
     """The worker's own error, out of Ray's wrappers."""
-    failures = getattr(error, "worker_failures", None)
-    cause: Any = next(iter(failures.values())) if failures else error
-    while getattr(cause, "cause", None) is not None or cause.__cause__ is not None:
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return cause
+    cause: Any = error
+    while True:
+        inner = (
+            getattr(cause, "cause", None)
+            or getattr(cause, "health_check_failure", None)
+            or getattr(cause, "controller_failure", None)
+            or cause.__cause__
+        )
+        if inner is None:
+            return cause
+        cause = inner

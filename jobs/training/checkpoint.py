@@ -19,19 +19,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.training.dense_state import gather_dense_state
 from jobs.training.parallel import ShardedTables, TableShard
+
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -75,37 +77,59 @@ class TrainState:
 def save_checkpoint(
     run_dir: Path, state: TrainState, *, tables: ShardedTables, engine: Any, facts: dict[str, Any], keep: int
 ) -> Path:
-    """Write `step-XXXXXXXX`, then collect old ones; `facts` (config, fingerprints) go into state.json. Collective."""
+    """Write `step-XXXXXXXX`, then collect old ones; `facts` (config, fingerprints) go into state.json. Collective.
+
+    CheckpointError on every rank, with nothing left of the new directory, where a disk refuses on any of them.
+    """
     path = run_dir / f"step-{state.step:08d}"
-    if dist.get_rank() == 0:
-        if path.exists() and not (path / "COMMIT").exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
 
-    written = [_save_table(path, shard) for shard in tables.shards() if shard.weight.shape[0]]
-    dense = dict(gather_dense_state(engine))
-    random_state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (written, random_state))
+    def begin() -> None:
+        discard_checkpoint(path)
+        path.mkdir(parents=True)
 
-    if dist.get_rank() == 0:
-        save_file(dense, path / "dense.safetensors")
+    def write_tables() -> tuple[list[dict[str, Any]], str]:
+        files = [_save_table(path, shard) for shard in tables.shards() if shard.weight.shape[0]]
+        return files, base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+
+    def finish() -> None:
         document = {
             **facts,
             "train_state": dataclasses.asdict(state),
             "world_size": dist.get_world_size(),
-            "random_states": [random for _, random in gathered],
+            "random_states": [random_state for _, random_state in written],
             "tables": [dataclasses.asdict(spec) for spec in tables.specs],
             "sharding_plan": str(tables.plan),
         }
+        save_file(dense, path / "dense.safetensors")
         (path / "state.json").write_text(json.dumps(document, indent=1, sort_keys=True))
-        files = [file for files, _ in gathered for file in files]
-        files += [_describe(path / "dense.safetensors"), _describe(path / "state.json")]
-        _commit(path, files)
+        files = [file for part, _ in written for file in part]
+        _commit(path, [*files, _describe(path / "dense.safetensors"), _describe(path / "state.json")])
         _collect(run_dir, keep=keep, protected={state.best_step, state.step})
-    dist.barrier()
+
+    _agreed(path, begin, first_rank_only=True)
+    written = _agreed(path, write_tables)
+    dense = dict(gather_dense_state(engine))
+    _agreed(path, finish, first_rank_only=True)
     return path
+
+
+def discard_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, or what there is of one; COMMIT goes first. No such directory: nothing happens."""
+    if path.exists():
+        (path / "COMMIT").unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def discard_unfinished(run_dir: Path) -> None:
+    """Remove the directories that a killed run left without COMMIT. The caller is the only writer."""
+    for path in run_dir.glob("step-*"):
+        if not (path / "COMMIT").exists():
+            discard_checkpoint(path)
+
+
+def checkpoint_bytes(table_rows: Iterable[tuple[int, int]], *, dense_parameters: int) -> int:
+    """Size of one checkpoint: tables given as (rows, width) with one accumulator a row, dense weights with moments."""
+    return 4 * (sum(rows * (width + 1) for rows, width in table_rows) + 3 * dense_parameters)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -125,8 +149,11 @@ def read_state(path: Path, *, checksums: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a checkpoint (no COMMIT): give a step-XXXXXXXX directory of a run")
     problems = verify_checkpoint(path, checksums=checksums)
     if problems:
-        raise CheckpointError(f"{problems[0]}: use an earlier checkpoint of {path.parent}")
-    return json.loads((path / "state.json").read_text())
+        raise CheckpointError(f"{problems[0]}: {_way_on(path)}")
+    try:
+        return json.loads((path / "state.json").read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'state.json'}: not valid JSON: {_way_on(path)}") from error
 
 
 def checkpoint_key(path: Path) -> str:
@@ -137,13 +164,16 @@ def checkpoint_key(path: Path) -> str:
 def verify_checkpoint(path: Path, *, checksums: bool = True) -> list[str]:
     """Every difference between the files and COMMIT, one line each."""
     problems = []
-    for entry in json.loads((path / "COMMIT").read_text())["files"]:
-        file = path / entry["name"]
+    try:
+        entries = [(path / entry["name"], entry["bytes"], entry["xxh64"]) for entry in _committed_files(path)]
+    except (ValueError, TypeError, KeyError):
+        return [f"{path / 'COMMIT'}: not a valid list of files (damaged or cut)"]
+    for file, size, checksum in entries:
         if not file.exists():
             problems.append(f"{file}: missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{file}: {file.stat().st_size} bytes instead of {entry['bytes']}")
-        elif checksums and _checksum(file) != entry["xxh64"]:
+        elif file.stat().st_size != size:
+            problems.append(f"{file}: {file.stat().st_size} bytes instead of {size}")
+        elif checksums and _checksum(file) != checksum:
             problems.append(f"{file}: checksum differs")
     return problems
 
@@ -182,6 +212,37 @@ def restore_random_state(document: dict[str, Any]) -> None:
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
 
 
+def _agreed(path: Path, write: Callable[[], T], *, first_rank_only: bool = False) -> list[T]:
+    """What `write` returned on every rank. What one rank cannot write ends the checkpoint on all. Collective."""
+    result, problem = None, None
+    try:
+        if dist.get_rank() == 0 or not first_rank_only:
+            result = write()
+    except (OSError, SafetensorError) as error:
+        problem = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (result, problem))
+    found = next((text for _, text in gathered if text), None)
+    if found is None:
+        return [each for each, _ in gathered]
+    if dist.get_rank() == 0 and not (path / "COMMIT").exists():
+        shutil.rmtree(path, ignore_errors=True)
+    raise CheckpointError(
+        f"{path}: not written: {found}: make room (or make it writable) and continue with --resume; "
+        "the checkpoints before it are whole"
+    )
+
+
+def _way_on(path: Path) -> str:
+    """What the user can do about a damaged checkpoint."""
+    before = [other.name for other in committed_checkpoints(path.parent) if other.name < path.name]
+    return f"remove {path} to go on from {before[-1]}" if before else f"remove {path}: there is none before it"
+
+
+def _committed_files(path: Path) -> list[dict[str, Any]]:
+    return json.loads((path / "COMMIT").read_text())["files"]
+
+
 def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
     file = path / f"table-{shard.table}-{shard.first_row:012d}.safetensors"
     save_file({"weight": shard.weight.contiguous(), "accumulator": shard.accumulator.contiguous()}, file)
@@ -218,13 +279,14 @@ def _commit(path: Path, files: list[dict[str, Any]]) -> None:
         os.fsync(stream.fileno())
     os.link(staged, path / "COMMIT")
     staged.unlink()
-    directory = os.open(path, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    # The directory's own entry as well: older checkpoints are removed in the belief that this one is there.
+    for directory in (path, path.parent):
+        descriptor = os.open(directory, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def _collect(run_dir: Path, *, keep: int, protected: set[int]) -> None:
     for path in committed_checkpoints(run_dir)[:-keep]:
         if int(path.name.removeprefix("step-")) not in protected:
-            (path / "COMMIT").unlink()
-            shutil.rmtree(path)
+            discard_checkpoint(path)

@@ -117,10 +117,10 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         state.loader = loader.state_dict()
         state.train_seconds += time.perf_counter() - started
         reporter.row("step", step=state.step, seconds=time.perf_counter() - started, **losses)
-        stop = reporter.should_stop()
 
         if state.step in last_steps:
             _validate(job, shards, catalogue, state, tables, engine, reporter)
+        stop = reporter.should_stop()
         state.finished = state.step == num_steps
         due = job.checkpoint.every_steps and state.step % job.checkpoint.every_steps == 0
         if due or stop or state.step in last_steps:

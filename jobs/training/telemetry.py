@@ -20,11 +20,12 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
-        self._stop = False
+        self._stop = self._started = False
 
     def push(self, rows: list[dict[str, Any]]) -> bool:
         """Append rows; returns the stop flag."""
         self._rows.extend(rows)
+        self._started = self._started or any(row["kind"] == "start" for row in rows)
         return self._stop
 
     def drain(self) -> list[dict[str, Any]]:
@@ -32,9 +33,10 @@ class Telemetry:
         rows, self._rows = self._rows, []
         return rows
 
-    def stop(self) -> None:
-        """Ask all ranks to checkpoint at the same step and end."""
+    def stop(self) -> bool:
+        """Ask all ranks to checkpoint at the same step and end; returns whether they have begun (row `start`)."""
         self._stop = True
+        return self._started
 
 
 class Reporter:
@@ -46,7 +48,10 @@ class Reporter:
         self._stop = False
 
     def row(self, kind: str, **values: Any) -> None:
-        """Send one row without waiting; other ranks do nothing."""
+        """Send one row without waiting; other ranks do nothing.
+
+        A row of kind `progress` (stage, done, total) is shown beside the bar and not kept.
+        """
         if self._actor is not None:
             rows = [{"kind": kind, "time": time.time(), **values}]
             self._pending.append(self._actor.push.remote(rows))

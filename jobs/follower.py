@@ -1,0 +1,79 @@
+"""Rank 0's rows -> the progress bar, MLflow metrics and RUN/telemetry.jsonl, in the driver of a training run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jobs.console import Stage
+from jobs.tracking import TrackedRun
+
+
+class Follower:
+    """Called with every batch of rows. Each step stands once in telemetry.jsonl, however often it was trained."""
+
+    def __init__(self, run: TrackedRun, stage: Stage, log: Path, *, primary: str, num_workers: int) -> None:
+        self._run, self._stage, self._log, self._primary = run, stage, log, primary
+        self._step, self._num_steps, self._loss, self._best = 0, 0, float("nan"), float("nan")
+        self._starts = 0
+        self._doing = f"starting {num_workers} workers"
+
+    def __call__(self, rows: list[dict[str, Any]]) -> None:
+        self._show(rows)
+        self._record([row for row in rows if row["kind"] != "progress"])
+
+    def _show(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            self._doing = ""
+            if row["kind"] == "progress":
+                self._doing = f"{row['stage']} {row['done']}/{row['total']}"
+            elif row["kind"] == "start":
+                self._starts += 1
+                self._step, self._num_steps = row["step"], row["num_steps"]
+                self._doing = "first batch"
+            elif row["kind"] == "step":
+                self._step, self._loss = row["step"], row["loss"]
+            elif row["kind"] == "valid":
+                value = row[self._primary]
+                self._best = max(value, self._best) if self._best == self._best else value
+        parts = [f"step {self._step}/{self._num_steps}"] if self._num_steps else []
+        parts += [f"loss {self._loss:.4f}"] if self._loss == self._loss else []
+        parts += [f"best {self._primary} {self._best:.4f}"] if self._best == self._best else []
+        parts += [f"restarts {self._starts - 1}"] if self._starts > 1 else []
+        self._stage.result = "  ".join(parts)
+        self._stage.update(
+            self._step, self._num_steps or None, "  ".join([*parts, self._doing] if self._doing else parts)
+        )
+
+    def _record(self, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if row["kind"] == "start":
+                drop_superseded(self._log, after_step=row["step"])
+            with self._log.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            if row["kind"] in ("step", "valid"):
+                prefix = {"step": "train", "valid": "valid"}[row["kind"]]
+                values = {f"{prefix}/{key}": row[key] for key in row if key not in ("kind", "time", "step")}
+                self._run.metrics(values, step=row["step"], time_seconds=row["time"])
+
+
+def drop_superseded(log: Path, *, after_step: int) -> None:
+    """Remove the rows of steps that a restart from `after_step` trains again, and half a line of a killed driver.
+
+    MLflow has no such removal: there these steps get a second point, of the same value and a later time stamp.
+    """
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if row.get("step", 0) <= after_step:
+            kept.append(line + "\n")
+    staged = log.with_suffix(".tmp")
+    staged.write_text("".join(kept))
+    os.replace(staged, log)

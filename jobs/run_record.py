@@ -1,0 +1,126 @@
+"""RUN/run.json: what ties a run's directory to its configuration, its data and its MLflow run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jobs.config import ConfigError, RunConfig, redacted
+from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
+from jobs.training.checkpoint import latest_checkpoint, read_state
+from jobs.training.run_lock import LOCK_FILES
+from pipeline.shards import Shards
+
+RECORD = "run.json"
+FACTS = ("config", "fingerprint", "manifest", "manifest_fingerprint", "git_commit")
+
+
+def run_facts(config: RunConfig, shards: Shards) -> dict[str, Any]:
+    """What run.json and every checkpoint say about how the run came about."""
+    return {
+        "config": config.as_dict(),
+        "fingerprint": config.fingerprint(),
+        "manifest": shards.manifest.number,
+        "manifest_fingerprint": shards.manifest.fingerprint,
+        "git_commit": git_commit(),
+    }
+
+
+def previous_run(config: RunConfig, shards: Shards) -> dict[str, Any]:
+    """The directory's record, {} where there is none; one of another configuration or of other data is refused."""
+    previous = _read_record(config.run_dir)
+    if not previous:
+        return {}
+    if previous["fingerprint"] != config.fingerprint():
+        key, there, here = _first_difference(previous["config"], config.as_dict(), config.identity())
+        raise ConfigError(
+            f"{config.run_dir}: belongs to another configuration ({key} is {there} there, {here} here): "
+            "choose another --name, or remove the directory"
+        )
+    manifest = shards.manifest
+    if previous["manifest_fingerprint"] != manifest.fingerprint:
+        raise ConfigError(
+            f"{config.run_dir}: was trained on manifest {previous['manifest']} ({previous['manifest_fingerprint']}), "
+            f"the shards are now at manifest {manifest.number} ({manifest.fingerprint}): choose another --name"
+        )
+    return previous
+
+
+def open_tracked_run(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any]) -> TrackedRun:
+    """The MLflow run, new or continued, and the record that names it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
+    except MlflowException as error:
+        raise ConfigError(f"tracking.uri={redacted(config.tracking.uri)}: {redacted(str(error))}") from error
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(config.run_dir / RECORD, {**facts, "mlflow_run_id": run.run_id, "mlflow_status": "RUNNING"})
+    if run.run_id != previous.get("mlflow_run_id"):
+        run.params(facts["config"])
+        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in facts.items() if key != "config"}})
+    return run
+
+
+def close_tracked_run(config: RunConfig, run: TrackedRun, *, status: str) -> None:
+    """End the MLflow run (FINISHED, FAILED, KILLED) and note it, so that a command that died before is made good."""
+    run.close(status=status)
+    write_json(config.run_dir / RECORD, {**read_json(config.run_dir / RECORD), "mlflow_status": status})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Replace the file as a whole."""
+    staged = path.with_suffix(".tmp")
+    with staged.open("w") as stream:
+        json.dump(document, stream, indent=1, sort_keys=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(staged, path)
+
+
+def _read_record(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / RECORD
+    if file.exists():
+        try:
+            return read_json(file)
+        except ValueError as error:
+            fix = f"remove {run_dir}, there is no checkpoint in it"
+            if latest_checkpoint(run_dir) is not None:
+                fix = "remove it; the checkpoints say the same, only the MLflow run will be a new one"
+            raise ConfigError(f"{file}: not valid JSON (damaged or cut): {fix}") from error
+    latest = latest_checkpoint(run_dir)
+    if latest is not None:
+        document = read_state(latest)
+        return {key: document[key] for key in FACTS}
+    ours = {*LOCK_FILES, Path(RECORD).with_suffix(".tmp").name}
+    if run_dir.exists() and any(path.name not in ours for path in run_dir.iterdir()):
+        raise ConfigError(f"{run_dir}: not empty and not a run: choose another --name or --workspace")
+    return {}
+
+
+def _first_difference(there: dict[str, Any], here: dict[str, Any], identity: dict[str, Any]) -> tuple[str, Any, Any]:
+    """The first dotted key within the identity whose values differ."""
+
+    def walk(keys: Any, left: Any, right: Any, prefix: str) -> tuple[str, Any, Any] | None:
+        for key in keys:
+            old, new = (side.get(key) if isinstance(side, dict) else None for side in (left, right))
+            if isinstance(keys[key], dict) and isinstance(old, dict):
+                found = walk(keys[key], old, new, f"{prefix}{key}.")
+                if found:
+                    return found
+            elif old != new:
+                return f"{prefix}{key}", old, new
+        return None
+
+    keys = {key: value for key, value in identity.items() if key != "precision"}
+    return walk(keys, there, here, "") or (
+        "parallel.precision",
+        there["parallel"]["precision"],
+        here["parallel"]["precision"],
+    )

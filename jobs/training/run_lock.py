@@ -1,0 +1,127 @@
+"""Who may write into a run directory: one command at a time, and of its workers only the newest group.
+
+    RUN/lock          held by the command that drives the run
+    RUN/workers.lock  held by every worker; a new group begins when no worker of an earlier one is left
+
+Both are advisory locks of the kernel: they end with the process that holds them, however it ends. Workers outlive a
+killed driver by some seconds and may be writing a checkpoint in that time; that is why they have a lock of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from jobs.training.checkpoint import CheckpointError
+
+LOCK_FILES = ("lock", "workers.lock")
+WAIT_SECONDS = 60.0
+"""For the workers of a dead command; Ray ends them about two seconds after their driver (measured on one machine)."""
+POLL_SECONDS = 0.2
+
+
+class RunInUse(CheckpointError):
+    """Another process writes into the run directory; the message says which."""
+
+
+@contextlib.contextmanager
+def sole_command(run_dir: Path) -> Iterator[None]:
+    """Hold RUN/lock; RunInUse if another command does. A directory that stayed empty is removed afterwards."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "lock"
+    descriptor = _try_lock(path, fcntl.LOCK_EX)
+    if descriptor is None:
+        raise RunInUse(f"{run_dir}: {_holder(path)} is working on this run: wait for it, or choose another --name")
+    _sign(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()
+
+
+def wait_for_workers(run_dir: Path, *, tell: Callable[[str], None], wait_seconds: float = WAIT_SECONDS) -> None:
+    """Return when no worker of an earlier command is left; RunInUse after `wait_seconds`."""
+    path = run_dir / "workers.lock"
+    if not path.exists():
+        return
+    os.close(_wait_for_lock(path, wait_seconds=wait_seconds, tell=tell))
+
+
+@contextlib.contextmanager
+def sole_group(run_dir: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Hold RUN/workers.lock together with the other ranks and with nobody else. Collective."""
+    path = run_dir / "workers.lock"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor, problem = None, [""]
+    if dist.get_rank() == 0:
+        try:
+            descriptor = _wait_for_lock(path, wait_seconds=wait_seconds)
+            _sign(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except RunInUse as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise RunInUse(problem[0])
+    if descriptor is None:
+        descriptor = os.open(path, os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for_lock(path: Path, *, wait_seconds: float, tell: Callable[[str], None] = lambda text: None) -> int:
+    deadline, told = time.monotonic() + wait_seconds, False
+    while (descriptor := _try_lock(path, fcntl.LOCK_EX)) is None:
+        if not told:
+            tell(f"waiting for workers of an earlier command to end ({_holder(path)})")
+            told = True
+        if time.monotonic() > deadline:
+            raise RunInUse(f"{path.parent}: workers of an earlier command still write there ({_holder(path)}): end it")
+        time.sleep(POLL_SECONDS)
+    return descriptor
+
+
+def _try_lock(path: Path, mode: int) -> int | None:
+    """A descriptor that holds the lock, None where another process holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            raise RunInUse(
+                f"{path}: {error.strerror}: the file system has no locks (flock): choose another --workspace"
+            ) from error
+        # The holder before may have removed the file after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)
+
+
+def _sign(descriptor: int) -> None:
+    text = f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})"
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
+
+
+def _holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text() or "another process"
+    return "another process"
