@@ -1,0 +1,133 @@
+"""Commands that are killed: start one as a user does, follow it, end a process of it, compare what two runs learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from jobs.training.checkpoint import latest_checkpoint, read_state
+
+SOLAR = str(Path(sys.executable).parent / "solar")
+WAIT_SECONDS = 600.0
+"""For a moment that must come; only a defect (or a machine that is far too busy) uses it up."""
+
+
+class Command:
+    """`solar ...` in a process group of its own."""
+
+    def __init__(self, *arguments: str | Path, cwd: Path) -> None:
+        self._process = psutil.Popen(
+            [SOLAR, *map(str, arguments)],
+            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def finish(self, *, within: float = WAIT_SECONDS) -> tuple[int, str, str]:
+        """Wait for the end: exit code, stdout, stderr."""
+        out, errors = self._process.communicate(timeout=within)
+        return self._process.returncode, out, errors
+
+    def family(self) -> list[psutil.Process]:
+        """The command and all that it started."""
+        try:
+            return [self._process, *self._process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def workers(self) -> list[psutil.Process]:
+        """The training workers, in the order of their start."""
+        return [process for process in self.family() if _title(process).startswith("ray::RayTrainWorker")]
+
+    def wait_for_step(self, run_dir: Path, step: int) -> int:
+        """Return once telemetry.jsonl has this step (or the command ended); the latest step."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while (latest := latest_step(run_dir)) < step and not self.ended():
+            assert time.monotonic() < deadline, f"step {step} never came"
+            time.sleep(0.05)
+        return latest
+
+    def send(self, number: int, *, group: bool = False) -> None:
+        """A signal to the command, or to its process group as a terminal's Ctrl-C."""
+        if group:
+            os.killpg(self.pid, number)
+        else:
+            self._process.send_signal(number)
+
+    def kill_all(self) -> None:
+        """kill -9 of the command and of everything it started, at once."""
+        for process in reversed(self.family()):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+def latest_step(run_dir: Path) -> int:
+    """The last step that telemetry.jsonl tells of."""
+    steps = [row["step"] for row in telemetry(run_dir) if row["kind"] == "step"]
+    return steps[-1] if steps else 0
+
+
+def telemetry(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of telemetry.jsonl."""
+    file = run_dir / "telemetry.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def orphans(family: list[psutil.Process], *, within: float = 10.0) -> list[str]:
+    """What still runs of a command's processes some seconds after it ended.
+
+    Ray's two agents of a node look for their raylet once a minute and write nothing: they are not counted.
+    """
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    _, alive = psutil.wait_procs(family, timeout=within)
+    return [title for title in map(_title, alive) if title and title not in agents]
+
+
+def learned(run_dir: Path) -> dict[str, Any]:
+    """Everything that two equal runs must share: weights, optimizer rows and moments, and the best validation."""
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None, run_dir
+    state = read_state(checkpoint, checksums=True)["train_state"]
+    files = sorted(checkpoint.glob("*.safetensors"))
+    tensors = {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return tensors | {name: state[name] for name in ("step", "finished", "best_metric", "best_step", "loader")}
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The names whose values are not bit-equal."""
+    names = sorted(expected.keys() | found.keys())
+    return [name for name in names if not _equal(expected.get(name), found.get(name))]
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    return bool(left == right)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return (process.cmdline() or [process.name()])[0]
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+SIGNALS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}

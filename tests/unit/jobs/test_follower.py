@@ -1,0 +1,97 @@
+"""telemetry.jsonl, MLflow's points and the note beside the bar, over restarts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.follower import Follower
+
+
+class FakeStage:
+    result = ""
+
+    def __init__(self) -> None:
+        self.note = ""
+
+    def update(self, done: float, total: float | None, note: str = "") -> None:
+        self.note = note
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.points: list[tuple[int, dict[str, float]]] = []
+
+    def metrics(self, values: dict[str, float], *, step: int, time_seconds: float) -> None:
+        self.points.append((step, values))
+
+
+@pytest.fixture
+def stage() -> Any:
+    return FakeStage()
+
+
+@pytest.fixture
+def run() -> Any:
+    return FakeRun()
+
+
+@pytest.fixture
+def log(tmp_path) -> Path:
+    return tmp_path / "telemetry.jsonl"
+
+
+@pytest.fixture
+def follow(run, stage, log) -> Follower:
+    return Follower(run, stage, log, primary="ndcg@10", num_workers=2)
+
+
+def row(kind: str, **values: Any) -> dict[str, Any]:
+    return {"kind": kind, "time": 1.0, **values}
+
+
+def rows_of(log: Path) -> list[tuple[str, int, float | None]]:
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(found["kind"], found["step"], found.get("loss")) for found in rows]
+
+
+def test_steps_of_a_restart_supersede_the_lost_ones(follow, run, log):
+    follow([row("start", step=0, num_steps=4), *(row("step", step=step, loss=1.0) for step in (1, 2, 3))])
+    follow([row("checkpoint", step=2, path="x")])
+    follow([row("start", step=2, num_steps=4), *(row("step", step=step, loss=2.0) for step in (3, 4))])
+    assert rows_of(log) == [
+        ("start", 0, None),
+        ("step", 1, 1.0),
+        ("step", 2, 1.0),
+        ("checkpoint", 2, None),
+        ("start", 2, None),
+        ("step", 3, 2.0),
+        ("step", 4, 2.0),
+    ]
+    assert [step for step, _ in run.points] == [1, 2, 3, 3, 4]
+    assert run.points[0][1] == {"train/loss": 1.0}
+
+
+def test_half_a_line_of_a_killed_command_is_dropped(follow, log):
+    log.write_text(json.dumps(row("step", step=1, loss=1.0)) + '\n{"kind": "step", "ti')
+    follow([row("start", step=1, num_steps=4), row("step", step=2, loss=1.0)])
+    assert rows_of(log) == [("step", 1, 1.0), ("start", 1, None), ("step", 2, 1.0)]
+
+
+def test_progress_is_shown_and_not_kept(follow, run, stage, log):
+    follow([])
+    assert stage.note == "starting 2 workers"
+    assert not log.exists()
+    follow([row("start", step=0, num_steps=4)])
+    assert stage.note == "step 0/4  first batch"
+    follow([row("step", step=1, loss=0.5), row("progress", stage="valid", done=3, total=9)])
+    assert stage.note == "step 1/4  loss 0.5000  valid 3/9"
+    follow([row("valid", step=1, **{"ndcg@10": 0.25})])
+    assert stage.note == "step 1/4  loss 0.5000  best ndcg@10 0.2500"
+    follow([row("start", step=1, num_steps=4), row("step", step=2, loss=0.5)])
+    assert "restarts 1" in stage.note
+    assert "progress" not in log.read_text()
+    assert run.points == [(1, {"train/loss": 0.5}), (1, {"valid/ndcg@10": 0.25}), (2, {"train/loss": 0.5})]

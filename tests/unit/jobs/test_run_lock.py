@@ -1,0 +1,76 @@
+"""Two commands on one run, and a command that begins while workers of a dead one still write."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from jobs.training.run_lock import RunInUse, sole_command, wait_for_workers
+
+HOLD = """
+import fcntl, os, sys, time
+descriptor = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(descriptor, fcntl.LOCK_SH)
+os.pwrite(descriptor, b"process 7 on elsewhere", 0)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return tmp_path / "runs" / "mine"
+
+
+@pytest.fixture
+def worker(run_dir):
+    """Another process that holds the workers' lock."""
+    run_dir.mkdir(parents=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run_dir / "workers.lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_second_command_on_a_run_is_told_which_process_holds_it(run_dir):
+    with sole_command(run_dir):
+        with pytest.raises(RunInUse, match=rf"runs/mine: process {os.getpid()} on \S+ .* choose another --name"):
+            with sole_command(run_dir):
+                pass
+        assert (run_dir / "lock").exists()
+    with sole_command(run_dir):
+        pass
+
+
+def test_directory_in_which_nothing_was_written_is_removed_again(run_dir):
+    with sole_command(run_dir):
+        pass
+    assert not run_dir.exists()
+    with sole_command(run_dir):
+        (run_dir / "run.json").touch()
+    assert [path.name for path in run_dir.iterdir()] == ["run.json"]
+
+
+def test_command_waits_for_workers_of_a_killed_one_and_says_so(run_dir, worker):
+    told = []
+    threading.Timer(0.5, worker.kill).start()
+    wait_for_workers(run_dir, tell=told.append, wait_seconds=60)
+    assert told == ["waiting for workers of an earlier command to end (process 7 on elsewhere)"]
+
+
+def test_workers_that_never_end_are_named(run_dir, worker):
+    with pytest.raises(RunInUse, match="still write there \\(process 7 on elsewhere\\)"):
+        wait_for_workers(run_dir, tell=lambda text: None, wait_seconds=0)
+
+
+def test_nothing_to_wait_for_where_no_worker_ever_was(run_dir):
+    wait_for_workers(run_dir, tell=pytest.fail)
+    assert not run_dir.exists()
