@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from jobs.training import checkpoint as checkpoint_module
 from jobs.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -22,6 +25,7 @@ from jobs.training.checkpoint import (
 from jobs.training.loop import TrainingConfig, TrainJob, train
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
+from jobs.training.run_lock import RunInUse, sole_group
 from jobs.training.telemetry import Reporter
 from models.solar import SolarConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
@@ -184,3 +188,75 @@ def test_old_checkpoints_are_collected_but_the_best_one_stays(two_rank_runs):
     best = read_state(directory / "resumed" / f"step-{kept[-1]:08d}")["train_state"]["best_step"]
     assert best in kept
     assert len(kept) <= 3
+
+
+def run_on_a_full_disk(job: TrainJob) -> list[str]:
+    """Stop at step 5, then twice try to stop at step 7 while the disk refuses rank 1's table, or rank 0's dense file.
+
+    Returns what the two refused attempts said.
+    """
+    written = checkpoint_module.save_file
+
+    def refuse(names: tuple[str, ...], rank: int):
+        def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            if dist.get_rank() == rank and path.name.startswith(names):
+                path.write_bytes(b"half")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written(tensors, path)
+
+        return save_file
+
+    with sole_group(Path(job.run_dir)):
+        train(job, reporter=RecordingReporter(5))
+    said = []
+    for names, rank in ((("table-",), 1), (("dense",), 0)):
+        checkpoint_module.save_file = refuse(names, rank)
+        try:
+            with sole_group(Path(job.run_dir)):
+                train(job, reporter=RecordingReporter(7))
+        except CheckpointError as error:
+            said.append(str(error))
+        finally:
+            checkpoint_module.save_file = written
+    dist.barrier()
+    return said
+
+
+def test_full_disk_ends_the_run_on_every_rank_and_leaves_the_earlier_checkpoint(shards_dir, tmp_path):
+    said = run_ranks(run_on_a_full_disk, 2, make_job(shards_dir, tmp_path / "full"))
+    assert said[0] == said[1]
+    assert len(said[0]) == 2
+    assert all("step-00000007: not written: No space left on device: make room" in text for text in said[0])
+    # Step 4 ends the first epoch.
+    left = sorted((tmp_path / "full").glob("step-*"))
+    assert [path.name for path in left] == ["step-00000004", "step-00000005"]
+    assert [verify_checkpoint(path) for path in left] == [[], []]
+
+
+def hold_together(run_dir: Path) -> str:
+    with sole_group(run_dir):
+        with (run_dir / "workers.lock").open() as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held = True
+            else:
+                held = False
+        dist.barrier()
+    dist.barrier()
+    intruder = (run_dir / "workers.lock").open() if dist.get_rank() == 0 else None
+    if intruder:
+        fcntl.flock(intruder, fcntl.LOCK_SH)
+    dist.barrier()
+    try:
+        with sole_group(run_dir, wait_seconds=0):
+            return "entered"
+    except RunInUse as error:
+        return f"{held}, {error}"
+
+
+def test_group_holds_its_lock_together_and_a_rank_of_another_group_keeps_all_out(tmp_path):
+    said = run_ranks(hold_together, 2, tmp_path)
+    assert said[0] == said[1]
+    assert said[0].startswith("True, ")
+    assert "workers of an earlier command still write there (process " in said[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -161,3 +162,16 @@ def test_time_features_without_time_stamps_are_refused_by_name(refuses, tmp_path
     line = refuses("train", "ml-1m", "--data.shards", str(shards), "--model.time_features", "true")
     assert "model.time_features" in line
     assert "order only" in line
+
+
+def test_disk_too_small_for_the_checkpoints_is_refused_before_a_worker_starts(
+    refuses, log, tmp_path, capfd, monkeypatch, local_ray
+):
+    shards = tmp_path / "shards"
+    assert cli.run([*prepare(log, shards), "--workspace", str(tmp_path / "workspace"), "-v"]) == 0
+    capfd.readouterr()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("jobs.train.shutil.disk_usage", lambda path: usage._replace(free=1 << 20))
+    line = refuses("train", "ml-1m", "--data.shards", str(shards), "--model.time_features", "false")
+    assert f"{tmp_path}/workspace/runs/ml-1m: 1 MiB free, its checkpoints need" in line
+    assert "lower checkpoint.keep" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ from jobs.training.checkpoint import (
 )
 
 
-def write_checkpoint(path: Path) -> Path:
+def write_checkpoint(path: Path, **facts: Any) -> Path:
     """As the format is documented, without the code that writes it."""
     path.mkdir(parents=True)
     save_file({"weight": torch.ones(4, 2), "accumulator": torch.ones(4)}, path / "table-item-000000000000.safetensors")
     save_file({"w": torch.ones(3)}, path / "dense.safetensors")
-    (path / "state.json").write_text(json.dumps({"train_state": {"step": int(path.name[5:])}}))
+    (path / "state.json").write_text(json.dumps({"train_state": {"step": int(path.name[5:])}, **facts}))
     files = [
         {"name": file.name, "bytes": file.stat().st_size, "xxh64": xxhash.xxh64(file.read_bytes()).hexdigest()}
         for file in sorted(path.iterdir())
