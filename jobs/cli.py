@@ -7,6 +7,7 @@ anything else is a defect and shows its traceback.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -47,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("solar: interrupted", file=sys.stderr)
         code = 130
+    if code == 130:
+        # Threads of Ray may be inside its C++ code: the ordinary end of Python can then crash (seen: SIGSEGV).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
