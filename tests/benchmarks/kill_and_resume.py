@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=40)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="solar-kills-") as directory:
-        sys.exit(compare(Path(directory), kills=arguments.kills, seed=arguments.seed, epochs=arguments.epochs))
+    place = Path(tempfile.mkdtemp(prefix="solar-kills-"))
+    print(f"in {place} (kept if something fails)", flush=True)
+    failed = compare(place, kills=arguments.kills, seed=arguments.seed, epochs=arguments.epochs)
+    if not failed:
+        shutil.rmtree(place)
+    sys.exit(failed)
 
 
 def compare(place: Path, *, kills: int, seed: int, epochs: int) -> int:
@@ -81,6 +86,7 @@ def disturb(
         at = f"{latest_step(run_dir)} start"
     else:
         at = str(command.wait_for_step(run_dir, max(1, step)))
+    assert not command.ended(), f"{victim} at {at}: ended by itself: {command.finish()}"
     family, ended_at = command.family(), time.monotonic()
     if victim == "command":
         family[0].kill()
