@@ -51,12 +51,18 @@ class Follower:
         for row in rows:
             if row["kind"] == "start":
                 drop_superseded(self._log, after_step=row["step"])
-            with self._log.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+            self._append(json.dumps(row) + "\n")
             if row["kind"] in ("step", "valid"):
                 prefix = {"step": "train", "valid": "valid"}[row["kind"]]
                 values = {f"{prefix}/{key}": row[key] for key in row if key not in ("kind", "time", "step")}
                 self._run.metrics(values, step=row["step"], time_seconds=row["time"])
+
+    def _append(self, line: str) -> None:
+        try:
+            with self._log.open("a") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._log)) from error
 
 
 def drop_superseded(log: Path, *, after_step: int) -> None:

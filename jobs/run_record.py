@@ -75,13 +75,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Replace the file as a whole."""
+    """Replace the file as a whole; an OSError names it, and leaves the old one."""
     staged = path.with_suffix(".tmp")
-    with staged.open("w") as stream:
-        json.dump(document, stream, indent=1, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(staged, path)
+    try:
+        with staged.open("w") as stream:
+            json.dump(document, stream, indent=1, sort_keys=True)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _read_record(run_dir: Path) -> dict[str, Any]:

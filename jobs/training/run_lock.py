@@ -117,8 +117,10 @@ def _try_lock(path: Path, mode: int) -> int | None:
 
 def _sign(descriptor: int) -> None:
     text = f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})"
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
+    # The lock holds without its text; a full disk is told of where its free space is compared with the need.
+    with contextlib.suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
 
 
 def _holder(path: Path) -> str:
