@@ -274,8 +274,9 @@ def _split(user: np.ndarray, time: np.ndarray, config: RequestConfig) -> np.ndar
 
 
 def _milliseconds(name: str, value: str | int | None) -> int:
-    if isinstance(value, int):
-        return value
+    # 20240131 is a date, a longer number milliseconds, on a command line too.
+    if isinstance(value, int) or (str(value).isdigit() and len(str(value)) > 8):
+        return int(value)  # type: ignore[arg-type]
     try:
         moment = datetime.datetime.fromisoformat(str(value))
     except ValueError:
