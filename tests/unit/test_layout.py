@@ -42,8 +42,9 @@ def test_every_command_in_the_readme_exists():
     known = set(COMMANDS)
     used = {command for command in commands if re.search(rf"(`|\n\s*|/)solar {command}\b", text)}
     assert used <= known
-    recipes = set(re.findall(r"solar (?:run|train|evaluate|register) ([\w.-]+)", text))
-    assert {recipe for recipe in recipes - {"RECIPE"} if not recipe.endswith(".yaml")} <= set(recipe_names())
+    subjects = set(re.findall(r"solar (?:run|train|evaluate|register) ([\w./:@-]+)", text))
+    recipes = {subject for subject in subjects - {"RECIPE", "CHECKPOINT"} if "/" not in subject}
+    assert {recipe for recipe in recipes if not recipe.endswith(".yaml")} <= set(recipe_names())
     targets = set(re.findall(r"\bmake (\w+)", text))
     makefile = (ROOT / "Makefile").read_text()
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
