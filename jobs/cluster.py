@@ -67,14 +67,7 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
     level = logging.INFO if verbose else logging.ERROR
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        ray.init(
-            address="local",
-            num_cpus=max(num_cpus, psutil.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=level,
-            log_to_driver=verbose,
-        )
+        _start(num_cpus=num_cpus, level=level)
     else:
         _join(address, named=f"{'cluster.address' if config.address else 'RAY_ADDRESS'}={address}", level=level)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -82,6 +75,28 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
         yield
     finally:
         ray.shutdown()
+
+
+def _start(*, num_cpus: int, level: int) -> None:
+    """A Ray of this command alone; ConnectionError where the machine is too busy to start one."""
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(num_cpus, psutil.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            logging_level=level,
+            log_to_driver=level == logging.INFO,
+        )
+    # Ray raises the base class here, after a limit that it cannot be told to change.
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        raise ConnectionError(
+            "Ray did not start within 30 s, this machine is too busy (or out of memory): end something and try again"
+        ) from error
 
 
 def _join(address: str, *, named: str, level: int) -> None:
