@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jobs.config import ConfigError, RunConfig, stored_config, values_of
 from jobs.evaluate import System
+from jobs.recipes import recipe_names
 from jobs.registry import fetch_model
 from jobs.tracking import TrackingConfig
 from jobs.train import open_shards, train_job
@@ -44,8 +45,8 @@ class Subject:
 
 
 def is_subject(text: str) -> bool:
-    """Whether a first argument names weights and not a recipe."""
-    return text.startswith("models:/") or Path(text).is_dir()
+    """Whether a first argument names weights and not a recipe; a directory named like a recipe is the recipe."""
+    return text.startswith("models:/") or (text not in recipe_names() and Path(text).is_dir())
 
 
 def find_subject(text: str, arguments: Sequence[str]) -> Subject:

@@ -25,6 +25,7 @@ import yaml
 from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
 from jobs.config import ConfigError, redacted
 from jobs.ray_jobs import STOP_GRACE_VARIABLE, Cluster
+from jobs.recipes import recipe_names
 from jobs.tracking import GIT_COMMIT_VARIABLE, git_commit
 
 PACKAGES = ("jobs", "models", "pipeline")
@@ -212,17 +213,17 @@ def _with_absolute_paths(name: str, arguments: list[str], directory: Path, *, sa
         else:
             position += 1
             key, value, prefix = "", argument, ""
-        is_path = key in PATH_OPTIONS if key else _is_path(name, position, directory / value)
+        is_path = key in PATH_OPTIONS if key else _is_path(name, position, value, directory)
         if is_path and _is_relative(value):
             value = _absolute(value, directory, f"--{key}" if key else name, same_machine=same_machine)
         rewritten.append(prefix + value)
     return rewritten
 
 
-def _is_path(name: str, position: int, value: Path) -> bool:
+def _is_path(name: str, position: int, value: str, directory: Path) -> bool:
     """Whether a positional argument is a path: `evaluate` takes a recipe or the directory of a checkpoint."""
     if name == "evaluate":
-        return position == 0 and value.is_dir()
+        return position == 0 and value not in recipe_names() and (directory / value).is_dir()
     return name in FIRST_PATH and position >= FIRST_PATH[name]
 
 
