@@ -27,7 +27,7 @@ solar COMMAND ... [-v]
   prepare               event log -> sequence shards; again with more events: merges
   inspect DIR           what is in a shard directory or a checkpoint (--verify, --digest)
   train RECIPE          shards -> checkpoints and an MLflow run (--resume)
-  evaluate RECIPE       the run's best checkpoint -> metrics, beside its baselines
+  evaluate SUBJECT      a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)
   register RECIPE       the run's best checkpoint -> MLflow registry
   score MODEL_URI       a registered model on Parquet requests -> scores and rankings
   submit -- COMMAND     any of these as a job of a Ray cluster, its log followed here
