@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 import rich.console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -62,7 +63,8 @@ class Console:
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 or column in text else "right", no_wrap=index == 0)
         for row in rows:
-            table.add_row(*row)
+            # A cell such as [genres] is text, no markup.
+            table.add_row(*(escape(cell) for cell in row))
         self._rich.print(table)
 
     @contextmanager
