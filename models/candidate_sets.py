@@ -28,8 +28,6 @@ class CandidateSets:
 
     num_requests: int
     """B."""
-    num_candidates: int
-    """M."""
     uniform_size: int | None
     """T if every set has T candidates: then [M] is [B, T] without moving anything and there are no groups."""
     group_request: tuple[Tensor, ...]
@@ -38,10 +36,14 @@ class CandidateSets:
     """Per group [b, T] int64: rows of M; padding repeats the set's first row."""
     group_present: tuple[Tensor, ...]
     """Per group [b, T] bool: not padding."""
+    place_M: Tensor
+    """[M] int64: where each candidate stands in the groups laid end to end; empty if there are none."""
+    request_M: Tensor
+    """[M] int64: the request of each candidate."""
 
     @staticmethod
-    def from_offsets(candidate_offsets_B1: Tensor, *, num_candidates: int) -> CandidateSets:
-        """The layout of the sets that `candidate_offsets_B1` [B + 1] delimits."""
+    def from_offsets(candidate_offsets_B1: Tensor, *, device: torch.device) -> CandidateSets:
+        """The layout of the sets that `candidate_offsets_B1` [B + 1], on the host, delimits; indices on `device`."""
         size_B = candidate_offsets_B1.diff()
         num_requests = size_B.numel()
         smallest, largest = (int(size_B.min()), int(size_B.max())) if num_requests else (0, 0)
@@ -56,13 +58,22 @@ class CandidateSets:
                 row_bT = candidate_offsets_B1[request_b, None] + torch.where(present_bT, place_T, 0)
                 groups.append((request_b, row_bT, present_bT))
         requests, rows, presents = zip(*groups, strict=True) if groups else ((), (), ())
+        # The place that each candidate got in the groups laid end to end, padding included.
+        present = torch.cat([group.flatten() for group in presents]) if groups else torch.zeros(0, dtype=torch.bool)
+        row = torch.cat([group.flatten() for group in rows]) if groups else torch.zeros(0, dtype=torch.long)
+        place = torch.nonzero(present).squeeze(1)
+
+        def move(index: Tensor) -> Tensor:
+            return index.to(device, non_blocking=True)
+
         return CandidateSets(
             num_requests=num_requests,
-            num_candidates=num_candidates,
             uniform_size=uniform,
-            group_request=requests,
-            group_row=rows,
-            group_present=presents,
+            group_request=tuple(map(move, requests)),
+            group_row=tuple(map(move, rows)),
+            group_present=tuple(map(move, presents)),
+            place_M=move(place[torch.argsort(row[place])]),
+            request_M=move(torch.repeat_interleave(size_B)),
         )
 
     def map(self, compute: Callable[..., Tensor], value_MD: Tensor, *per_request: Tensor) -> Tensor:
@@ -73,9 +84,8 @@ class CandidateSets:
         results = []
         for request_b, row_bT, present_bT in zip(self.group_request, self.group_row, self.group_present, strict=True):
             chosen = (gather_rows(tensor, request_b) for tensor in per_request)
-            results.append(compute(gather_rows(value_MD, row_bT), present_bT, *chosen)[present_bT])
-        rows = torch.cat([row[present] for row, present in zip(self.group_row, self.group_present, strict=True)])
-        return gather_rows(torch.cat(results), torch.argsort(rows))
+            results.append(compute(gather_rows(value_MD, row_bT), present_bT, *chosen).flatten(0, 1))
+        return gather_rows(torch.cat(results), self.place_M)
 
 
 def attend(
@@ -86,28 +96,43 @@ def attend(
     bias_BHS: Tensor,
     num_heads: int,
     candidates: CandidateSets,
+    softmax: bool = True,
 ) -> Tensor:
     """out_MD = softmax_S(Q_h K_h^T + bias) V_h, heads side by side; keys are already scaled.
 
-    Keys that do not exist have bias MASKED_SCORE and value 0; a request without any key gets 0.
+    Keys that do not exist have bias MASKED_SCORE and value 0; a request without any key gets 0. Without softmax such
+    keys must be 0 as well, and there is no bias.
     """
 
     def compute(query_bTD: Tensor, _: Tensor | None, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        return attend_dense(query_bTD, key_bSD=key, value_bSD=value, bias_bHS=bias, num_heads=num_heads)
+        return attend_dense(
+            query_bTD, key_bSD=key, value_bSD=value, bias_bHS=bias, num_heads=num_heads, softmax=softmax
+        )
 
     return candidates.map(compute, query_MD, key_BSD, value_BSD, bias_BHS)
 
 
-def attend_dense(query_bTD: Tensor, *, key_bSD: Tensor, value_bSD: Tensor, bias_bHS: Tensor, num_heads: int) -> Tensor:
+def attend_dense(
+    query_bTD: Tensor,
+    *,
+    key_bSD: Tensor,
+    value_bSD: Tensor,
+    bias_bHS: Tensor,
+    num_heads: int,
+    softmax: bool = True,
+) -> Tensor:
     """out_bTD: `attend` for requests with equally many candidates."""
     b, size, width = query_bTD.shape
 
     def heads(value: Tensor) -> Tensor:
         return value.reshape(b, value.shape[1], num_heads, width // num_heads).transpose(1, 2).flatten(0, 1)
 
-    bias = bias_bHS.expand(b, num_heads, bias_bHS.shape[2]).reshape(b * num_heads, 1, bias_bHS.shape[2])
-    score = torch.baddbmm(bias, heads(query_bTD), heads(key_bSD).transpose(1, 2))
-    mixed = torch.bmm(torch.softmax(score, -1), heads(value_bSD))
+    if softmax:
+        bias = bias_bHS.expand(b, num_heads, bias_bHS.shape[2]).reshape(b * num_heads, 1, bias_bHS.shape[2])
+        weight = torch.softmax(torch.baddbmm(bias, heads(query_bTD), heads(key_bSD).transpose(1, 2)), -1)
+    else:
+        weight = torch.bmm(heads(query_bTD), heads(key_bSD).transpose(1, 2))
+    mixed = torch.bmm(weight, heads(value_bSD))
     return mixed.unflatten(0, (b, num_heads)).transpose(1, 2).reshape(b, size, width)
 
 

@@ -31,8 +31,8 @@ class History:
     """[N, D] normalised event vectors."""
     interests: Interests | None
     """Interests at the checkpoints in use, or None where they are switched off."""
-    checkpoint_B: Tensor
-    """[B] row of `interests` that a request reads; 0 is the empty history."""
+    checkpoint_B: Tensor | None
+    """[B] row of `interests` that a request reads; 0 is the empty history. None as `interests`."""
     recent_event_BW: Tensor
     """[B, W] 1 + index into N of the latest W events before the request, oldest first; 0 where there is none."""
     recent_gap_BW: Tensor
@@ -84,15 +84,14 @@ def previous_gap(event_time_N: Tensor, event_offsets_U1: Tensor) -> Tensor:
     """[N] bucket of the time since the user's previous event; bucket 0 for the first."""
     gap_N = torch.diff(event_time_N, prepend=event_time_N[:1])
     starts = event_offsets_U1[:-1][event_offsets_U1.diff() > 0]
-    return gap_bucket(gap_N.index_fill(0, starts, 0))
+    return gap_bucket(gap_N.index_fill(0, starts.to(gap_N.device, non_blocking=True), 0))
 
 
 def recent_events(inputs: ModelInput, *, window: int) -> tuple[Tensor, Tensor]:
     """recent_event_BW and recent_gap_BW of `History`: the latest `window` events before each request."""
-    place_W = torch.arange(-window, 0, device=inputs.request_position_B.device)
-    place_BW = inputs.request_position_B[:, None] + place_W
+    place_BW = inputs.request_position_B[:, None] + torch.arange(-window, 0)
     event_BW = inputs.event_offsets_U1[inputs.request_user_B][:, None] + place_BW + 1
-    event_BW = torch.where(place_BW >= 0, event_BW, 0)
+    event_BW = torch.where(place_BW >= 0, event_BW, 0).to(inputs.event_time_N.device, non_blocking=True)
     time_N1 = torch.cat([inputs.event_time_N.new_zeros(1), inputs.event_time_N])
     return event_BW, gap_bucket(inputs.request_time_B[:, None] - time_N1[event_BW])
 

@@ -20,14 +20,18 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelInput:
-    """What a tower reads. Items are looked up once each; events and candidates point into them by index."""
+    """What a tower reads. Items are looked up once each; events and candidates point into them by index.
+
+    What says where things are (event_offsets, request_user, request_position, candidate_offsets) is on the host, all
+    else on the device: a tower plans on the host and never waits for the device to tell it a size.
+    """
 
     item_IC: Tensor
     """[I, C] embedding rows of the distinct items of this batch, with the gradient of the look-up."""
     features_IFC: Tensor
     """[I, F, C] one vector per item feature: the mean of its values' rows, zero where an item has none."""
     event_offsets_U1: Tensor
-    """[U + 1] int64: user u owns events event_offsets[u] : event_offsets[u + 1], in total order."""
+    """[U + 1] int64, host: user u owns events event_offsets[u] : event_offsets[u + 1], in total order."""
     event_item_N: Tensor
     """[N] int64 index into I."""
     event_time_N: Tensor
@@ -35,13 +39,13 @@ class ModelInput:
     event_action_N: Tensor
     """[N] int64 action code, below `num_actions` of the model's config; 0 = none."""
     request_user_B: Tensor
-    """[B] int64, not decreasing."""
+    """[B] int64, host, not decreasing."""
     request_position_B: Tensor
-    """[B] int64: the first so many events of the user are the history."""
+    """[B] int64, host: the first so many events of the user are the history."""
     request_time_B: Tensor
     """[B] int64 milliseconds since 1970 UTC, zero where the log has an order only."""
     candidate_offsets_B1: Tensor
-    """[B + 1] int64."""
+    """[B + 1] int64, host."""
     candidate_item_M: Tensor
     """[M] int64 index into I."""
 

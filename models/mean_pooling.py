@@ -49,9 +49,7 @@ class MeanPooling(Recommender):
         rows = torch.cat([inputs.item_IC[:, None], inputs.features_IFC], 1).flatten(1)
         item_IC = self.norm(self.item(rows.to(self.item.weight.dtype)))
         user_BC = self.user(self.dropout(history_mean(item_IC, inputs)))
-        request_M = torch.repeat_interleave(
-            inputs.candidate_offsets_B1.diff(), output_size=inputs.candidate_item_M.numel()
-        )
+        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(item_IC.device, non_blocking=True)
         candidate_MC = F.embedding(inputs.candidate_item_M, item_IC)
         agreement_M = (F.embedding(request_M, user_BC) * candidate_MC).sum(-1) / math.sqrt(self.config.width)
         return (agreement_M + F.embedding(inputs.candidate_item_M, self.popularity(item_IC)).squeeze(-1)).float()
@@ -65,5 +63,9 @@ def history_mean(item_IC: Tensor, inputs: ModelInput) -> Tensor:
     sum_NC = F.embedding(inputs.event_item_N, item_IC).double().cumsum(0)
     sum_N1C = torch.cat([sum_NC.new_zeros(1, sum_NC.shape[1]), sum_NC])
     start_B = inputs.event_offsets_U1[inputs.request_user_B]
-    total_BC = F.embedding(start_B + inputs.request_position_B, sum_N1C) - F.embedding(start_B, sum_N1C)
-    return (total_BC / inputs.request_position_B.clamp_min(1)[:, None]).to(item_IC.dtype)
+    stop_B, start_B, length_B = (
+        index.to(item_IC.device, non_blocking=True)
+        for index in (start_B + inputs.request_position_B, start_B, inputs.request_position_B.clamp_min(1))
+    )
+    total_BC = F.embedding(stop_B, sum_N1C) - F.embedding(start_B, sum_N1C)
+    return (total_BC / length_B[:, None]).to(item_IC.dtype)

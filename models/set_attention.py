@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.candidate_sets import CandidateSets, attend_dense, mask_bias
-from models.svd_attention import START_TEMPERATURE, Interests, interests_from_gram
+from models.svd_attention import START_TEMPERATURE, Decomposition, Interests, interests_from_gram
 
 
 class SetAttention(nn.Module):
@@ -61,5 +61,8 @@ def set_interests(candidate_bTD: Tensor, *, present_bT: Tensor, rank: int) -> In
     with torch.autocast(candidate_bTD.device.type, enabled=False):
         rows_bTD = candidate_bTD.double()
         return interests_from_gram(
-            rows_bTD.mT @ rows_bTD, sum_KD=rows_bTD.sum(1), count_K=present_bT.sum(1).double(), rank=rank
+            rows_bTD.mT @ rows_bTD,
+            sum_KD=rows_bTD.sum(1),
+            weight_K=present_bT.sum(1).double(),
+            how=Decomposition(rank=rank),
         )

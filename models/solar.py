@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from models.checkpoints import checkpoint_interests
 from models.history import NUM_GAP_BUCKETS, EventEncoder, History, ItemEncoder, recent_events
 from models.interface import ModelInput, Recommender
 from models.set_attention import SetAttention
-from models.svd_attention import Interests, SvdAttention
+from models.svd_attention import Decomposition, Interests, SvdAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,16 @@ class SolarConfig:
     """R, interests of a history; at most `width`."""
     checkpoint_every: int = 16
     """Events between two decompositions of a user's growing history."""
+    half_life: float = 0.0
+    """Events after which an event weighs half in the interests; 0 = all weigh the same."""
+    gradient: Literal["stable", "exact", "stop"] = "stable"
+    """Through the decomposition (models/svd_attention.py); exact and stop are ablations."""
+    canonical_sign: bool = True
+    """Interests point along the sum of their events; off is an ablation."""
+    divide_by_events: bool = True
+    """Interests are divided by the square root of the history's length; off is an ablation."""
+    softmax: bool = True
+    """Over the interests; off (the bilinear form) is an ablation."""
     recent_window: int = 50
     """W, latest events that are attended to exactly; 0 switches this off."""
     set_attention: bool = True
@@ -83,6 +94,19 @@ class SolarConfig:
             )
         if not self.interests and self.recent_window == 0:
             raise ValueError("interests = false and recent_window = 0 leave no history; switch one of them on")
+        if not 0 <= self.half_life < math.inf:
+            raise ValueError(f"half_life = {self.half_life} must be a number of events, or 0 to let nothing decay")
+        self.decomposition  # noqa: B018 (its own rules)
+
+    @property
+    def decomposition(self) -> Decomposition:
+        """How interests are taken."""
+        return Decomposition(
+            rank=self.rank,
+            gradient=self.gradient,
+            canonical_sign=self.canonical_sign,
+            divide_by_events=self.divide_by_events,
+        )
 
 
 class Solar(Recommender):
@@ -102,9 +126,7 @@ class Solar(Recommender):
         self.head = Head(config)
 
     def forward(self, inputs: ModelInput) -> Tensor:
-        candidates = CandidateSets.from_offsets(
-            inputs.candidate_offsets_B1, num_candidates=inputs.candidate_item_M.numel()
-        )
+        candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
         item_ID = self.items(inputs.item_IC, inputs.features_IFC)
         history = self._history(item_ID, inputs)
         # The first block reads items, not candidates: what a candidate needs before it meets its request is computed
@@ -123,20 +145,22 @@ class Solar(Recommender):
         history = self._history(self.items(inputs.item_IC, inputs.features_IFC), inputs)
         if history.interests is None:
             raise ValueError("interests = false: this model has no spectrum; switch interests on")
+        assert history.checkpoint_B is not None
         return history.interests, history.checkpoint_B
 
     def _history(self, item_ID: Tensor, inputs: ModelInput) -> History:
         config = self.config
         event_ND = self.events(item_ID, inputs)
-        interests, checkpoint_B = None, torch.zeros_like(inputs.request_user_B)
+        interests = checkpoint_B = None
         if config.interests:
             interests, checkpoint_B = checkpoint_interests(
                 event_ND,
                 event_offsets_U1=inputs.event_offsets_U1,
                 request_user_B=inputs.request_user_B,
                 request_position_B=inputs.request_position_B,
-                rank=config.rank,
                 every=config.checkpoint_every,
+                how=config.decomposition,
+                half_life=config.half_life,
             )
         recent_event_BW, recent_gap_BW = recent_events(inputs, window=config.recent_window)
         return History(
@@ -156,7 +180,7 @@ class SolarBlock(nn.Module):
         width, heads = config.width, config.num_heads
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width, bias=False)
-        self.lifelong = SvdAttention(width, num_heads=heads) if config.interests else None
+        self.lifelong = SvdAttention(width, num_heads=heads, softmax=config.softmax) if config.interests else None
         self.recent = RecentAttention(config) if config.recent_window else None
         self.output = nn.Linear(width, width, bias=False)
         self.set_norm = nn.LayerNorm(width) if config.set_attention else None
@@ -180,7 +204,7 @@ class SolarBlock(nn.Module):
         if item_M is not None:
             state, query_MD = gather_rows(state, item_M), gather_rows(query_MD, item_M)
         found = []
-        if self.lifelong is not None and history.interests is not None:
+        if self.lifelong is not None and history.interests is not None and history.checkpoint_B is not None:
             found.append(
                 self.lifelong(
                     query_MD, interests=history.interests, checkpoint_B=history.checkpoint_B, candidates=candidates

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,31 @@ GRADIENT_EPS = 1e-6
 0.998, 0.946 at rank 8, 16, 32; finite for every input. Relative to the largest eigenvalue it would be 0.62."""
 START_TEMPERATURE = 6.0
 """P / sqrt(N) alone gives nearly uniform weights (entropy 3.45 of 3.47 at 32 interests): start at 4 to 8 times that."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decomposition:
+    """How interests are taken from a Gram."""
+
+    rank: int
+    """R, at least 1 and at most D."""
+    gradient: Literal["stable", "exact", "stop"] = "stable"
+    """stable: damped by `gradient_eps`; exact: explodes where eigenvalues meet; stop: U is a constant, which is another
+    estimator (P = U^T X with gradient to X alone) and here as an ablation."""
+    gradient_eps: float = GRADIENT_EPS
+    """Damping of the stable gradient."""
+    canonical_sign: bool = True
+    """Interests point along the sum of the events; off, their signs are LAPACK's: an ablation."""
+    divide_by_events: bool = True
+    """Interests are divided by sqrt(N), so that attention does not sharpen as a history grows; off: an ablation."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank = {self.rank} must be at least 1")
+        if self.gradient not in ("stable", "exact", "stop"):
+            raise ValueError(f"gradient = {self.gradient!r} must be stable, exact or stop")
+        if not 0 < self.gradient_eps < 1:
+            raise ValueError(f"gradient_eps = {self.gradient_eps} must be above 0 and below 1; 1e-6 was measured best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,44 +69,62 @@ class Interests:
     """[K] sum of all squared singular values, without gradient."""
 
 
-def reference_interests(history_ND: Tensor, *, rank: int) -> Tensor:
+def reference_interests(history_ND: Tensor, *, rank: int, half_life: float = 0.0) -> Tensor:
     """Interests of one history by its singular value decomposition, in float64.
 
-        interest_RD = sign_i s_i v_i / sqrt(N),   sign_i = sign(v_i . sum_n x_n)
+        interest_RD = sign_i s_i v_i / sqrt(sum_n w_n),   sign_i = sign(v_i . sum_n w_n x_n)
 
-    Zero rows stand for components that do not exist or lie below the mask of a float64 Gram.
+    The decomposition is that of sqrt(w_n) x_n, with w_n = 2^(-age_n / half_life), or 1 where half_life is 0. Zero rows
+    stand for components that do not exist or lie below the mask of a float64 Gram.
     """
     history_ND = history_ND.double()
     num_events, width = history_ND.shape
     interest_RD = history_ND.new_zeros(rank, width)
     if num_events == 0:
         return interest_RD
-    _, singular, direction = torch.linalg.svd(history_ND, full_matrices=False)
+    age_N = torch.arange(num_events - 1, -1, -1, dtype=torch.float64)
+    weight_N = 2.0 ** (-age_N / half_life) if half_life else torch.ones_like(age_N)
+    _, singular, direction = torch.linalg.svd(history_ND * weight_N.sqrt()[:, None], full_matrices=False)
     for i in range(min(rank, singular.numel())):
         if singular[i] > math.sqrt(width * torch.finfo(torch.float64).eps) * singular[0]:
-            sign = -1.0 if direction[i] @ history_ND.sum(0) < 0 else 1.0
-            interest_RD[i] = sign * singular[i] * direction[i] / math.sqrt(num_events)
+            sign = -1.0 if direction[i] @ (weight_N @ history_ND) < 0 else 1.0
+            interest_RD[i] = sign * singular[i] * direction[i] / weight_N.sum().sqrt()
     return interest_RD
 
 
 def interests_from_gram(
-    gram_KDD: Tensor, *, sum_KD: Tensor, count_K: Tensor, rank: int, gradient_eps: float = GRADIENT_EPS
+    gram_KDD: Tensor, *, sum_KD: Tensor, weight_K: Tensor, how: Decomposition, eps_K: Tensor | None = None
 ) -> Interests:
-    """Interests of K histories from G = X^T X, the sum of their events and their number: equal to the reference.
+    """Interests of K histories from G = X^T X, the sum of their events and of their weights: equal to the reference.
 
-    Components with s_i <= sqrt(D eps) s_1 are masked: the Gram's rounding leaves nothing of them (eps of its dtype).
-    `gradient_eps` = 0 gives the exact gradient, which explodes where eigenvalues meet.
+    `weight_K` is the number of events where nothing decays. Components with s_i <= sqrt(D eps) s_1 are masked: the
+    Gram's rounding leaves nothing of them. `eps_K` is that rounding, by default that of the Gram's dtype.
+    ValueError: more interests than D.
     """
-    value_KD, vector_KDD = _StableEigh.apply(gram_KDD, gradient_eps)
-    value_KR = value_KD[:, :rank]
-    floor_K1 = gram_KDD.shape[-1] * torch.finfo(gram_KDD.dtype).eps * value_KD[:, :1].detach()
-    valid_KR = value_KR.detach() > floor_K1
+    width = gram_KDD.shape[-1]
+    if how.rank > width:
+        raise ValueError(f"rank = {how.rank} must not exceed the width {width} of the events; lower rank")
+    stop = how.gradient == "stop"
+    value_KD, vector_KDD = _StableEigh.apply(
+        gram_KDD.detach() if stop else gram_KDD, how.gradient_eps if how.gradient == "stable" else 0.0
+    )
+    value_KR = value_KD[:, : how.rank]
+    eps = torch.finfo(gram_KDD.dtype).eps if eps_K is None else eps_K.to(value_KD)[:, None]
+    valid_KR = value_KR.detach() > width * eps * value_KD[:, :1].detach()
     # The square root of a masked value is never taken: its gradient would be infinite at zero.
     singular_KR = torch.where(valid_KR, value_KR, 1.0).sqrt() * valid_KR
-    direction_KRD = vector_KDD[:, :, :rank].transpose(1, 2)
-    # A singular vector's sign is arbitrary. This choice does not depend on the order of the events or on the batch.
-    negative_KR = (direction_KRD.detach() @ sum_KD.detach()[:, :, None]).squeeze(-1) < 0
-    scale_KR = singular_KR / count_K.clamp_min(1).sqrt()[:, None] * torch.where(negative_KR, -1.0, 1.0)
+    direction_KRD = vector_KDD[:, :, : how.rank].mT
+    scale_KR = singular_KR
+    if how.divide_by_events:
+        scale_KR = scale_KR / torch.where(weight_K > 0, weight_K, 1.0).sqrt()[:, None]
+    if how.canonical_sign:
+        # A singular vector's sign is arbitrary. This choice does not depend on the order of the events or the batch.
+        negative_KR = (direction_KRD.detach() @ sum_KD.detach()[:, :, None]).squeeze(-1) < 0
+        scale_KR = scale_KR * torch.where(negative_KR, -1.0, 1.0)
+    if stop:
+        # v^T G / s^2 = v^T, and the Gram's gradient reaches its right factor alone: that of P = (X v / s)^T X.
+        safe_KR = torch.where(valid_KR, value_KR, 1.0)
+        direction_KRD = (direction_KRD @ gram_KDD) / safe_KR[:, :, None]
     return Interests(
         interest_KRD=scale_KR[:, :, None] * direction_KRD,
         valid_KR=valid_KR,
@@ -90,11 +134,17 @@ def interests_from_gram(
 
 
 def reference_svd_attention(
-    query_MD: Tensor, *, interest_RD: Tensor, key_DD: Tensor, value_DD: Tensor, temperature_H: Tensor
+    query_MD: Tensor,
+    *,
+    interest_RD: Tensor,
+    key_DD: Tensor,
+    value_DD: Tensor,
+    temperature_H: Tensor,
+    softmax: bool = True,
 ) -> Tensor:
     """O = softmax(Q (P W_K)^T / tau) P W_V of one request, head by head; interests that are zero rows do not exist.
 
-    tau = sqrt(D / H) / temperature. Without any interest the result is zero.
+    tau = sqrt(D / H) / temperature. Without any interest the result is zero. Without softmax the form is bilinear.
     """
     interest_RD = interest_RD[interest_RD.abs().sum(1) > 0]
     heads = temperature_H.numel()
@@ -110,7 +160,7 @@ def reference_svd_attention(
         )
     ):
         score_MR = query @ key.T * temperature_H[h] / math.sqrt(query.shape[1])
-        outputs.append(torch.softmax(score_MR, -1) @ value)
+        outputs.append((torch.softmax(score_MR, -1) if softmax else score_MR) @ value)
     return torch.cat(outputs, 1)
 
 
@@ -118,12 +168,15 @@ class SvdAttention(nn.Module):
     """Candidates attend to the interests of their request's history.
 
     W_K and W_V are linear and without bias, as the lemma asks: all that is not linear acts on events before the
-    decomposition. One decomposition serves every head, layer and candidate of a request.
+    decomposition. One decomposition serves every head, layer and candidate of a request. `softmax` off is the bilinear
+    form of the lemma: an ablation.
     """
 
-    def __init__(self, width: int, *, num_heads: int) -> None:
+    def __init__(self, width: int, *, num_heads: int, softmax: bool = True) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        if width % num_heads:
+            raise ValueError(f"width = {width} must be a multiple of num_heads = {num_heads}; change one")
+        self.num_heads, self.softmax = num_heads, softmax
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.log_temperature_H = nn.Parameter(torch.full((num_heads,), math.log(START_TEMPERATURE)))
@@ -142,6 +195,7 @@ class SvdAttention(nn.Module):
             bias_BHS=mask_bias(interests.valid_KR, dtype=query_MD.dtype)[checkpoint_B][:, None],
             num_heads=self.num_heads,
             candidates=candidates,
+            softmax=self.softmax,
         )
 
 
@@ -156,7 +210,7 @@ class _StableEigh(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, gram_KDD: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, gram_KDD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         value_KD, vector_KDD = torch.linalg.eigh(gram_KDD)
         value_KD, vector_KDD = value_KD.flip(-1).clamp_min(0), vector_KDD.flip(-1)
         ctx.save_for_backward(value_KD, vector_KDD)
@@ -165,7 +219,7 @@ class _StableEigh(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, value_bar_KD: Tensor, vector_bar_KDD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, value_bar_KD: Tensor, vector_bar_KDD: Tensor) -> tuple[Tensor, None]:
         value_KD, vector_KDD = ctx.saved_tensors
         largest_K11 = torch.where(value_KD[:, :1] > 0, value_KD[:, :1], 1.0)[:, :, None]
         share_KD = value_KD / largest_K11[:, :, 0]

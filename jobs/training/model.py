@@ -77,7 +77,7 @@ def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
 def model_input(
     batch: Batch, *, item_IC: Tensor, features_IFC: Tensor, event_item_N: Tensor, candidate_item_M: Tensor
 ) -> ModelInput:
-    """The batch with its items replaced by indices into looked-up rows, on the device of the rows."""
+    """The batch with its items replaced by indices into looked-up rows, on the device of the rows; the layout stays."""
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(item_IC.device, non_blocking=True)
@@ -85,14 +85,14 @@ def model_input(
     return ModelInput(
         item_IC=item_IC,
         features_IFC=features_IFC,
-        event_offsets_U1=move(batch.event_offsets),
+        event_offsets_U1=batch.event_offsets,
         event_item_N=move(event_item_N),
         event_time_N=move(batch.event_time),
         event_action_N=move(batch.event_action),
-        request_user_B=move(batch.request_user),
-        request_position_B=move(batch.request_position),
+        request_user_B=batch.request_user,
+        request_position_B=batch.request_position,
         request_time_B=move(batch.request_time),
-        candidate_offsets_B1=move(batch.candidate_offsets),
+        candidate_offsets_B1=batch.candidate_offsets,
         candidate_item_M=move(candidate_item_M),
     )
 

@@ -24,7 +24,7 @@ def build(*, num_heads: int, exact_up_to: int) -> SetAttention:
 
 
 def layout(sizes: list[int]) -> CandidateSets:
-    return CandidateSets.from_offsets(torch.tensor([0, *sizes]).cumsum(0), num_candidates=sum(sizes))
+    return CandidateSets.from_offsets(torch.tensor([0, *sizes]).cumsum(0), device=torch.device("cpu"))
 
 
 def reference(attention: SetAttention, candidate_TD: Tensor, *, seen_SD: Tensor, form: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from models.candidate_sets import CandidateSets
 from models.checkpoints import checkpoint_interests, reference_checkpoint_interests
 from models.svd_attention import (
+    Decomposition,
     Interests,
     SvdAttention,
     interests_from_gram,
@@ -35,14 +37,13 @@ def random_history(num_events: int, *, rank: int = WIDTH, seed: int = 0) -> Tens
     return torch.linalg.qr(left)[0][:, :rank] * scale @ torch.linalg.qr(right.T)[0].T * math.sqrt(num_events)
 
 
-def interests_of(history_ND: Tensor, *, rank: int = RANK, **options: float) -> Interests:
+def interests_of(history_ND: Tensor, *, rank: int = RANK) -> Interests:
     """Gram form of one history."""
     return interests_from_gram(
         (history_ND.T @ history_ND)[None],
         sum_KD=history_ND.sum(0, keepdim=True),
-        count_K=torch.tensor([history_ND.shape[0]], dtype=history_ND.dtype),
-        rank=rank,
-        **options,
+        weight_K=torch.tensor([history_ND.shape[0]], dtype=history_ND.dtype),
+        how=Decomposition(rank=rank),
     )
 
 
@@ -159,13 +160,13 @@ def test_empty_history_gives_no_interest_and_zero_output() -> None:
         event_offsets_U1=offsets_U1,
         request_user_B=torch.tensor([0, 1, 1]),
         request_position_B=torch.tensor([0, 1, 2]),
-        rank=RANK,
+        how=Decomposition(rank=RANK),
         every=2,
     )
     assert checkpoint_B.tolist() == [0, 0, 1]
     assert not interests.valid_KR[0].any()
     attention = SvdAttention(WIDTH, num_heads=2)
-    sets = CandidateSets.from_offsets(torch.tensor([0, 2, 4, 6]), num_candidates=6)
+    sets = CandidateSets.from_offsets(torch.tensor([0, 2, 4, 6]), device=torch.device("cpu"))
     query_MD = torch.randn(6, WIDTH, generator=seeded(1))
     output_MD = attention(query_MD, interests=interests, checkpoint_B=checkpoint_B, candidates=sets)
     assert (output_MD[:4] == 0).all()
@@ -178,7 +179,7 @@ def test_only_checkpoints_in_use_are_decomposed() -> None:
         event_offsets_U1=torch.tensor([0, 1000]),
         request_user_B=torch.zeros(3, dtype=torch.long),
         request_position_B=torch.tensor([995, 999, 1000]),
-        rank=RANK,
+        how=Decomposition(rank=RANK),
         every=10,
     )
     assert interests.interest_KRD.shape[0] == 3  # The empty history, 990 events, 1,000 events.
@@ -186,7 +187,7 @@ def test_only_checkpoints_in_use_are_decomposed() -> None:
 
 
 @st.composite
-def jagged_requests(draw: st.DrawFn) -> dict[str, Tensor | int]:
+def jagged_requests(draw: st.DrawFn) -> dict[str, Any]:
     """Users with 0 to 30 events, each with 0 to 5 requests at any positions in any order."""
     lengths = draw(st.lists(st.integers(0, 30), min_size=0, max_size=5))
     positions = [draw(st.lists(st.integers(0, length), max_size=5)) for length in lengths]
@@ -199,6 +200,7 @@ def jagged_requests(draw: st.DrawFn) -> dict[str, Tensor | int]:
         "request_position_B": torch.tensor([p for chosen in positions for p in chosen], dtype=torch.long),
         "rank": draw(st.integers(1, WIDTH)),
         "every": draw(st.integers(1, 7)),
+        "half_life": draw(st.sampled_from([0.0, 3.0])),
     }
 
 
@@ -206,15 +208,16 @@ def jagged_requests(draw: st.DrawFn) -> dict[str, Tensor | int]:
 @given(jagged_requests())
 def test_fast_checkpoints_equal_the_reference_with_their_gradient(case: dict) -> None:
     event_ND = case.pop("event_ND").requires_grad_()
-    interests, checkpoint_B = checkpoint_interests(event_ND, **case, gradient_eps=0.0)
-    found_BRD = interests.interest_KRD[checkpoint_B]
     expected_BRD = reference_checkpoint_interests(event_ND, **case)
+    rank = case.pop("rank")
+    interests, checkpoint_B = checkpoint_interests(event_ND, **case, how=Decomposition(rank=rank, gradient="exact"))
+    found_BRD = interests.interest_KRD[checkpoint_B]
     # Float64 rounding, amplified by (s_1 / s_i)^2 of short random histories: up to 1e6.
     torch.testing.assert_close(found_BRD, expected_BRD, rtol=0, atol=1e-8)
 
     # The reference's gradient does not exist where components are missing or close: compare the Grams' of all others.
     weight_BDD = torch.randn(*found_BRD.shape[:1], WIDTH, WIDTH, generator=seeded(1), dtype=torch.float64)
-    if found_BRD.numel() and case["rank"] == WIDTH:
+    if found_BRD.numel() and rank == WIDTH:
         found = (found_BRD.mT @ found_BRD * weight_BDD).sum()
         (found_grad,) = torch.autograd.grad(found, event_ND, retain_graph=True)
         (expected_grad,) = torch.autograd.grad(_gram_over_count(event_ND, **case, weight_BDD=weight_BDD), event_ND)
@@ -229,7 +232,10 @@ def _gram_over_count(event_ND: Tensor, *, weight_BDD: Tensor, **case) -> Tensor:
         start = int(case["event_offsets_U1"][user])
         history = event_ND[start : start + int(position) // case["every"] * case["every"]]
         if history.shape[0]:
-            total = total + (history.T @ history / history.shape[0] * weight_BDD[b]).sum()
+            age_N = torch.arange(history.shape[0] - 1, -1, -1)
+            weight_N = 2.0 ** (-age_N / case["half_life"]) if case["half_life"] else torch.ones(history.shape[0])
+            gram = history.T * weight_N.double() @ history
+            total = total + (gram / weight_N.double().sum() * weight_BDD[b]).sum()
     return total
 
 
@@ -247,11 +253,10 @@ def test_attention_module_equals_the_reference_with_its_gradient(num_heads: int)
         event_offsets_U1=offsets_U1,
         request_user_B=torch.arange(3),
         request_position_B=positions,
-        rank=RANK,
+        how=Decomposition(rank=RANK, gradient="exact"),
         every=5,
-        gradient_eps=0.0,
     )
-    sets = CandidateSets.from_offsets(candidate_offsets_B1, num_candidates=sum(sizes))
+    sets = CandidateSets.from_offsets(candidate_offsets_B1, device=torch.device("cpu"))
     found_MD = attention(query_MD, interests=interests, checkpoint_B=checkpoint_B, candidates=sets)
     expected_MD = torch.cat(
         [
@@ -278,7 +283,7 @@ def test_attention_module_equals_the_reference_with_its_gradient(num_heads: int)
 def test_other_users_change_nothing() -> None:
     event_ND = torch.randn(40, WIDTH, generator=seeded(0))
     requests = {"request_user_B": torch.tensor([0, 1]), "request_position_B": torch.tensor([18, 20])}
-    options = {"event_offsets_U1": torch.tensor([0, 20, 40]), "rank": RANK, "every": 3, **requests}
+    options = {"event_offsets_U1": torch.tensor([0, 20, 40]), "how": Decomposition(rank=RANK), "every": 3, **requests}
     before, _ = checkpoint_interests(event_ND, **options)
     changed_ND = torch.cat([event_ND[:20], event_ND[20:] * 1e6])
     after, _ = checkpoint_interests(changed_ND, **options)
@@ -292,7 +297,7 @@ def test_events_after_the_checkpoint_change_nothing() -> None:
         "event_offsets_U1": torch.tensor([0, 20]),
         "request_user_B": torch.zeros(2, dtype=torch.long),
         "request_position_B": torch.tensor([10, 20]),
-        "rank": RANK,
+        "how": Decomposition(rank=RANK),
         "every": 4,
     }
     before, checkpoint_B = checkpoint_interests(event_ND, **options)
@@ -308,7 +313,7 @@ def test_bfloat16_events_are_decomposed_in_float64_even_under_autocast() -> None
         "event_offsets_U1": torch.tensor([0, 20]),
         "request_user_B": torch.zeros(1, dtype=torch.long),
         "request_position_B": torch.tensor([20]),
-        "rank": RANK,
+        "how": Decomposition(rank=RANK),
         "every": 4,
     }
     with torch.autocast("cpu", dtype=torch.bfloat16):

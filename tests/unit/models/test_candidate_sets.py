@@ -30,7 +30,7 @@ def test_attend_equals_one_request_at_a_time(sizes: list[int], num_keys: int, se
         value_BSD=value_BSD,
         bias_BHS=mask_bias(valid_BS, dtype=torch.float64)[:, None],
         num_heads=2,
-        candidates=CandidateSets.from_offsets(torch.tensor([0, *sizes]).cumsum(0), num_candidates=sum(sizes)),
+        candidates=CandidateSets.from_offsets(torch.tensor([0, *sizes]).cumsum(0), device=torch.device("cpu")),
     )
     rows = []
     for b, query in enumerate(query_MD.split(sizes) if sizes else []):
@@ -46,7 +46,7 @@ def test_attend_equals_one_request_at_a_time(sizes: list[int], num_keys: int, se
 
 def test_groups_pad_to_at_most_twice_the_smallest_set() -> None:
     sizes = [1, 2, 3, 4, 5, 8, 9, 1000, 20, 17, 4000]
-    sets = CandidateSets.from_offsets(torch.tensor([0, *sizes]).cumsum(0), num_candidates=sum(sizes))
+    sets = CandidateSets.from_offsets(torch.tensor([0, *sizes]).cumsum(0), device=torch.device("cpu"))
     for row_bT, present_bT in zip(sets.group_row, sets.group_present, strict=True):
         assert row_bT.shape[1] <= 2 * int(present_bT.sum(1).min())
     assert sum(int(present.sum()) for present in sets.group_present) == sum(sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -38,6 +39,10 @@ VARIANTS = {
     "no sets, no ffn, inner product": dataclasses.replace(BASE, set_attention=False, ffn_multiple=0, head_width=0),
     "interests alone": dataclasses.replace(BASE, recent_window=0),
     "recent events alone": dataclasses.replace(BASE, interests=False),
+    "decay": dataclasses.replace(BASE, half_life=6.0),
+    "ablations": dataclasses.replace(
+        BASE, gradient="stop", canonical_sign=False, divide_by_events=False, softmax=False, set_attention=False
+    ),
     "no time, no actions": dataclasses.replace(BASE, time_features=False, num_actions=1),
 }
 
@@ -180,6 +185,22 @@ def test_nothing_of_size_events_times_candidates_exists() -> None:
     # Largest allowed: 2 heads x candidates x 8 recent events, and events x width in few copies.
     assert seen.largest <= 20 * max(num_events, num_candidates)
     assert seen.largest < num_events * num_candidates / 100
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_read_back_from_the_device(
+    config: SolarConfig, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta tensors have no values: whatever needs one, a GPU would have to be waited for."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    model, inputs = Solar(config, num_features=NUM_FEATURES).to("meta").train(training), random_inputs()
+    host = {"event_offsets_U1", "request_user_B", "request_position_B", "candidate_offsets_B1"}
+    fields = {field.name for field in dataclasses.fields(inputs)} - host
+    on_device = {name: getattr(inputs, name).detach().to("meta") for name in fields}
+    on_device["item_IC"].requires_grad_()
+    logits_M = model(dataclasses.replace(inputs, **on_device))
+    assert logits_M.shape == inputs.candidate_item_M.shape
+    logits_M.sum().backward()
 
 
 @pytest.mark.parametrize("field", ["features_IFC", "event_time_N", "event_action_N", "request_time_B"])
