@@ -29,6 +29,7 @@ from jobs.training.loop import TrainingConfig
 from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
+from models.attention_tower import TowerConfig
 from pipeline.build import PrepareConfig
 from pipeline.loader import LoaderConfig
 from pipeline.requests import RequestConfig
@@ -139,9 +140,13 @@ class RunConfig:
         return Path(self.workspace) / "runs" / self.name
 
     def with_model(self, name: str) -> RunConfig:
-        """The same run with another model at its defaults (and the same width), in a directory beside."""
-        defaults = dataclasses.asdict(MODELS[name][0](width=self.model["width"]))
-        return dataclasses.replace(self, name=f"{self.name}-{name}", model={"name": name, **defaults}, compare=())
+        """The same run with another model: what both models have is the same, the rest its defaults."""
+        config_class = MODELS[name][0]
+        shared = {field.name for field in dataclasses.fields(TowerConfig)}
+        both = {field.name: self.model.get(field.name) for field in dataclasses.fields(config_class)}
+        kept = {key: value for key, value in both.items() if key in shared and value is not None}
+        model = {"name": name, **dataclasses.asdict(config_class(**kept))}
+        return dataclasses.replace(self, name=f"{self.name}-{name}", model=model, compare=())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, secrets in URIs redacted: what is printed, stored and logged."""

@@ -1,4 +1,4 @@
-"""What a history is to SOLAR: its events as vectors, its interests, and which events are recent to a request.
+"""What a history is to a tower: its events as vectors, and which of them are recent to a request.
 
     item vector + action + hour of day + weekday + gap to the previous event  --normalise-->  event_ND
 
@@ -9,34 +9,15 @@ The letters are those of models/interface.py.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.interface import ModelInput
-from models.svd_attention import Interests
 
 MS_PER_HOUR = 3_600_000
 NUM_GAP_BUCKETS = 32
 """Buckets of a time gap: floor(log2(1 + seconds)); the last begins at 68 years."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class History:
-    """All histories of a batch, as the blocks of SOLAR read them."""
-
-    event_ND: Tensor
-    """[N, D] normalised event vectors."""
-    interests: Interests | None
-    """Interests at the checkpoints in use, or None where they are switched off."""
-    checkpoint_B: Tensor | None
-    """[B] row of `interests` that a request reads; 0 is the empty history. None as `interests`."""
-    recent_event_BW: Tensor
-    """[B, W] 1 + index into N of the latest W events before the request, oldest first; 0 where there is none."""
-    recent_gap_BW: Tensor
-    """[B, W] bucket of the time from the event to the request."""
 
 
 class ItemEncoder(nn.Module):
@@ -88,7 +69,10 @@ def previous_gap(event_time_N: Tensor, event_offsets_U1: Tensor) -> Tensor:
 
 
 def recent_events(inputs: ModelInput, *, window: int) -> tuple[Tensor, Tensor]:
-    """recent_event_BW and recent_gap_BW of `History`: the latest `window` events before each request."""
+    """The latest `window` events before each request, oldest first: (event_BW, gap_BW).
+
+    event_BW: [B, W] 1 + index into N, 0 where there is none. gap_BW: [B, W] bucket of the time from event to request.
+    """
     place_BW = inputs.request_position_B[:, None] + torch.arange(-window, 0)
     event_BW = inputs.event_offsets_U1[inputs.request_user_B][:, None] + place_BW + 1
     event_BW = torch.where(place_BW >= 0, event_BW, 0).to(inputs.event_time_N.device, non_blocking=True)

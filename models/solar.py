@@ -17,25 +17,21 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows
+from models.attention_tower import Head, RecentAttention, TowerConfig
+from models.candidate_sets import CandidateSets, gather_rows
 from models.checkpoints import checkpoint_interests
-from models.history import NUM_GAP_BUCKETS, EventEncoder, History, ItemEncoder, recent_events
+from models.history import EventEncoder, ItemEncoder
 from models.interface import ModelInput, Recommender
 from models.set_attention import SetAttention
 from models.svd_attention import Decomposition, Interests, SvdAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SolarConfig:
+class SolarConfig(TowerConfig):
     """Size and parts of SOLAR. Every part can be switched off."""
 
-    width: int = 64
-    """D, of the model and of the embedding tables."""
-    num_heads: int = 2
-    """Heads of every attention; divides `width`."""
     num_layers: int = 1
     """Blocks, 1 to 2. All of them read one decomposition."""
     interests: bool = True
@@ -54,8 +50,6 @@ class SolarConfig:
     """Interests are divided by the square root of the history's length; off is an ablation."""
     softmax: bool = True
     """Over the interests; off (the bilinear form) is an ablation."""
-    recent_window: int = 50
-    """W, latest events that are attended to exactly; 0 switches this off."""
     set_attention: bool = True
     """Candidates of a request attend to each other. Better off where negatives are sampled: training then sees sets of
     17 and evaluation the whole catalogue (MovieLens-100K, next item: no better, and 30 % slower)."""
@@ -63,30 +57,19 @@ class SolarConfig:
     """Candidates of a set up to which that is exact; above, candidates attend to the set's principal components."""
     ffn_multiple: int = 0
     """Hidden width of the feed-forward network of a block, in widths; 0 switches it off."""
-    head_width: int = 32
-    """Hidden units of the head's network; 0 leaves the inner product alone."""
-    dropout: float = 0.1
-    """Probability that a unit of an event vector is zeroed in training."""
-    num_actions: int = 1
-    """Action codes are below this; 1 = the log has no actions."""
-    time_features: bool = True
-    """Hour of day, weekday and gap to the previous event are part of an event; the gap to the request of recency."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "num_heads", "rank", "checkpoint_every", "num_actions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in ("recent_window", "set_attention_exact_up_to", "ffn_multiple", "head_width"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} = {getattr(self, name)} must not be negative; 0 switches it off")
-        if self.width % self.num_heads:
-            raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
+        super().__post_init__()
+        for name in ("rank", "checkpoint_every"):
+            self._refuse_below(name, 1)
+        for name in ("set_attention_exact_up_to", "ffn_multiple"):
+            self._refuse_below(name, 0)
         if self.rank > self.width:
             raise ValueError(f"rank = {self.rank} must not exceed width = {self.width}; lower rank or raise width")
         if self.num_layers not in (1, 2):
             raise ValueError(f"num_layers = {self.num_layers} must be 1 or 2")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+        if not 0 <= self.half_life < math.inf:
+            raise ValueError(f"half_life = {self.half_life} must be a number of events, or 0 to let nothing decay")
         if self.interests and 0 < self.recent_window < self.checkpoint_every:
             raise ValueError(
                 f"recent_window = {self.recent_window} must be at least checkpoint_every = {self.checkpoint_every}, or "
@@ -94,9 +77,7 @@ class SolarConfig:
             )
         if not self.interests and self.recent_window == 0:
             raise ValueError("interests = false and recent_window = 0 leave no history; switch one of them on")
-        if not 0 <= self.half_life < math.inf:
-            raise ValueError(f"half_life = {self.half_life} must be a number of events, or 0 to let nothing decay")
-        self.decomposition  # noqa: B018 (its own rules)
+        self.decomposition  # noqa: B018 (refuses what it cannot be)
 
     @property
     def decomposition(self) -> Decomposition:
@@ -123,7 +104,7 @@ class Solar(Recommender):
             dropout=config.dropout,
         )
         self.blocks = nn.ModuleList(SolarBlock(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.head = Head(config.width, hidden=config.head_width)
 
     def forward(self, inputs: ModelInput) -> Tensor:
         candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
@@ -151,25 +132,32 @@ class Solar(Recommender):
     def _history(self, item_ID: Tensor, inputs: ModelInput) -> History:
         config = self.config
         event_ND = self.events(item_ID, inputs)
-        interests = checkpoint_B = None
-        if config.interests:
-            interests, checkpoint_B = checkpoint_interests(
-                event_ND,
-                event_offsets_U1=inputs.event_offsets_U1,
-                request_user_B=inputs.request_user_B,
-                request_position_B=inputs.request_position_B,
-                every=config.checkpoint_every,
-                how=config.decomposition,
-                half_life=config.half_life,
-            )
-        recent_event_BW, recent_gap_BW = recent_events(inputs, window=config.recent_window)
-        return History(
-            event_ND=event_ND,
-            interests=interests,
-            checkpoint_B=checkpoint_B,
-            recent_event_BW=recent_event_BW,
-            recent_gap_BW=recent_gap_BW,
+        if not config.interests:
+            return History(event_ND=event_ND, inputs=inputs, interests=None, checkpoint_B=None)
+        interests, checkpoint_B = checkpoint_interests(
+            event_ND,
+            event_offsets_U1=inputs.event_offsets_U1,
+            request_user_B=inputs.request_user_B,
+            request_position_B=inputs.request_position_B,
+            every=config.checkpoint_every,
+            how=config.decomposition,
+            half_life=config.half_life,
         )
+        return History(event_ND=event_ND, inputs=inputs, interests=interests, checkpoint_B=checkpoint_B)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """All histories of a batch, as the blocks read them."""
+
+    event_ND: Tensor
+    """[N, D] normalised event vectors."""
+    inputs: ModelInput
+    """Where they belong."""
+    interests: Interests | None
+    """Interests at the checkpoints in use, or None where they are switched off."""
+    checkpoint_B: Tensor | None
+    """[B] row of `interests` that a request reads; 0 is the empty history. None as `interests`."""
 
 
 class SolarBlock(nn.Module):
@@ -211,61 +199,10 @@ class SolarBlock(nn.Module):
                 )
             )
         if self.recent is not None:
-            found.append(self.recent(query_MD, history=history, candidates=candidates))
+            found.append(self.recent(query_MD, event_ND=history.event_ND, inputs=history.inputs, candidates=candidates))
         state = state + self.output(found[0] if len(found) == 1 else found[0] + found[1])
         if self.set is not None and self.set_norm is not None:
             state = state + self.set(self.set_norm(state), candidates=candidates)
         if self.ffn is not None and self.ffn_norm is not None:
             state = state + self.ffn(self.ffn_norm(state))
         return state
-
-
-class RecentAttention(nn.Module):
-    """Candidates attend to the latest W events themselves; recency enters as a score per head: how many events ago, and
-    how long ago (buckets of the gap to the request)."""
-
-    def __init__(self, config: SolarConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.key = nn.Linear(config.width, config.width, bias=False)
-        self.value = nn.Linear(config.width, config.width, bias=False)
-        self.position_WH = nn.Parameter(torch.zeros(config.recent_window, config.num_heads))
-        self.gap_GH = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, config.num_heads)) if config.time_features else None
-
-    def forward(self, query_MD: Tensor, *, history: History, candidates: CandidateSets) -> Tensor:
-        head_width = query_MD.shape[1] // self.num_heads
-        # Projected and scaled once per event, not per request that sees it. Row 0, the event that does not exist, is 0.
-        key_N1D = F.pad(self.key(history.event_ND) / math.sqrt(head_width), (0, 0, 1, 0))
-        value_N1D = F.pad(self.value(history.event_ND), (0, 0, 1, 0))
-        bias_BWH = self.position_WH.expand(history.recent_event_BW.shape[0], -1, -1)
-        if self.gap_GH is not None:
-            bias_BWH = bias_BWH + gather_rows(self.gap_GH, history.recent_gap_BW)
-        bias_BWH = bias_BWH.masked_fill((history.recent_event_BW == 0)[:, :, None], MASKED_SCORE)
-        return attend(
-            query_MD,
-            key_BSD=gather_rows(key_N1D, history.recent_event_BW),
-            value_BSD=gather_rows(value_N1D, history.recent_event_BW),
-            bias_BHS=bias_BWH.mT,
-            num_heads=self.num_heads,
-            candidates=candidates,
-        )
-
-
-class Head(nn.Module):
-    """One logit per candidate: agreement of its state with its item, a small network over both, and a score of the item
-    alone, by which popularity is learned."""
-
-    def __init__(self, config: SolarConfig) -> None:
-        super().__init__()
-        self.width, self.hidden = config.width, config.head_width
-        self.item = nn.Linear(config.width, config.width + config.head_width + 1)
-        self.state = nn.Linear(config.width, config.head_width, bias=False) if config.head_width else None
-        self.last = nn.Linear(config.head_width, 1, bias=False) if config.head_width else None
-
-    def forward(self, state_MD: Tensor, *, item_ID: Tensor, item_M: Tensor) -> Tensor:
-        target_ID, hidden, popularity_I = self.item(item_ID).split([self.width, self.hidden, 1], -1)
-        logit_M = (state_MD * gather_rows(target_ID, item_M)).sum(-1) / math.sqrt(self.width)
-        logit_M = logit_M + gather_rows(popularity_I, item_M).squeeze(-1)
-        if self.state is not None and self.last is not None:
-            logit_M = logit_M + self.last(F.relu(self.state(state_MD) + gather_rows(hidden, item_M))).squeeze(-1)
-        return logit_M

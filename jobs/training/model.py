@@ -9,8 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from models.din import Din, DinConfig
 from models.embeddings import ITEM_TABLE, ItemFeature, TableSpec
 from models.interface import ModelInput, Recommender
+from models.light_sans import LightSans, LightSansConfig
+from models.linear_attention import LinearAttention, LinearAttentionConfig
 from models.mean_pooling import MeanPooling, MeanPoolingConfig
 from models.solar import Solar, SolarConfig
 from pipeline.batch import Batch
@@ -18,6 +21,9 @@ from pipeline.vocabulary import Vocabulary
 
 MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
     "solar": (SolarConfig, Solar),
+    "din": (DinConfig, Din),
+    "linear_attention": (LinearAttentionConfig, LinearAttention),
+    "light_sans": (LightSansConfig, LightSans),
     "mean_pooling": (MeanPoolingConfig, MeanPooling),
 }
 """`model.name` -> (its config, its tower)."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.training.model import MODELS as REGISTERED
 from models.interface import ModelInput
 from models.solar import Solar, SolarConfig
 from tests.unit.models.model_inputs import NUM_FEATURES, WIDTH, random_inputs
@@ -26,7 +27,7 @@ def needed_files(name: str) -> list[str]:
     return [*files, name]
 
 
-@pytest.mark.parametrize("tower", ["solar", "mean_pooling"])
+@pytest.mark.parametrize("tower", sorted(tower.__module__.split(".")[1] for _, tower in REGISTERED.values()))
 def test_towers_import_the_standard_library_and_torch_alone(tower: str) -> None:
     for file in needed_files(tower):
         for node in ast.walk(ast.parse((MODELS / f"{file}.py").read_text())):

@@ -1,0 +1,148 @@
+"""What SOLAR and its competitors share, so that only the reading of the long history differs between them.
+
+    item_ID = items(item rows, item features)          event_ND = events(items of the history, action, time)
+    C += W_O [whole history read by Q = W_Q norm(C)  +  RecentAttention(Q, latest W events)]
+    logit = head(C, item)
+
+A competitor is a subclass that says how the whole history is read: one file each, the same encoders, recent window,
+head and sizes. Solar repeats the middle line in blocks.
+The letters are those of models/interface.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows
+from models.history import NUM_GAP_BUCKETS, EventEncoder, ItemEncoder, recent_events
+from models.interface import ModelInput, Recommender
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """What every attention tower has. Every part can be switched off."""
+
+    width: int = 64
+    """D, of the model and of the embedding tables."""
+    num_heads: int = 2
+    """Heads of every attention; divides `width`."""
+    recent_window: int = 50
+    """W, latest events that are attended to exactly; 0 switches this off."""
+    head_width: int = 32
+    """Hidden units of the head's network; 0 leaves the inner product alone."""
+    dropout: float = 0.1
+    """Probability that a unit of an event vector is zeroed in training."""
+    num_actions: int = 1
+    """Action codes are below this; 1 = the log has no actions."""
+    time_features: bool = True
+    """Hour of day, weekday and gap to the previous event are part of an event; the gap to the request of recency."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_heads", "num_actions"):
+            self._refuse_below(name, 1)
+        for name in ("recent_window", "head_width"):
+            self._refuse_below(name, 0)
+        if self.width % self.num_heads:
+            raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+
+    def _refuse_below(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            rule = "must not be negative; 0 switches it off" if least == 0 else f"must be at least {least}"
+            raise ValueError(f"{name} = {getattr(self, name)} {rule}")
+
+
+class AttentionTower(Recommender):
+    """A tower whose candidates read the history once. `num_features` is F, the item features of the tables."""
+
+    def __init__(self, config: TowerConfig, *, num_features: int) -> None:
+        super().__init__()
+        self.items = ItemEncoder(config.width, num_features=num_features)
+        self.events = EventEncoder(
+            config.width,
+            num_actions=config.num_actions,
+            time_features=config.time_features,
+            dropout=config.dropout,
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.query = nn.Linear(config.width, config.width, bias=False)
+        self.recent = RecentAttention(config) if config.recent_window else None
+        self.output = nn.Linear(config.width, config.width, bias=False)
+        self.head = Head(config.width, hidden=config.head_width)
+
+    def read_history(
+        self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets
+    ) -> Tensor | None:
+        """out_MD: what each candidate finds in the whole history of its request; None = this is left to the window."""
+        raise NotImplementedError
+
+    def forward(self, inputs: ModelInput) -> Tensor:
+        candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
+        item_ID, item_M = self.items(inputs.item_IC, inputs.features_IFC), inputs.candidate_item_M
+        event_ND = self.events(item_ID, inputs)
+        query_MD = gather_rows(self.query(self.norm(item_ID)), item_M)
+        found_MD = self.read_history(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
+        if self.recent is not None:
+            recent_MD = self.recent(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
+            found_MD = recent_MD if found_MD is None else found_MD + recent_MD
+        assert found_MD is not None, "a config leaves the whole history or the window"
+        state_MD = gather_rows(item_ID, item_M) + self.output(found_MD)
+        return self.head(state_MD, item_ID=item_ID, item_M=item_M).float()
+
+
+class RecentAttention(nn.Module):
+    """Candidates attend to the latest W events themselves; recency enters as a score per head: how many events ago, and
+    how long ago (buckets of the gap to the request)."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.window = config.num_heads, config.recent_window
+        self.key = nn.Linear(config.width, config.width, bias=False)
+        self.value = nn.Linear(config.width, config.width, bias=False)
+        self.position_WH = nn.Parameter(torch.zeros(config.recent_window, config.num_heads))
+        self.gap_GH = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, config.num_heads)) if config.time_features else None
+
+    def forward(self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets) -> Tensor:
+        head_width = query_MD.shape[1] // self.num_heads
+        event_BW, gap_BW = recent_events(inputs, window=self.window)
+        # Projected and scaled once per event, not per request that sees it. Row 0, the event that does not exist, is 0.
+        key_N1D = F.pad(self.key(event_ND) / math.sqrt(head_width), (0, 0, 1, 0))
+        value_N1D = F.pad(self.value(event_ND), (0, 0, 1, 0))
+        bias_BWH = self.position_WH.expand(event_BW.shape[0], -1, -1)
+        if self.gap_GH is not None:
+            bias_BWH = bias_BWH + gather_rows(self.gap_GH, gap_BW)
+        bias_BWH = bias_BWH.masked_fill((event_BW == 0)[:, :, None], MASKED_SCORE)
+        return attend(
+            query_MD,
+            key_BSD=gather_rows(key_N1D, event_BW),
+            value_BSD=gather_rows(value_N1D, event_BW),
+            bias_BHS=bias_BWH.mT,
+            num_heads=self.num_heads,
+            candidates=candidates,
+        )
+
+
+class Head(nn.Module):
+    """One logit per candidate: agreement of its state with its item, a small network over both, and a score of the item
+    alone, by which popularity is learned."""
+
+    def __init__(self, width: int, *, hidden: int) -> None:
+        super().__init__()
+        self.width, self.hidden = width, hidden
+        self.item = nn.Linear(width, width + hidden + 1)
+        self.state = nn.Linear(width, hidden, bias=False) if hidden else None
+        self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
+
+    def forward(self, state_MD: Tensor, *, item_ID: Tensor, item_M: Tensor) -> Tensor:
+        target_ID, hidden_IX, popularity_I = self.item(item_ID).split([self.width, self.hidden, 1], -1)
+        logit_M = (state_MD * gather_rows(target_ID, item_M)).sum(-1) / math.sqrt(self.width)
+        logit_M = logit_M + gather_rows(popularity_I, item_M).squeeze(-1)
+        if self.state is not None and self.last is not None:
+            logit_M = logit_M + self.last(F.relu(self.state(state_MD) + gather_rows(hidden_IX, item_M))).squeeze(-1)
+        return logit_M

@@ -1,0 +1,197 @@
+"""What every attention tower must be, whatever reads the history: SOLAR in all its variants and its competitors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from models.attention_tower import TowerConfig
+from models.din import Din, DinConfig
+from models.interface import Recommender
+from models.light_sans import LightSans, LightSansConfig
+from models.linear_attention import LinearAttention, LinearAttentionConfig
+from models.solar import Solar, SolarConfig
+from tests.unit.models.model_inputs import (
+    NUM_FEATURES,
+    WIDTH,
+    empty_inputs,
+    gradients,
+    only_request,
+    random_inputs,
+    randomise,
+)
+
+COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3}
+BASE = SolarConfig(
+    width=WIDTH,
+    num_heads=2,
+    rank=4,
+    checkpoint_every=5,
+    recent_window=8,
+    num_actions=3,
+    set_attention=True,
+    set_attention_exact_up_to=100,
+    ffn_multiple=2,
+)
+VARIANTS: dict[str, TowerConfig] = {
+    "base": BASE,
+    "two layers": dataclasses.replace(BASE, num_layers=2),
+    "low-rank sets": dataclasses.replace(BASE, set_attention_exact_up_to=2),
+    "no sets, no ffn, inner product": dataclasses.replace(BASE, set_attention=False, ffn_multiple=0, head_width=0),
+    "interests alone": dataclasses.replace(BASE, recent_window=0),
+    "recent events alone": dataclasses.replace(BASE, interests=False),
+    "decay": dataclasses.replace(BASE, half_life=6.0),
+    "ablations": dataclasses.replace(
+        BASE, gradient="stop", canonical_sign=False, divide_by_events=False, softmax=False, set_attention=False
+    ),
+    "no time, no actions": dataclasses.replace(BASE, time_features=False, num_actions=1),
+    "din": DinConfig(**COMMON),
+    "din without window and decay": DinConfig(**{**COMMON, "recent_window": 0}, decay=False),
+    "din over the latest events": DinConfig(**COMMON, whole_history=False),
+    "linear attention": LinearAttentionConfig(**COMMON),
+    "linrec": LinearAttentionConfig(**COMMON, form="linrec"),
+    "learned pooling": LightSansConfig(**COMMON, rank=4),
+}
+TOWERS: dict[type[TowerConfig], type[Recommender]] = {
+    SolarConfig: Solar,
+    DinConfig: Din,
+    LinearAttentionConfig: LinearAttention,
+    LightSansConfig: LightSans,
+}
+
+
+def build(config: TowerConfig, dtype: torch.dtype = torch.float64) -> Recommender:
+    torch.manual_seed(0)
+    model = randomise(TOWERS[type(config)](config, num_features=NUM_FEATURES)).to(dtype).eval()
+    assert isinstance(model, Recommender)
+    return model
+
+
+@pytest.fixture(params=VARIANTS)
+def config(request: pytest.FixtureRequest) -> TowerConfig:
+    return VARIANTS[request.param]
+
+
+def test_one_request_alone_gets_the_same_logits_as_in_a_batch(config: TowerConfig) -> None:
+    model, inputs = build(config), random_inputs()
+    together = model(inputs)
+    for b in range(inputs.request_user_B.numel()):
+        start, stop = inputs.candidate_offsets_B1[b : b + 2].tolist()
+        # Float32 logits of a float64 model: other sizes of a matrix product round the last bit of a float32.
+        torch.testing.assert_close(model(only_request(inputs, b)), together[start:stop], rtol=1e-6, atol=1e-6)
+
+
+def test_permuted_candidates_give_permuted_logits(config: TowerConfig) -> None:
+    model, inputs = build(config), random_inputs()
+    generator = torch.Generator().manual_seed(1)
+    sizes = inputs.candidate_offsets_B1.diff().tolist()
+    order = torch.cat(
+        [
+            start + torch.randperm(size, generator=generator)
+            for start, size in zip(inputs.candidate_offsets_B1.tolist(), sizes, strict=False)
+        ]
+    )
+    shuffled = dataclasses.replace(inputs, candidate_item_M=inputs.candidate_item_M[order])
+    # Rounding of float32 logits; sums over a set run in another order.
+    torch.testing.assert_close(model(shuffled), model(inputs)[order], rtol=1e-6, atol=1e-6)
+
+
+def test_events_after_the_position_change_nothing(config: TowerConfig) -> None:
+    model = build(config)
+    inputs = random_inputs(lengths=(40,), requests=((0, 0), (0, 13), (0, 33)), sizes=(3, 3, 3))
+    other = random_inputs(lengths=(40,), requests=((0, 0), (0, 13), (0, 33)), sizes=(3, 3, 3), seed=9)
+    for b, position in enumerate((0, 13, 33)):
+        changed = dataclasses.replace(
+            inputs,
+            **{
+                name: torch.cat([getattr(inputs, name)[:position], getattr(other, name)[position:]])
+                for name in ("event_item_N", "event_time_N", "event_action_N")
+            },
+        )
+        before, after = model(inputs).view(3, 3), model(changed).view(3, 3)
+        # The same numbers enter; only the batch of decompositions may differ.
+        torch.testing.assert_close(after[: b + 1], before[: b + 1], rtol=1e-6, atol=1e-6)
+        if b < 2:
+            assert not torch.equal(after[2], before[2])
+
+
+def test_empty_history_is_the_same_request_as_a_user_without_events(config: TowerConfig) -> None:
+    model = build(config)
+    emptied = random_inputs(lengths=(20,), requests=((0, 0),), sizes=(5,))
+    without = dataclasses.replace(
+        emptied,
+        event_offsets_U1=torch.tensor([0, 0]),
+        event_item_N=emptied.event_item_N[:0],
+        event_time_N=emptied.event_time_N[:0],
+        event_action_N=emptied.event_action_N[:0],
+    )
+    assert torch.equal(model(emptied), model(without))
+
+
+def test_every_parameter_and_every_item_row_learns(config: TowerConfig) -> None:
+    model, inputs = build(config), random_inputs()
+    model(inputs).square().sum().backward()
+    # A low-rank form that no set is large enough for, and the exact form in its absence, keep a gradient of zero.
+    for name, gradient in gradients(model).items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.abs().sum() > 0, name
+    assert inputs.item_IC.grad is not None
+    assert (inputs.item_IC.grad[inputs.candidate_item_M].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [None, (0,) * 6])
+def test_empty_batch_returns_empty_logits_with_a_gradient_for_every_parameter(
+    config: TowerConfig, dtype: torch.dtype, sizes: tuple[int, ...] | None
+) -> None:
+    model = build(config, dtype)
+    inputs = empty_inputs() if sizes is None else random_inputs(sizes=sizes)
+    logits_M = model(inputs)
+    assert logits_M.shape == (0,)
+    assert logits_M.dtype == torch.float32
+    logits_M.sum().backward()
+    assert all(gradient is not None and (gradient == 0).all() for gradient in gradients(model).values())
+    assert inputs.item_IC.grad is not None
+
+
+def test_bfloat16_tower_stays_near_the_float32_tower(config: TowerConfig) -> None:
+    inputs = random_inputs()
+    expected, found = build(config, torch.float32)(inputs), build(config, torch.bfloat16)(inputs)
+    assert found.dtype == torch.float32
+    # bfloat16 keeps 8 bits: 0.4 % a step, and about ten steps in a row.
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_batch_with_equal_sets_equals_the_same_sets_beside_another_size(config: TowerConfig) -> None:
+    model = build(config)
+    inputs = random_inputs(sizes=(4, 4, 4, 4, 4, 4))
+    mixed = random_inputs(sizes=(4, 4, 4, 4, 4, 9))
+    mixed = dataclasses.replace(
+        mixed, candidate_item_M=torch.cat([inputs.candidate_item_M[:20], mixed.candidate_item_M[20:]])
+    )
+    mixed = dataclasses.replace(mixed, item_IC=inputs.item_IC, features_IFC=inputs.features_IFC)
+    for name in ("event_item_N", "event_time_N", "event_action_N", "request_time_B"):
+        mixed = dataclasses.replace(mixed, **{name: getattr(inputs, name)})
+    torch.testing.assert_close(model(mixed)[:20], model(inputs)[:20], rtol=1e-6, atol=1e-6)  # Float32 rounding.
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_read_back_from_the_device(
+    config: TowerConfig, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta tensors have no values: whatever needs one, a GPU would have to be waited for."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    model = TOWERS[type(config)](config, num_features=NUM_FEATURES).to("meta").train(training)
+    inputs = random_inputs()
+    host = {"event_offsets_U1", "request_user_B", "request_position_B", "candidate_offsets_B1"}
+    fields = {field.name for field in dataclasses.fields(inputs)} - host
+    on_device = {name: getattr(inputs, name).detach().to("meta") for name in fields}
+    on_device["item_IC"].requires_grad_()
+    logits_M = model(dataclasses.replace(inputs, **on_device))
+    assert logits_M.shape == inputs.candidate_item_M.shape
+    logits_M.sum().backward()
