@@ -181,15 +181,19 @@ class _LongProducts(torch.autograd.Function):
         ctx: Any, left_NHL: Tensor, right_NHD: Tensor, root_N: Tensor, spans: _Spans, same: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(left_NHL, right_NHD)
-        ctx.same, ctx.runs = same, _runs(spans)
+        ctx.same, ctx.spans = same, spans
         widths = (right_NHD.shape[1], left_NHL.shape[2], right_NHD.shape[2])
         product_KHLD = torch.zeros(spans.num_prefixes, *widths, dtype=torch.float64)
         sum_KHD = torch.zeros(spans.num_prefixes, widths[0], widths[2], dtype=torch.float64)
-        for k, rows, dtype in ctx.runs:
-            right = right_NHD[rows].to(dtype).transpose(0, 1)
-            left = right if same else left_NHL[rows].to(dtype).transpose(0, 1)
-            product_KHLD[k] += torch.matmul(left.mT, right)
-            sum_KHD[k] += torch.matmul(root_N[rows].to(dtype), right)
+        for k, whole, dtype in _runs(spans):
+            for first in range(whole.start, whole.stop, RUN_EVENTS):
+                rows = slice(first, min(first + RUN_EVENTS, whole.stop))
+                root_n = root_N[rows].to(dtype)
+                for h in range(widths[0]):
+                    right_nD = right_NHD[rows, h].to(dtype)
+                    left_nL = right_nD if same else left_NHL[rows, h].to(dtype)
+                    product_KHLD[k, h] += left_nL.T @ right_nD
+                    sum_KHD[k, h] += root_n @ right_nD
         ctx.mark_non_differentiable(sum_KHD)
         return product_KHLD, sum_KHD
 
@@ -199,29 +203,33 @@ class _LongProducts(torch.autograd.Function):
         left_NHL, right_NHD = ctx.saved_tensors
         if ctx.same:
             product_bar = product_bar + product_bar.mT
-        left_bar = torch.zeros_like(left_NHL) if ctx.needs_input_grad[0] else None
-        right_bar = torch.zeros_like(right_NHD) if ctx.needs_input_grad[1] and not ctx.same else None
-        for k, rows, dtype in ctx.runs:
-            bar_HLD = product_bar[k].to(dtype)
-            if left_bar is not None:
-                right = right_NHD[rows].to(dtype).transpose(0, 1)
-                left_bar[rows] = torch.matmul(right, bar_HLD.mT).transpose(0, 1)
-            if right_bar is not None:
-                left = left_NHL[rows].to(dtype).transpose(0, 1)
-                right_bar[rows] = torch.matmul(left, bar_HLD).transpose(0, 1)
+        left_bar = _gradient_of(left_NHL, ctx.spans) if ctx.needs_input_grad[0] else None
+        right_bar = _gradient_of(right_NHD, ctx.spans) if ctx.needs_input_grad[1] and not ctx.same else None
+        for k, rows, dtype in _runs(ctx.spans):
+            for h in range(right_NHD.shape[1]):
+                bar_LD = product_bar[k, h].to(dtype)
+                if left_bar is not None:
+                    left_bar[rows, h] = right_NHD[rows, h].to(dtype) @ bar_LD.T
+                if right_bar is not None:
+                    right_bar[rows, h] = left_NHL[rows, h].to(dtype) @ bar_LD
         return left_bar, right_bar, None, None, None
 
 
 def _runs(spans: _Spans) -> list[tuple[int, slice, torch.dtype]]:
-    """(prefix, rows, dtype) of pieces of at most RUN_EVENTS events."""
+    """(prefix, rows, dtype) of every segment."""
     return [
-        (k, slice(begin, min(begin + RUN_EVENTS, first + length)), segments.dtype)
+        (k, slice(first, first + length), segments.dtype)
         for segments in spans.segments
         for k, first, length in zip(
             segments.prefix_S.tolist(), segments.first_S.tolist(), segments.length_S.tolist(), strict=True
         )
-        for begin in range(first, first + length, RUN_EVENTS)
     ]
+
+
+def _gradient_of(value: Tensor, spans: _Spans) -> Tensor:
+    """Zero where no prefix reads; not even written where all rows will be."""
+    read = sum(int(segments.length_S.sum()) for segments in spans.segments)
+    return torch.empty_like(value) if read == value.shape[0] else torch.zeros_like(value)
 
 
 @dataclasses.dataclass(frozen=True)
