@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 
@@ -48,6 +49,72 @@ class ModelInput:
     """[B + 1] int64, host."""
     candidate_item_M: Tensor
     """[M] int64 index into I."""
+
+    def refuse_mistakes(self) -> ModelInput:
+        """This input; ValueError with the value, the rule and the fix where a tower could only return nonsense.
+
+        Looks at values on the host alone: on an accelerator nothing waits, and rows and times are taken as they are.
+        """
+        num_users, num_events = self.event_offsets_U1.numel() - 1, self.event_item_N.numel()
+        length_U = self.event_offsets_U1.diff()
+        _refuse(
+            bool((length_U < 0).any()) or int(self.event_offsets_U1[-1]) != num_events,
+            f"event_offsets end at {int(self.event_offsets_U1[-1])} of {num_events} events: let them rise to it",
+        )
+        size_B, user_B = self.candidate_offsets_B1.diff(), self.request_user_B
+        _refuse(
+            bool((size_B < 0).any()) or int(self.candidate_offsets_B1[-1]) != self.candidate_item_M.numel(),
+            f"candidate_offsets end at {int(self.candidate_offsets_B1[-1])} of {self.candidate_item_M.numel()} "
+            "candidates: let them rise to it",
+        )
+        if user_B.numel():
+            _refuse(
+                bool((user_B.diff() < 0).any()) or not 0 <= int(user_B[0]) <= int(user_B[-1]) < num_users,
+                f"request_user runs from {int(user_B[0])} to {int(user_B[-1])}: it must rise within {num_users} users",
+            )
+            beyond_B = (self.request_position_B < 0) | (self.request_position_B > length_U[user_B])
+            _refuse(
+                bool(beyond_B.any()),
+                f"request_position {self.request_position_B[beyond_B][:1].tolist()} lies outside its user's events: "
+                "a history is a number of the user's first events",
+            )
+        _refuse(
+            self.item_IC.dtype != self.features_IFC.dtype or not self.item_IC.is_floating_point(),
+            f"item rows are {self.item_IC.dtype}, feature rows {self.features_IFC.dtype}: look both up in one type",
+        )
+        if self.item_IC.device.type == "cpu":
+            self._refuse_values()
+        return self
+
+    def _refuse_values(self) -> None:
+        for name, rows in (("item", self.item_IC), ("feature", self.features_IFC)):
+            finite_I = torch.isfinite(rows.detach()).flatten(1).all(1)
+            _refuse(
+                not bool(finite_I.all()),
+                f"{name} row {torch.nonzero(~finite_I)[:1].flatten().tolist()} of the batch is not finite: training "
+                "diverged; go back to an earlier checkpoint and lower the learning rate",
+            )
+        falls_N = torch.diff(self.event_time_N, prepend=self.event_time_N[:1]) < 0
+        starts = self.event_offsets_U1[:-1]
+        falls_N[starts[starts < falls_N.numel()]] = False
+        _refuse(
+            bool(falls_N.any()),
+            f"event {torch.nonzero(falls_N)[:1].flatten().tolist()} is earlier than the one before it: sort a user's "
+            "events by time",
+        )
+        seen_B = self.request_position_B > 0
+        last_B = (self.event_offsets_U1[self.request_user_B] + self.request_position_B - 1)[seen_B]
+        early_B = self.request_time_B[seen_B] < self.event_time_N[last_B]
+        _refuse(
+            bool(early_B.any()),
+            f"request {torch.nonzero(seen_B).flatten()[early_B][:1].tolist()} is earlier than the last event of its "
+            "history: give it its own time",
+        )
+
+
+def _refuse(mistake: bool, line: str) -> None:
+    if mistake:
+        raise ValueError(line)
 
 
 class Recommender(nn.Module):

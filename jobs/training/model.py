@@ -68,7 +68,13 @@ def item_features(vocabulary: Vocabulary) -> list[ItemFeature]:
 
 
 def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
-    """Look every distinct item of the batch up once. Joined by every rank, also with an empty batch."""
+    """Look every distinct item of the batch up once. Joined by every rank, also with an empty batch.
+
+    ValueError: a request without candidates, or what models/interface.py refuses.
+    """
+    if bool((batch.candidate_offsets.diff() == 0).any()):
+        empty = int(torch.nonzero(batch.candidate_offsets.diff() == 0)[0])
+        raise ValueError(f"request {empty} of the batch has no candidates: there is nothing to rank; leave it out")
     rows, index = torch.unique(torch.cat([batch.event_item, batch.candidate_item]), return_inverse=True)
     item_IC, features_IFC = tables.look_up(rows)
     return model_input(
@@ -100,7 +106,7 @@ def model_input(
         request_time_B=move(batch.request_time),
         candidate_offsets_B1=batch.candidate_offsets,
         candidate_item_M=move(candidate_item_M),
-    )
+    ).refuse_mistakes()
 
 
 def select_requests(batch: Batch, first: int, last: int) -> Batch:
