@@ -238,6 +238,7 @@ def _resolve(
     except ValueError as error:
         raise ConfigError(_locate(error, parser, layers, arguments)) from error
     _check_run(parsed, model)
+    _check_log_q(built.training, built.data.requests)
     return RunConfig(
         recipe=recipe,
         name=parsed.name or default_name,
@@ -260,6 +261,13 @@ def _check_run(parsed: Any, model: str) -> None:
         raise ConfigError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
     if parsed.name and not re.fullmatch(r"\w[\w.-]*", parsed.name):
         raise ConfigError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
+
+
+def _check_log_q(training: TrainingConfig, requests: RequestConfig) -> None:
+    """A correction of draws needs draws."""
+    if training.log_q and (requests.task != "next_item" or not requests.num_negatives):
+        reason = f"task {requests.task}" if requests.task != "next_item" else "data.requests.num_negatives=0"
+        raise ConfigError(f"training.log_q=true: must be false, {reason} draws no negatives to correct for")
 
 
 def _named(model: str) -> type:

@@ -21,23 +21,42 @@ class RequestLoss:
     """Scalar without gradient: per request the softmax cross-entropy over its set, mean over its positives."""
 
 
-def request_loss(logits_M: Tensor, *, label_M: Tensor, candidate_offsets_B1: Tensor, set_weight: float) -> RequestLoss:
+def request_loss(
+    logits_M: Tensor,
+    *,
+    label_M: Tensor,
+    candidate_offsets_B1: Tensor,
+    set_weight: float,
+    log_q_M: Tensor | None = None,
+) -> RequestLoss:
     """BCE (calibrated probabilities) + set_weight x softmax cross-entropy over the request's set (the ranking).
 
     A score that a whole set shares cancels in the second part: our reading of SOLAR's "ranking bias" (inferred).
     A set without a positive has no second part, an empty set no loss at all. Everything runs in float32.
+
+    log_q_M, log of how often a candidate is drawn for its request (n q), corrects for negatives that were drawn. Then
+    the logit s itself, which is what is served, estimates log p(item | history) whatever they were drawn from:
+
+        pointwise   BCE of s - log_q, for every candidate: noise-contrastive estimation, the odds of "positive" against
+                    "drawn" being p / (n q) (Gutmann and Hyvarinen, 2010). Uniform: a shift that all candidates share.
+        set-wise    softmax of s of the positives and s - log_q of the negatives: each stands for the 1 / (n q) items of
+                    which it was drawn, so the sum under the log estimates the whole catalogue's (Bengio and Senecal,
+                    2008). A positive is in its set always, not by chance, and stands for itself alone (Khrylchenko et
+                    al., 2025).
     """
     logits_M, label_M = logits_M.float(), label_M.float()
+    log_q_M = torch.zeros_like(logits_M) if log_q_M is None else log_q_M.float()
     size_B = candidate_offsets_B1.diff()
     num_requests = size_B.numel()
     request_M = torch.repeat_interleave(size_B, output_size=logits_M.numel())
     zeros_B = logits_M.new_zeros(num_requests)
 
-    entropy_M = F.binary_cross_entropy_with_logits(logits_M, label_M, reduction="none")
+    entropy_M = F.binary_cross_entropy_with_logits(logits_M - log_q_M, label_M, reduction="none")
     pointwise = (zeros_B.index_add(0, request_M, entropy_M) / size_B.clamp_min(1)).sum()
 
-    peak_B = zeros_B.scatter_reduce(0, request_M, logits_M.detach(), "amax", include_self=False)
-    shifted_M = logits_M - peak_B[request_M]
+    ranked_M = torch.where(label_M > 0, logits_M, logits_M - log_q_M)
+    peak_B = zeros_B.scatter_reduce(0, request_M, ranked_M.detach(), "amax", include_self=False)
+    shifted_M = ranked_M - peak_B[request_M]
     mass_B = zeros_B.index_add(0, request_M, shifted_M.exp())
     positives_B = zeros_B.index_add(0, request_M, label_M)
     negative_log_M = torch.where(size_B > 0, mass_B, 1.0).log()[request_M] - shifted_M

@@ -56,6 +56,10 @@ class Batch:
     """[M] float32: 1 or 0."""
     num_global_requests: int
     """Requests of the whole global batch, over all ranks: the normaliser of every loss."""
+    epoch: int = 0
+    """Of training: what is drawn for a request follows it."""
+    candidate_log_q: Tensor | None = None
+    """[M] float32: log of how often a candidate is drawn as a negative of its request; None where nothing is drawn."""
 
     @property
     def num_users(self) -> int:

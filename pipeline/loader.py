@@ -20,8 +20,9 @@ import torch
 
 from pipeline import order
 from pipeline.batch import Batch
-from pipeline.draws import evaluated, hash64, sample, with_negatives
+from pipeline.draws import evaluated, hash64, sample
 from pipeline.events import DataError
+from pipeline.negatives import Proposal, Uniform, Weighted, draw_keys, log_expected_draws, with_negatives
 from pipeline.request_index import PartCounts, check_log, request_counts
 from pipeline.requests import RequestConfig, Requests, carried, list_requests, of_part
 from pipeline.sequences import UserEvents, offsets_of, ranges
@@ -53,8 +54,9 @@ class TrainLoader:
 
     def __init__(
         self, data: Shards, *, requests: RequestConfig, loader: LoaderConfig, seed: int, rank: int = 0,
-        world_size: int = 1,
+        world_size: int = 1, item_counts: np.ndarray | None = None,
     ) -> None:  # fmt: skip
+        """`item_counts`: those of `training_item_counts` for negatives by popularity, counted here where not given."""
         self._data, self._requests, self._loader = data, requests, loader
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._counts = request_counts(data, requests).train
@@ -64,6 +66,10 @@ class TrainLoader:
         self._planning = threading.Lock()
         if not self._counts.requests.any():
             raise DataError(f"{data.path}: no training requests under this split; move requests.valid_from")
+        self._proposal: Proposal = Uniform(data.vocabulary.size)
+        if requests.negatives == "popularity":
+            counts = training_item_counts(data, requests=requests) if item_counts is None else item_counts
+            self._proposal = Weighted.popularity(counts, power=requests.popularity_power)
 
     def num_batches(self, epoch: int) -> int:
         return self._plan(epoch).num_batches
@@ -138,12 +144,28 @@ class TrainLoader:
             # The window of events is that of all eligible requests, not of the sample: its cost is what was planned.
             window = carried(eligible, num_users=len(users), part="train", config=self._requests)
             chosen = sample(eligible, user_rows=users, seed=self._seed, epoch=epoch, config=self._requests)
-            if self._requests.task == "next_item":
-                chosen = with_negatives(
-                    chosen, user_rows=users, seed=self._seed, epoch=epoch, vocabulary_size=self._data.vocabulary.size,
-                    num_negatives=self._requests.num_negatives,
-                )  # fmt: skip
-            yield _batch(users, events, chosen, *window, num_global_requests=int(plan.num_requests[number]))
+            log_q = None
+            if self._requests.task == "next_item" and self._requests.negatives != "in_batch":
+                chosen, log_q = self._with_negatives(chosen, users, epoch)
+            batch = _batch(users, events, chosen, *window, num_global_requests=int(plan.num_requests[number]))
+            yield dataclasses.replace(batch, epoch=epoch, candidate_log_q=log_q)
+
+    def _with_negatives(self, chosen: Requests, users: np.ndarray, epoch: int) -> tuple[Requests, torch.Tensor]:
+        """The requests with negatives after their positives, and the candidates' log_q."""
+        number = self._requests.num_negatives
+        keys = draw_keys(seed=self._seed, epoch=epoch, user=users[chosen.user], request=chosen.key)
+        drawn = with_negatives(
+            chosen.candidate, chosen.offsets, keys=keys, proposal=self._proposal, num_negatives=number
+        )
+        if len(drawn.item) < len(chosen.candidate) + number * len(chosen):
+            raise DataError(
+                f"{self._data.path}: the positives of a training request are all {np.diff(chosen.offsets).max()} items "
+                "that its negatives could be drawn from; set requests.num_negatives to 0"
+            )
+        log_q = log_expected_draws(drawn, proposal=self._proposal, num_negatives=number)
+        return dataclasses.replace(
+            chosen, candidate=drawn.item, label=drawn.label, offsets=drawn.offsets
+        ), torch.from_numpy(log_q)
 
 
 class EvaluationLoader:

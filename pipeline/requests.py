@@ -10,7 +10,7 @@ Task `next_item`, split `leave_one_out`, one user with events a b c d:
 
 Task `impressions`: the events of one request_id (else of one session) are the candidates, with their labels; the
 history is every event strictly before the first of them. Split `temporal`: the part follows from the request's time.
-What is drawn (a sample of them, negatives) is in draws.py.
+What is drawn: a sample of them in draws.py, negatives in negatives.py.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ class RequestConfig:
     """Training requests a user and epoch, a fresh sample each epoch."""
     num_negatives: int = 64
     """next_item: negatives drawn for each training request."""
+    negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
+    """next_item, what negatives are drawn from: all items alike; items by their training events; the positives of the
+    global batch, which are looked up anyway (for batches of many users). `training.log_q` corrects the loss for it."""
+    popularity_power: float = 0.75
+    """negatives=popularity: q ~ training events ** power, so an item without one is never drawn. 0.75 as in word2vec
+    (Mikolov et al., 2013): rare items still serve as negatives; 1 is what in_batch comes to."""
     group: Literal["event", "request"] = "event"
     """next_item: each event is a request, or all events of one request_id are (without request ids: of one time)."""
     seen_items: Literal["removed", "kept"] = "removed"
@@ -61,6 +67,7 @@ class RequestConfig:
     def __post_init__(self) -> None:
         if self.task not in ("next_item", "impressions"):
             raise ValueError(f"requests.task is {self.task!r}: it must be next_item or impressions")
+        self._check_negatives()
         if self.group not in ("event", "request"):
             raise ValueError(f"requests.group is {self.group!r}: it must be event or request")
         if self.seen_items not in ("removed", "kept"):
@@ -86,6 +93,19 @@ class RequestConfig:
                 raise ValueError("requests.split is temporal: set requests.valid_from and requests.test_from")
             if self.bounds[0] > self.bounds[1]:
                 raise ValueError(f"requests.valid_from {self.valid_from} is after test_from {self.test_from}: swap")
+
+    def _check_negatives(self) -> None:
+        if self.negatives not in ("uniform", "popularity", "in_batch"):
+            raise ValueError(f"requests.negatives is {self.negatives!r}: it must be uniform, popularity or in_batch")
+        if self.negatives != "uniform" and self.task == "impressions":
+            raise ValueError(f"requests.negatives is {self.negatives}: task impressions draws none, remove it")
+        if not 0 <= self.popularity_power <= 1:
+            raise ValueError(f"requests.popularity_power is {self.popularity_power}: it must be from 0 to 1")
+        if self.popularity_power != RequestConfig.popularity_power and self.negatives != "popularity":
+            raise ValueError(
+                f"requests.popularity_power is {self.popularity_power}: it belongs to negatives popularity, not "
+                f"{self.negatives}: set requests.negatives or remove it"
+            )
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from jobs.training.checkpoint import (
 )
 from jobs.training.dense_state import restore_dense_state
 from jobs.training.evaluation import evaluate
+from jobs.training.in_batch import InBatchNegatives
 from jobs.training.model import build_tower, item_features, model_settings, table_specs, training_input
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, ShardedTables, dense_engine
@@ -49,6 +50,8 @@ class TrainingConfig:
     """Passes over all training requests."""
     set_loss_weight: float = 1.0
     """Weight of the set-wise softmax cross-entropy beside the binary cross-entropy."""
+    log_q: bool = False
+    """next_item: correct the loss for what negatives are drawn from; logits then estimate log p(item | history)."""
     embedding_std: float = 0.02
     """Standard deviation of an untrained embedding row."""
     eval_every_epochs: int = 1
@@ -90,6 +93,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     """Train to the last epoch, or until the driver asks to stop; continues from the latest checkpoint of `run_dir`."""
     run_dir, training = Path(job.run_dir), job.training
     shards = Shards.open(job.shards, number=job.manifest)
+    counts = training_counts(shards, requests=job.requests)
     loader = TrainLoader(
         shards,
         requests=job.requests,
@@ -97,6 +101,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         seed=job.seed,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
+        item_counts=counts,
     )
     batches_per_epoch = [loader.num_batches(epoch) for epoch in range(training.epochs)]
     num_steps = sum(batches_per_epoch)
@@ -107,12 +112,12 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     last_steps.add(num_steps)
     reporter.row("start", step=state.step, num_steps=num_steps)
 
-    counts = training_counts(shards, requests=job.requests)
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
+    complete = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
     batches = iter(loader)
     while state.step < num_steps:
         started = time.perf_counter()
-        losses = train_step(job, next(batches), tables, engine, step=state.step, num_steps=num_steps)
+        losses = train_step(job, complete(next(batches)), tables, engine, step=state.step, num_steps=num_steps)
         state.step += 1
         state.loader = loader.state_dict()
         state.train_seconds += time.perf_counter() - started
@@ -149,11 +154,13 @@ def train_step(
 
     inputs = training_input(batch, tables)
     logits_M = engine(inputs)
+    log_q_M = batch.candidate_log_q if job.training.log_q else None
     loss = request_loss(
         logits_M,
         label_M=batch.candidate_label.to(logits_M.device),
         candidate_offsets_B1=batch.candidate_offsets.to(logits_M.device),
         set_weight=job.training.set_loss_weight,
+        log_q_M=None if log_q_M is None else log_q_M.to(logits_M.device),
     )
     engine.backward(loss.total * (world_size / count))
     engine.step()

@@ -65,12 +65,24 @@ def test_value_of_the_wrong_type_names_key_and_value():
         (["--parallel.precision", "fp16"], "parallel.precision=fp16: loss scaling would leak"),
         (["--parallel.num_workers", "0"], "parallel.num_workers=0: must be 1 or more"),
         (["--parallel.precision", "bf16", "--parallel.zero_stage", "0"], "parallel.precision=bf16 with zero_stage=0"),
+        (
+            ["--data.requests.negatives", "popularity", "--data.requests.popularity_power", "2"],
+            "data.requests.popularity_power is 2.0: it must be from 0 to 1",
+        ),
         (["--training.epochs", "0"], "training.epochs=0: must be 1 or more"),
         (["--optimizer.dense_lr", "-1"], "optimizer.dense_lr=-1.0: must be above 0"),
     ],
 )
 def test_value_out_of_range_names_section_value_and_rule(arguments, expected):
     assert complaint(*arguments).startswith(f"command line: {expected}")
+
+
+def test_log_q_without_drawn_negatives_is_refused():
+    assert complaint("--training.log_q", "true", "--data.requests.num_negatives", "0") == (
+        "training.log_q=true: must be false, data.requests.num_negatives=0 draws no negatives to correct for"
+    )
+    said = complaint("--training.log_q", "true", recipe="movielens-100k-impressions")
+    assert said == "training.log_q=true: must be false, task impressions draws no negatives to correct for"
 
 
 def test_value_out_of_range_in_a_file_names_the_file(tmp_path):

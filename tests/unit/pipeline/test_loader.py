@@ -92,10 +92,12 @@ def test_requests_equal_those_read_off_the_raw_log(data, random_log):
     assert asked == sum(len(h) - 2 if len(h) >= 3 else len(h) for h in raw.values())
 
 
-def test_any_number_of_ranks_sees_the_same_global_batches_in_order(data):
-    alone = [by_user(batch) for batch in train(data).epoch(0)]
+@pytest.mark.parametrize("negatives", ["uniform", "popularity", "in_batch"])
+def test_any_number_of_ranks_sees_the_same_global_batches_in_order(data, negatives):
+    requests = dataclasses.replace(REQUESTS, negatives=negatives)
+    alone = [by_user(batch) for batch in train(data, requests=requests).epoch(0)]
     for world in (2, 3):
-        ranks = [list(train(data, rank=rank, world_size=world).epoch(0)) for rank in range(world)]
+        ranks = [list(train(data, requests=requests, rank=rank, world_size=world).epoch(0)) for rank in range(world)]
         assert {len(batches) for batches in ranks} == {len(alone)}
         for number, whole in enumerate(alone):
             parts = [ranks[rank][number] for rank in range(world)]
@@ -141,6 +143,7 @@ def test_epochs_differ_and_seeds_differ(data):
     [
         ({"seed": 8}, "seed changed"),
         ({"requests": dataclasses.replace(REQUESTS, num_negatives=4)}, "requests config changed"),
+        ({"requests": dataclasses.replace(REQUESTS, negatives="popularity")}, "requests config changed"),
         ({"loader": dataclasses.replace(LOADER, batch_events=91)}, "loader config changed"),
     ],
 )
@@ -196,6 +199,42 @@ def test_a_limit_chooses_the_same_users_each_time(data):
     assert chosen[0] == chosen[1]
     assert len(chosen[0]) == 5
     assert set(chosen[0]) < set(chosen[2])
+
+
+def test_negatives_by_popularity_have_training_events_and_the_log_q_of_their_share(data):
+    config = dataclasses.replace(REQUESTS, negatives="popularity", popularity_power=1.0, num_negatives=50)
+    counts = training_item_counts(data, requests=config)
+    rarely = np.bincount(np.arange(2, data.vocabulary.size, 3), minlength=len(counts)) * counts
+    for given in (None, counts, rarely):
+        batches = list(TrainLoader(data, requests=config, loader=LOADER, seed=7, item_counts=given).epoch(0))
+        label, item = (torch.cat([getattr(b, f"candidate_{name}") for b in batches]) for name in ("label", "item"))
+        weight = torch.from_numpy(counts if given is None else given)
+        assert (weight[item[label == 0]] > 0).all()
+        log_q = torch.cat([b.candidate_log_q for b in batches if b.candidate_log_q is not None]).view(-1, 51)
+        weight_BM = weight[item.view(-1, 51)]
+        expected = 50 * weight_BM[:, 1:] / (weight.sum() - weight_BM[:, :1])
+        torch.testing.assert_close(log_q[:, 1:].exp(), expected, rtol=1e-5, atol=0)
+
+
+def test_in_batch_leaves_the_negatives_to_who_knows_the_whole_batch(data):
+    loader = train(data, requests=dataclasses.replace(REQUESTS, negatives="in_batch"))
+    for epoch in (0, 3):
+        for batch in loader.epoch(epoch):
+            assert batch.epoch == epoch
+            assert batch.candidate_log_q is None
+            assert batch.candidate_label.tolist() == [1.0] * batch.num_requests
+    assert loader.num_batches(0) == train(data).num_batches(0)
+
+
+def test_a_catalogue_of_positives_leaves_no_negatives(prepare, write_log, random_log, tmp_path):
+    import polars as pl
+
+    write_log(random_log().with_columns(pl.col("item_id").first()))
+    prepare(tmp_path / "log", tmp_path / "out", columns=FULL)
+    data = Shards.open(str(tmp_path / "out"))
+    with pytest.raises(DataError, match="all 1 items that its negatives could be drawn from"):
+        next(train(data).epoch(0))
+    assert next(train(data, requests=RequestConfig(num_negatives=0)).epoch(0)).num_requests > 0
 
 
 def test_impressions_travel_with_all_their_candidates_and_labels(data):

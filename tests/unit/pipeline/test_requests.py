@@ -1,12 +1,9 @@
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.draws import evaluated, hash64, sample, with_negatives
-from pipeline.events import DataError
+from pipeline.draws import evaluated, hash64, sample
 from pipeline.requests import PARTS, RequestConfig, Requests, carried, list_requests, of_part, too_short
 from pipeline.sequences import UserEvents, offsets_of
 
@@ -206,41 +203,6 @@ def test_the_sample_is_capped_ordered_fresh_each_epoch_and_independent_of_compan
     assert again.position.tolist() == draws[0].position[draws[0].user == 2].tolist()
 
 
-def test_negatives_are_real_uniform_other_items_and_follow_the_user_not_the_batch():
-    requests, rows = next_items(40, 52), np.arange(40) * 7
-    arguments = {"seed": 3, "epoch": 1, "num_negatives": 20, "vocabulary_size": 52}
-    drawn = with_negatives(requests, user_rows=rows, **arguments)
-    items = drawn.candidate.reshape(-1, 21)
-    assert (items[:, 0] == requests.candidate).all()
-    assert (items[:, 1:] != items[:, :1]).all()
-    assert drawn.label.reshape(-1, 21).sum(axis=0).tolist() == [len(requests)] + [0] * 20
-    counts = np.bincount(items[:, 1:].ravel(), minlength=52)[2:]
-    # 40,000 draws over 50 items: 800 each, standard deviation 28; six of them leave no room for chance.
-    assert counts.sum() == counts.size * 800
-    assert abs(counts - 800).max() < 6 * 28
-    part = requests.take(requests.user >= 30)
-    alone = with_negatives(part, user_rows=rows, **arguments)
-    assert (alone.candidate.reshape(-1, 21) == items[requests.user >= 30]).all()
-    other = with_negatives(requests, user_rows=rows, **arguments | {"epoch": 2})
-    assert (other.candidate.reshape(-1, 21)[:, 1:] != items[:, 1:]).mean() > 0.9
-
-
-def test_two_items_leave_one_negative_and_one_item_none():
-    requests = next_items(1, 4).take(np.array([0]))
-    drawn = with_negatives(requests, user_rows=np.array([0]), seed=0, epoch=0, num_negatives=3, vocabulary_size=4)
-    assert drawn.candidate.tolist() == [2, 3, 3, 3]
-    with pytest.raises(DataError, match="negatives need more items"):
-        with_negatives(requests, user_rows=np.array([0]), seed=0, epoch=0, num_negatives=1, vocabulary_size=3)
-
-
-def test_an_epoch_of_draws_costs_little():
-    requests, rows = next_items(2_000, 52), np.arange(2_000)
-    start = time.process_time()
-    with_negatives(requests, user_rows=rows, seed=0, epoch=0, num_negatives=64, vocabulary_size=10_000)
-    # 100,000 x 64: measured 0.25 s on one core; the bound leaves room for a busy machine.
-    assert time.process_time() - start < 3
-
-
 def test_hashes_differ_in_every_key():
     values = [int(hash64(*keys)[0]) for keys in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]]
     assert len(set(values)) == 5
@@ -253,6 +215,13 @@ def test_hashes_differ_in_every_key():
         ({"split": "random"}, "split is 'random'"),
         ({"max_history": 0}, "max_history is 0: it must be at least 1"),
         ({"session_gap_seconds": 0}, "must be positive"),
+        ({"negatives": "hard"}, "negatives is 'hard': it must be uniform, popularity or in_batch"),
+        (
+            {"negatives": "in_batch", "task": "impressions"},
+            "negatives is in_batch: task impressions draws none, remove",
+        ),
+        ({"negatives": "popularity", "popularity_power": 1.5}, "popularity_power is 1.5: it must be from 0 to 1"),
+        ({"popularity_power": 1.0}, "popularity_power is 1.0: it belongs to negatives popularity, not uniform"),
         ({"valid_from": "2024-01-01"}, "belong to split temporal"),
         ({"split": "temporal", "valid_from": 5}, "set requests.valid_from and"),
         ({"split": "temporal", "valid_from": 5, "test_from": 4}, "after"),
@@ -267,29 +236,3 @@ def test_a_wrong_config_is_refused(change, words):
 def test_bounds_are_utc_unless_they_have_a_zone():
     config = RequestConfig(split="temporal", valid_from="1970-01-02", test_from="1970-01-02T03:00:00+01:00")
     assert config.bounds == (86_400_000, 93_600_000)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.sets(st.integers(2, 13), min_size=1, max_size=6), min_size=1, max_size=5), st.integers(1, 30))
-def test_negatives_of_several_positives_are_uniform_over_everything_else(positives, num_negatives):
-    sizes = np.array([len(items) for items in positives])
-    number = np.arange(len(positives))
-    requests = Requests(
-        user=number, position=number, time=number, key=number, part=np.zeros(len(number), np.int8),
-        offsets=offsets_of(sizes), candidate=np.array([item for items in positives for item in items]),
-        label=np.ones(sizes.sum(), np.float32),
-    )  # fmt: skip
-    arguments = {"user_rows": number, "seed": 1, "epoch": 0, "vocabulary_size": 14}
-    for b, (_, _, _, _, candidates) in enumerate(
-        as_tuples(with_negatives(requests, num_negatives=num_negatives, **arguments))
-    ):
-        assert {item for item, label in candidates.items() if label} == positives[b]
-        assert set(candidates) <= set(range(2, 14))
-    many = with_negatives(requests, num_negatives=600, **arguments)
-    for b, items in enumerate(positives):
-        drawn = many.candidate[many.offsets[b] : many.offsets[b + 1]][len(items) :]
-        counts = np.bincount(drawn, minlength=14)
-        assert (counts[list(items)] == 0).all()
-        others = [item for item in range(2, 14) if item not in items]
-        # 600 draws over at most 11 items: every expected count is above 54, six standard deviations below 100.
-        assert (np.abs(counts[others] - 600 / len(others)) < 6 * np.sqrt(600 / len(others))).all()

@@ -1,0 +1,66 @@
+"""In-batch negatives: drawn from the positives of the whole global batch, on whichever ranks they are.
+
+The ranks exchange their positives in every step; what is drawn depends on the pool, as a set with counts, and on (seed,
+epoch, user, request), so it is the same at every world size. No item is looked up that the batch does not hold already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.batch import Batch
+from pipeline.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
+from pipeline.requests import RequestConfig
+
+
+class InBatchNegatives:
+    """Completes the batches of a loader whose `requests.negatives` is in_batch; hands others on as they are."""
+
+    def __init__(self, requests: RequestConfig, *, item_counts: np.ndarray, seed: int) -> None:
+        """item_counts: those of `training_item_counts`: over many batches an item is in the pool as often as that."""
+        self._wanted = requests.negatives == "in_batch"
+        self._number, self._seed = requests.num_negatives, seed
+        self._in_the_long_run = Weighted.popularity(item_counts, power=1.0) if self._wanted else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch with negatives after the positives. All ranks join, also with an empty batch.
+
+        A request whose own positives are the whole pool (a batch of one request) gets none.
+        """
+        if self._in_the_long_run is None:
+            return batch
+        drawn = with_negatives(
+            batch.candidate_item.numpy(),
+            batch.candidate_offsets.numpy(),
+            keys=draw_keys(
+                seed=self._seed,
+                epoch=batch.epoch,
+                user=batch.user[batch.request_user].numpy(),
+                request=batch.request_key.numpy(),
+            ),
+            proposal=Weighted.pool(gather_rows(batch.candidate_item).numpy()),
+            num_negatives=self._number,
+        )
+        log_q = log_expected_draws(drawn, proposal=self._in_the_long_run, num_negatives=self._number)
+        return dataclasses.replace(
+            batch,
+            candidate_item=torch.from_numpy(drawn.item),
+            candidate_label=torch.from_numpy(drawn.label),
+            candidate_offsets=torch.from_numpy(drawn.offsets),
+            candidate_log_q=torch.from_numpy(log_q),
+        )
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The int64 vectors of all ranks, one after the other. All ranks join."""
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([rows.numel()]))
+    longest = max(int(size) for size in sizes)
+    padded = [torch.zeros(longest, dtype=torch.int64) for _ in sizes]
+    dist.all_gather(padded, torch.nn.functional.pad(rows, (0, longest - rows.numel())))
+    return torch.cat([part[: int(size)] for part, size in zip(padded, sizes, strict=True)])
