@@ -66,6 +66,16 @@ def make_job(shards_dir: str, run_dir: Path, **changes: Any) -> TrainJob:
     return dataclasses.replace(job, **changes)
 
 
+def in_batch_job(shards_dir: str, run_dir: Path) -> TrainJob:
+    return make_job(
+        shards_dir,
+        run_dir,
+        model=WITHOUT_DROPOUT,
+        requests=dataclasses.replace(NEXT_ITEM, negatives="in_batch"),
+        training=TrainingConfig(epochs=2, log_q=True),
+    )
+
+
 SMALL: dict[str, Any] = {"width": 16, "rank": 4, "recent_window": 8, "checkpoint_every": 4}
 WITHOUT_DROPOUT = {"name": "solar", **dataclasses.asdict(SolarConfig(**SMALL, dropout=0.0))}
 
@@ -123,6 +133,8 @@ def two_rank_runs(shards_dir, tmp_path_factory) -> tuple[Path, list[list[dict[st
             make_job(shards_dir, directory / "stage-3", model=WITHOUT_DROPOUT, parallel=ParallelConfig(zero_stage=3)),
             [None],
         ),
+        (in_batch_job(shards_dir, directory / "in-batch"), [None]),
+        (in_batch_job(shards_dir, directory / "in-batch-resumed"), [5, None]),
     ]
     return directory, run_ranks(run_each, 2, jobs)[0]
 
@@ -136,11 +148,22 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(two_ra
         assert torch.equal(found[name], tensor), name
 
 
+def test_in_batch_negatives_are_the_same_ones_after_a_resume(two_rank_runs):
+    *_, straight, resumed = two_rank_runs[1]
+    assert losses(resumed) == losses(straight)
+
+
 def test_one_and_two_ranks_give_the_same_losses_and_validation(two_rank_runs, shards_dir, tmp_path):
-    _, (_, _, two_ranks, _) = two_rank_runs
-    one_rank = run_ranks(run_each, 1, [(make_job(shards_dir, tmp_path / "one", model=WITHOUT_DROPOUT), [None])])[0][0]
+    _, (_, _, two_ranks, _, in_batch, _) = two_rank_runs
+    jobs = [
+        (make_job(shards_dir, tmp_path / "one", model=WITHOUT_DROPOUT), [None]),
+        (in_batch_job(shards_dir, tmp_path / "one-in-batch"), [None]),
+    ]
+    one_rank, in_batch_of_one_rank = run_ranks(run_each, 1, jobs)[0]
     # fp32 sums in another order, the bound of the project's contract.
     assert losses(one_rank) == pytest.approx(losses(two_ranks), rel=1e-4)
+    assert losses(in_batch_of_one_rank) == pytest.approx(losses(in_batch), rel=1e-4)
+    assert losses(in_batch) != pytest.approx(losses(two_ranks), rel=1e-2)
     first, second = ([row for row in rows if row["kind"] == "valid"] for rows in (one_rank, two_ranks))
     assert [row["requests"] for row in first] == [row["requests"] for row in second]
     # One request in forty may change its rank by such a difference.
@@ -148,7 +171,7 @@ def test_one_and_two_ranks_give_the_same_losses_and_validation(two_rank_runs, sh
 
 
 def test_zero_stage_3_trains_and_evaluates_like_stage_1(two_rank_runs):
-    _, (_, _, stage_1, stage_3) = two_rank_runs
+    _, (_, _, stage_1, stage_3, *_) = two_rank_runs
     # fp32 sums in another order, the bound of the project's contract.
     assert losses(stage_3) == pytest.approx(losses(stage_1), rel=1e-4)
     assert [row["requests"] for row in stage_3 if row["kind"] == "valid"] == [40.0, 40.0]
