@@ -115,7 +115,7 @@ def mean_gradient(
     return torch.autograd.grad(loss / len(positives), logits_V)[0]
 
 
-@pytest.mark.parametrize("positive", [0, 35])
+@pytest.mark.parametrize("positive", [5, 35])
 def test_log_q_makes_the_sampled_softmax_follow_the_full_one(positive: int) -> None:
     full_V = torch.softmax(LOGITS_V, 0) - torch.eye(NUM_ITEMS)[positive]
     options: dict[str, Any] = {"positives": np.full(4000, positive), "num_negatives": 256, "part": "setwise"}
@@ -123,25 +123,27 @@ def test_log_q_makes_the_sampled_softmax_follow_the_full_one(positive: int) -> N
         corrected: (mean_gradient(LOGITS_V, corrected=corrected, **options) - full_V).abs().sum() / full_V.abs().sum()
         for corrected in (True, False)
     }
-    # Noise of 4000 draws and the bias of a ratio of sums, which falls as 1 / negatives: measured 0.007 and 0.3.
-    assert distance[True] < 0.02
+    # Measured 0.034 and 0.012, what the share of the positive in the softmax leaves, and 0.33 without.
+    assert distance[True] < 0.06
     assert distance[False] > 0.25
 
 
-def test_log_q_makes_log_probabilities_the_optimum_of_the_pointwise_loss() -> None:
+@pytest.mark.parametrize("part", ["pointwise", "setwise"])
+def test_log_q_makes_log_probabilities_the_optimum(part: str) -> None:
     log_p_V = torch.log_softmax(LOGITS_V, 0)
     positives = np.random.default_rng(0).choice(NUM_ITEMS, 40_000, p=torch.softmax(LOGITS_V.double(), 0).numpy())
-    options: dict[str, Any] = {"positives": positives, "num_negatives": 16, "part": "pointwise"}
+    options: dict[str, Any] = {"positives": positives, "num_negatives": 4, "part": part}
     gradient = {
         corrected: mean_gradient(log_p_V, corrected=corrected, **options).abs().sum() for corrected in (True, False)
     }
-    assert gradient[True] < 0.1 * gradient[False], gradient
+    # Measured a twentieth or less: noise of 40,000 draws and, set-wise, what n q adds.
+    assert gradient[True] < 0.1 * gradient[False]
 
 
-def test_log_q_that_all_negatives_share_leaves_their_order_alone() -> None:
-    logits_M, label_M = torch.randn(5, requires_grad=True), torch.tensor([1.0, 0, 0, 0, 0])
-    options: dict[str, Any] = {"label_M": label_M, "candidate_offsets_B1": torch.tensor([0, 5]), "set_weight": 1.0}
-    shifted = request_loss(logits_M, log_q_M=torch.full((5,), -3.0), **options)
-    pointwise = F.binary_cross_entropy_with_logits(logits_M + 3, label_M)
-    setwise = F.cross_entropy((logits_M + 3 * (1 - label_M))[None], torch.tensor([0]))
-    torch.testing.assert_close(shifted.total, pointwise + setwise)
+def test_log_q_shifts_every_candidate() -> None:
+    logits_M, label_M, log_q_M = torch.randn(5), torch.tensor([0, 1.0, 0, 0, 0]), torch.randn(5)
+    options: dict[str, Any] = {"label_M": label_M, "candidate_offsets_B1": torch.tensor([0, 5]), "set_weight": 0.5}
+    found = request_loss(logits_M, log_q_M=log_q_M, **options)
+    pointwise = F.binary_cross_entropy_with_logits(logits_M - log_q_M, label_M)
+    setwise = F.cross_entropy((logits_M - log_q_M)[None], torch.tensor([1]))
+    torch.testing.assert_close(found.total, pointwise + 0.5 * setwise)
