@@ -40,7 +40,7 @@ def hash64(*keys: int | np.ndarray | np.uint64) -> np.ndarray:
 
 
 def draws_below(limit: np.ndarray, *, keys: np.ndarray, count: int) -> np.ndarray:
-    """[B, count] int64: whole numbers below limit [B] (at most 2^32), drawn by keys [B] uint64; 0 below 0."""
+    """[B, count] int64: whole numbers below limit [B] (at most 2^32), drawn by keys [B] uint64; 0 where it is 0."""
     counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
     # The high 32 bits times the range, shifted back, is a number below the range: no slow modulo, bias below 2^-32 n.
     bits = _mix(keys[:, None] + counter[None, :]) >> np.uint64(32)

@@ -22,7 +22,7 @@ class InBatchNegatives:
     """Completes the batches of a loader whose `requests.negatives` is in_batch; hands others on as they are."""
 
     def __init__(self, requests: RequestConfig, *, item_counts: np.ndarray, seed: int) -> None:
-        """item_counts: those of `training_item_counts`: over many batches an item is in the pool as often as that."""
+        """item_counts: those of `training_item_counts`, which is about how often an item is in the pool of an epoch."""
         self._wanted = requests.negatives == "in_batch"
         self._number, self._seed = requests.num_negatives, seed
         self._in_the_long_run = Weighted.popularity(item_counts, power=1.0) if self._wanted else None
