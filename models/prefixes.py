@@ -24,8 +24,9 @@ from torch import Tensor
 CHUNK_EVENTS = 128
 """Events of one product where spans are short: the products of a batch take CHUNK_EVENTS / L times less memory than
 its events."""
-LONG_SPAN = 256
-"""Mean events of a span from which, on a CPU, one product a span without any copy beats a batched one (measured)."""
+LONG_SPAN = 64
+"""Mean events of a span from which, on a CPU, one product a span without any copy beats a batched one: forward and
+backward of 80,000 events of width 64 take 185 ms against 244 at 64 events a span, 46 against 89 at 512 (one core)."""
 RUN_EVENTS = 1024
 """Events of one product where spans are long: they stay in a core's cache when they are converted."""
 EXACT_EVENTS = 1024
@@ -248,16 +249,16 @@ class _Running:
 
 
 class _RunningSum(torch.autograd.Function):
-    """value[k] += decay[k] * value[k - 1] within each user, shortest prefix first: as many steps as the most prefixes
-    of a user. A user's sum never holds another user's rounding error."""
+    """In place, value[k] += decay[k] * value[k - 1] within each user, shortest prefix first: as many steps as the most
+    prefixes of a user. A user's sum never holds another user's rounding error."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, running: _Running) -> Tensor:
         ctx.running = running
-        result = value.clone()
+        ctx.mark_dirty(value)
         for row_k, decay_k in running.steps:
-            result.index_add_(0, row_k, result[row_k - 1] * decay_k.view(-1, *[1] * (value.dim() - 1)))
-        return result
+            value.index_add_(0, row_k, value[row_k - 1] * decay_k.view(-1, *[1] * (value.dim() - 1)))
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
