@@ -62,14 +62,12 @@ def checkpoint_interests(
         # An estimator that holds U constant differentiates one of the two factors of X^T X.
         left_N1D = event_N1D.detach() if how.gradient == "stop" else event_N1D
         gram_K1DD, sum_K1D = prefixes.outer_sums(left_N1D, event_N1D, half_life=half_life)
-        single = (prefixes.length_K > EXACT_EVENTS) & (event_ND.dtype != torch.float64)
-        eps_K = torch.where(single, torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps)
         interests = interests_from_gram(
             gram_K1DD[:, 0],
             sum_KD=sum_K1D[:, 0],
             weight_K=prefixes.weight_K(half_life).to(event_ND.device, non_blocking=True),
             how=how,
-            eps_K=eps_K.to(event_ND.device, non_blocking=True),
+            single_K=(prefixes.length_K > EXACT_EVENTS) & (event_ND.dtype != torch.float64),
         )
     return _with_empty_history(interests), prefixes.place_B.to(event_ND.device, non_blocking=True)
 

@@ -29,9 +29,9 @@ LONG_SPAN = 64
 backward of 80,000 events of width 64 take 185 ms against 244 at 64 events a span, 46 against 89 at 512 (one core)."""
 RUN_EVENTS = 1024
 """Events of one product where spans are long: they stay in a core's cache when they are converted."""
-EXACT_EVENTS = 1024
-"""A history's first so many events are multiplied in float64, later ones in float32 and summed in float64. Where a
-decomposition costs more than the products, they are exact; where the products are what costs, they take a third."""
+EXACT_EVENTS = 128
+"""A history's first so many events are multiplied in float64, later ones in float32 in short runs that are summed in
+float64. What may be short of rank is exact so; what is long costs a third."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -93,24 +93,27 @@ def reference_interests(history_ND: Tensor, *, rank: int, half_life: float = 0.0
 
 
 def interests_from_gram(
-    gram_KDD: Tensor, *, sum_KD: Tensor, weight_K: Tensor, how: Decomposition, eps_K: Tensor | None = None
+    gram_KDD: Tensor, *, sum_KD: Tensor, weight_K: Tensor, how: Decomposition, single_K: Tensor | None = None
 ) -> Interests:
     """Interests of K histories from G = X^T X, the sum of their events and of their weights: equal to the reference.
 
-    `weight_K` is the number of events where nothing decays. Components with s_i <= sqrt(D eps) s_1 are masked: the
-    Gram's rounding leaves nothing of them. `eps_K` is that rounding, by default that of the Gram's dtype.
-    ValueError: more interests than D.
+    `weight_K` is the number of events where nothing decays. Components with s_i <= sqrt(D eps) s_1 are masked: rounding
+    leaves nothing of them. `single_K` (bool, on the host) says which histories are decomposed in float32, whose eps
+    then counts; the others are in the Gram's dtype. ValueError: more interests than D.
     """
     width = gram_KDD.shape[-1]
     if how.rank > width:
         raise ValueError(f"rank = {how.rank} must not exceed the width {width} of the events; lower rank")
     stop = how.gradient == "stop"
+    if single_K is None:
+        single_K = torch.zeros(gram_KDD.shape[0], dtype=torch.bool)
     value_KD, vector_KDD = _StableEigh.apply(
-        gram_KDD.detach() if stop else gram_KDD, how.gradient_eps if how.gradient == "stable" else 0.0
+        gram_KDD.detach() if stop else gram_KDD, how.gradient_eps if how.gradient == "stable" else 0.0, single_K
     )
     value_KR = value_KD[:, : how.rank]
-    eps = torch.finfo(gram_KDD.dtype).eps if eps_K is None else eps_K.to(value_KD)[:, None]
-    valid_KR = value_KR.detach() > width * eps * value_KD[:, :1].detach()
+    eps_K = torch.where(single_K, torch.finfo(torch.float32).eps, torch.finfo(gram_KDD.dtype).eps)
+    floor_K1 = width * eps_K.to(value_KD, non_blocking=True)[:, None] * value_KD[:, :1].detach()
+    valid_KR = value_KR.detach() > floor_K1
     # The square root of a masked value is never taken: its gradient would be infinite at zero.
     singular_KR = torch.where(valid_KR, value_KR, 1.0).sqrt() * valid_KR
     direction_KRD = vector_KDD[:, :, : how.rank].mT
@@ -210,8 +213,8 @@ class _StableEigh(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, gram_KDD: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        value_KD, vector_KDD = torch.linalg.eigh(gram_KDD)
+    def forward(ctx: Any, gram_KDD: Tensor, eps: float, single_K: Tensor) -> tuple[Tensor, Tensor]:
+        value_KD, vector_KDD = _eigh(gram_KDD, single_K)
         value_KD, vector_KDD = value_KD.flip(-1).clamp_min(0), vector_KDD.flip(-1)
         ctx.save_for_backward(value_KD, vector_KDD)
         ctx.eps = eps
@@ -219,7 +222,7 @@ class _StableEigh(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, value_bar_KD: Tensor, vector_bar_KDD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, value_bar_KD: Tensor, vector_bar_KDD: Tensor) -> tuple[Tensor, None, None]:
         value_KD, vector_KDD = ctx.saved_tensors
         largest_K11 = torch.where(value_KD[:, :1] > 0, value_KD[:, :1], 1.0)[:, :, None]
         share_KD = value_KD / largest_K11[:, :, 0]
@@ -231,4 +234,27 @@ class _StableEigh(torch.autograd.Function):
         turn_KDD = factor_KDD * (vector_KDD.mT @ vector_bar_KDD) / largest_K11
         inner_KDD = turn_KDD + torch.diag_embed(value_bar_KD)
         gram_bar_KDD = vector_KDD @ inner_KDD @ vector_KDD.mT
-        return (gram_bar_KDD + gram_bar_KDD.mT) / 2, None
+        return (gram_bar_KDD + gram_bar_KDD.mT) / 2, None, None
+
+
+def _eigh(gram_KDD: Tensor, single_K: Tensor) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh, in float32 where `single_K` says so: 190 us instead of 305 at D = 64 (one core).
+
+    A Gram of any scale fits float32 after division by its trace.
+    """
+    if not bool(single_K.any()):
+        return torch.linalg.eigh(gram_KDD)
+    trace_K = gram_KDD.diagonal(dim1=1, dim2=2).sum(1)
+    trace_K = torch.where(trace_K > 0, trace_K, 1.0)
+    place_K = torch.argsort(single_K.to(torch.int8), stable=True)
+    num_exact = int((~single_K).sum())
+    exact_k, single_k = (
+        part.to(gram_KDD.device, non_blocking=True) for part in (place_K[:num_exact], place_K[num_exact:])
+    )
+    value, vector = torch.linalg.eigh((gram_KDD[single_k] / trace_K[single_k, None, None]).float())
+    value, vector = value.to(gram_KDD.dtype) * trace_K[single_k, None], vector.to(gram_KDD.dtype)
+    if num_exact:
+        exact_value, exact_vector = torch.linalg.eigh(gram_KDD[exact_k])
+        back_K = torch.argsort(place_K).to(gram_KDD.device, non_blocking=True)
+        value, vector = torch.cat([exact_value, value])[back_K], torch.cat([exact_vector, vector])[back_K]
+    return value, vector
