@@ -56,6 +56,8 @@ class SourceConfig:
     (unset = obtained through pip)."""
     items_path: str | None = None
     """files: a table of items and their features."""
+    users_path: str | None = None
+    """files: a table of users and their features."""
     files: ImportConfig = dataclasses.field(default_factory=ImportConfig)
     """files: how to read them."""
     git: GitConfig = dataclasses.field(default_factory=GitConfig)

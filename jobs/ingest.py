@@ -24,7 +24,8 @@ def import_events(source: SourceConfig, out: str, console: Console, *, downloads
     """Bring a source into an event log; the same source again is a no-op."""
     with console.stage("import") as stage:
         imported = _import(source, out, downloads=downloads, progress=_progress(stage))
-        stage.result = f"{_found(imported.reused)}{imported.events:,} events, {imported.items:,} items in {out}"
+        tables = [f"{n:,} {what}" for what, n in (("items", imported.items), ("users", imported.users)) if n]
+        stage.result = f"{_found(imported.reused)}{', '.join([f'{imported.events:,} events', *tables])} in {out}"
     for what, count in imported.left_out.items():
         console.line(f"{'':<12} left out: {count:,} {what}")
     if imported.rejected:
@@ -48,7 +49,8 @@ def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -
     if source.name == "movielens-100k":
         return import_movielens_100k(out, from_file=path, downloads=str(downloads), progress=progress)
     assert path is not None, "needs_path says otherwise"
-    return import_files(path, out, config=source.files, items=source.items_path, progress=progress)
+    tables = {"items": source.items_path, "users": source.users_path}
+    return import_files(path, out, config=source.files, **tables, progress=progress)
 
 
 def prepare_shards(
@@ -58,12 +60,13 @@ def prepare_shards(
     console: Console,
     *,
     items: str | None = None,
+    users: str | None = None,
     cluster: ClusterConfig = ClusterConfig(),
     verbose: bool = False,
 ) -> Prepared:
     """Event log -> sequence shards through Ray Data."""
     with ray_session(cluster, verbose=verbose), console.stage("prepare") as stage:
-        prepared = prepare(events, out, config=options, items=items, progress=_progress(stage))
+        prepared = prepare(events, out, config=options, items=items, users=users, progress=_progress(stage))
         counts, manifest = prepared.manifest.counts, prepared.manifest
         stage.result = (
             f"{_found(prepared.reused)}{_events_line(counts)}; {manifest.users:,} users, "
@@ -99,6 +102,8 @@ def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
     console.line(f"shards        {path}, manifest {manifest.number} ({manifest.fingerprint})")
     console.line(f"events        {_events_line(counts)}{f' ({rejected})' if rejected else ''}")
     console.line(f"users, items  {manifest.users:,}, {manifest.items:,}")
+    if names := manifest.schema.get("user_features"):
+        console.line(f"user features {', '.join(names)}")
     console.line(f"time range    {manifest.time_range if manifest.has_time else 'order only'}")
     console.line(f"files         {len(manifest.files)}")
     for entry in manifest.inputs:

@@ -27,11 +27,15 @@ from torch import Tensor
 class Batch:
     """One rank's part of a global batch.
 
-    U users, N events of all users, B requests, M candidates of all requests.
+    U users, N events of all users, B requests, M candidates of all requests, G user features.
     """
 
     user: Tensor
     """[U] int64: the user's row in the shard index."""
+    user_feature_lengths: Tensor
+    """[U, G] int64: how many values a user has of each of the data set's user features; G may be 0."""
+    user_feature_values: Tensor
+    """[user_feature_lengths.sum()] int64 rows of the features' values, by user and then by feature."""
     event_offsets: Tensor
     """[U + 1] int64: user u owns events event_offsets[u] : event_offsets[u + 1], in total order."""
     event_item: Tensor

@@ -28,6 +28,7 @@ from pipeline.manifest import Manifest
 from pipeline.readers import FileFormat
 from pipeline.requests import RequestConfig
 from pipeline.storage import Store
+from pipeline.users import refuse_bad_users
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
@@ -72,17 +73,19 @@ class Prepared:
 
 
 def prepare(
-    events: str, out: str, *, config: PrepareConfig, items: str | None = None, progress: Progress | None = None
-) -> Prepared:
+    events: str, out: str, *, config: PrepareConfig, items: str | None = None, users: str | None = None,
+    progress: Progress | None = None,
+) -> Prepared:  # fmt: skip
     """Add the event files behind `events` (file, directory, pattern) that `out` does not hold yet.
 
-    `items` is a Parquet table of item_id and features; by default the log's own items.parquet, where there is one.
-    Ray must be initialised. DataError, with the earlier state untouched: a missing or damaged file, a missing column,
-    too many rejected rows, nothing valid, a configuration other than the data set's, an ingested file that changed.
+    `items` is a Parquet table of item_id and features, `users` one of user_id and features; by default the log's own
+    items.parquet and users.parquet, where they are. Ray must be initialised. DataError, with the earlier state
+    untouched: a missing or damaged file, a missing column, too many rejected rows, nothing valid, users that stand
+    twice or are all strangers, a configuration other than the data set's, an ingested file that changed.
     """
     _require_ray()
     report = progress or (lambda stage, done, total: None)
-    plan = _plan(events, out, config=config, items=items)
+    plan = _plan(events, out, config=config, items=items, users=users)
     if plan.is_done:
         assert plan.parent is not None
         return Prepared(path=out, manifest=plan.parent, reused=True)
@@ -94,15 +97,21 @@ def prepare(
         counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
         if plan.inputs:
             counts = ingest.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
+        staged_users = _stage_users(plan, staging=staging, report=report)
+        buckets = ingest.by_bucket(staged, staged_users, plan=plan)
+        if plan.users and plan.users_are_new:
+            check = functools.partial(ingest.check_users, plan=plan, staging=staging)
+            checked = _map(check, [b for b in buckets if b["users"]], stage="check users", report=report)
+            refuse_bad_users(checked, file=plan.users[0].name)
 
-        vocabulary = ingest.grow_vocabulary(staged, plan=plan, staging=staging)
+        vocabulary = ingest.grow_vocabulary(staged, staged_users, plan=plan, staging=staging)
         vocabulary_entry = shards.write_vocabulary(vocabulary, path=out)
 
         build = functools.partial(
-            _build_bucket, plan=plan, staging=staging, vocabulary=vocabulary_entry["name"],
+            ingest.build_bucket, plan=plan, staging=staging, vocabulary=vocabulary_entry["name"],
             row_group_events=config.row_group_events,
         )  # fmt: skip
-        built = _map(build, _by_bucket(staged), stage="build", report=report)
+        built = _map(build, buckets, stage="build", report=report)
         built.sort(key=lambda result: result["bucket"])
 
         ranges = [s["time_range"] for s in staged if s["time_range"]]
@@ -128,8 +137,11 @@ def index_requests(
     return cached
 
 
-def _build_bucket(bucket: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    return ingest.build_bucket(bucket["bucket"], bucket["fragments"], **arguments)
+def _stage_users(plan: ingest.Plan, *, staging: str, report: Progress) -> list[dict[str, Any]]:
+    if not plan.users:
+        return []
+    stage = functools.partial(ingest.stage_users, plan=plan, staging=staging)
+    return sorted(_map(stage, plan.user_parts(), stage="users", report=report), key=lambda result: result["part"])
 
 
 def _count_file(row: dict[str, Any], *, data: shards.Shards, config: RequestConfig, staging: str) -> dict[str, Any]:
@@ -137,7 +149,7 @@ def _count_file(row: dict[str, Any], *, data: shards.Shards, config: RequestConf
     return row
 
 
-def _plan(events: str, out: str, *, config: PrepareConfig, items: str | None) -> ingest.Plan:
+def _plan(events: str, out: str, *, config: PrepareConfig, items: str | None, users: str | None) -> ingest.Plan:
     found = readers.find_inputs(events, options=config.files)
     _refuse_foreign(out)
     parent = manifest.current_manifest(out)
@@ -146,11 +158,13 @@ def _plan(events: str, out: str, *, config: PrepareConfig, items: str | None) ->
         columns = EventColumns(**parent.config["columns"])
     if columns is None:
         columns = _canonical_columns(found[0], config.files)
-    if items is None and Store(events).exists("items.parquet"):
-        items = f"{events.rstrip('/')}/items.parquet"
-    items_file = readers.find_inputs(items, options=FileFormat(format="parquet"))[0] if items else None
+    tables = []
+    for given, name in ((items, "items.parquet"), (users, "users.parquet")):
+        if given is None and Store(events).exists(name):
+            given = f"{events.rstrip('/')}/{name}"
+        tables.append(readers.find_inputs(given, options=FileFormat(format="parquet"))[0] if given else None)
     return ingest.plan(
-        found, out, parent=parent, columns=columns, files=config.files, items=items_file,
+        found, out, parent=parent, columns=columns, files=config.files, items=tables[0], users_file=tables[1],
         settings={"buckets": config.buckets, "row_group_events": config.row_group_events},
     )  # fmt: skip
 
@@ -165,16 +179,6 @@ def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
     names = ("timestamp", "order", "action", "label", "request_id")
     found: dict[str, Any] = {name: name if name in there else None for name in names}
     return EventColumns(**found)
-
-
-def _by_bucket(staged: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    fragments: dict[int, list] = {}
-    for result in staged:
-        for fragment in result["fragments"]:
-            fragments.setdefault(fragment[2], []).append(fragment)
-    # Largest first: the last task to finish should be a short one.
-    size = {bucket: sum(f[3] for f in found) for bucket, found in fragments.items()}
-    return [{"bucket": b, "fragments": fragments[b]} for b in sorted(fragments, key=lambda b: (-size[b], b))]
 
 
 def _map(function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress) -> list[dict]:

@@ -2,6 +2,8 @@
 
     plan          what is new, and whether it may be added          (driver)
     stage_part    a part of a file -> valid events by bucket        (a task a row group)
+    stage_users   a part of the users table -> its rows by bucket   (a task a row group)
+    check_users   a bucket's users -> counts of what is wrong       (a task a bucket)
     build_bucket  a bucket's new events + old shard -> new shard    (a task a bucket)
     finish        index, counts, manifest                           (driver)
 
@@ -13,20 +15,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import io
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline import readers, sequences
+from pipeline import readers, sequences, users
 from pipeline.events import DataError, EventColumns, Reason, validate
 from pipeline.items import read_items
 from pipeline.manifest import Manifest, flatten
 from pipeline.readers import FileFormat, Input
-from pipeline.shards import Shards, bucket_of, write_index, write_shard
+from pipeline.shards import Shards, write_index, write_shard
+from pipeline.staged import read_fragments, read_table, write_fragments, write_table
 from pipeline.storage import Store
 from pipeline.vocabulary import Vocabulary
 
@@ -46,10 +46,14 @@ class Plan:
     """New event files and their checksums."""
     items: tuple[Input, str] | None
     """The items table, when it is new."""
+    users: tuple[Input, str] | None
+    """The users table, when it is new, or when there are new events: users who are new may be in it."""
+    users_are_new: bool
+    """False = the table was ingested before; what is known of earlier users stays as it is."""
 
     @property
     def is_done(self) -> bool:
-        return not self.inputs and self.items is None
+        return not self.inputs and self.items is None and self.users is None
 
     @property
     def ingest(self) -> str:
@@ -57,14 +61,17 @@ class Plan:
         return hashlib.sha256(repr([checksum for _, checksum in self.inputs]).encode()).hexdigest()[:16]
 
     def parts(self) -> list[dict[str, Any]]:
-        """{part, input, row_group} for every part of a file that can be read on its own."""
-        pairs = [(file, g) for file, _ in self.inputs for g in range(readers.count_row_groups(file))]
-        return [{"part": n, "input": dataclasses.asdict(file), "row_group": g} for n, (file, g) in enumerate(pairs)]
+        """{part, input, row_group} for every part of an event file that can be read on its own."""
+        return _parts([file for file, _ in self.inputs])
+
+    def user_parts(self) -> list[dict[str, Any]]:
+        """The same of the users table."""
+        return _parts([self.users[0]] if self.users else [])
 
 
 def plan(
     found: list[Input], out: str, *, parent: Manifest | None, columns: EventColumns, files: FileFormat,
-    settings: dict[str, Any], items: Input | None,
+    settings: dict[str, Any], items: Input | None, users_file: Input | None = None,
 ) -> Plan:  # fmt: skip
     """Compare the inputs and the configuration with what the data set holds already. DataError when they disagree."""
     config = {"columns": dataclasses.asdict(columns), **settings}
@@ -88,9 +95,17 @@ def plan(
     schema = parent.schema if parent else readers.log_schema([file for file, _ in new], columns=columns, options=files)
     for file, _ in new:
         readers.describe(file, mapping=columns.mapping(), options=files)
+    read_users, users_are_new = None, False
+    if users_file is not None:
+        checksum = readers.checksum(users_file)
+        users_are_new = checksum not in seen
+        read_users = (users_file, checksum) if users_are_new or new else None
+    if users_file is not None and read_users is not None:
+        names = set(users.feature_names(users_file)) | set(schema.get("user_features", []))
+        schema = schema | {"user_features": sorted(names)}
     return Plan(
         out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
-        items=fresh_items,
+        items=fresh_items, users=read_users, users_are_new=users_are_new,
     )  # fmt: skip
 
 
@@ -123,16 +138,16 @@ def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, A
                 times = checked.events["timestamp"].to_numpy()
                 result["time_range"] = _join_ranges(result["time_range"], [int(times.min()), int(times.max())])
             name = f"events-{number:06d}-{count:04d}.arrow"
-            result["fragments"] += _write_fragment(store, name, checked.events, plan.config["buckets"])
+            result["fragments"] += write_fragments(store, name, checked.events, buckets=plan.config["buckets"])
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith(file.name) else f"{file.name}: {text}") from None
     if items:
         result["items"] = f"items-{number:06d}.parquet"
-        _write_table(store, result["items"], pl.concat(items).unique().to_frame())
+        write_table(store, result["items"], pl.concat(items).unique().to_frame())
     table = pl.concat(rejected).with_columns(pl.lit(file.name).alias("file")) if rejected else pl.DataFrame()
     if table.height:
-        _write_table(Store(plan.out), f"rejected/{plan.ingest}/part-{number:06d}.parquet", table)
+        write_table(Store(plan.out), f"rejected/{plan.ingest}/part-{number:06d}.parquet", table)
     counts = table["reason"].value_counts().rows() if table.height else []
     return result | {"rejected": dict(counts), "actions": sorted(actions)}
 
@@ -157,42 +172,87 @@ def refuse_bad_log(staged: list[dict[str, Any]], *, plan: Plan, max_rejected_rat
     return {"read": read, "valid": valid, "rejected": rejected}
 
 
-def grow_vocabulary(staged: list[dict[str, Any]], *, plan: Plan, staging: str) -> Vocabulary:
-    """The data set's vocabulary with the new items, actions and item features."""
+def stage_users(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, Any]:
+    """users.stage_users with what the plan knows."""
+    id_type, buckets = plan.schema["id_types"]["user_id"], plan.config["buckets"]
+    return users.stage_users(part, id_type=id_type, buckets=buckets, staging=staging)
+
+
+def check_users(bucket: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, Any]:
+    """users.check_users with what the data set holds so far."""
+    known = pl.Series("user_id", [], pl.Int64 if plan.schema["id_types"]["user_id"] == "int64" else pl.String)
+    if plan.parent is not None and (old := _old_file(plan.parent, bucket["bucket"])) is not None:
+        known = pl.Series("user_id", Shards(plan.out, plan.parent).user_ids(old))
+    return users.check_users(bucket, known=known, staging=staging)
+
+
+def by_bucket(staged: list[dict[str, Any]], staged_users: list[dict[str, Any]], *, plan: Plan) -> list[dict[str, Any]]:
+    """{bucket, fragments of events, users: fragments of the users table} of every bucket that must be written."""
+    found: dict[str, dict[int, list]] = {"fragments": {}, "users": {}}
+    for kind, results in (("fragments", staged), ("users", staged_users)):
+        for fragment in (fragment for result in results for fragment in result["fragments"]):
+            found[kind].setdefault(fragment[2], []).append(fragment)
+    events, table = found["fragments"], found["users"]
+    # A bucket of the users table that has no events has no shard.
+    changed = {b for b in table if plan.users_are_new and _old_file(plan.parent, b) is not None}
+    wanted = events.keys() | changed
+    size = {bucket: sum(f[3] for f in events.get(bucket, [])) for bucket in wanted}
+    # Largest first: the last task to finish should be a short one.
+    return [
+        {"bucket": b, "fragments": events.get(b, []), "users": table.get(b, [])}
+        for b in sorted(wanted, key=lambda b: (-size[b], b))
+    ]
+
+
+def grow_vocabulary(
+    staged: list[dict[str, Any]], staged_users: list[dict[str, Any]], *, plan: Plan, staging: str
+) -> Vocabulary:
+    """The data set's vocabulary with the new items, actions, item features and values of user features."""
     store, parent = Store(staging), plan.parent
     vocabulary = Shards(plan.out, parent).vocabulary if parent else Vocabulary.empty(plan.schema["id_types"]["item_id"])
     names = [s["items"] for s in staged if "items" in s]
     if names:
-        raw = pl.concat([_read_table(store, name)["item_id"] for name in names]).unique()
+        raw = pl.concat([read_table(store, name)["item_id"] for name in names]).unique()
         vocabulary = vocabulary.grow(raw, {action for s in staged for action in s["actions"]})
-    return vocabulary.with_features(read_items(plan.items[0], vocabulary)) if plan.items else vocabulary
+    if plan.items:
+        vocabulary = vocabulary.with_features(read_items(plan.items[0], vocabulary))
+    if plan.users:
+        names = plan.schema["user_features"]
+        vocabulary = vocabulary.with_user_values(users.staged_values(staged_users, names, staging=staging))
+    return vocabulary
 
 
 def build_bucket(
-    bucket: int, fragments: list[list], *, plan: Plan, staging: str, vocabulary: str, row_group_events: int
+    row: dict[str, Any], *, plan: Plan, staging: str, vocabulary: str, row_group_events: int
 ) -> dict[str, Any]:
-    """Sort, dedupe and write one bucket: its new events merged into what the data set holds.
+    """Sort, dedupe and write one bucket (of by_bucket): its new events merged into what the data set holds.
 
     Returns the manifest's file entry, accepted (events that are new), duplicates, places (a file of index rows).
     """
-    store = Store(staging)
-    new = pl.concat([_read_fragment(store, name, batch) for name, batch, *_ in sorted(fragments)])
-    old_events = 0
-    if (old := _old_file(plan.parent, bucket)) is None:
-        merged = sequences.build_sequences(new)
-    else:
+    store, bucket = Store(staging), row["bucket"]
+    new = read_fragments(store, row["fragments"])
+    new_users = pl.concat(read_fragments(store, row["users"])) if row["users"] else None
+    old_events, old_values = [], None
+    if (old := _old_file(plan.parent, bucket)) is not None:
         assert plan.parent is not None
         shards = Shards(plan.out, plan.parent)
-        events = shards.raw_events(shards.groups_of_file(old))
-        old_events = events.height
-        merged = sequences.merge(events, new)
+        old_events = [shards.raw_events(shards.groups_of_file(old))]
+        old_values = shards.raw_user_values(shards.groups_of_file(old))
+        new = [events.select(old_events[0].columns) for events in new]
+        if new_users is not None and not plan.users_are_new:
+            new_users = new_users.join(old_values, on="user_id", how="anti")
+    merged = sequences.build_sequences(pl.concat([*old_events, *new]))
+    num_old, num_new = (sum(events.height for events in tables) for tables in (old_events, new))
+    values = users.merge_values(
+        merged.users()["user_id"], old=old_values, new=new_users, names=plan.schema.get("user_features", [])
+    )
     entry, places = write_shard(
-        merged.events, path=plan.out, bucket=bucket, row_group_events=row_group_events,
+        merged.events, path=plan.out, bucket=bucket, row_group_events=row_group_events, user_values=values,
         vocabulary=_load_vocabulary(plan.out, vocabulary),
     )  # fmt: skip
-    _write_table(store, f"places-{bucket:05d}.parquet", places)
-    accepted = merged.events.height - old_events
-    return {"bucket": bucket, "file": entry, "accepted": accepted, "duplicates": new.height - accepted}
+    write_table(store, f"places-{bucket:05d}.parquet", places)
+    accepted = merged.events.height - num_old
+    return {"bucket": bucket, "file": entry, "accepted": accepted, "duplicates": num_new - accepted}
 
 
 def finish(
@@ -205,9 +265,7 @@ def finish(
     kept = {} if parent is None else {f["bucket"]: f for f in parent.files}
     files = [fresh.get(bucket) or kept[bucket] for bucket in sorted(kept | fresh)]
     place = {entry["bucket"]: number for number, entry in enumerate(files)}
-    tables = [
-        _read_table(store, f"places-{b:05d}.parquet").with_columns(file=pl.lit(place[b], pl.Int64)) for b in fresh
-    ]
+    tables = [read_table(store, f"places-{b:05d}.parquet").with_columns(file=pl.lit(place[b], pl.Int64)) for b in fresh]
     index = pl.concat(tables) if tables else pl.DataFrame()
     if parent is not None:
         index = _append_to_index(index, Shards(plan.out, parent), place, fresh)
@@ -217,7 +275,11 @@ def finish(
     new_counts = {"read": counts["read"], "accepted": accepted, "duplicate": duplicates, "rejected": counts["rejected"]}
     entries = [
         {"name": file.name, "bytes": file.bytes, "checksum": checksum, "kind": kind}
-        for kind, found in (("events", plan.inputs), ("items", [plan.items] if plan.items else []))
+        for kind, found in (
+            ("events", plan.inputs),
+            ("items", [plan.items] if plan.items else []),
+            ("users", [plan.users] if plan.users and plan.users_are_new else []),
+        )
         for file, checksum in found
     ]
     return Manifest(
@@ -236,6 +298,11 @@ def finish(
     )
 
 
+def _parts(files: list[Input]) -> list[dict[str, Any]]:
+    pairs = [(file, g) for file in files for g in range(readers.count_row_groups(file))]
+    return [{"part": n, "input": dataclasses.asdict(file), "row_group": g} for n, (file, g) in enumerate(pairs)]
+
+
 def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, Any]) -> None:
     ours, theirs = flatten(config), flatten(existing)
     for key in sorted(ours | theirs):
@@ -244,37 +311,6 @@ def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, A
                 f"{out} was prepared with {key} = {theirs.get(key)!r}, this run has {ours.get(key)!r}; "
                 "use the same value or prepare into a new directory"
             )
-
-
-def _write_fragment(store: Store, name: str, events: pl.DataFrame, buckets: int) -> list[list]:
-    """One Arrow file, one record batch a bucket: a bucket's task then reads only its own batches."""
-    events = events.with_columns(bucket_of(events["user_id"], buckets=buckets).alias("bucket"))
-    fragments, sink = [], io.BytesIO()
-    writer = None
-    for batch, part in enumerate(events.sort("bucket", maintain_order=True).partition_by("bucket")):
-        table = part.drop("bucket").to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
-        writer = writer or pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
-        writer.write_batch(table.to_batches()[0])
-        fragments.append([name, batch, int(part["bucket"][0]), part.height])
-    assert writer is not None
-    writer.close()
-    store.write(name, sink.getvalue(), durable=False)
-    return fragments
-
-
-def _read_fragment(store: Store, name: str, batch: int) -> pl.DataFrame:
-    with store.open(name) as stream:
-        return pl.DataFrame(pa.ipc.open_file(stream).get_batch(batch))
-
-
-def _write_table(store: Store, name: str, table: pl.DataFrame) -> None:
-    sink = io.BytesIO()
-    pq.write_table(table.to_arrow(compat_level=pl.CompatLevel.oldest()), sink, compression="zstd")
-    store.write(name, sink.getvalue(), durable=False)
-
-
-def _read_table(store: Store, name: str) -> pl.DataFrame:
-    return pl.DataFrame(pq.read_table(io.BytesIO(store.read(name))))
 
 
 @functools.lru_cache(maxsize=1)

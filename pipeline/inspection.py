@@ -13,6 +13,7 @@ import xxhash
 from pipeline.events import DataError
 from pipeline.sequences import build_sequences
 from pipeline.shards import Shards
+from pipeline.vocabulary import NUM_RESERVED
 
 _ORDERED = ("timestamp", "order", "item", "action", "label", "request_id")
 
@@ -43,7 +44,8 @@ def verify(path: str, *, number: int | None = None) -> list[str]:
 
 
 def digest(path: str, *, number: int | None = None) -> str:
-    """Hexadecimal hash of what a data set holds: its sequences on raw ids, in any order of users, and its counts.
+    """Hexadecimal hash of what a data set holds: sequences and user features on raw values, in any order of users, and
+    its counts.
 
     Equal for every split of the same log into ingests, unlike row numbers and files.
     """
@@ -58,8 +60,12 @@ def digest(path: str, *, number: int | None = None) -> str:
         offsets = np.asarray(next(iter(lists.values())).offsets)
         columns = [_hashable(name, column.values, item_hash, action_hash) for name, column in lists.items()]
         users = table["user_id"].cast(pa.large_string()).to_pylist()
-        for user, start, end in zip(users, offsets[:-1], offsets[1:], strict=True):
-            state = xxhash.xxh3_128(user.encode())
+        known = [""] * len(users)
+        if data.user_features:
+            values = data.raw_user_values(range(group, group + 1)).select(pl.struct(data.user_features).alias("known"))
+            known = values["known"].struct.json_encode().to_list()
+        for user, values, start, end in zip(users, known, offsets[:-1], offsets[1:], strict=True):
+            state = xxhash.xxh3_128(user.encode() + values.encode())
             for column in columns:
                 state.update(column[start:end].tobytes())
             total = (total + state.intdigest()) % (1 << 128)
@@ -74,6 +80,7 @@ def _problems_of_file(data: Shards, file: int) -> list[str]:
     except (DataError, OSError, pa.ArrowException) as error:
         return [f"{entry['name']}: cannot be read ({error})"]
     problems = []
+    problems += _unknown_values(data, file)
     if events.height != entry["events"]:
         problems.append(f"{entry['name']}: {events.height} events instead of {entry['events']}")
     if not build_sequences(events).events.equals(events):
@@ -87,6 +94,16 @@ def _problems_of_file(data: Shards, file: int) -> list[str]:
     if not same or (users["len"].to_numpy() != index.events[stored]).any():
         problems.append(f"{data.manifest.index['name']}: does not describe {entry['name']}")
     return problems
+
+
+def _unknown_values(data: Shards, file: int) -> list[str]:
+    sizes = [len(data.vocabulary.user_features[name]) for name in data.user_features]
+    for group in data.groups_of_file(file):
+        if (codes := data.read(group).codes) is not None:
+            limit = np.repeat(np.tile(np.array(sizes) + NUM_RESERVED, len(codes.lengths)), codes.lengths.ravel())
+            if ((codes.values < NUM_RESERVED) | (codes.values >= limit)).any():
+                return [f"{data.manifest.files[file]['name']}: a user feature has a value that the vocabulary lacks"]
+    return []
 
 
 def _hash_each(texts: list[str] | tuple[str, ...]) -> np.ndarray:

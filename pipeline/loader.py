@@ -25,7 +25,7 @@ from pipeline.events import DataError
 from pipeline.negatives import Proposal, Uniform, Weighted, draw_keys, log_expected_draws, with_negatives
 from pipeline.request_index import PartCounts, check_log, request_counts
 from pipeline.requests import RequestConfig, Requests, carried, list_requests, of_part
-from pipeline.sequences import UserEvents, offsets_of, ranges
+from pipeline.sequences import UserCodes, UserEvents, offsets_of, ranges
 from pipeline.shards import Shards
 from pipeline.user_reader import UserReader
 
@@ -257,8 +257,11 @@ def _batch(
 ) -> Batch:  # fmt: skip
     """Cut each user's events to start : last and shift the requests' positions along."""
     places = ranges(events.offsets[:-1] + start, last - start)
+    codes = events.codes or UserCodes(lengths=np.zeros((len(users), 0), np.int64), values=np.zeros(0, np.int64))
     return Batch(
         user=_tensor(users),
+        user_feature_lengths=_tensor(codes.lengths),
+        user_feature_values=_tensor(codes.values),
         event_offsets=_tensor(offsets_of(last - start)),
         event_item=_tensor(events.item[places]),
         event_time=_tensor(events.time[places]),

@@ -24,7 +24,7 @@ from pipeline.text_rows import csv_parser, json_parser, split_line
 _BLOCK_BYTES = 16 << 20
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
-_NOT_EVENTS = ("items.parquet", "rejected.parquet")
+_NOT_EVENTS = ("items.parquet", "users.parquet", "rejected.parquet")
 _ENCODINGS = ("utf-8", "latin-1", "cp1252")
 
 

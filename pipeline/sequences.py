@@ -46,6 +46,26 @@ def merge(old: pl.DataFrame, new: pl.DataFrame) -> Sequences:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class UserCodes:
+    """The feature values of U users as rows of the features' vocabularies: G features, any number of values in each.
+
+    user 0: gender [2], hobbies [5, 3]   user 1: gender [3], hobbies []
+    lengths [[1, 2], [1, 0]]   values [2, 5, 3, 3]
+    """
+
+    lengths: np.ndarray
+    """[U, G] int64."""
+    values: np.ndarray
+    """[lengths.sum()] int64, by user and then by feature."""
+
+    def take(self, users: np.ndarray) -> UserCodes:
+        """The users at these places, in this order."""
+        totals = self.lengths.sum(1)
+        places = ranges(offsets_of(totals)[:-1][users], totals[users])
+        return UserCodes(lengths=self.lengths[users], values=self.values[places])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class UserEvents:
     """The sequences of some users as flat arrays: U users, N events of all of them.
 
@@ -66,6 +86,8 @@ class UserEvents:
     """[N] float32, None where the log has none."""
     request: np.ndarray | None
     """[N] int64: equal for events of one request_id (of a user); -1 = of no request; None where the log has none."""
+    codes: UserCodes | None = None
+    """What is known of the users themselves; None where the data set has no user features."""
 
     @property
     def num_users(self) -> int:
@@ -83,6 +105,7 @@ class UserEvents:
             action=self.action[places],
             label=None if self.label is None else self.label[places],
             request=None if self.request is None else self.request[places],
+            codes=None if self.codes is None else self.codes.take(users),
         )
 
 

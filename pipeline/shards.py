@@ -1,7 +1,8 @@
 """Sequence shards: one Parquet file a bucket of users, one row a user, and the index that finds them.
 
     manifests/00000002.json            the commit (manifest.py)
-    shards/bucket-00003-<hash>.parquet user_id, then one large list a user of item, timestamp, order, action, ...
+    shards/bucket-00003-<hash>.parquet user_id, then one large list a user of item, timestamp, order, action, ...; and
+                                       of value rows for each user feature, "user:<feature>"
     index/<hash>.parquet               user row -> file, row group, row, events, user_id
     vocabulary/<hash>.parquet          items and features (vocabulary.py)
 
@@ -28,6 +29,7 @@ from pipeline.events import DataError
 from pipeline.manifest import Manifest, current_manifest, read_manifest
 from pipeline.sequences import UserEvents, offsets_of
 from pipeline.storage import Store
+from pipeline.user_columns import PREFIX, decode_values, encode_values, read_codes
 from pipeline.vocabulary import Vocabulary
 
 __all__ = ["Index", "Shards", "bucket_of", "current_manifest", "write_index", "write_shard", "write_vocabulary"]
@@ -76,6 +78,11 @@ class Shards:
         return type(self), (self.path, self.manifest)
 
     @property
+    def user_features(self) -> list[str]:
+        """Names, sorted: the order of the codes of a user."""
+        return self.manifest.schema.get("user_features", [])
+
+    @property
     def num_groups(self) -> int:
         """Row groups over all files."""
         return len(self._group_file)
@@ -110,7 +117,7 @@ class Shards:
         """The sequences of one row group, in row order."""
         table = self.read_table(group)
         lists = table["item"].combine_chunks()
-        flat = {c: table[c].combine_chunks().flatten() for c in table.column_names if c != "user_id"}
+        flat = _flat_events(table)
         item = np.asarray(flat["item"])
         zeros = np.zeros(len(item), np.int64)
         time = np.asarray(flat["timestamp"]) if "timestamp" in flat else zeros
@@ -126,7 +133,20 @@ class Shards:
             action=np.asarray(flat["action"]).astype(np.int64) if "action" in flat else zeros,
             label=np.asarray(flat["label"]).astype(np.float32) if "label" in flat else None,
             request=request,
+            codes=read_codes(table, self.user_features) if self.user_features else None,
         )
+
+    def raw_user_values(self, groups: range) -> pl.DataFrame:
+        """user_id and a list of raw values for each user feature, one row a user in row order."""
+        tables = map(self.read_table, groups)
+        return pl.concat([decode_values(table, self.vocabulary, self.user_features) for table in tables])
+
+    def user_ids(self, file: int) -> pa.Array:
+        """The users of a shard file, in row order."""
+        entry = self.manifest.files[file]
+        self.check(entry)
+        with self._store.open(entry["name"]) as stream:
+            return pq.ParquetFile(stream).read(columns=["user_id"])["user_id"].combine_chunks()
 
     def raw_events(self, groups: range) -> pl.DataFrame:
         """The events of row groups with raw ids, as validation made them: one row an event, users in row order."""
@@ -171,27 +191,38 @@ def bucket_of(user_ids: pl.Series, *, buckets: int) -> pl.Series:
 
 
 def write_shard(
-    events: pl.DataFrame, *, path: str, bucket: int, vocabulary: Vocabulary, row_group_events: int
+    events: pl.DataFrame,
+    *,
+    path: str,
+    bucket: int,
+    vocabulary: Vocabulary,
+    row_group_events: int,
+    user_values: pl.DataFrame | None = None,
 ) -> tuple[dict, pl.DataFrame]:
     """Write a bucket's sequences (raw ids, sorted by user and total order).
 
-    Returns the manifest's entry and a table of user_id, row_group, row, events.
+    `user_values` has user_id and a list of raw values for each user feature, users in the order of the events. Returns
+    the manifest's entry and a table of user_id, row_group, row, events.
     """
     users = events.group_by("user_id", maintain_order=True).agg(pl.len().cast(pl.Int64).alias("events"))
     lengths = users["events"].to_numpy()
     starts = _row_group_starts(lengths, row_group_events)
     offsets = offsets_of(lengths)
     flat = _encode(events, vocabulary)
+    known = encode_values(user_values, vocabulary) if user_values is not None else {}
     id_column = to_arrow(users["user_id"])
     store = Store(path)
     with store.scratch() as scratch:
         local = f"{scratch}/shard.parquet"
         schema = pa.schema([("user_id", id_column.type), *((n, pa.large_list(a.type)) for n, a in flat.items())])
+        for name, lists in known.items():
+            schema = schema.append(pa.field(name, lists.type))
         with pq.ParquetWriter(local, schema, compression="zstd", write_statistics=False) as writer:
             for first, last in itertools.pairwise(starts):
                 bounds = pa.array(offsets[first : last + 1] - offsets[first], pa.int64())
                 part = slice(int(offsets[first]), int(offsets[last]))
                 lists = [pa.LargeListArray.from_arrays(bounds, a[part]) for a in flat.values()]
+                lists += [values[int(first) : int(last)] for values in known.values()]
                 table = pa.table([id_column[int(first) : int(last)], *lists], schema=schema)
                 writer.write_table(table, row_group_size=max(1, len(table)))
         entry = _adopt(store, local, f"shards/bucket-{bucket:05d}-")
@@ -259,8 +290,13 @@ def _encode(events: pl.DataFrame, vocabulary: Vocabulary) -> dict[str, pa.Array]
     return columns
 
 
+def _flat_events(table: pa.Table) -> dict[str, pa.Array]:
+    names = [name for name in table.column_names if name != "user_id" and not name.startswith(PREFIX)]
+    return {name: table[name].combine_chunks().flatten() for name in names}
+
+
 def _explode(table: pa.Table, vocabulary: Vocabulary) -> pl.DataFrame:
-    flat = {c: table[c].combine_chunks().flatten() for c in table.column_names if c != "user_id"}
+    flat = _flat_events(table)
     lengths = np.asarray(pc.list_value_length(table["item"].combine_chunks()))  # type: ignore[attr-defined]
     users = np.repeat(np.arange(table.num_rows), lengths)
     columns: dict = {"user_id": table["user_id"].combine_chunks().take(pa.array(users))}

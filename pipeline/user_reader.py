@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.sequences import UserEvents, offsets_of
+from pipeline.sequences import UserCodes, UserEvents, offsets_of
 from pipeline.shards import Shards
 
 
@@ -45,13 +45,22 @@ def _concatenate(parts: list[UserEvents]) -> UserEvents:
 
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
     names = ("item", "time", "before", "action", "label", "request")
-    return UserEvents(offsets=offsets_of(lengths), **{name: join(name) for name in names})
+    codes = [part.codes for part in parts if part.codes is not None]
+    joined = None
+    if codes:
+        joined = UserCodes(
+            lengths=np.concatenate([part.lengths for part in codes]),
+            values=np.concatenate([part.values for part in codes]),
+        )
+    return UserEvents(offsets=offsets_of(lengths), codes=joined, **{name: join(name) for name in names})
 
 
 def _no_users(data: Shards) -> UserEvents:
     columns, empty = data.manifest.schema["columns"], np.zeros(0, np.int64)
+    names = data.user_features
     return UserEvents(
         offsets=np.zeros(1, np.int64), item=empty, time=empty, before=empty, action=empty,
         label=np.zeros(0, np.float32) if "label" in columns else None,
         request=empty if "request_id" in columns else None,
+        codes=UserCodes(lengths=np.zeros((0, len(names)), np.int64), values=empty) if names else None,
     )  # fmt: skip

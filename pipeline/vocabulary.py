@@ -1,4 +1,4 @@
-"""Raw item ids, feature values and action names <-> rows of embedding tables.
+"""Raw item ids, feature values (of items and users) and action names <-> rows of embedding tables.
 
     table row   0         1         2      3      4    ...            size - 1      ... capacity - 1
                 padding   unknown   item   item   item  (append-only)  newest item   unused, masked
@@ -14,7 +14,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,8 @@ class Vocabulary:
     actions: tuple[str, ...]
     """Action names; an action's code is its place, and code 0, "", is no action."""
     features: dict[str, Feature]
+    user_features: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """{user feature: its raw values}, features by name; values[i] has row i + 2. Which user has which: its shard."""
 
     @classmethod
     def empty(cls, item_type: str) -> Vocabulary:
@@ -117,7 +119,16 @@ class Vocabulary:
             items=pa.concat_arrays([self.items, fresh]),
             actions=(*self.actions, *sorted(new_actions)),
             features=features,
+            user_features=self.user_features,
         )
+
+    def with_user_values(self, values: Mapping[str, Iterable[str]]) -> Vocabulary:
+        """A vocabulary that also holds these values of user features; those that are new are appended, sorted."""
+        found = dict(self.user_features)
+        for name, raw in values.items():
+            old = found.get(name, ())
+            found[name] = (*old, *sorted(set(raw) - set(old)))
+        return dataclasses.replace(self, user_features=dict(sorted(found.items())))
 
     def with_features(self, table: pl.DataFrame) -> Vocabulary:
         """Take item features from a table of item_id and one string or list-of-strings column a feature.
@@ -147,6 +158,8 @@ class Vocabulary:
         for name, feature in sorted(self.features.items()):
             parts += [name.encode(), json.dumps(feature.names).encode()]
             parts += [feature.offsets.astype("<i8").tobytes(), feature.values.astype("<i8").tobytes()]
+        for name, values in self.user_features.items():
+            parts += [f"user:{name}".encode(), json.dumps(values).encode()]
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()[:32]
@@ -154,11 +167,12 @@ class Vocabulary:
     def to_bytes(self) -> bytes:
         """The Parquet file: one line an item, action or feature value, in row order of its kind.
 
-        kind ("item", "action", "value:<feature>"), raw (decimal or string form), and a list of value rows for each
-        feature, "feature:<feature>", filled for items.
+        kind ("item", "action", "value:<item feature>", "user:<user feature>"), raw (decimal or string form), and a list
+        of value rows for each item feature, "feature:<feature>", filled for items. The metadata name the user features.
         """
         kinds = [("item", self.items.cast(pa.large_string())), ("action", pa.array(self.actions, pa.large_string()))]
         kinds += [(f"value:{n}", pa.array(f.names, pa.large_string())) for n, f in sorted(self.features.items())]
+        kinds += [(f"user:{n}", pa.array(v, pa.large_string())) for n, v in self.user_features.items()]
         total = sum(len(raw) for _, raw in kinds)
         columns: dict[str, pa.Array] = {
             "kind": pa.array(np.repeat([kind for kind, _ in kinds], [len(raw) for _, raw in kinds]), pa.string()),
@@ -168,7 +182,10 @@ class Vocabulary:
             offsets = feature.offsets[NUM_RESERVED:]
             padded = np.append(offsets, np.full(total - len(self.items), offsets[-1], np.int64))
             columns[f"feature:{name}"] = pa.LargeListArray.from_arrays(padded, pa.array(feature.values, pa.int64()))
-        table = pa.table(columns).replace_schema_metadata({"item_type": self.item_type})
+        metadata = {"item_type": self.item_type}
+        if self.user_features:
+            metadata["user_features"] = json.dumps(list(self.user_features))
+        table = pa.table(columns).replace_schema_metadata(metadata)
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", store_schema=True)
         return sink.getvalue()
@@ -182,7 +199,8 @@ class Vocabulary:
         """Raises DataError that names the file when it is no vocabulary."""
         try:
             table = pq.read_table(io.BytesIO(data))
-            item_type = (table.schema.metadata or {})[b"item_type"].decode()
+            metadata = table.schema.metadata or {}
+            item_type, user_names = metadata[b"item_type"].decode(), json.loads(metadata.get(b"user_features", b"[]"))
             kinds, raw = pl.Series(table["kind"]), table["raw"].combine_chunks()
         except (pa.ArrowException, OSError, KeyError) as error:
             raise DataError(f"{name}: not a vocabulary file; prepare the data set again") from error
@@ -200,7 +218,8 @@ class Vocabulary:
                     values=np.asarray(lists.values).astype(np.int64),
                 )
         items = of_kind.get("item", pa.array([], pa.large_string())).cast(_ARROW_TYPE[item_type])
-        return cls(items=items, actions=tuple(of_kind["action"].to_pylist()), features=features)
+        users = {name: tuple(of_kind.get(f"user:{name}", pa.array([])).to_pylist()) for name in user_names}
+        return cls(items=items, actions=tuple(of_kind["action"].to_pylist()), features=features, user_features=users)
 
     @classmethod
     def load(cls, path: str) -> Vocabulary:

@@ -53,9 +53,14 @@ def _files(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
     parser.add_argument("path", type=str, help="file, directory or pattern of CSV, JSON lines or Parquet")
     parser.add_argument("--items_path", type=str | None, default=None, help="table of items and their features")
+    parser.add_argument("--users_path", type=str | None, default=None, help="table of users and their features")
     parser.add_class_arguments(ImportConfig)
     return lambda parsed: SourceConfig(
-        name="files", path=parsed.path, items_path=parsed.items_path, files=_build(ImportConfig, parser, parsed)
+        name="files",
+        path=parsed.path,
+        items_path=parsed.items_path,
+        users_path=parsed.users_path,
+        files=_build(ImportConfig, parser, parsed),
     )
 
 
@@ -96,6 +101,7 @@ def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parser.add_argument("--events", type=str, required=True, help="event log: file, directory, pattern or s3:// URI")
     parser.add_argument("--out", type=str, required=True, help="directory of the sequence shards")
     parser.add_argument("--items_path", type=str | None, default=None, help="items table; default: the log's own")
+    parser.add_argument("--users_path", type=str | None, default=None, help="users table; default: the log's own")
     parser.add_argument("--workspace", type=str, default="workspace", help="directory of logs")
     parser.add_class_arguments(PrepareConfig)
     parser.add_class_arguments(ClusterConfig, "cluster")
@@ -104,7 +110,14 @@ def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     options = _build(PrepareConfig, parser, parsed)
     capture(console, parsed.workspace, "prepare", verbose=verbose)
     prepare_shards(
-        parsed.events, parsed.out, options, console, items=parsed.items_path, cluster=built["cluster"], verbose=verbose
+        parsed.events,
+        parsed.out,
+        options,
+        console,
+        items=parsed.items_path,
+        users=parsed.users_path,
+        cluster=built["cluster"],
+        verbose=verbose,
     )
     return 0
 

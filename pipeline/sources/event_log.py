@@ -2,6 +2,7 @@
 
     events-00000.parquet ...   canonical columns (pipeline/events.py), possibly more
     items.parquet              item_id and features, where the source has any
+    users.parquet              user_id and features, where the source has any
     rejected.parquet           rows that are no events, with their reason, where there are any
     source.json                what was imported from what: written last
 
@@ -40,6 +41,8 @@ class Imported:
     events: int
     items: int
     """Rows of the items table."""
+    users: int
+    """Rows of the users table."""
     rejected: int
     """Rows of the source that are no events."""
     left_out: dict[str, int]
@@ -53,7 +56,7 @@ class EventLogWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.num_events = self.num_items = self.num_rejected = 0
+        self.num_events = self.num_items = self.num_users = self.num_rejected = 0
         self.left_out: dict[str, int] = {}
         self._pending: list[pl.DataFrame] = []
         self._writers: dict[str, pq.ParquetWriter] = {}
@@ -74,6 +77,10 @@ class EventLogWriter:
     def add_items(self, items: pl.DataFrame) -> None:
         self.num_items += items.height
         self._write("items.parquet", items)
+
+    def add_users(self, users: pl.DataFrame) -> None:
+        self.num_users += users.height
+        self._write("users.parquet", users)
 
     def leave_out(self, counts: Mapping[str, int]) -> None:
         """Note what is left out by a rule of the import, {what: how many}."""
@@ -117,7 +124,7 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
     for name, size in found["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise DataError(f"{out}: {name} is missing or changed; remove the directory and import again")
-    counts = {name: found[name] for name in ("events", "items", "rejected")}
+    counts = {name: found.get(name, 0) for name in ("events", "items", "users", "rejected")}
     return Imported(path=out, reused=True, left_out=found.get("left_out", {}), **counts)
 
 
@@ -134,7 +141,12 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             writer.close()
         if not writer.num_events:
             raise DataError(f"{out}: the source holds no valid event; nothing was written")
-        counts = {"events": writer.num_events, "items": writer.num_items, "rejected": writer.num_rejected}
+        counts = {
+            "events": writer.num_events,
+            "items": writer.num_items,
+            "users": writer.num_users,
+            "rejected": writer.num_rejected,
+        }
         files = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
         description = {
             "format_version": FORMAT_VERSION,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import polars as pl
@@ -13,20 +13,19 @@ from pipeline import readers
 from pipeline.events import DataError, EventColumns, Reason, validate
 from pipeline.readers import FileFormat, Input
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
+from pipeline.users import refuse_bad_feature
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ItemColumns:
-    """How the items table is written, and what of it becomes a feature."""
+class FeatureColumns:
+    """What of a table of items or users becomes a feature, and how the table is written."""
 
-    item_id: str = "item_id"
-    """Column of the id that events name."""
     features: tuple[str, ...] = ()
-    """Columns with one category an item."""
+    """Columns with one category a row."""
     list_features: tuple[str, ...] = ()
-    """Columns with several categories an item: lists, or text split at `list_separator`."""
+    """Columns with several categories a row: lists, or text split at `list_separator`."""
     list_separator: str = "|"
     """Between two categories of a text."""
     files: FileFormat = dataclasses.field(default_factory=FileFormat)
@@ -35,11 +34,47 @@ class ItemColumns:
     def __post_init__(self) -> None:
         for name in ("features", "list_features"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        names = [self.item_id, *self.features, *self.list_features]
+        names = [getattr(self, self.id_name), *self.features, *self.list_features]
+        table = self.id_name.replace("_id", "s")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"items column {twice[0]!r} stands twice: list it once as id, feature or list feature")
+            raise ValueError(f"{table} column {twice[0]!r} stands twice: list it once as id, feature or list feature")
         if not self.list_separator:
-            raise ValueError("items.list_separator is empty: it must be one or more characters")
+            raise ValueError(f"{table}.list_separator is empty: it must be one or more characters")
+
+    @property
+    def id_name(self) -> str:
+        """The id's canonical name."""
+        raise NotImplementedError
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """{canonical name: column in the file}."""
+        names = (*self.features, *self.list_features)
+        return {self.id_name: getattr(self, self.id_name)} | {name: name for name in names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ItemColumns(FeatureColumns):
+    """How the items table is written, and what of it becomes a feature."""
+
+    item_id: str = "item_id"
+    """Column of the id that events name."""
+
+    @property
+    def id_name(self) -> str:
+        return "item_id"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UserColumns(FeatureColumns):
+    """How the users table is written, and what of it becomes a feature."""
+
+    user_id: str = "user_id"
+    """Column of the id that events name."""
+
+    @property
+    def id_name(self) -> str:
+        return "user_id"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +87,8 @@ class ImportConfig:
     """How the event files are written."""
     items: ItemColumns = dataclasses.field(default_factory=ItemColumns)
     """The items table, when one is given."""
+    users: UserColumns = dataclasses.field(default_factory=UserColumns)
+    """The users table, when one is given."""
     max_rejected_ratio: float = 0.01
     """Share of rows that are no events above which nothing is written."""
 
@@ -61,22 +98,31 @@ class ImportConfig:
 
 
 def import_files(
-    events: str, out: str, *, config: ImportConfig, items: str | None = None, progress: Progress | None = None
-) -> Imported:
-    """Write the event log `out` from the file, directory or pattern `events`, and the items table from `items`.
+    events: str, out: str, *, config: ImportConfig, items: str | None = None, users: str | None = None,
+    progress: Progress | None = None,
+) -> Imported:  # fmt: skip
+    """Write the event log `out` from the file, directory or pattern `events`, its tables from `items` and `users`.
 
     DataError, with nothing written: a file that is missing or cannot be read whole, a missing column, an empty log,
     too many invalid rows, an `out` that holds something else.
     """
     if items is not None and not (config.items.features or config.items.list_features):
         raise DataError(f"{items}: no item feature is named; set items.features or items.list_features")
+    if users is not None and not (config.users.features or config.users.list_features):
+        raise DataError(f"{users}: no user feature is named; set users.features or users.list_features")
     found = readers.find_inputs(events, options=config.files)
     item_files = readers.find_inputs(items, options=config.items.files) if items else []
+    user_files = readers.find_inputs(users, options=config.users.files) if users else []
+    for file in user_files:
+        _refuse_bad_features(file, config.users)
+    # Without a users table the same as a log that was imported before there could be one.
+    left_out = {"max_rejected_ratio"} if users else {"max_rejected_ratio", "users"}
     source = {
         "source": "files",
         "inputs": [_identify(file) for file in found],
         "item_inputs": [_identify(file) for file in item_files],
-        "mapping": {k: v for k, v in dataclasses.asdict(config).items() if k != "max_rejected_ratio"},
+        **({"user_inputs": [_identify(file) for file in user_files]} if users else {}),
+        "mapping": {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out},
     }
     if existing := find_event_log(out, source=source):
         return existing
@@ -86,7 +132,11 @@ def import_files(
         schema = readers.log_schema(found, columns=config.columns, options=config.files)
         _import_events(found, writer, config=config, id_types=schema["id_types"], report=report)
         for file in item_files:
-            writer.add_items(_read_items(file, config.items, item_type=schema["id_types"]["item_id"]))
+            writer.add_items(pl.concat(_read_features(file, config.items, id_type=schema["id_types"]["item_id"])))
+        for file in user_files:
+            # Block by block: there may be more users than fit into memory.
+            for block in _read_features(file, config.users, id_type=schema["id_types"]["user_id"]):
+                writer.add_users(block)
 
     return write_event_log(out, source=source, fill=fill)
 
@@ -122,23 +172,31 @@ def _import_events(
         )
 
 
-def _read_items(file: Input, columns: ItemColumns, *, item_type: str) -> pl.DataFrame:
-    """item_id and features, without rows whose id cannot be an id of the log."""
-    mapping = {"item_id": columns.item_id} | {name: name for name in (*columns.features, *columns.list_features)}
+def _read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[pl.DataFrame]:
+    """The id and features, without rows whose id cannot be an id of the log."""
+    name, mapping = columns.id_name, columns.mapping
     readers.describe(file, mapping=mapping, options=columns.files)
-    wanted = pl.Int64 if item_type == "int64" else pl.String
-    tables = []
+    wanted = pl.Int64 if id_type == "int64" else pl.String
+    known = 0
     for block in readers.read_blocks(file, mapping=mapping, options=columns.files):
         if block.malformed:
             raise DataError(f"{file.name}: {len(block.malformed)} malformed lines; check separator and header")
-        tables.append(block.table.with_columns(pl.col("item_id").cast(wanted, strict=False)))
-    table = pl.concat(tables) if tables else pl.DataFrame(schema=dict.fromkeys(mapping, pl.String))
-    if not (known := table.filter(pl.col("item_id").is_not_null())).height:
-        raise DataError(f"{file.name}: no id in {columns.item_id!r} is {item_type} as in the log; map another column")
-    return known.with_columns(
-        [pl.col(name).cast(pl.String) for name in columns.features]
-        + [_as_list(known[name], columns.list_separator).alias(name) for name in columns.list_features]
-    )
+        table = block.table.with_columns(pl.col(name).cast(wanted, strict=False)).filter(pl.col(name).is_not_null())
+        known += table.height
+        yield table.with_columns(
+            [pl.col(feature).cast(pl.String) for feature in columns.features]
+            + [_as_list(table[feature], columns.list_separator).alias(feature) for feature in columns.list_features]
+        )
+    if not known:
+        raise DataError(f"{file.name}: no id in {mapping[name]!r} is {id_type} as in the log; map another column")
+
+
+def _refuse_bad_features(file: Input, columns: FeatureColumns) -> None:
+    """DataError when a column that is named is not there, or can be no user feature."""
+    types = readers.describe(file, mapping=columns.mapping, options=columns.files)
+    for name, dtype in types.items():
+        if name != columns.id_name:
+            refuse_bad_feature(name, dtype, file=file.name)
 
 
 def _as_list(values: pl.Series, separator: str) -> pl.Series:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -26,11 +27,17 @@ _WHEEL_SHA256 = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a40
 _MEMBERS = {
     "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
     "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+    "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
 }
+_OPTIONAL = {"ml-100k.user"}
+"""Not every local copy has it."""
 _COLUMNS = {
     "ml-100k.inter": ["user_id:token", "item_id:token", "rating:float", "timestamp:float"],
     "ml-100k.item": ["item_id:token", "movie_title:token_seq", "release_year:token", "class:token_seq"],
+    "ml-100k.user": ["user_id:token", "age:token", "gender:token", "occupation:token"],
 }
+_AGES = (18, 25, 35, 45, 50, 56)
+"""First year of each age group but the youngest: the groups of MovieLens-1M."""
 _DOWNLOAD_SECONDS = 300
 _LIKED = 4
 
@@ -39,25 +46,28 @@ def import_movielens_100k(
     out: str, *, downloads: str, from_file: str | None = None, progress: Callable[[str, int, int], None] | None = None
 ) -> Imported:
     """Write the event log: user_id, item_id, timestamp, label (rating of 4 or 5), rating; items with genres and
-    release_year.
+    release_year; users with gender, age group and occupation.
 
     The wheel is downloaded by pip into `downloads` and kept there, unless `from_file` names a local copy: the wheel,
-    or a directory or zip with ml-100k.inter and ml-100k.item. DataError: no network, a wrong checksum, missing files.
+    or a directory or zip with ml-100k.inter, ml-100k.item and, for user features, ml-100k.user. DataError: no network,
+    a wrong checksum, missing files.
     """
     report = progress or (lambda stage, done, total: None)
     files = _read_local(Path(from_file)) if from_file is not None else None
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()} if files else _MEMBERS
-    source = {"source": "movielens-100k", "inputs": [{"name": name, "sha256": sums[name]} for name in _MEMBERS]}
+    source = {"source": "movielens-100k", "inputs": [{"name": name, "sha256": value} for name, value in sums.items()]}
     if existing := find_event_log(out, source=source):
         return existing
     report("download", 0, 1)
     files = files or _read_wheel(_obtain_wheel(Path(downloads)))
     report("download", 1, 1)
-    ratings, movies = (_parse(name, files[name]) for name in _MEMBERS)
+    tables = {name: _parse(name, data) for name, data in files.items()}
 
     def fill(writer: EventLogWriter) -> None:
-        writer.add_events(_events(ratings))
-        writer.add_items(_items(movies))
+        writer.add_events(_events(tables["ml-100k.inter"]))
+        writer.add_items(_items(tables["ml-100k.item"]))
+        if "ml-100k.user" in tables:
+            writer.add_users(_users(tables["ml-100k.user"]))
 
     return write_event_log(out, source=source, fill=fill)
 
@@ -95,7 +105,7 @@ def _read_wheel(wheel: Path) -> dict[str, bytes]:
 def _read_local(path: Path) -> dict[str, bytes]:
     if path.is_dir():
         found = {name: next(iter(sorted(path.rglob(name))), None) for name in _MEMBERS}
-        if missing := [name for name, file in found.items() if file is None]:
+        if missing := [name for name, file in found.items() if file is None and name not in _OPTIONAL]:
             raise DataError(f"{path}: no {missing[0]} there; --from needs ml-100k.inter and ml-100k.item")
         return {name: file.read_bytes() for name, file in found.items() if file is not None}
     if not path.exists():
@@ -107,7 +117,7 @@ def _read_zip(path: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             places = {entry.rsplit("/", 1)[-1]: entry for entry in archive.namelist()}
-            return {name: archive.read(places[name]) for name in _MEMBERS}
+            return {name: archive.read(places[name]) for name in _MEMBERS if name in places or name not in _OPTIONAL}
     except KeyError as error:
         raise DataError(f"{path}: no {error.args[0]} inside; --from needs ml-100k.inter and ml-100k.item") from None
     except (zipfile.BadZipFile, OSError):
@@ -144,3 +154,16 @@ def _items(movies: pl.DataFrame) -> pl.DataFrame:
         pl.col("class:token_seq").str.split(" ").alias("genres"),
         pl.col("release_year:token").alias("release_year"),
     )
+
+
+def _users(people: pl.DataFrame) -> pl.DataFrame:
+    labels = [f"under {_AGES[0]}", *(f"{a}-{b - 1}" for a, b in itertools.pairwise(_AGES)), f"{_AGES[-1]} and over"]
+    try:
+        return people.select(
+            pl.col("user_id:token").cast(pl.Int64).alias("user_id"),
+            pl.col("age:token").cast(pl.Int64).cut(_AGES, labels=labels, left_closed=True).cast(pl.String).alias("age"),
+            pl.col("gender:token").alias("gender"),
+            pl.col("occupation:token").alias("occupation"),
+        )
+    except pl.exceptions.PolarsError:
+        raise DataError("ml-100k.user: an id or age is no number; pass another copy with --from FILE") from None

@@ -1,0 +1,131 @@
+"""The users table of an event log: one row a user, its features as categories.
+
+    users table --stage_users, a task a row group--> rows by bucket, distinct values --> vocabulary
+    a bucket's rows + what its shard holds --merge_values--> a list of values a user and feature, stored as codes
+
+Only values are a vocabulary. Which user has which of them stands in the user's own row of its shard, so that no file
+and no process ever holds all users.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import polars as pl
+
+from pipeline import readers
+from pipeline.events import DataError
+from pipeline.readers import FileFormat, Input
+from pipeline.staged import read_fragments, read_table, write_fragments, write_table
+from pipeline.storage import Store
+
+RESERVED_NAMES = ("history", "history_time", "history_action", "candidates", "time", "scores", "user_id", "item_id")
+"""Columns that mean something else in a request, where a feature of its user is a column of the feature's name."""
+
+
+def feature_names(file: Input) -> list[str]:
+    """The features of a users table, sorted. DataError: no user_id, no feature, one that is no category or misnamed."""
+    schema = readers.read_schema(file, options=FileFormat(format="parquet"))
+    if "user_id" not in schema:
+        raise DataError(f"{file.name}: no column 'user_id'; it has {', '.join(schema)}; rename the id column")
+    for name, dtype in schema.items():
+        if name != "user_id":
+            refuse_bad_feature(name, dtype, file=file.name)
+    if len(schema) == 1:
+        raise DataError(f"{file.name}: no column beside user_id; add a feature, or remove the file")
+    return sorted(set(schema) - {"user_id"})
+
+
+def refuse_bad_feature(name: str, dtype: pl.DataType, *, file: str) -> None:
+    """DataError unless a column of this name and type can be a user feature."""
+    inner: Any = dtype.inner if isinstance(dtype, pl.List) else dtype
+    if not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null))):
+        raise DataError(f"{file}: feature {name!r} is {dtype}; features are categories: cast it to strings")
+    if name in RESERVED_NAMES:
+        raise DataError(f"{file}: feature {name!r} has a name that requests use for something else; rename it")
+    if not re.fullmatch(r"\w[\w -]*", name):
+        raise DataError(f"{file}: feature {name!r} must be named by letters, digits, '_', '-' and spaces; rename it")
+
+
+def stage_users(part: dict[str, Any], *, id_type: str, buckets: int, staging: str) -> dict[str, Any]:
+    """Write the rows of one part of the users table by bucket: user_id and a list of values a feature.
+
+    Returns part, fragments [[file, batch, bucket, rows], ...], values (file name). Rows whose id cannot be an id of
+    the log are left out: no event has it.
+    """
+    file, store, number = Input(**part["input"]), Store(staging), part["part"]
+    names = [name for name in readers.read_schema(file, options=FileFormat(format="parquet")) if name != "user_id"]
+    mapping = {name: name for name in ("user_id", *names)}
+    blocks = readers.read_blocks(file, mapping=mapping, options=FileFormat(), row_group=part["row_group"])
+    table = pl.concat([block.table for block in blocks])
+    wanted = pl.Int64 if id_type == "int64" else pl.String
+    table = table.select(
+        pl.col("user_id").cast(wanted, strict=False), *(as_values(table[name]).alias(name) for name in names)
+    ).filter(pl.col("user_id").is_not_null())
+    values = [table[name].explode().drop_nulls().unique().alias("value") for name in names]
+    listed = [v.to_frame().with_columns(pl.lit(name).alias("feature")) for name, v in zip(names, values, strict=True)]
+    write_table(store, f"user-values-{number:06d}.parquet", pl.concat(listed))
+    fragments = []
+    if table.height:
+        fragments = write_fragments(store, f"users-{number:06d}.arrow", table, buckets=buckets)
+    return {"part": number, "fragments": fragments, "values": f"user-values-{number:06d}.parquet"}
+
+
+def staged_values(staged: list[dict[str, Any]], names: Iterable[str], *, staging: str) -> dict[str, list[str]]:
+    """{feature: its distinct values} over all parts."""
+    values = pl.concat([read_table(Store(staging), result["values"]) for result in staged]).unique()
+    return {name: values.filter(pl.col("feature") == name)["value"].to_list() for name in names}
+
+
+def check_users(bucket: dict[str, Any], *, known: pl.Series, staging: str) -> dict[str, Any]:
+    """How many users of a bucket's part of the table stand there twice, and how many occur in the log.
+
+    `known` are the bucket's users in the data set so far.
+    """
+    store = Store(staging)
+    users = pl.concat([rows["user_id"] for rows in read_fragments(store, bucket["users"])])
+    twice = int((users.value_counts()["count"] > 1).sum())
+    events = [rows["user_id"] for rows in read_fragments(store, bucket["fragments"])]
+    matched = int(users.is_in(pl.concat([known.cast(users.dtype), *events]).unique().implode()).sum())
+    return {"bucket": bucket["bucket"], "twice": twice, "matched": matched}
+
+
+def refuse_bad_users(checked: list[dict[str, Any]], *, file: str) -> None:
+    """DataError when users stand twice in the table or none of them is in the log. No id is named: they are private."""
+    if twice := sum(result["twice"] for result in checked):
+        raise DataError(f"{file}: {twice} user ids stand in more than one row; keep one row a user")
+    if not sum(result["matched"] for result in checked):
+        raise DataError(f"{file}: none of its user ids is in the log; check that both name users the same way")
+
+
+def merge_values(
+    users: pl.Series, *, old: pl.DataFrame | None, new: pl.DataFrame | None, names: Iterable[str]
+) -> pl.DataFrame:
+    """A list of values a user of `users` and feature, in that order; empty where neither table knows any.
+
+    Both tables have user_id and lists. A user of `new` has its values, for the features that it has, instead of the old
+    ones.
+    """
+    asked = users.alias("user_id").to_frame()
+    columns = []
+    for name in names:
+        column = pl.select(pl.repeat([], asked.height, dtype=pl.List(pl.String))).to_series()
+        for table in (old, new):
+            if table is not None and name in table.columns:
+                rows = table.select("user_id", pl.col(name).alias("value"), pl.lit(True).alias("there"))
+                found = asked.join(rows, on="user_id", how="left", maintain_order="left")
+                found = found.with_columns(column.alias("before"))
+                column = found.select(pl.when("there").then("value").otherwise("before")).to_series()
+        columns.append(column.alias(name))
+    return asked.with_columns(columns)
+
+
+def as_values(raw: pl.Series) -> pl.Series:
+    """A list of strings a row, without nulls and empty strings: [a], of a single value a."""
+    lists = (
+        raw if isinstance(raw.dtype, pl.List) else raw.cast(pl.String).to_frame("v").select(pl.concat_list("v"))["v"]
+    )
+    kept = lists.cast(pl.List(pl.String)).fill_null([])
+    return kept.list.eval(pl.element().filter(pl.element().is_not_null() & (pl.element() != "")))
