@@ -28,12 +28,12 @@ from jobs.evaluate import Evaluated
 from jobs.tracking import metric_name, tracking_uri
 from jobs.train import Trained, read_json
 from jobs.training.checkpoint import checkpoint_key, table_files
-from jobs.training.model import MODELS, model_settings
-from models.embeddings import ITEM_TABLE
+from jobs.training.model import MODELS, model_settings, user_features
+from models.embeddings import ITEM_TABLE, USER_TABLE
 from pipeline.loader import training_item_counts
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
-from pipeline.vocabulary import NUM_RESERVED
+from pipeline.vocabulary import NUM_RESERVED, Vocabulary
 
 RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -69,7 +69,7 @@ def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console:
 
     with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "model"
-        item_type = export_model(config, trained.checkpoint, directory)
+        vocabulary = export_model(config, trained.checkpoint, directory)
         scorer = Path(scratch) / "scorer.py"
         scorer.write_text(scorer_source(config.model["name"]))
         stage.update(1, 3, "log")
@@ -79,7 +79,7 @@ def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console:
                 name="model",
                 python_model=str(scorer),
                 artifacts={"model": str(directory)},
-                signature=_signature(config, item_type=item_type),
+                signature=_signature(config, vocabulary),
                 pip_requirements=[f"{package}=={_version(package)}" for package in RUNTIME_PACKAGES],
             )
         stage.update(2, 3, "version")
@@ -89,8 +89,8 @@ def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console:
     return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
 
 
-def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
-    """Export a checkpoint (write_export); returns the type of raw item ids (int64 or string)."""
+def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> Vocabulary:
+    """Export a checkpoint (write_export); returns what it was trained on."""
     shards = Shards.open(config.shards_dir, number=_manifest_of(checkpoint))
     dense = load_file(checkpoint / "dense.safetensors")
     write_export(
@@ -102,7 +102,7 @@ def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> str:
         table=lambda name: _whole_table(checkpoint, name),
         tower={key: value for key, value in dense.items() if "/" not in key},
     )
-    return shards.vocabulary.item_type
+    return shards.vocabulary
 
 
 def write_export(
@@ -115,22 +115,30 @@ def write_export(
     table: Callable[[str], Tensor],
     tower: dict[str, Tensor],
 ) -> None:
-    """Write what the scorer reads: whole tables without optimizer state, tower, items with feature rows, settings.
+    """Write what the scorer reads: whole tables without optimizer state, tower, items with feature rows, values of
+    user features, settings.
 
     `table(NAME)` gives a table's weight, at least as many rows as its vocabulary has; `tower` is the state dict.
     """
     directory.mkdir(parents=True)
     vocabulary = shards.vocabulary
+    known = user_features(model, vocabulary)
     sizes = {ITEM_TABLE: vocabulary.size, **{name: feature.size for name, feature in vocabulary.features.items()}}
+    sizes |= {f"{USER_TABLE}{name}": len(vocabulary.user_features[name]) + NUM_RESERVED for name in known}
     for name, size in sizes.items():
         save_file({"weight": table(name)[:size].clone()}, directory / f"table-{name}.safetensors")
     save_file(tower, directory / "model.safetensors")
     pq.write_table(_items_table(vocabulary), directory / "items.parquet")
+    if known:
+        values = [(name, value) for name in known for value in vocabulary.user_features[name]]
+        listed = {"feature": [name for name, _ in values], "value": [value for _, value in values]}
+        pq.write_table(pa.table(listed), directory / "user-values.parquet")
     counts = torch.from_numpy(training_item_counts(shards, requests=requests)[: vocabulary.size])
     save_file({"training_events": counts.contiguous()}, directory / "item-counts.safetensors")
     settings = {
         "model": model_settings(model, vocabulary),
         "features": list(vocabulary.features),
+        "user_features": known,
         "actions": list(vocabulary.actions),
         "first_item_row": NUM_RESERVED,
         "max_history": requests.max_history,
@@ -196,7 +204,7 @@ def _whole_table(checkpoint: Path, table: str) -> Any:
     return torch.cat(parts)
 
 
-def _items_table(vocabulary: Any) -> pa.Table:
+def _items_table(vocabulary: Vocabulary) -> pa.Table:
     """item_id and the rows of each feature, in the order of the table rows from NUM_RESERVED."""
     import numpy as np
 
@@ -208,11 +216,13 @@ def _items_table(vocabulary: Any) -> pa.Table:
     return pa.table(columns)
 
 
-def _signature(config: RunConfig, *, item_type: str) -> Any:
+def _signature(config: RunConfig, vocabulary: Vocabulary) -> Any:
     from mlflow.models import ModelSignature
-    from mlflow.types.schema import Array, ColSpec, DataType, Schema
+    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
 
-    item = DataType.string if item_type == "string" else DataType.long
+    item = DataType.string if vocabulary.item_type == "string" else DataType.long
+    # A category or a list of them: one user may have several values of a feature, another's is a plain string.
+    users = [ColSpec(AnyType(), name, required=False) for name in user_features(config.model, vocabulary)]
     inputs = Schema(
         [
             ColSpec(Array(item), "history"),
@@ -220,6 +230,7 @@ def _signature(config: RunConfig, *, item_type: str) -> Any:
             ColSpec(Array(DataType.long), "history_time", required=bool(config.model.get("time_features"))),
             ColSpec(Array(DataType.string), "history_action", required=False),
             ColSpec(DataType.long, "time", required=False),
+            *users,
         ]
     )
     return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(Array(DataType.double), "scores")]))

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
@@ -28,8 +29,10 @@ from torch import Tensor
 
 from jobs.config import ConfigError, redacted
 from jobs.scorer import Scorer
+from jobs.scorer_input import UserFeature
 from jobs.tracking import TrackingConfig, tracking_uri
 from pipeline.batch import Batch
+from pipeline.sequences import UserCodes
 from pipeline.storage import checksum_stream
 from pipeline.vocabulary import NUM_RESERVED, Vocabulary
 
@@ -38,7 +41,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPORTED = ("scorer.json", "config.json", "items.parquet", "table-item.safetensors", "model.safetensors")
-"""Files of every export; item features have a table-NAME.safetensors each beside them."""
+"""Files of every export; item features have a table-NAME.safetensors each beside them, user features a
+table-user-NAME.safetensors and user-values.parquet."""
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """A user waits for the first answer: MLflow's own defaults take minutes to say that no server is there."""
@@ -138,6 +142,12 @@ class RegisteredTables:
         """[vocabulary size] the model's row of each row of the data set."""
         self.code_A = torch.from_numpy(scorer.codes(pa.array(vocabulary.actions, pa.large_string())))
         """[actions] the model's code of each action code of the data set."""
+        self._users = [
+            (list(vocabulary.user_features).index(name), _value_rows(scorer, name, vocabulary.user_features[name]))
+            if name in vocabulary.user_features
+            else None
+            for name in scorer.user_features
+        ]
         self._scorer = scorer
 
     @property
@@ -150,9 +160,27 @@ class RegisteredTables:
         rows_I = self.row_R[item_rows_I]
         return self._scorer.item_IC[rows_I], self._scorer.features_IFC[rows_I]
 
+    def users(self, codes: UserCodes | None, *, known: np.ndarray) -> tuple[UserFeature, ...]:
+        """The model's user features of requests [B]; `codes` are those of the data set for the `known` ones of them."""
+        found = []
+        for place_and_rows in self._users:
+            lengths, row = np.zeros(len(known), np.int64), np.zeros(0, np.int64)
+            if place_and_rows is not None and codes is not None:
+                place, rows = place_and_rows
+                cells = np.arange(codes.lengths.size) % codes.lengths.shape[1]
+                lengths[known] = codes.lengths[:, place]
+                row = rows[codes.values[np.repeat(cells, codes.lengths.ravel()) == place]]
+            found.append(UserFeature(lengths=lengths, row=row))
+        return tuple(found)
+
     def translate(self, batch: Batch) -> Batch:
         """The same batch with the model's action codes; its items stay rows of the data set, which `look_up` maps."""
         return dataclasses.replace(batch, event_action=self.code_A[batch.event_action])
+
+
+def _value_rows(scorer: Scorer, name: str, values: tuple[str, ...]) -> np.ndarray:
+    """The model's row of each row of a data set's user feature."""
+    return np.concatenate([np.arange(NUM_RESERVED), scorer.value_rows(name, pa.array(values, pa.large_string()))])
 
 
 def _client(store: str) -> MlflowClient:
@@ -222,8 +250,10 @@ def _download(artifact: str, scratch: str, *, uri: str, store: str) -> Path:
 def _complete(directory: Path, *, uri: str) -> Path:
     names = list(EXPORTED)
     if (directory / "scorer.json").is_file():
-        features = json.loads((directory / "scorer.json").read_text()).get("features", [])
-        names += [f"table-{name}.safetensors" for name in features]
+        settings = json.loads((directory / "scorer.json").read_text())
+        names += [f"table-{name}.safetensors" for name in settings.get("features", [])]
+        if user_features := settings.get("user_features"):
+            names += ["user-values.parquet", *(f"table-user-{name}.safetensors" for name in user_features)]
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise ConfigError(

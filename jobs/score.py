@@ -22,7 +22,7 @@ from jobs.config import ConfigError
 from jobs.console import Console
 from jobs.registry import RegisteredModel
 from jobs.score_input import Block, RequestFile, UserHistories
-from jobs.scorer import UNKNOWN_ITEM_ROW, Scorer
+from jobs.scorer import UNKNOWN_ROW, Scorer
 from jobs.scorer_input import Histories, RequestError, flat_offsets, flat_ranges, list_column
 
 SCORES_PER_PART = 1 << 22
@@ -73,6 +73,10 @@ class ScoreCounts:
     """Of these, users that the shards do not hold."""
     truncated: int = 0
     """With more events than max_history: the latest were shown."""
+    user_values: int = 0
+    """Values of user features that the model was shown."""
+    unknown_user_values: int = 0
+    """Of these, values that the model does not know."""
 
 
 def score(model: RegisteredModel, config: ScoreConfig, console: Console) -> ScoreCounts:
@@ -108,6 +112,7 @@ def print_counts(counts: ScoreCounts, console: Console) -> None:
         ("history", counts.history_events, f"events, {counts.unknown_history_items:,} of unknown items"),
         ("cold", counts.cold, f"requests without a history, {counts.unknown_users:,} of users not in the shards"),
         ("truncated", counts.truncated, "histories longer than max_history: the latest events were read"),
+        ("user values", counts.user_values, f"of user features, {counts.unknown_user_values:,} unknown to the model"),
     ):
         console.line(f"{title:<12} {value:>12,}  {note}".rstrip())
 
@@ -136,9 +141,11 @@ class _Ranking:
             raw, offsets, scores = self._catalogue(earlier, shown, asked, counts)
         counts.requests += block.rows.num_rows
         counts.history_events += len(shown.row)
-        counts.unknown_history_items += int((shown.row == UNKNOWN_ITEM_ROW).sum())
+        counts.unknown_history_items += int((shown.row == UNKNOWN_ROW).sum())
         counts.cold += int((shown.lengths == 0).sum())
         counts.unknown_users += block.unknown_users
+        counts.user_values += sum(len(feature.row) for feature in shown.users)
+        counts.unknown_user_values += sum(int((feature.row == UNKNOWN_ROW).sum()) for feature in shown.users)
         counts.truncated += int((earlier.lengths > shown.lengths).sum())
         schema = self.schema(block.rows.schema)
         kept = [block.rows.column(name) for name in schema.names if name not in ("candidates", "scores")]
@@ -152,7 +159,7 @@ class _Ranking:
         except RequestError as error:
             raise ConfigError(f"{self._path}: {error}") from error
         counts.candidates += len(row)
-        counts.unknown_candidates += int((row == UNKNOWN_ITEM_ROW).sum())
+        counts.unknown_candidates += int((row == UNKNOWN_ROW).sum())
         logits = self._logits(shown, asked, offsets, row)
         places, kept = best_first(logits, offsets, top_k=self._config.top_k)
         raw = list_column(block.rows, "candidates", values=scorer.item_type).values

@@ -123,6 +123,7 @@ class UserHistories:
             row=self._tables.row_R.numpy()[events.item],
             time=events.time,
             action=self._tables.code_A.numpy()[events.action],
+            users=self._tables.users(events.codes, known=known),
         )
 
 
@@ -170,11 +171,12 @@ def _from_shards(batch: pa.RecordBatch, scorer: Scorer, shards: UserHistories, *
         done = ends[bounds[-1] - 1] if bounds[-1] else 0
         bounds.append(max(bounds[-1] + 1, int(np.searchsorted(ends, done + EVENTS_PER_BLOCK, side="right"))))
     for first, last in itertools.pairwise(bounds):
-        part = users[first:last]
+        part, rows = users[first:last], batch.slice(first, last - first)
+        histories = shards.read(part)
         yield Block(
             first_row=first_row + first,
-            rows=batch.slice(first, last - first),
-            histories=shards.read(part),
+            rows=rows,
+            histories=dataclasses.replace(histories, users=scorer.users(rows, known=histories.users)),
             time=time[first:last],
             unknown_users=int((part < 0).sum()),
         )

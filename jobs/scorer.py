@@ -31,6 +31,8 @@ from jobs.scorer_input import (
     NO_TIME,
     Histories,
     RequestError,
+    UserFeature,
+    category_column,
     flat_offsets,
     flat_ranges,
     list_column,
@@ -41,7 +43,7 @@ from jobs.scorer_input import (
 )
 from models.interface import ModelInput, Recommender
 
-UNKNOWN_ITEM_ROW = 1
+UNKNOWN_ROW = 1
 FORWARD_ENTRIES = 1 << 16
 """Events plus candidates of one forward (about 1 KB each at width 64); a longer single request is a forward of its own,
 or several where candidates do not attend to each other."""
@@ -60,7 +62,9 @@ class Scorer(PythonModel):
       time            optional: milliseconds since 1970 UTC of the request (or a timestamp): only events strictly before
                       it are history, whose times must be given then. Null or absent = the last event's time, and every
                       event is history
-    An unknown item has the untrained row 1, an unknown action is none. Lists hold no nulls.
+      NAME            optional: the category, or list of categories, of the request's user in the user feature NAME
+                      (scorer.json names them); null, [] or absent = none
+    An unknown item or category has the untrained row 1, an unknown action is none. Lists of events hold no nulls.
     """
 
     def load_context(self, context: Any) -> None:
@@ -87,13 +91,28 @@ class Scorer(PythonModel):
         empty = torch.zeros(len(self.item_IC), 0, self.item_IC.shape[1])
         self.features_IFC: Tensor = torch.stack(features, dim=1) if features else empty
         """[item rows, F, C]: the mean of each item's feature rows."""
+        self.user_features: list[str] = self.settings.get("user_features", [])
+        """Names; each is the name of the column that says it of a request's user."""
+        self.user_values: dict[str, list[str]] = {name: [] for name in self.user_features}
+        """{user feature: its raw values}; value i has row i + first_item_row."""
+        if self.user_features:
+            listed = pq.read_table(directory / "user-values.parquet").to_pydict()
+            for name, value in zip(listed["feature"], listed["value"], strict=True):
+                self.user_values[name].append(value)
+        self.user_tables: list[Tensor] = [
+            load_file(directory / f"table-user-{name}.safetensors")["weight"] for name in self.user_features
+        ]
+        self._row_of_value = {
+            name: {value: row for row, value in enumerate(values, start=first)}
+            for name, values in self.user_values.items()
+        }
         self.tower: Recommender = build_scorer_tower(self.settings["model"], num_features=len(features))
         self.tower.load_state_dict(load_file(directory / "model.safetensors"))
         self.tower.eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row of `scores` per request, in the order of its candidates; a logit each (sigmoid = probability)."""
-        batch = _arrow(model_input)
+        batch = _arrow(model_input, self.user_features)
         histories, time = self.histories(batch), self.request_times(batch)
         offsets, row = self.candidates(batch)
         logits = self.logits(*self.shown(histories, time), offsets, row)
@@ -121,7 +140,26 @@ class Scorer(PythonModel):
             order = total_order(owner, time, items.values, actions, ties_by_id=self._ties_by_id)
             if order is not None:
                 row, time, action = row[order], time[order], action[order]
-        return Histories(offsets=offsets, row=row, time=time, action=action)
+        return Histories(offsets=offsets, row=row, time=time, action=action, users=self.users(batch))
+
+    def users(self, batch: pa.RecordBatch, *, known: tuple[UserFeature, ...] | None = None) -> tuple[UserFeature, ...]:
+        """One for each user feature: its column where there is one, else what is `known` already, else no value."""
+        found = []
+        for place, name in enumerate(self.user_features):
+            if name in batch.schema.names:
+                lengths, values = category_column(batch, name)
+                found.append(UserFeature(lengths=lengths, row=self.value_rows(name, values)))
+            elif known is not None:
+                found.append(known[place])
+            else:
+                found.append(UserFeature(lengths=np.zeros(batch.num_rows, np.int64), row=np.zeros(0, np.int64)))
+        return tuple(found)
+
+    def value_rows(self, name: str, values: pa.Array) -> np.ndarray:
+        """int64 rows of a user feature's values, UNKNOWN_ROW for one that is not in the model."""
+        encoded, row_of = values.dictionary_encode(), self._row_of_value[name]
+        row = [row_of.get(value, UNKNOWN_ROW) for value in encoded.dictionary.to_pylist()]
+        return _decoded(np.array(row, np.int64), encoded, UNKNOWN_ROW)
 
     def request_times(self, batch: pa.RecordBatch) -> np.ndarray:
         """[B] int64 of the column time, NO_TIME where it is null or absent. RequestError: history_time is absent."""
@@ -141,11 +179,11 @@ class Scorer(PythonModel):
         return lists.offsets, self.rows(lists.values)
 
     def rows(self, raw_ids: pa.Array) -> np.ndarray:
-        """int64 table rows of raw item ids, UNKNOWN_ITEM_ROW for an id, or null, that is not in the model."""
+        """int64 table rows of raw item ids, UNKNOWN_ROW for an id, or null, that is not in the model."""
         encoded = raw_ids.dictionary_encode()
         places = self._index.get_indexer(pd.Index(encoded.dictionary.to_numpy(zero_copy_only=False)))
-        row = np.where(places < 0, UNKNOWN_ITEM_ROW, places + self.settings["first_item_row"]).astype(np.int64)
-        return _decoded(row, encoded, UNKNOWN_ITEM_ROW)
+        row = np.where(places < 0, UNKNOWN_ROW, places + self.settings["first_item_row"]).astype(np.int64)
+        return _decoded(row, encoded, UNKNOWN_ROW)
 
     def codes(self, actions: pa.Array) -> np.ndarray:
         """int64 codes of action names, 0 for a name, or null, that is not in the model."""
@@ -185,6 +223,7 @@ class Scorer(PythonModel):
             inputs = ModelInput(
                 item_IC=self.item_IC if index is None else self.item_IC[item],
                 features_IFC=self.features_IFC if index is None else self.features_IFC[item],
+                user_features_UGC=user_vectors(self.user_tables, shown.users, num_users=len(time), like=self.item_IC),
                 event_offsets_U1=torch.from_numpy(shown.offsets),
                 event_item_N=(item if index is None else index)[: len(shown.row)],
                 event_time_N=torch.from_numpy(shown.time),
@@ -214,13 +253,24 @@ def _mean_rows(weight: Tensor, values: list[list[int]], first_item_row: int) -> 
     return total / lengths.clamp(min=1).unsqueeze(1)
 
 
-def _arrow(frame: pd.DataFrame) -> pa.RecordBatch:
+def user_vectors(tables: list[Tensor], users: tuple[UserFeature, ...], *, num_users: int, like: Tensor) -> Tensor:
+    """user_features_UGC: the mean row of each feature's values, zero where there are none."""
+    found = like.new_zeros(num_users, len(tables), like.shape[1])
+    for place, (table, feature) in enumerate(zip(tables, users, strict=True)):
+        lengths = torch.from_numpy(feature.lengths)
+        owner = torch.repeat_interleave(torch.arange(num_users), lengths)
+        total = like.new_zeros(num_users, like.shape[1]).index_add(0, owner, table[torch.from_numpy(feature.row)])
+        found[:, place] = total / lengths.clamp(min=1).unsqueeze(1)
+    return found
+
+
+def _arrow(frame: pd.DataFrame, user_features: list[str]) -> pa.RecordBatch:
     """The columns that a scorer reads, whatever their cells are (lists, arrays, None)."""
-    known = ("history", "candidates", "history_time", "history_action", "time")
+    known = ("history", "candidates", "history_time", "history_action", "time", *user_features)
     columns = {}
     for name in (name for name in known if name in frame):
         # pandas makes floats of integers beside a missing one.
-        column = frame[name].convert_dtypes() if name == "time" else frame[name]
+        column = frame[name].convert_dtypes() if name == "time" or name in user_features else frame[name]
         try:
             columns[name] = pa.array(column, from_pandas=True)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:

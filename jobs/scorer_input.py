@@ -23,6 +23,23 @@ class RequestError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class UserFeature:
+    """What B requests say of their users: any number of values of one feature each."""
+
+    lengths: np.ndarray
+    """[B] int64."""
+    row: np.ndarray
+    """[lengths.sum()] int64 rows of the feature's table, by request."""
+
+    def take(self, requests: np.ndarray) -> UserFeature:
+        """That of these requests, in this order."""
+        lengths = self.lengths[requests]
+        return UserFeature(
+            lengths=lengths, row=self.row[flat_ranges(flat_offsets(self.lengths)[:-1][requests], lengths)]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Histories:
     """The histories of B requests, N events of all of them, each in the log's total order."""
 
@@ -34,6 +51,8 @@ class Histories:
     """[N] int64 milliseconds since 1970 UTC, zeros where there are no times."""
     action: np.ndarray
     """[N] int64 action codes of the model."""
+    users: tuple[UserFeature, ...] = ()
+    """Who asks: one for each user feature of the model."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -47,13 +66,18 @@ class Histories:
     def events(self, places: np.ndarray, lengths: np.ndarray) -> Histories:
         """The events at these places (or under this mask), `lengths` of them for each request."""
         return Histories(
-            offsets=flat_offsets(lengths), row=self.row[places], time=self.time[places], action=self.action[places]
+            offsets=flat_offsets(lengths),
+            row=self.row[places],
+            time=self.time[places],
+            action=self.action[places],
+            users=self.users,
         )
 
     def take(self, requests: np.ndarray) -> Histories:
         """The histories of these requests, in this order."""
         lengths = self.lengths[requests]
-        return self.events(flat_ranges(self.offsets[requests], lengths), lengths)
+        taken = self.events(flat_ranges(self.offsets[requests], lengths), lengths)
+        return dataclasses.replace(taken, users=tuple(feature.take(requests) for feature in self.users))
 
     def before(self, time: np.ndarray) -> Histories:
         """The events strictly before each request's time [B]; all of them where that is NO_TIME."""
@@ -97,6 +121,31 @@ def list_column(batch: pa.RecordBatch, name: str, *, values: str, first_row: int
         row = first_row + int(np.searchsorted(offsets, place, side="right")) - 1
         raise RequestError(f"row {row}: column {name!r} holds a null in its list: leave the entry out, or give it")
     return Lists(offsets=offsets, values=cast_values(flat, name, values), is_null=np.asarray(column.is_null()))
+
+
+def category_column(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, pa.Array]:
+    """([B] how many values a request has, all of them as strings) of a column of categories or of lists of them.
+
+    Nulls and empty strings are no value, as in a users table. RequestError: numbers with a fraction, or other types.
+    """
+    column = required_column(batch, name)
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        column = pa.LargeListArray.from_arrays(pa.array(np.arange(len(column) + 1)), column)
+    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0)).astype(np.int64)  # type: ignore[attr-defined]
+    flat: Any = pc.list_flatten(column)  # type: ignore[attr-defined]
+    if pa.types.is_dictionary(flat.type):
+        flat = flat.cast(flat.type.value_type)
+    kind = flat.type
+    if not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
+    ):  # fmt: skip
+        raise RequestError(f"column {name!r} holds {kind}: a user feature is a category: cast it to strings")
+    flat = flat.cast(pa.large_string())
+    kept = np.asarray(pc.fill_null(pc.not_equal(flat, ""), False))  # type: ignore[attr-defined]
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    return np.bincount(owner[kept], minlength=len(lengths)), flat.filter(pa.array(kept))
 
 
 def time_column(batch: pa.RecordBatch, name: str) -> np.ndarray:

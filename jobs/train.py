@@ -23,7 +23,7 @@ from jobs.run_record import read_json as read_json
 from jobs.run_record import write_json as write_json
 from jobs.training.checkpoint import checkpoint_bytes, committed_checkpoints, latest_checkpoint, read_state
 from jobs.training.loop import TrainJob
-from jobs.training.model import build_tower, model_settings, table_specs
+from jobs.training.model import build_tower, model_settings, table_specs, user_features
 from jobs.training.results import primary_metric
 from jobs.training.run_lock import sole_command, wait_for_workers
 from jobs.workers import Interrupted, run_workers
@@ -193,7 +193,8 @@ def _require_disk(config: RunConfig, shards: Shards) -> None:
     vocabulary = shards.vocabulary
     with torch.device("meta"):
         tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
-    specs = table_specs(vocabulary, width=config.model["width"])
+    users = user_features(config.model, vocabulary)
+    specs = table_specs(vocabulary, width=config.model["width"], user_features=users)
     each = checkpoint_bytes(
         ((spec.capacity, spec.width) for spec in specs),
         dense_parameters=sum(parameter.numel() for parameter in tower.parameters()),

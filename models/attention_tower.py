@@ -1,8 +1,8 @@
 """What SOLAR and its competitors share, so that only the reading of the long history differs between them.
 
     item_ID = items(item rows, item features)          event_ND = events(items of the history, action, time)
-    C += W_O [whole history read by Q = W_Q norm(C)  +  RecentAttention(Q, latest W events)]
-    logit = head(C, item)
+    C += W_O [whole history read by Q = W_Q norm(C) + the request  +  RecentAttention(Q, latest W events)]
+    logit = head(C + the request, item)
 
 A competitor is a subclass that says how the whole history is read: one file each, the same encoders, recent window,
 head and sizes. Solar repeats the middle line in blocks.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows
 from models.history import NUM_GAP_BUCKETS, EventEncoder, ItemEncoder, recent_events
 from models.interface import ModelInput, Recommender
+from models.request_features import RequestEncoder, RequestShift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,22 @@ class TowerConfig:
     """Action codes are below this; 1 = the log has no actions."""
     time_features: bool = True
     """Hour of day, weekday and gap to the previous event are part of an event; the gap to the request of recency."""
+    user_features: bool = True
+    """Features of the user who asks shift the query and the state of every candidate."""
+    num_user_features: int = 0
+    """G, user features of the data; 0 = none."""
+    context_features: bool = False
+    """Hour of day and weekday of the request do the same, where time_features is on."""
+
+    @property
+    def reads_request(self) -> bool:
+        """Whether anything but the history tells requests apart."""
+        return bool(self.user_features and self.num_user_features) or (self.context_features and self.time_features)
 
     def __post_init__(self) -> None:
         for name in ("width", "num_heads", "num_actions"):
             self._refuse_below(name, 1)
-        for name in ("recent_window", "head_width"):
+        for name in ("recent_window", "head_width", "num_user_features"):
             self._refuse_below(name, 0)
         if self.width % self.num_heads:
             raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
@@ -75,6 +87,8 @@ class AttentionTower(Recommender):
         self.recent = RecentAttention(config) if config.recent_window else None
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.head = Head(config.width, hidden=config.head_width)
+        self.request = request_encoder(config)
+        self.shift = RequestShift(config.width) if config.reads_request else None
 
     def read_history(
         self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets
@@ -87,13 +101,30 @@ class AttentionTower(Recommender):
         item_ID, item_M = self.items(inputs.item_IC, inputs.features_IFC), inputs.candidate_item_M
         event_ND = self.events(item_ID, inputs)
         query_MD = gather_rows(self.query(self.norm(item_ID)), item_M)
+        state_shift_MD = None
+        if self.request is not None and self.shift is not None:
+            query_shift_MD, state_shift_MD = self.shift(self.request(inputs), request_M=candidates.request_M)
+            query_MD = query_MD + query_shift_MD
         found_MD = self.read_history(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
         if self.recent is not None:
             recent_MD = self.recent(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
             found_MD = recent_MD if found_MD is None else found_MD + recent_MD
         assert found_MD is not None, "a config leaves the whole history or the window"
         state_MD = gather_rows(item_ID, item_M) + self.output(found_MD)
+        if state_shift_MD is not None:
+            state_MD = state_MD + state_shift_MD
         return self.head(state_MD, item_ID=item_ID, item_M=item_M).float()
+
+
+def request_encoder(config: TowerConfig) -> RequestEncoder | None:
+    """None where nothing but the history tells requests apart."""
+    if not config.reads_request:
+        return None
+    return RequestEncoder(
+        config.width,
+        num_user_features=config.num_user_features if config.user_features else 0,
+        context=config.context_features and config.time_features,
+    )
 
 
 class RecentAttention(nn.Module):

@@ -1,9 +1,10 @@
-"""The sparse part: one TorchRec table for item ids and one per item feature, looked up once per step.
+"""The sparse part: one TorchRec table for item ids and one per item and user feature, looked up once per step.
 
-    items of the batch [7, 9]; genres of 7 = [2, 5], of 9 = []
+    items of the batch [7, 9]; genres of 7 = [2, 5], of 9 = []; one user, of gender 3
 
-    KeyedJaggedTensor   item    values [7, 9]   lengths [1, 1]
-                        genres  values [2, 5]   lengths [2, 0]
+    KeyedJaggedTensor   item         values [7, 9]   lengths [1, 1, 0]
+                        genres       values [2, 5]   lengths [2, 0, 0]
+                        user-gender  values [3]      lengths [0, 0, 1]
 
 An item occurs once in a look-up however many events and candidates name it; models/interface.py points into the rows
 by index. jobs/training/parallel.py shards the collection over the ranks.
@@ -23,6 +24,8 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 ITEM_TABLE = "item"
+USER_TABLE = "user-"
+"""Before the name of a user feature, in the name of its table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,25 @@ class ItemFeature:
         return self.values[torch.repeat_interleave(starts_I, lengths_I) + within], lengths_I
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UserCodes:
+    """The feature values of U users: rows of G tables, any number a user and feature."""
+
+    lengths_UG: Tensor
+    """[U, G] int64."""
+    values: Tensor
+    """[lengths_UG.sum()] int64, by user and then by feature."""
+
+    def of(self, feature: int) -> tuple[Tensor, Tensor]:
+        """(values, lengths_U) of one feature, user by user."""
+        cells = torch.arange(self.lengths_UG.numel(), device=self.values.device) % max(1, self.lengths_UG.shape[1])
+        mine = torch.repeat_interleave(cells, self.lengths_UG.flatten()) == feature
+        return self.values[mine], self.lengths_UG[:, feature]
+
+
+NO_USERS = UserCodes(lengths_UG=torch.zeros(0, 0, dtype=torch.int64), values=torch.zeros(0, dtype=torch.int64))
+
+
 def embedding_collection(tables: Sequence[TableSpec], *, device: str = "meta") -> EmbeddingCollection:
     """Unsharded tables; on the meta device they cost nothing until they are sharded."""
     configs = [
@@ -69,30 +91,60 @@ def embedding_collection(tables: Sequence[TableSpec], *, device: str = "meta") -
     return EmbeddingCollection(tables=configs, device=torch.device(device))
 
 
-def look_up_ids(item_rows_I: Tensor, features: Sequence[ItemFeature]) -> KeyedJaggedTensor:
-    """The ids of one step for every table, as drawn above."""
-    keys, values, lengths = [ITEM_TABLE], [item_rows_I], [torch.ones_like(item_rows_I)]
+def look_up_ids(
+    item_rows_I: Tensor,
+    features: Sequence[ItemFeature],
+    *,
+    user_tables: Sequence[str] = (),
+    users: UserCodes = NO_USERS,
+) -> KeyedJaggedTensor:
+    """The ids of one step for every table, as drawn above; `user_tables` are those of the columns of `users`."""
+    num_items, num_users = item_rows_I.numel(), users.lengths_UG.shape[0] if user_tables else 0
+    keys, values, lengths = (
+        [ITEM_TABLE],
+        [item_rows_I],
+        [torch.ones_like(item_rows_I), item_rows_I.new_zeros(num_users)],
+    )
     for feature in features:
         feature_values, feature_lengths_I = feature.of(item_rows_I)
         keys.append(feature.name)
         values.append(feature_values)
-        lengths.append(feature_lengths_I)
+        lengths += [feature_lengths_I, item_rows_I.new_zeros(num_users)]
+    for place, table in enumerate(user_tables):
+        user_values, lengths_U = users.of(place)
+        keys.append(table)
+        values.append(user_values)
+        lengths += [item_rows_I.new_zeros(num_items), lengths_U]
     return KeyedJaggedTensor.from_lengths_sync(keys=keys, values=torch.cat(values), lengths=torch.cat(lengths))
 
 
 def pool_features(rows: Mapping[str, JaggedTensor], features: Sequence[ItemFeature]) -> tuple[Tensor, Tensor]:
     """(item_IC, features_IFC) of a finished look-up: feature rows averaged per item, zero where there are none."""
     item_IC = rows[ITEM_TABLE].values()
-    if not features:
-        return item_IC, item_IC.new_zeros(item_IC.shape[0], 0, item_IC.shape[1])
+    num_items = item_IC.shape[0]
+    return item_IC, _mean_rows(rows, [f.name for f in features], first=0, num=num_items, like=item_IC)
+
+
+def pool_user_features(rows: Mapping[str, JaggedTensor], user_tables: Sequence[str]) -> Tensor:
+    """user_features_UGC of the same look-up."""
+    item_IC = rows[ITEM_TABLE].values()
+    num_users = rows[ITEM_TABLE].lengths().numel() - item_IC.shape[0]
+    return _mean_rows(rows, user_tables, first=item_IC.shape[0], num=num_users, like=item_IC)
+
+
+def _mean_rows(
+    rows: Mapping[str, JaggedTensor], tables: Sequence[str], *, first: int, num: int, like: Tensor
+) -> Tensor:
+    """[num, tables, C]: the mean row of each table for `num` entries of the look-up from `first` on."""
+    if not tables:
+        return like.new_zeros(num, 0, like.shape[1])
     pooled = []
-    for feature in features:
-        jagged = rows[feature.name]
-        lengths_I = jagged.lengths()
-        owner = torch.repeat_interleave(torch.arange(lengths_I.numel(), device=lengths_I.device), lengths_I)
-        sum_IC = torch.zeros_like(item_IC).index_add(0, owner, jagged.values())
-        pooled.append(sum_IC / lengths_I.clamp(min=1).unsqueeze(1))
-    return item_IC, torch.stack(pooled, dim=1)
+    for table in tables:
+        lengths = rows[table].lengths()[first : first + num]
+        owner = torch.repeat_interleave(torch.arange(num, device=lengths.device), lengths)
+        total = like.new_zeros(num, like.shape[1]).index_add(0, owner, rows[table].values())
+        pooled.append(total / lengths.clamp(min=1).unsqueeze(1))
+    return torch.stack(pooled, dim=1)
 
 
 def initial_rows(table: str, *, seed: int, first: int, num_rows: int, width: int, std: float) -> Tensor:

@@ -3,7 +3,7 @@
     U users of the batch           N history events of all users (jagged)    B requests of all users
     M candidates of all requests   I distinct items of the batch             C width of an embedding table
     D model width                  H heads                                   R rank: interests of a history
-    W recent events seen exactly   K checkpoints of a history                F item features
+    W recent events seen exactly   K checkpoints of a history                F item features, G user features
     T requests or events of one user, where a tensor is dense over them
 
 A tensor's name ends with its shape: `query_MHD` is [M, H, D]; `1` means "plus one" (`event_offsets_U1` is [U + 1]).
@@ -31,6 +31,8 @@ class ModelInput:
     """[I, C] embedding rows of the distinct items of this batch, with the gradient of the look-up."""
     features_IFC: Tensor
     """[I, F, C] one vector per item feature: the mean of its values' rows, zero where an item has none."""
+    user_features_UGC: Tensor
+    """[U, G, C] one vector per user feature, as features_IFC has it of items; G may be 0."""
     event_offsets_U1: Tensor
     """[U + 1] int64, host: user u owns events event_offsets[u] : event_offsets[u + 1], in total order."""
     event_item_N: Tensor

@@ -5,6 +5,8 @@
             C += FFN(norm(C))
     head:   logit = <C, W item> / sqrt(D) + MLP([C, item]) + popularity(item)
 
+What is known of a request beside its history (request_features.py) shifts the first query and the C of the head.
+
 The operator and the set-wise view are SOLAR's (arXiv 2603.02561, Kuaishou, 2026), which published no code: block, head
 and every size are inferred. The recent window is ours: interests are a set and lose the order of events.
 The letters are those of models/interface.py.
@@ -19,11 +21,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.attention_tower import Head, RecentAttention, TowerConfig
+from models.attention_tower import Head, RecentAttention, TowerConfig, request_encoder
 from models.candidate_sets import CandidateSets, gather_rows
 from models.checkpoints import checkpoint_interests
 from models.history import EventEncoder, ItemEncoder
 from models.interface import ModelInput, Recommender
+from models.request_features import RequestShift
 from models.set_attention import SetAttention
 from models.svd_attention import Decomposition, Interests, SvdAttention
 
@@ -105,6 +108,8 @@ class Solar(Recommender):
         )
         self.blocks = nn.ModuleList(SolarBlock(config) for _ in range(config.num_layers))
         self.head = Head(config.width, hidden=config.head_width)
+        self.request = request_encoder(config)
+        self.shift = RequestShift(config.width) if config.reads_request else None
 
     def forward(self, inputs: ModelInput) -> Tensor:
         candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
@@ -113,8 +118,19 @@ class Solar(Recommender):
         # The first block reads items, not candidates: what a candidate needs before it meets its request is computed
         # once per distinct item.
         state, item_M = item_ID, inputs.candidate_item_M
+        query_shift_MD = state_shift_MD = None
+        if self.request is not None and self.shift is not None:
+            query_shift_MD, state_shift_MD = self.shift(self.request(inputs), request_M=candidates.request_M)
         for i, block in enumerate(self.blocks):
-            state = block(state, item_M=item_M if i == 0 else None, history=history, candidates=candidates)
+            state = block(
+                state,
+                item_M=item_M if i == 0 else None,
+                query_shift_MD=query_shift_MD if i == 0 else None,
+                history=history,
+                candidates=candidates,
+            )
+        if state_shift_MD is not None:
+            state = state + state_shift_MD
         return self.head(state, item_ID=item_ID, item_M=item_M).float()
 
     @torch.no_grad()
@@ -186,11 +202,21 @@ class SolarBlock(nn.Module):
             else None
         )
 
-    def forward(self, state: Tensor, *, item_M: Tensor | None, history: History, candidates: CandidateSets) -> Tensor:
-        """`state` is [M, D], or [I, D] with `item_M` in the first block."""
+    def forward(
+        self,
+        state: Tensor,
+        *,
+        item_M: Tensor | None,
+        query_shift_MD: Tensor | None,
+        history: History,
+        candidates: CandidateSets,
+    ) -> Tensor:
+        """`state` is [M, D], or [I, D] with `item_M` in the first block, where the request shifts the query too."""
         query_MD = self.query(self.norm(state))
         if item_M is not None:
             state, query_MD = gather_rows(state, item_M), gather_rows(query_MD, item_M)
+        if query_shift_MD is not None:
+            query_MD = query_MD + query_shift_MD
         found = []
         if self.lifelong is not None and history.interests is not None and history.checkpoint_B is not None:
             found.append(

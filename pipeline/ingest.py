@@ -219,6 +219,10 @@ def grow_vocabulary(
     if plan.users:
         names = plan.schema["user_features"]
         vocabulary = vocabulary.with_user_values(users.staged_values(staged_users, names, staging=staging))
+    if twice := [name for name in vocabulary.user_features if f"user-{name}" in vocabulary.features]:
+        raise DataError(
+            f"{plan.out}: item feature 'user-{twice[0]}' and user feature {twice[0]!r} would share a table; rename one"
+        )
     return vocabulary
 
 

@@ -1,4 +1,4 @@
-"""The items that a model can rank, seen from a data set that may have another vocabulary.
+"""The items that a model can rank, and all it knows by name, seen from a data set that may have another vocabulary.
 
 A model knows the items of the data it was trained on. Evaluated on that data its rows are the data's rows; on another
 data set raw ids say which row is which: what the model does not know is its unknown row, and can never be found.
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.embeddings import UserCodes
 from pipeline.batch import Batch
 from pipeline.loader import training_item_counts
 from pipeline.requests import RequestConfig
@@ -33,6 +34,8 @@ class Catalogue:
     """[the data's capacity] int64: the data's row -> the model's row; None where both are the same."""
     code_of_action: Tensor | None
     """[the data's actions] int64: the same for action codes."""
+    user_values: UserValues | None
+    """The same for user features; None where both are the same."""
     training_count: np.ndarray
     """[I] int64: positives of the model's training requests, before any cap."""
     first_time: Tensor | None
@@ -48,7 +51,44 @@ class Catalogue:
             )
         if self.code_of_action is not None:
             batch = dataclasses.replace(batch, event_action=self.code_of_action[batch.event_action])
-        return batch
+        return batch if self.user_values is None else self.user_values.translate(batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UserValues:
+    """The user features of a model, as the codes of a data set say them: matched by name, values too."""
+
+    feature: Tensor
+    """[model's features] int64: the data's feature, -1 where the data lack it: then no user has a value."""
+    row: tuple[Tensor, ...]
+    """For each feature of the model, [rows of the data's feature] int64: the model's row, UNKNOWN where it has none."""
+
+    @classmethod
+    def between(cls, data: Vocabulary, model: Vocabulary) -> UserValues:
+        """From the rows of the data's vocabulary to those of the model's."""
+        names = list(data.user_features)
+        rows = []
+        for name, values in model.user_features.items():
+            row_of = {value: row for row, value in enumerate(values, start=NUM_RESERVED)}
+            known = [row_of.get(value, UNKNOWN) for value in data.user_features.get(name, ())]
+            rows.append(torch.tensor([0, UNKNOWN, *known]))
+        feature = [names.index(name) if name in names else -1 for name in model.user_features]
+        return cls(feature=torch.tensor(feature, dtype=torch.int64), row=tuple(rows))
+
+    def translate(self, batch: Batch) -> Batch:
+        """The batch with the model's features and rows."""
+        theirs = UserCodes(lengths_UG=batch.user_feature_lengths, values=batch.user_feature_values)
+        num_users, num_features = batch.num_users, len(self.row)
+        lengths_UG = torch.zeros(num_users, num_features, dtype=torch.int64)
+        cells, values = [torch.zeros(0, dtype=torch.int64)] * 2
+        for place, (feature, row) in enumerate(zip(self.feature.tolist(), self.row, strict=True)):
+            if feature >= 0:
+                found, lengths_UG[:, place] = theirs.of(feature)
+                owner = torch.arange(num_users) * num_features + place
+                cells = torch.cat([cells, torch.repeat_interleave(owner, lengths_UG[:, place])])
+                values = torch.cat([values, row[found]])
+        by_user = torch.argsort(cells, stable=True)
+        return dataclasses.replace(batch, user_feature_lengths=lengths_UG, user_feature_values=values[by_user])
 
 
 def catalogue_of(
@@ -59,7 +99,7 @@ def catalogue_of(
     All ranks join.
     """
     ours, theirs = data.vocabulary, vocabulary or data.vocabulary
-    row_of_item = code_of_action = None
+    row_of_item = code_of_action = user_values = None
     if theirs.fingerprint != ours.fingerprint:
         rows = np.full(ours.capacity, UNKNOWN, np.int64)
         rows[0] = 0
@@ -67,10 +107,12 @@ def catalogue_of(
         row_of_item = torch.from_numpy(rows)
         codes = {name: code for code, name in enumerate(theirs.actions)}
         code_of_action = torch.tensor([codes.get(name, 0) for name in ours.actions])
+        user_values = UserValues.between(ours, theirs)
     return Catalogue(
         num_items=theirs.size,
         row_of_item=row_of_item,
         code_of_action=code_of_action,
+        user_values=user_values,
         training_count=training_count[: theirs.size],
         first_time=_first_times(data, row_of_item, theirs.size) if requests.split == "temporal" else None,
     )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.training.catalogue import Catalogue
-from jobs.training.model import ItemRows, model_input, select_requests, training_input
+from jobs.training.model import ItemRows, model_input, select_requests, training_input, user_codes
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.metrics import rank_of_target
 from pipeline.batch import Batch
@@ -117,7 +117,7 @@ def _rank_targets(
             # Only the users of these requests: a batch may hold one with thousands of requests and events.
             last = min(first + per_forward, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
-            logits_M = model(_catalogue_input(transform(chunk), item_IC, features_IFC))
+            logits_M = model(_catalogue_input(transform(chunk), tables, item_IC, features_IFC))
             scores_BI = logits_M.cpu().view(chunk.num_requests, catalogue.num_items)
             results.append(_ranks(chunk, scores_BI, catalogue))
     return _collect_ranks(results)
@@ -156,13 +156,16 @@ def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor
     return torch.cat([item for item, _ in parts]), torch.cat([features for _, features in parts])
 
 
-def _catalogue_input(batch: Batch, item_IC: Tensor, features_IFC: Tensor) -> Any:
+def _catalogue_input(batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor) -> Any:
+    """Every item as a candidate of every request; the look-up is of the users alone."""
     num_items = item_IC.shape[0]
+    _, _, user_features_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
     ranked = dataclasses.replace(batch, candidate_offsets=torch.arange(batch.num_requests + 1) * num_items)
     return model_input(
         ranked,
         item_IC=item_IC,
         features_IFC=features_IFC,
+        user_features_UGC=user_features_UGC,
         event_item_N=batch.event_item,
         candidate_item_M=torch.arange(num_items).repeat(batch.num_requests),
     )

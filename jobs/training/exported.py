@@ -9,35 +9,46 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.scorer import Scorer
+from jobs.scorer import Scorer, user_vectors
+from jobs.scorer_input import UserFeature
+from models.embeddings import UserCodes
 from models.interface import Recommender
 from pipeline.events import DataError
 from pipeline.vocabulary import Vocabulary
 
 
 class LoadedRows:
-    """The item rows of a model that is whole in memory, behind the look-up of sharded tables."""
+    """The rows of a model that is whole in memory, behind the look-up of sharded tables."""
 
-    def __init__(self, item_IC: Tensor, features_IFC: Tensor) -> None:
-        self._item_IC, self._features_IFC = item_IC, features_IFC
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
 
     def look_up(self, item_rows_I: Tensor, /) -> tuple[Tensor, Tensor]:
         """(item_IC, features_IFC); not a collective."""
-        return self._item_IC[item_rows_I], self._features_IFC[item_rows_I]
+        return self._scorer.item_IC[item_rows_I], self._scorer.features_IFC[item_rows_I]
+
+    def look_up_with_users(self, item_rows_I: Tensor, users: UserCodes, /) -> tuple[Tensor, Tensor, Tensor]:
+        """(item_IC, features_IFC, user_features_UGC); not a collective."""
+        tables = self._scorer.user_tables
+        found = [users.of(place) for place in range(len(tables))]
+        features = tuple(UserFeature(lengths=lengths.numpy(), row=row.numpy()) for row, lengths in found)
+        num_users = users.lengths_UG.shape[0]
+        item_IC, features_IFC = self.look_up(item_rows_I)
+        return item_IC, features_IFC, user_vectors(tables, features, num_users=num_users, like=item_IC)
 
 
 def load_export(directory: Path) -> tuple[Recommender, LoadedRows, Vocabulary, np.ndarray]:
-    """(tower, item rows, vocabulary without features, [I] positives of its training requests)."""
+    """(tower, rows, vocabulary without item features, [I] positives of its training requests)."""
     scorer = Scorer()
     scorer.load(directory)
     counts = directory / "item-counts.safetensors"
     if not counts.exists():
         raise DataError(f"{counts}: missing, the model was registered by an earlier version: register it again")
     items = pq.read_table(directory / "items.parquet", columns=["item_id"])["item_id"].combine_chunks()
-    vocabulary = Vocabulary(items=items, actions=tuple(scorer.settings["actions"]), features={})
-    return (
-        scorer.tower,
-        LoadedRows(scorer.item_IC, scorer.features_IFC),
-        vocabulary,
-        load_file(counts)["training_events"].numpy(),
+    vocabulary = Vocabulary(
+        items=items,
+        actions=tuple(scorer.settings["actions"]),
+        features={},
+        user_features={name: tuple(values) for name, values in scorer.user_values.items()},
     )
+    return scorer.tower, LoadedRows(scorer), vocabulary, load_file(counts)["training_events"].numpy()

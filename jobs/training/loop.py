@@ -29,7 +29,15 @@ from jobs.training.checkpoint import (
 from jobs.training.dense_state import restore_dense_state
 from jobs.training.evaluation import evaluate
 from jobs.training.in_batch import InBatchNegatives
-from jobs.training.model import build_tower, item_features, model_settings, table_specs, training_input
+from jobs.training.model import (
+    build_tower,
+    item_features,
+    model_settings,
+    table_specs,
+    training_input,
+    user_features,
+    user_tables,
+)
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, ShardedTables, dense_engine
 from jobs.training.results import primary_metric
@@ -174,8 +182,9 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
     """Sharded tables and an unwrapped tower: fresh from the seed, or with a checkpoint's weights. All ranks join."""
     vocabulary = shards.vocabulary
     tables = ShardedTables(
-        table_specs(vocabulary, width=job.model["width"]),
+        table_specs(vocabulary, width=job.model["width"], user_features=user_features(job.model, vocabulary)),
         item_features(vocabulary),
+        user_tables=user_tables(job.model, vocabulary),
         optimizer=job.optimizer,
         device=job.parallel.device,
     )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from models.din import Din, DinConfig
-from models.embeddings import ITEM_TABLE, ItemFeature, TableSpec
+from models.embeddings import ITEM_TABLE, USER_TABLE, ItemFeature, TableSpec, UserCodes
 from models.interface import ModelInput, Recommender
 from models.light_sans import LightSans, LightSansConfig
 from models.linear_attention import LinearAttention, LinearAttentionConfig
 from models.mean_pooling import MeanPooling, MeanPoolingConfig
 from models.solar import Solar, SolarConfig
 from pipeline.batch import Batch
-from pipeline.vocabulary import Vocabulary
+from pipeline.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
 
 MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
     "solar": (SolarConfig, Solar),
@@ -30,18 +30,33 @@ MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
 
 
 class ItemRows(Protocol):
-    """Rows of the item tables: sharded ones (parallel.py), or those of a registered model."""
+    """Rows of the tables: sharded ones (parallel.py), or those of a registered model."""
 
     def look_up(self, item_rows_I: Tensor, /) -> tuple[Tensor, Tensor]:
         """(item_IC, features_IFC) of distinct items."""
         ...
 
+    def look_up_with_users(self, item_rows_I: Tensor, users: UserCodes, /) -> tuple[Tensor, Tensor, Tensor]:
+        """(item_IC, features_IFC, user_features_UGC) of distinct items and of users."""
+        ...
+
 
 def model_settings(settings: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The settings with what the data decide filled in: how many action codes there are."""
+    """The settings with what the data decide filled in: how many action codes and user features there are."""
     config_class, _ = MODELS[settings["name"]]
     names = {field.name for field in dataclasses.fields(config_class)}
-    return {**settings, **({"num_actions": vocabulary.num_actions} if "num_actions" in names else {})}
+    found = {"num_actions": vocabulary.num_actions, "num_user_features": len(user_features(settings, vocabulary))}
+    return {**settings, **{name: value for name, value in found.items() if name in names}}
+
+
+def user_features(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:
+    """The user features that the model reads, in the order of users' codes: all there are, or none."""
+    return list(vocabulary.user_features) if settings.get("user_features") else []
+
+
+def user_tables(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:
+    """The tables of `user_features`."""
+    return [f"{USER_TABLE}{name}" for name in user_features(settings, vocabulary)]
 
 
 def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommender:
@@ -51,11 +66,14 @@ def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommende
     return tower_class(config, num_features=num_features)
 
 
-def table_specs(vocabulary: Vocabulary, *, width: int) -> list[TableSpec]:
-    """One table for items and one per item feature, each of its capacity."""
+def table_specs(vocabulary: Vocabulary, *, width: int, user_features: Sequence[str] = ()) -> list[TableSpec]:
+    """One table for items, one per item feature and one for each of these user features, each of its capacity."""
     specs = [TableSpec(name=ITEM_TABLE, capacity=vocabulary.capacity, width=width)]
     for name, feature in vocabulary.features.items():
         specs.append(TableSpec(name=name, capacity=feature.capacity, width=width))
+    for name in user_features:
+        capacity = capacity_for(len(vocabulary.user_features[name]) + NUM_RESERVED)
+        specs.append(TableSpec(name=f"{USER_TABLE}{name}", capacity=capacity, width=width))
     return specs
 
 
@@ -68,7 +86,8 @@ def item_features(vocabulary: Vocabulary) -> list[ItemFeature]:
 
 
 def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
-    """Look every distinct item of the batch up once. Joined by every rank, also with an empty batch.
+    """Look every distinct item of the batch up once, and its users with them. Joined by every rank, also with an empty
+    batch.
 
     ValueError: a request without candidates, or what models/interface.py refuses.
     """
@@ -76,18 +95,30 @@ def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
         empty = int(torch.nonzero(batch.candidate_offsets.diff() == 0)[0])
         raise ValueError(f"request {empty} of the batch has no candidates: there is nothing to rank; leave it out")
     rows, index = torch.unique(torch.cat([batch.event_item, batch.candidate_item]), return_inverse=True)
-    item_IC, features_IFC = tables.look_up(rows)
+    item_IC, features_IFC, user_features_UGC = tables.look_up_with_users(rows, user_codes(batch))
     return model_input(
         batch,
         item_IC=item_IC,
         features_IFC=features_IFC,
+        user_features_UGC=user_features_UGC,
         event_item_N=index[: batch.num_events],
         candidate_item_M=index[batch.num_events :],
     )
 
 
+def user_codes(batch: Batch) -> UserCodes:
+    """What the batch says of its users."""
+    return UserCodes(lengths_UG=batch.user_feature_lengths, values=batch.user_feature_values)
+
+
 def model_input(
-    batch: Batch, *, item_IC: Tensor, features_IFC: Tensor, event_item_N: Tensor, candidate_item_M: Tensor
+    batch: Batch,
+    *,
+    item_IC: Tensor,
+    features_IFC: Tensor,
+    user_features_UGC: Tensor,
+    event_item_N: Tensor,
+    candidate_item_M: Tensor,
 ) -> ModelInput:
     """The batch with its items replaced by indices into looked-up rows, on the device of the rows; the layout stays."""
 
@@ -97,6 +128,7 @@ def model_input(
     return ModelInput(
         item_IC=item_IC,
         features_IFC=features_IFC,
+        user_features_UGC=user_features_UGC,
         event_offsets_U1=batch.event_offsets,
         event_item_N=move(event_item_N),
         event_time_N=move(batch.event_time),
@@ -115,11 +147,15 @@ def select_requests(batch: Batch, first: int, last: int) -> Batch:
     users, renumbered = torch.unique_consecutive(request_user, return_inverse=True)
     length = torch.zeros(len(users), dtype=torch.int64).scatter_reduce(0, renumbered, position, "amax")
     offsets = torch.cat([length.new_zeros(1), length.cumsum(0)])
-    event = torch.arange(int(offsets[-1])) + torch.repeat_interleave(batch.event_offsets[users] - offsets[:-1], length)
+    total = batch.user_feature_lengths.sum(1)
+    known = places_of_runs((total.cumsum(0) - total)[users], total[users])
+    event = places_of_runs(batch.event_offsets[users], length)
     start, end = int(batch.candidate_offsets[first]), int(batch.candidate_offsets[last])
     return dataclasses.replace(
         batch,
         user=batch.user[users],
+        user_feature_lengths=batch.user_feature_lengths[users],
+        user_feature_values=batch.user_feature_values[known],
         event_offsets=offsets,
         event_item=batch.event_item[event],
         event_time=batch.event_time[event],
@@ -132,3 +168,9 @@ def select_requests(batch: Batch, first: int, last: int) -> Batch:
         candidate_item=batch.candidate_item[start:end],
         candidate_label=batch.candidate_label[start:end],
     )
+
+
+def places_of_runs(start: Tensor, length: Tensor) -> Tensor:
+    """start[0], start[0] + 1, ... (length[0] of them), then start[1], ..."""
+    before = length.cumsum(0) - length
+    return torch.arange(int(length.sum())) + torch.repeat_interleave(start - before, length)

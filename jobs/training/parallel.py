@@ -19,7 +19,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.training.optimizers import OptimizerConfig
-from models.embeddings import ItemFeature, TableSpec, embedding_collection, initial_rows, look_up_ids, pool_features
+from models.embeddings import (
+    NO_USERS,
+    ItemFeature,
+    TableSpec,
+    UserCodes,
+    embedding_collection,
+    initial_rows,
+    look_up_ids,
+    pool_features,
+    pool_user_features,
+)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -80,8 +90,15 @@ class ShardedTables:
     """
 
     def __init__(
-        self, tables: Sequence[TableSpec], features: Sequence[ItemFeature], *, optimizer: OptimizerConfig, device: str
+        self,
+        tables: Sequence[TableSpec],
+        features: Sequence[ItemFeature],
+        *,
+        user_tables: Sequence[str] = (),
+        optimizer: OptimizerConfig,
+        device: str,
     ) -> None:
+        """`user_tables`: those of `tables` that hold the values of user features, in the order of users' codes."""
         from torchrec.distributed.embedding import EmbeddingCollectionSharder
         from torchrec.distributed.model_parallel import DistributedModelParallel
         from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -89,6 +106,7 @@ class ShardedTables:
 
         self.specs = list(tables)
         self.features = list(features)
+        self.user_tables = list(user_tables)
         self.device = torch.device(device if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
         collection = embedding_collection(tables)
         apply_optimizer_in_backward(
@@ -107,13 +125,26 @@ class ShardedTables:
         )
 
     def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
-        """(item_IC, features_IFC) of distinct items; the one look-up of a step. All ranks join, also with no item."""
+        """(item_IC, features_IFC) of distinct items and of no user. All ranks join, also with no item."""
+        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, NO_USERS)
+        return item_IC, features_IFC
+
+    def look_up_with_users(self, item_rows_I: Tensor, users: UserCodes) -> tuple[Tensor, Tensor, Tensor]:
+        """(item_IC, features_IFC, user_features_UGC) of distinct items and of users; the one look-up of a step.
+
+        All ranks join, also with no item and no user. Codes that no table is for are ignored: G is 0 then.
+        """
         num_items = item_rows_I.numel()
         # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
         asked = item_rows_I if num_items else item_rows_I.new_zeros(1)
-        ids = look_up_ids(asked, self.features).to(self.device)
-        item_IC, features_IFC = pool_features(self.module(ids), self.features)
-        return item_IC[:num_items], features_IFC[:num_items]
+        ids = look_up_ids(asked, self.features, user_tables=self.user_tables, users=users).to(self.device)
+        rows = self.module(ids)
+        item_IC, features_IFC = pool_features(rows, self.features)
+        if self.user_tables:
+            users_UGC = pool_user_features(rows, self.user_tables)
+        else:
+            users_UGC = item_IC.new_zeros(users.lengths_UG.shape[0], 0, item_IC.shape[1])
+        return item_IC[:num_items], features_IFC[:num_items], users_UGC
 
     def set_learning_rate(self, rate: float) -> None:
         """The rate of the next backward. Not a collective."""

@@ -11,7 +11,7 @@ import torch
 
 from jobs.register import write_export
 from jobs.registry import RegisteredModel
-from jobs.training.model import build_tower, model_settings, table_specs
+from jobs.training.model import build_tower, model_settings, table_specs, user_features
 from models.solar import SolarConfig
 from pipeline.events import EventColumns
 from pipeline.requests import RequestConfig
@@ -22,15 +22,21 @@ from tests.unit.pipeline.conftest import prepare, random_log, write_log
 __all__ = ["prepare", "random_log", "write_log"]
 
 WIDTH = 16
-SOLAR = SolarConfig(width=WIDTH, rank=4, recent_window=6, checkpoint_every=3, set_attention=False)
+SOLAR = SolarConfig(
+    width=WIDTH, rank=4, recent_window=6, checkpoint_every=3, set_attention=False, context_features=True
+)
 
 
 @pytest.fixture
 def data(prepare, write_log, random_log, tmp_path):
-    """20 users with tied times, actions, labels and requests, and a genre for most items."""
+    """20 users with tied times, actions, labels and requests, and a genre for most items; most users have a gender and
+    any number of hobbies."""
     write_log(random_log())
     genres = {"item_id": list(range(100, 128)), "genre": [f"g{item % 5}" for item in range(28)]}
     items = write_log(genres, "items.parquet")
+    hobbies = [[f"h{k}" for k in range(user % 4)] for user in range(1, 20)]
+    write_log({"user_id": list(range(1, 20)), "gender": [["f", "m", None][u % 3] for u in range(1, 20)],
+               "hobbies": hobbies}, "log/users.parquet")  # fmt: skip
     columns = EventColumns(action="action", label="label", request_id="request_id")
     prepare(tmp_path / "log", tmp_path / "shards", items=str(items), columns=columns, buckets=3, row_group_events=60)
     return Shards.open(str(tmp_path / "shards"))
@@ -46,7 +52,9 @@ def export(tmp_path):
         tower = randomise(
             build_tower(model_settings(whole, data.vocabulary), num_features=len(data.vocabulary.features))
         )
-        sizes = {spec.name: spec.capacity for spec in table_specs(data.vocabulary, width=WIDTH)}
+        users = user_features(whole, data.vocabulary)
+        specs = table_specs(data.vocabulary, width=WIDTH, user_features=users)
+        sizes = {spec.name: spec.capacity for spec in specs}
         tables = {table: torch.randn(size, WIDTH) for table, size in sizes.items()}
         directory = Path(tmp_path) / name
         write_export(

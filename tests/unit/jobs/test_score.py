@@ -17,9 +17,16 @@ from jobs import score_input
 from jobs.config import ConfigError
 from jobs.console import Console
 from jobs.score import ScoreConfig, best_first, score
-from jobs.training.model import build_tower, item_features, table_specs, training_input
-from models.embeddings import embedding_collection, look_up_ids, pool_features
-from pipeline.events import DataError
+from jobs.training.model import (
+    build_tower,
+    item_features,
+    table_specs,
+    training_input,
+    user_features,
+    user_tables,
+)
+from models.embeddings import embedding_collection, look_up_ids, pool_features, pool_user_features
+from pipeline.events import DataError, EventColumns
 from pipeline.loader import EvaluationLoader
 from pipeline.requests import RequestConfig
 
@@ -30,7 +37,9 @@ class TrainingTables:
     """The tables as training looks them up (TorchRec), on one process and unsharded."""
 
     def __init__(self, model, vocabulary):
-        specs = table_specs(vocabulary, width=16)
+        settings = model.settings["model"]
+        specs = table_specs(vocabulary, width=16, user_features=user_features(settings, vocabulary))
+        self.user_tables = user_tables(settings, vocabulary)
         self.features = item_features(vocabulary)
         self.module = embedding_collection(specs, device="cpu")
         with torch.no_grad():
@@ -38,8 +47,10 @@ class TrainingTables:
                 weight = load_file(model.directory / f"table-{name.split('.')[1]}.safetensors")["weight"]
                 parameter[: len(weight)] = weight
 
-    def look_up(self, rows):
-        return pool_features(self.module(look_up_ids(rows, self.features)), self.features)
+    def look_up_with_users(self, rows, users):
+        ids = look_up_ids(rows, self.features, user_tables=self.user_tables, users=users)
+        found = self.module(ids)
+        return (*pool_features(found, self.features), pool_user_features(found, self.user_tables))
 
 
 def evaluated(model, data, requests, *, catalogue=False):
@@ -70,13 +81,13 @@ def evaluated(model, data, requests, *, catalogue=False):
 
 
 def given_histories(data, *, drop_last=0, seed=0):
-    """One row a user with its events in no order."""
+    """One row a user with its events in no order, and with its features."""
     events = data.raw_events(range(data.num_groups)).with_columns(place=pl.int_range(pl.len()).over("user_id"))
     events = events.filter(pl.col("place") < pl.len().over("user_id") - drop_last)
     shuffled = events.sample(fraction=1, shuffle=True, seed=seed)
-    return shuffled.group_by("user_id").agg(
-        history="item_id", history_time="timestamp", history_action="action"
-    )  # fmt: skip
+    histories = shuffled.group_by("user_id").agg(history="item_id", history_time="timestamp", history_action="action")
+    users = data.raw_user_values(range(data.num_groups)).with_columns(pl.col("gender").list.first())
+    return histories.join(users, on="user_id", how="left")
 
 
 def run(model, tmp_path, requests, **config):
@@ -117,11 +128,14 @@ def test_scores_equal_those_of_evaluation_from_shards_and_from_given_histories(d
     from_given, same = run(model, tmp_path, given.to_arrow())
     assert counts == same
     assert counts.truncated > 5
+    assert counts.user_values > 15
     assert counts.requests == len(users) > 15
     for rows in (from_shards, from_given):
         assert len(differences(rows, expected)) > 25
         # Measured: 0.0, the same float32 arithmetic; another machine may sum batches of another shape otherwise.
         assert np.quantile(differences(rows, expected), 0.99) <= 1e-4
+    without, _ = run(model, tmp_path, given.drop("gender", "hobbies").to_arrow())
+    assert differences(without, expected).max() > 1e-2
     other = export(data, max_history=MAX_HISTORY + 1, set_attention=set_attention, name="longer")
     longer, _ = run(other, tmp_path, asked.to_arrow(), shards=data.path)
     assert differences(longer, expected).max() > 1e-2
@@ -144,6 +158,40 @@ def test_the_whole_catalogue_is_ranked_as_evaluation_ranks_it_with_tied_last_eve
         kept = [item for item in whole["candidates"] if item not in set(seen or [])]
         assert row["candidates"] == kept[:4]
         assert row["scores"] == sorted(row["scores"], reverse=True)
+
+
+def test_what_requests_say_of_their_users_comes_before_what_shards_know_and_unknown_values_are_counted(
+    data, export, tmp_path
+):
+    model, some = export(data), {"candidates": [[100, 101, 102]] * 3}
+    plain, _ = run(model, tmp_path, pa.table({"user_id": [2, 2, 2], **some}), shards=data.path)
+    known = data.raw_user_values(range(data.num_groups)).filter(pl.col("user_id") == 2)
+    assert known.row(0, named=True) == {"user_id": 2, "gender": [], "hobbies": ["h0", "h1"]}
+    said = pa.table({"user_id": [2, 2, 2], "hobbies": [["h0", "h1", None], ["h0", "h1", "chess"], []], **some})
+    rows, counts = run(model, tmp_path, said, shards=data.path)
+    assert rows[0]["scores"] == pytest.approx(plain[0]["scores"], abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(rows[1]["scores"], plain[1]["scores"], strict=True)) > 1e-2
+    assert max(abs(a - b) for a, b in zip(rows[2]["scores"], plain[2]["scores"], strict=True)) > 1e-2
+    assert (counts.user_values, counts.unknown_user_values) == (5, 1)
+    assert rows[1]["hobbies"] == ["h0", "h1", "chess"]
+    with pytest.raises(ConfigError, match="column 'gender' holds double: a user feature is a category"):
+        run(model, tmp_path, pa.table({"user_id": [2], "gender": [1.5], "candidates": [[100]]}), shards=data.path)
+
+
+def test_a_data_set_with_other_user_features_is_matched_by_name_and_value(
+    data, export, prepare, write_log, random_log, tmp_path
+):
+    model = export(data)
+    write_log(random_log(), "other/events.parquet")
+    write_log({"user_id": [1, 2, 3], "city": ["x", "y", "z"], "hobbies": ["zz", "h1", "h0"]}, "other/users.parquet")
+    columns = EventColumns(action="action", label="label", request_id="request_id")
+    prepare(tmp_path / "other", tmp_path / "others", columns=columns, buckets=2)
+    asked = {"user_id": [1, 2, 3, 4], "candidates": [[100, 101]] * 4}
+    rows, counts = run(model, tmp_path, pa.table(asked), shards=str(tmp_path / "others"))
+    same = pa.table(asked | {"gender": [None] * 4, "hobbies": ["new", "h1", "h0", None]})
+    expected, _ = run(model, tmp_path, same, shards=data.path)
+    assert [row["scores"] for row in rows] == [pytest.approx(row["scores"], abs=1e-5) for row in expected]
+    assert (counts.user_values, counts.unknown_user_values) == (3, 1)
 
 
 def test_rows_keep_their_order_and_columns_and_the_footer_says_what_was_done(data, export, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.interface import ModelInput
 
-WIDTH, NUM_ITEMS, NUM_FEATURES = 16, 30, 2
+WIDTH, NUM_ITEMS, NUM_FEATURES, NUM_USER_FEATURES = 16, 30, 2, 3
 MS_PER_MINUTE = 60_000
 
 
@@ -32,6 +32,9 @@ def random_inputs(
     return ModelInput(
         item_IC=torch.randn(NUM_ITEMS, WIDTH, generator=generator).requires_grad_(),
         features_IFC=torch.randn(NUM_ITEMS, NUM_FEATURES, WIDTH, generator=generator),
+        user_features_UGC=torch.randn(
+            len(lengths), NUM_USER_FEATURES, WIDTH, generator=torch.Generator().manual_seed(seed + 100)
+        ),
         event_offsets_U1=offsets_U1,
         event_item_N=torch.randint(0, NUM_ITEMS, (num_events,), generator=generator),
         event_time_N=time_N,
@@ -50,6 +53,7 @@ def empty_inputs() -> ModelInput:
     return ModelInput(
         item_IC=torch.zeros(0, WIDTH, requires_grad=True),
         features_IFC=torch.zeros(0, NUM_FEATURES, WIDTH),
+        user_features_UGC=torch.zeros(0, NUM_USER_FEATURES, WIDTH),
         event_offsets_U1=zero,
         event_item_N=none,
         event_time_N=none,
@@ -70,6 +74,7 @@ def only_request(inputs: ModelInput, b: int) -> ModelInput:
     candidate_item_M = inputs.candidate_item_M[candidates]
     return dataclasses.replace(
         inputs,
+        user_features_UGC=inputs.user_features_UGC[user : user + 1],
         event_offsets_U1=torch.tensor([0, events.stop - events.start]),
         event_item_N=inputs.event_item_N[events],
         event_time_N=inputs.event_time_N[events],

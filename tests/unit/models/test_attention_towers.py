@@ -17,6 +17,7 @@ from models.linear_attention import LinearAttention, LinearAttentionConfig
 from models.solar import Solar, SolarConfig
 from tests.unit.models.model_inputs import (
     NUM_FEATURES,
+    NUM_USER_FEATURES,
     WIDTH,
     empty_inputs,
     gradients,
@@ -25,7 +26,7 @@ from tests.unit.models.model_inputs import (
     randomise,
 )
 
-COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3}
+COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3, "num_user_features": NUM_USER_FEATURES}
 BASE = SolarConfig(
     width=WIDTH,
     num_heads=2,
@@ -36,6 +37,8 @@ BASE = SolarConfig(
     set_attention=True,
     set_attention_exact_up_to=100,
     ffn_multiple=2,
+    num_user_features=NUM_USER_FEATURES,
+    context_features=True,
 )
 VARIANTS: dict[str, TowerConfig] = {
     "base": BASE,
@@ -44,6 +47,7 @@ VARIANTS: dict[str, TowerConfig] = {
     "no sets, no ffn, inner product": dataclasses.replace(BASE, set_attention=False, ffn_multiple=0, head_width=0),
     "interests alone": dataclasses.replace(BASE, recent_window=0),
     "recent events alone": dataclasses.replace(BASE, interests=False),
+    "requests are their histories": dataclasses.replace(BASE, user_features=False, context_features=False),
     "decay": dataclasses.replace(BASE, half_life=6.0),
     "ablations": dataclasses.replace(
         BASE, gradient="stop", canonical_sign=False, divide_by_events=False, softmax=False, set_attention=False

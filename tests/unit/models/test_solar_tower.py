@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.solar import Solar, SolarConfig
 from tests.unit.models.model_inputs import (
     NUM_FEATURES,
+    NUM_USER_FEATURES,
     WIDTH,
     random_inputs,
     randomise,
@@ -27,6 +28,8 @@ BASE = SolarConfig(
     set_attention=True,
     set_attention_exact_up_to=100,
     ffn_multiple=2,
+    num_user_features=NUM_USER_FEATURES,
+    context_features=True,
 )
 
 
@@ -61,7 +64,9 @@ def test_nothing_of_size_events_times_candidates_exists() -> None:
     assert seen.largest < num_events * num_candidates / 100
 
 
-@pytest.mark.parametrize("field", ["features_IFC", "event_time_N", "event_action_N", "request_time_B"])
+@pytest.mark.parametrize(
+    "field", ["features_IFC", "user_features_UGC", "event_time_N", "event_action_N", "request_time_B"]
+)
 def test_side_information_reaches_the_logits(field: str) -> None:
     model, inputs = build(BASE), random_inputs()
     value = getattr(inputs, field)

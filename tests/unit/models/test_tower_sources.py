@@ -13,7 +13,7 @@ import torch
 from jobs.training.model import MODELS as REGISTERED
 from models.interface import ModelInput
 from models.solar import Solar, SolarConfig
-from tests.unit.models.model_inputs import NUM_FEATURES, WIDTH, random_inputs
+from tests.unit.models.model_inputs import NUM_FEATURES, NUM_USER_FEATURES, WIDTH, random_inputs
 
 MODELS = Path(__file__).parents[3] / "models"
 
@@ -69,6 +69,8 @@ def test_joined_source_gives_the_same_logits() -> None:
             "num_actions": 3,
             "set_attention": True,
             "ffn_multiple": 1,
+            "num_user_features": NUM_USER_FEATURES,
+            "context_features": True,
         }
         model = Solar(SolarConfig(**options), num_features=NUM_FEATURES).eval()
         joined = namespace["Solar"](namespace["SolarConfig"](**options), num_features=NUM_FEATURES).eval()
