@@ -11,7 +11,7 @@ NUM_USERS, NUM_ITEMS, NUM_GENRES = 40, 60, 4
 
 
 def write_tiny_log(directory: Path, *, seed: int = 0) -> Path:
-    """An event log (user_id, item_id, timestamp, label, request_id) with an items table (genres)."""
+    """An event log (user_id, item_id, timestamp, label, request_id) with tables of items (genres) and users (taste)."""
     rng = np.random.default_rng(seed)
     rows = []
     for user in range(NUM_USERS):
@@ -32,6 +32,12 @@ def write_tiny_log(directory: Path, *, seed: int = 0) -> Path:
         }
     )
     items.write_parquet(directory / "items.parquet")
+    # The last user has no row.
+    tastes = {
+        "user_id": range(NUM_USERS - 1),
+        "taste": [["old", "new", None][user % 3] for user in range(NUM_USERS - 1)],
+    }
+    pl.DataFrame(tastes).write_parquet(directory / "users.parquet")
     return directory
 
 
@@ -42,13 +48,16 @@ def write_tiny_recipe(path: Path, *, workspace: Path, events: Path) -> Path:
 workspace: {workspace}
 compare: [mean_pooling]
 source: {{name: files, path: {events}/events-00000.parquet, items_path: {events}/items.parquet,
-          files: {{columns: {{label: label, request_id: request_id}}, items: {{list_features: [genres]}}}}}}
+          users_path: {events}/users.parquet,
+          files: {{columns: {{label: label, request_id: request_id}}, items: {{list_features: [genres]}},
+                   users: {{features: [taste]}}}}}}
 data:
   name: tiny
   prepare: {{buckets: 3, row_group_events: 200}}
   requests: {{num_negatives: 8}}
   loader: {{batch_events: 1500, window_row_groups: 2}}
-model: {{name: solar, width: 16, rank: 4, recent_window: 8, checkpoint_every: 4, dropout: 0.1}}
+model: {{name: solar, width: 16, rank: 4, recent_window: 8, checkpoint_every: 4, dropout: 0.1,
+        context_features: true}}
 optimizer: {{warmup_steps: 5}}
 training: {{epochs: 2}}
 """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jobs.training.dense_state import gather_dense_state, restore_dense_state
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, ShardedTables, dense_engine
-from models.embeddings import ItemFeature, TableSpec, initial_rows
+from models.embeddings import ItemFeature, TableSpec, UserCodes, initial_rows
 from tests.distributed.ranks import run_ranks
 
 WIDTH, ITEMS, GENRES = 8, 128, 8
@@ -195,3 +195,34 @@ def test_state_written_at_one_zero_stage_continues_at_another():
         for straight, resumed in results:
             # Another stage sums gradients in another order.
             assert resumed == pytest.approx(straight, rel=1e-5)
+
+
+def user_rows_after_a_step() -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of the user feature before and after a step with users on rank 0 alone; [U, G, C] of this rank."""
+    specs = [TableSpec(name=name, capacity=ITEMS, width=WIDTH) for name in ("item", "user-city")]
+    tables = ShardedTables(specs, [], user_tables=["user-city"], optimizer=OPTIMIZER, device="cpu")
+    tables.initialize(seed=1, std=0.1)
+    before = initial_rows("user-city", seed=1, first=0, num_rows=ITEMS, width=WIDTH, std=0.1)
+    if dist.get_rank() == 0:
+        # Value 100 lies on another rank; it is a value of two users, once beside another one.
+        users = UserCodes(lengths_UG=torch.tensor([[1], [0], [2]]), values=torch.tensor([100, 100, 7]))
+    else:
+        users = UserCodes(lengths_UG=torch.zeros(0, 1, dtype=torch.int64), values=torch.zeros(0, dtype=torch.int64))
+    _, _, users_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), users)
+    (users_UGC * 3).sum().backward()
+    looked_up = tables.look_up_with_users(
+        torch.tensor([3]), UserCodes(lengths_UG=torch.ones(ITEMS, 1, dtype=torch.int64), values=torch.arange(ITEMS))
+    )
+    return before, looked_up[2][:, 0].detach(), users_UGC.detach()
+
+
+def test_users_of_one_rank_update_each_value_once_and_a_rank_without_users_joins():
+    (before, after, users_UGC), (_, same, nobody) = run_ranks(user_rows_after_a_step, 2)
+    torch.testing.assert_close(users_UGC[:, 0], torch.stack([before[100], 0 * before[0], before[[100, 7]].mean(0)]))
+    assert nobody.shape == (0, 1, WIDTH)
+    assert torch.equal(after, same)
+    moved = (after - before).abs().mean(1)
+    # The first step of row-wise Adagrad moves a row by the learning rate however large its gradient: one update a row.
+    expected = torch.zeros(ITEMS)
+    expected[[7, 100]] = OPTIMIZER.sparse_lr
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-7)

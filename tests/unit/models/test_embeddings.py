@@ -8,10 +8,12 @@ import torch
 from models.embeddings import (
     ItemFeature,
     TableSpec,
+    UserCodes,
     embedding_collection,
     initial_rows,
     look_up_ids,
     pool_features,
+    pool_user_features,
 )
 
 
@@ -54,3 +56,43 @@ def test_feature_rows_are_averaged_and_absent_ones_are_zero():
     assert torch.equal(item_IC, weights["embeddings.item.weight"][[3, 2]])
     assert torch.equal(features_IFC[0, 0], torch.zeros(6))
     torch.testing.assert_close(features_IFC[1, 0], (genres[2] + genres[3]) / 2)
+
+
+def users_of(*rows: list[list[int]]) -> UserCodes:
+    """One list of values a feature for each user."""
+    lengths = torch.tensor([[len(values) for values in row] for row in rows], dtype=torch.int64).view(len(rows), -1)
+    values = [value for row in rows for values in row for value in values]
+    return UserCodes(lengths_UG=lengths, values=torch.tensor(values, dtype=torch.int64))
+
+
+def test_users_join_the_look_up_of_items_and_each_table_is_looked_up_once():
+    genres = ItemFeature(name="genres", offsets=torch.tensor([0, 0, 0, 2, 2]), values=torch.tensor([2, 3]))
+    names = ["item", "genres", "user-sex", "user-likes"]
+    tables = embedding_collection([TableSpec(name=name, capacity=8, width=6) for name in names], device="cpu")
+    users = users_of([[2], [5, 3]], [[], [3]], [[4], []])
+    ids = look_up_ids(torch.tensor([3, 2]), [genres], user_tables=names[2:], users=users)
+    assert ids.keys() == names
+    assert ids["user-likes"].values().tolist() == [5, 3, 3]
+    rows = tables(ids)
+    item_IC, features_IFC = pool_features(rows, [genres])
+    users_UGC = pool_user_features(rows, names[2:])
+    weight = {name.split(".")[1]: parameter for name, parameter in tables.named_parameters()}
+    assert torch.equal(item_IC, weight["item"][[3, 2]])
+    torch.testing.assert_close(features_IFC[1, 0], weight["genres"][[2, 3]].mean(0))
+    zero = torch.zeros(6)
+    expected = [
+        [weight["user-sex"][2], weight["user-likes"][[5, 3]].mean(0)],
+        [zero, weight["user-likes"][3]],
+        [weight["user-sex"][4], zero],
+    ]
+    torch.testing.assert_close(users_UGC, torch.stack([torch.stack(row) for row in expected]))
+
+
+def test_no_user_and_no_user_table_are_legal():
+    tables = embedding_collection([TableSpec(name=n, capacity=8, width=6) for n in ("item", "user-sex")], device="cpu")
+    nobody = UserCodes(lengths_UG=torch.zeros(0, 1, dtype=torch.int64), values=torch.zeros(0, dtype=torch.int64))
+    rows = tables(look_up_ids(torch.tensor([0]), [], user_tables=["user-sex"], users=nobody))
+    assert pool_user_features(rows, ["user-sex"]).shape == (0, 1, 6)
+    unread = look_up_ids(torch.tensor([5]), [], user_tables=[], users=users_of([[2]], [[3]]))
+    assert unread.keys() == ["item"]
+    assert unread["item"].lengths().tolist() == [1]

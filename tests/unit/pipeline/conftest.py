@@ -20,8 +20,8 @@ def prepare(monkeypatch):
     monkeypatch.setattr(build, "_map", serially)
     monkeypatch.setattr(build, "_require_ray", lambda: None)
 
-    def run(events, out, *, items=None, **config):
-        return build.prepare(str(events), str(out), config=build.PrepareConfig(**config), items=items)
+    def run(events, out, *, items=None, users=None, **config):
+        return build.prepare(str(events), str(out), config=build.PrepareConfig(**config), items=items, users=users)
 
     return run
 

@@ -76,6 +76,18 @@ def test_a_file_gives_the_same_vocabulary_back(tmp_path):
     assert loaded.to_bytes() == vocabulary.to_bytes()
 
 
+def test_values_of_user_features_never_move_and_come_back_from_a_file(tmp_path):
+    first = Vocabulary.empty("int64").grow([1]).with_user_values({"sex": ["m", "f"], "age": []})
+    second = first.grow([2]).with_user_values({"sex": ["d", "m"]})
+    assert list(second.user_features) == ["age", "sex"]
+    assert second.user_features == {"age": (), "sex": ("f", "m", "d")}
+    second.save(str(tmp_path / "v.parquet"))
+    loaded = Vocabulary.load(str(tmp_path / "v.parquet"))
+    assert loaded.user_features == second.user_features
+    assert loaded.fingerprint == second.fingerprint != first.grow([2]).fingerprint
+    assert loaded.items.to_pylist() == [1, 2]
+
+
 def test_the_fingerprint_follows_the_content():
     base = Vocabulary.empty("int64").grow([1, 2])
     others = [

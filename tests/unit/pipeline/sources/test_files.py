@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import os
@@ -8,7 +9,8 @@ import pytest
 
 from pipeline.events import DataError, EventColumns
 from pipeline.readers import FileFormat
-from pipeline.sources.files import ImportConfig, ItemColumns, import_files
+from pipeline.shards import Shards
+from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns, import_files
 
 RATINGS = "uid;movie;when;stars\n1;5;100;3\n2;6;200;4\n1;6;150;5\n"
 CONFIG = ImportConfig(
@@ -119,6 +121,54 @@ def test_items_without_a_usable_id_or_feature_are_refused(files, tmp_path):
         import_files(events, out, config=nameless, items=str(tmp_path / "bad.csv.gz"))
 
 
+def test_users_become_a_table_beside_the_log(files, prepare, tmp_path):
+    events, _, out = files
+    (tmp_path / "people.csv").write_text("who,city,likes\n1,Rome,a|b\n2,,\nx,Oslo,c\n")
+    users = UserColumns(user_id="who", features=("city",), list_features=("likes",))
+    config = dataclasses.replace(CONFIG, users=users)
+    result = import_files(events, out, config=config, users=str(tmp_path / "people.csv"))
+    assert result.users == 2
+    assert pl.read_parquet(f"{out}/users.parquet").columns == ["user_id", "city", "likes"]
+    assert import_files(events, out, config=config, users=str(tmp_path / "people.csv")).reused
+    prepare(out, tmp_path / "shards")
+    assert Shards.open(str(tmp_path / "shards")).vocabulary.user_features == {"city": ("Rome",), "likes": ("a", "b")}
+    (tmp_path / "people.csv").write_text("who,city,likes\n1,Oslo,\n")
+    with pytest.raises(DataError, match="another user_inputs"):
+        import_files(events, out, config=config, users=str(tmp_path / "people.csv"))
+
+
+@pytest.mark.parametrize(
+    ("table", "users", "words"),
+    [
+        ({"who": [1], "city": ["x"]}, UserColumns(features=("city",)), r"no column 'user_id' \(mapped to user_id\)"),
+        ({"user_id": [1], "age": [1.5]}, UserColumns(features=("age",)), r"feature 'age' is Float64; features are cat"),
+        ({"user_id": [1], "age": [1]}, UserColumns(features=("size",)), r"no column 'size' \(mapped to size\)"),
+        ({"user_id": [1], "age": [1]}, UserColumns(), r"no user feature is named; set users.features"),
+        ({"user_id": ["x"], "age": [1]}, UserColumns(features=("age",)), r"no id in 'user_id' is int64 as in the log"),
+    ],
+)
+def test_users_without_a_usable_id_or_feature_are_refused(files, tmp_path, table, users, words):
+    events, _, out = files
+    pl.DataFrame(table).write_parquet(tmp_path / "people.parquet")
+    with pytest.raises(DataError, match=words) as error:
+        import_files(
+            events, out, config=dataclasses.replace(CONFIG, users=users), users=str(tmp_path / "people.parquet")
+        )
+    assert "people.parquet" in str(error.value)
+    assert not Path(out).exists()
+
+
+def test_a_log_that_was_imported_before_there_were_users_is_found_again(files):
+    events, items, out = files
+    import_files(events, out, config=CONFIG, items=items)
+    source = json.loads(Path(out, "source.json").read_text())
+    assert "users" not in source["mapping"]
+    del source["users"]
+    Path(out, "source.json").write_text(json.dumps(source))
+    found = import_files(events, out, config=CONFIG, items=items)
+    assert (found.reused, found.users) == (True, 0)
+
+
 def test_json_lines_with_string_ids_and_actions(tmp_path):
     rows = [
         {"user_id": "u1", "item_id": "a", "timestamp": 5, "kind": "view"},
@@ -132,8 +182,6 @@ def test_json_lines_with_string_ids_and_actions(tmp_path):
 
 
 def test_an_imported_log_prepares_without_any_mapping(files, prepare, tmp_path):
-    from pipeline.shards import Shards
-
     events, items, out = files
     import_files(events, out, config=CONFIG, items=items)
     prepare(out, tmp_path / "shards")

@@ -45,6 +45,27 @@ def test_ratings_and_films_become_an_event_log(source, tmp_path):
     assert load(tmp_path, from_file=source).reused
 
 
+def test_people_become_users_with_age_groups(source, tmp_path):
+    assert load(tmp_path, from_file=source).users == 0
+    folder = tmp_path / "people"
+    folder.mkdir()
+    (folder / "ml-100k.inter").write_text(INTER)
+    (folder / "ml-100k.item").write_text(ITEM)
+    ages = [7, 18, 24, 25, 44, 45, 56, 73]
+    lines = [f"{number}\t{age}\tF\twriter\t85711" for number, age in enumerate(ages)]
+    header = "user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token"
+    (folder / "ml-100k.user").write_text("\n".join([header, *lines]))
+    result = import_movielens_100k(str(tmp_path / "with"), downloads=str(tmp_path / "dl"), from_file=str(folder))
+    assert result.users == 8
+    users = pl.read_parquet(f"{result.path}/users.parquet")
+    assert users.columns == ["user_id", "age", "gender", "occupation"]
+    groups = ["under 18", "18-24", "18-24", "25-34", "35-44", "45-49", "56 and over", "56 and over"]
+    assert users["age"].to_list() == groups
+    (folder / "ml-100k.user").write_text(f"{header}\n1\told\tF\twriter\t8\n")
+    with pytest.raises(DataError, match=r"ml-100k.user: an id or age is no number"):
+        import_movielens_100k(str(tmp_path / "bad"), downloads=str(tmp_path / "dl"), from_file=str(folder))
+
+
 def test_other_ratings_are_refused(source, tmp_path):
     load(tmp_path, from_file=source)
     folder = tmp_path / "other"
