@@ -76,6 +76,24 @@ def test_log_of_invalid_rows_counts_them_by_reason(command, refuses, log, tmp_pa
     assert "user" in line
 
 
+def test_users_table_that_cannot_be_used_is_named_without_its_users(refuses, log, tmp_path, local_ray):
+    table, out = tmp_path / "people.parquet", tmp_path / "out"
+    events = log / "events-00000.parquet"
+    pl.DataFrame({"user_id": [31, 32, 31], "age": [1, 2, 3]}).write_parquet(table)
+    line = refuses(*prepare(events, out, "--users_path", str(table)))
+    assert line.endswith("people.parquet: 1 user ids stand in more than one row; keep one row a user")
+    pl.DataFrame({"user_id": ["someone"], "age": [1]}).write_parquet(table)
+    line = refuses(*prepare(events, out, "--users_path", str(table)))
+    assert line.endswith("none of its user ids is in the log; check that both name users the same way")
+    pl.DataFrame({"user_id": [1], "age": [1.5]}).write_parquet(table)
+    for command in (import_files, prepare):
+        features = ["--users.features", "[age]"] if command is import_files else []
+        line = refuses(*command(events, out, "--users_path", str(table), *features))
+        assert line.endswith("feature 'age' is Float64; features are categories: cast it to strings")
+    line = refuses(*import_files(events, out, "--users_path", str(table), "--users.features", "[height]"))
+    assert "no column 'height'" in line
+
+
 @pytest.mark.parametrize("command", [import_files, prepare])
 def test_parquet_file_cut_in_half_is_named(command, refuses, log, tmp_path, local_ray):
     cut = tmp_path / "cut.parquet"

@@ -105,8 +105,10 @@ def test_champion_scores_in_a_process_without_this_repository_as_training_does(f
             "history": [100, 104, 108, 112],
             "history_time": [minute * k for k in range(4)],
             "candidates": [116, 101, 999],
+            "taste": "new",
         },
-        {"history": [], "history_time": [], "candidates": [105, 106]},
+        {"history": [], "history_time": [], "candidates": [105, 106], "taste": None},
+        {"history": [], "history_time": [], "candidates": [105, 106], "taste": "old"},
     ]
     site = tmp_path / "site"
     site.mkdir()
@@ -127,6 +129,7 @@ def test_champion_scores_in_a_process_without_this_repository_as_training_does(f
     # Same weights, same float32 arithmetic, the same order of operations.
     for row, expected in zip(elsewhere, scores_of_training(workplace, requests), strict=True):
         assert row == pytest.approx(expected, abs=1e-5)
+    assert elsewhere[1] != pytest.approx(elsewhere[2], abs=1e-5)
 
 
 def scores_of_training(workplace: Path, requests: list[dict]) -> list[list[float]]:
@@ -177,7 +180,8 @@ def test_score_ranks_requests_with_given_histories_and_with_those_of_the_shards(
         time=pl.col("timestamp").last(), history=pl.col("item_id"), history_time=pl.col("timestamp"),
         candidates=pl.lit([101, 999, 116]).first(),
     )  # fmt: skip
-    asked.write_parquet(workplace / "given.parquet")
+    users = pl.read_parquet(workplace / "raw/users.parquet")
+    asked.join(users, on="user_id", how="left", maintain_order="left").write_parquet(workplace / "given.parquet")
     asked.select("user_id", "time", "candidates").write_parquet(workplace / "asked.parquet")
     model = "models:/solar-tiny@champion"
     results = []
@@ -188,7 +192,8 @@ def test_score_ranks_requests_with_given_histories_and_with_those_of_the_shards(
         assert "solar-tiny version 1 (champion)" in done.stdout
         assert "40 unknown to the model" in done.stdout
         results.append(pl.read_parquet(workplace / f"scores/{requests}.parquet"))
-    assert results[0].equals(results[1])
+        assert "26  of user features, 0 unknown to the model" in done.stdout
+    assert results[0].drop("taste").equals(results[1])
     assert results[0]["user_id"].to_list() == asked["user_id"].to_list()
     assert all(set(row) == {101, 999, 116} for row in results[0]["candidates"].to_list())
     ranking = [

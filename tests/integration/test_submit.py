@@ -113,7 +113,7 @@ def test_run_registers_a_model_in_the_workspace_beside_the_command(solar, workpl
     code, out, err = solar("submit", "--", "solar", "run", "tiny.yaml", "--compare", "[]", "--parallel.num_workers=1")
     assert code == 0, out + err
     assert "solar-tiny version 1 (champion)" in out
-    assert out.splitlines()[0].endswith(f"--source.items_path {workplace}/raw/items.parquet")
+    assert out.splitlines()[0].endswith(f"--source.users_path {workplace}/raw/users.parquet")
     assert out.splitlines()[-1].endswith("succeeded after " + out.split()[-1])
     assert "Running entrypoint" not in out
     assert [line for line in (out + err).splitlines() if re.search("WARNING|INFO|raylet|deepspeed", line)] == []
