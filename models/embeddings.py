@@ -66,14 +66,17 @@ class UserCodes:
     values: Tensor
     """[lengths_UG.sum()] int64, by user and then by feature."""
 
+    @classmethod
+    def of_nobody(cls, num_features: int) -> UserCodes:
+        """No user, of that many features."""
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls(lengths_UG=none.new_zeros(0, num_features), values=none)
+
     def of(self, feature: int) -> tuple[Tensor, Tensor]:
         """(values, lengths_U) of one feature, user by user."""
         cells = torch.arange(self.lengths_UG.numel(), device=self.values.device) % max(1, self.lengths_UG.shape[1])
         mine = torch.repeat_interleave(cells, self.lengths_UG.flatten()) == feature
         return self.values[mine], self.lengths_UG[:, feature]
-
-
-NO_USERS = UserCodes(lengths_UG=torch.zeros(0, 0, dtype=torch.int64), values=torch.zeros(0, dtype=torch.int64))
 
 
 def embedding_collection(tables: Sequence[TableSpec], *, device: str = "meta") -> EmbeddingCollection:
@@ -96,15 +99,14 @@ def look_up_ids(
     features: Sequence[ItemFeature],
     *,
     user_tables: Sequence[str] = (),
-    users: UserCodes = NO_USERS,
+    users: UserCodes | None = None,
 ) -> KeyedJaggedTensor:
     """The ids of one step for every table, as drawn above; `user_tables` are those of the columns of `users`."""
-    num_items, num_users = item_rows_I.numel(), users.lengths_UG.shape[0] if user_tables else 0
-    keys, values, lengths = (
-        [ITEM_TABLE],
-        [item_rows_I],
-        [torch.ones_like(item_rows_I), item_rows_I.new_zeros(num_users)],
-    )
+    if users is None or not user_tables:
+        users = UserCodes.of_nobody(len(user_tables))
+    num_items, num_users = item_rows_I.numel(), users.lengths_UG.shape[0]
+    keys, values = [ITEM_TABLE], [item_rows_I]
+    lengths = [torch.ones_like(item_rows_I), item_rows_I.new_zeros(num_users)]
     for feature in features:
         feature_values, feature_lengths_I = feature.of(item_rows_I)
         keys.append(feature.name)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from jobs.training.optimizers import OptimizerConfig
 from models.embeddings import (
-    NO_USERS,
     ItemFeature,
     TableSpec,
     UserCodes,
@@ -126,7 +125,8 @@ class ShardedTables:
 
     def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
         """(item_IC, features_IFC) of distinct items and of no user. All ranks join, also with no item."""
-        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, NO_USERS)
+        nobody = UserCodes.of_nobody(len(self.user_tables))
+        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, nobody)
         return item_IC, features_IFC
 
     def look_up_with_users(self, item_rows_I: Tensor, users: UserCodes) -> tuple[Tensor, Tensor, Tensor]:

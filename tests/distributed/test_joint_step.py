@@ -207,7 +207,8 @@ def user_rows_after_a_step() -> tuple[Tensor, Tensor, Tensor]:
         # Value 100 lies on another rank; it is a value of two users, once beside another one.
         users = UserCodes(lengths_UG=torch.tensor([[1], [0], [2]]), values=torch.tensor([100, 100, 7]))
     else:
-        users = UserCodes(lengths_UG=torch.zeros(0, 1, dtype=torch.int64), values=torch.zeros(0, dtype=torch.int64))
+        users = UserCodes.of_nobody(1)
+    assert tables.look_up(torch.tensor([5]))[0].shape == (1, WIDTH)
     _, _, users_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), users)
     (users_UGC * 3).sum().backward()
     looked_up = tables.look_up_with_users(

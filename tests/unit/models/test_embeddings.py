@@ -90,9 +90,9 @@ def test_users_join_the_look_up_of_items_and_each_table_is_looked_up_once():
 
 def test_no_user_and_no_user_table_are_legal():
     tables = embedding_collection([TableSpec(name=n, capacity=8, width=6) for n in ("item", "user-sex")], device="cpu")
-    nobody = UserCodes(lengths_UG=torch.zeros(0, 1, dtype=torch.int64), values=torch.zeros(0, dtype=torch.int64))
-    rows = tables(look_up_ids(torch.tensor([0]), [], user_tables=["user-sex"], users=nobody))
-    assert pool_user_features(rows, ["user-sex"]).shape == (0, 1, 6)
+    for nobody in (UserCodes.of_nobody(1), None):
+        rows = tables(look_up_ids(torch.tensor([0]), [], user_tables=["user-sex"], users=nobody))
+        assert pool_user_features(rows, ["user-sex"]).shape == (0, 1, 6)
     unread = look_up_ids(torch.tensor([5]), [], user_tables=[], users=users_of([[2]], [[3]]))
     assert unread.keys() == ["item"]
     assert unread["item"].lengths().tolist() == [1]
