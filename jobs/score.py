@@ -37,7 +37,7 @@ class ScoreConfig:
 
     requests: str
     """Parquet file, one row a request: history (+ history_time, history_action) or, with --shards, user_id; candidates;
-    time; further columns pass through."""
+    time; a column named as a user feature of the model; these and further columns pass through."""
     out: str
     """Parquet file of the result."""
     shards: str | None = None
