@@ -265,6 +265,7 @@ def _refuse_foreign(out: str) -> None:
 
 def _require_disk(plan: ingest.Plan) -> None:
     free = Store(plan.out).free_bytes()
-    needed = _DISK_FACTOR * sum(file.bytes for file, _ in plan.inputs) + (64 << 20)
+    read = [*plan.inputs, *([plan.users] if plan.users else [])]
+    needed = _DISK_FACTOR * sum(file.bytes for file, _ in read) + (64 << 20)
     if free is not None and free < needed:
         raise DataError(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")
