@@ -124,8 +124,10 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
     for name, size in found["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise DataError(f"{out}: {name} is missing or changed; remove the directory and import again")
-    counts = {name: found.get(name, 0) for name in ("events", "items", "users", "rejected")}
-    return Imported(path=out, reused=True, left_out=found.get("left_out", {}), **counts)
+    counts = {name: found[name] for name in ("events", "items", "rejected")}
+    # Absent in logs that were written before they could have users.
+    users = found.get("user_rows", 0)
+    return Imported(path=out, reused=True, users=users, left_out=found.get("left_out", {}), **counts)
 
 
 def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:
@@ -141,17 +143,13 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             writer.close()
         if not writer.num_events:
             raise DataError(f"{out}: the source holds no valid event; nothing was written")
-        counts = {
-            "events": writer.num_events,
-            "items": writer.num_items,
-            "users": writer.num_users,
-            "rejected": writer.num_rejected,
-        }
+        counts = {"events": writer.num_events, "items": writer.num_items, "rejected": writer.num_rejected}
         files = {file.name: file.stat().st_size for file in sorted(staged.iterdir())}
         description = {
             "format_version": FORMAT_VERSION,
             **source,
             **counts,
+            "user_rows": writer.num_users,
             "left_out": writer.left_out,
             "files": files,
         }
@@ -163,7 +161,7 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             raise DataError(f"{out}: another import finished first; run it again to reuse that") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Imported(path=out, reused=False, left_out=writer.left_out, **counts)
+    return Imported(path=out, reused=False, users=writer.num_users, left_out=writer.left_out, **counts)
 
 
 def _local(out: str) -> Path:

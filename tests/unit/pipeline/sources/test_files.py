@@ -163,7 +163,7 @@ def test_a_log_that_was_imported_before_there_were_users_is_found_again(files):
     import_files(events, out, config=CONFIG, items=items)
     source = json.loads(Path(out, "source.json").read_text())
     assert "users" not in source["mapping"]
-    del source["users"]
+    del source["user_rows"]
     Path(out, "source.json").write_text(json.dumps(source))
     found = import_files(events, out, config=CONFIG, items=items)
     assert (found.reused, found.users) == (True, 0)
