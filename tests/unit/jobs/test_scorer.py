@@ -145,6 +145,22 @@ def test_empty_frames_histories_and_candidates_are_scored(scorer):
     assert len(scorer.predict(None, frame[:0])) == 0
 
 
+def test_a_users_category_may_be_a_value_a_list_or_a_number_beside_none(scorer):
+    frame = pd.DataFrame({"history": [[100]] * 3, "history_time": [[1000]] * 3, "candidates": [[101, 102]] * 3})
+
+    def scores(gender):
+        return np.stack(list(scorer.predict(None, frame.assign(gender=gender))["scores"]))
+
+    as_values, as_lists = scores(["f", None, "m"]), scores([["f"], [], ["m", None, ""]])
+    np.testing.assert_array_equal(as_values, as_lists)
+    np.testing.assert_array_equal(as_values[1], np.stack(list(scorer.predict(None, frame)["scores"]))[1])
+    assert np.abs(np.diff(as_values, axis=0)).min(1).max() > 1e-3
+    # pandas makes 3.0 of the integer; both stand for the unknown category "3".
+    np.testing.assert_array_equal(scores([3, None, 3]), scores(["3", None, "3"]))
+    with pytest.raises(RequestError, match="column 'gender' holds double: a user feature is a category"):
+        scores([1.5, 2.5, 3.5])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -200,7 +216,7 @@ def test_exported_source_scores_the_same(data, export):
         exec(compile(scorer_source("solar"), "exported_scorer", "exec"), module.__dict__)
         alone = module.__dict__["Scorer"]()
         alone.load(registered.directory)
-        frame = random_requests()
+        frame = random_requests().assign(gender=["f", None, "m"] * 10, hobbies=[["h2", "h1"], [], None] * 10)
         assert alone.predict(None, frame).equals(registered.scorer().predict(None, frame))
     finally:
         del sys.modules["exported_scorer"]
