@@ -234,7 +234,7 @@ class Scorer(PythonModel):
                 candidate_offsets_B1=torch.from_numpy(offsets),
                 candidate_item_M=(item if index is None else index)[len(shown.row) :],
             )
-            return self.tower(inputs.refuse_mistakes()).numpy()
+            return self.tower(inputs).numpy()
 
 
 def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recommender:

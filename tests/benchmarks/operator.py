@@ -80,6 +80,7 @@ class Case:
         return ModelInput(
             item_IC=torch.zeros(0, self.width),
             features_IFC=torch.zeros(0, 0, self.width),
+            user_features_UGC=torch.zeros(self.batch, 0, self.width),
             event_offsets_U1=torch.arange(self.batch + 1) * self.events,
             event_item_N=none,
             event_time_N=none,

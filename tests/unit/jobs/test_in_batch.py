@@ -33,6 +33,8 @@ def batch_of(users: list[int]) -> Batch:
         request_position=torch.zeros(number, dtype=torch.int64),
         request_time=torch.zeros(number, dtype=torch.int64),
         request_key=torch.tensor([place for items in positives for place in range(len(items))], dtype=torch.int64),
+        user_feature_lengths=torch.zeros(len(users), 0, dtype=torch.int64),
+        user_feature_values=empty,
         candidate_offsets=torch.arange(number + 1),
         candidate_item=torch.tensor([item for items in positives for item in items], dtype=torch.int64),
         candidate_label=torch.ones(number),

@@ -26,7 +26,8 @@ from tests.unit.models.model_inputs import (
     randomise,
 )
 
-COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3, "num_user_features": NUM_USER_FEATURES}
+COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3}
+COMMON["num_user_features"] = NUM_USER_FEATURES
 BASE = SolarConfig(
     width=WIDTH,
     num_heads=2,
