@@ -18,6 +18,7 @@ A second table lists the limit part by part, a third where svd and softmax cost 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import itertools
@@ -255,6 +256,7 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> tuple[int, 
         before = torch.cuda.memory_allocated()
         seconds = timed(step, device)
         return torch.cuda.max_memory_allocated() - before, seconds
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # What was freed before must not serve this run unseen.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     seconds = timed(step, device)
