@@ -144,17 +144,24 @@ class RecentAttention(nn.Module):
     def forward(self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets) -> Tensor:
         head_width = query_MD.shape[1] // self.num_heads
         event_BW, gap_BW = recent_events(inputs, window=self.window)
-        # Projected and scaled once per event, not per request that sees it. Row 0, the event that does not exist, is 0.
-        key_N1D = F.pad(self.key(event_ND) / math.sqrt(head_width), (0, 0, 1, 0))
-        value_N1D = F.pad(self.value(event_ND), (0, 0, 1, 0))
+        if event_BW.numel() < event_ND.shape[0]:
+            # Long histories, few requests: only what some request sees is projected.
+            seen_BWD = gather_rows(event_ND, (event_BW - 1).clamp_min(0))
+            key_BWD = self.key(seen_BWD)
+            value_BWD = self.value(seen_BWD).masked_fill((event_BW == 0)[:, :, None], 0.0)
+        else:
+            # Projected once per event, not per request that sees it. Row 0, the event that does not exist, is 0.
+            key_BWD, value_BWD = (
+                gather_rows(F.pad(project(event_ND), (0, 0, 1, 0)), event_BW) for project in (self.key, self.value)
+            )
         bias_BWH = self.position_WH.expand(event_BW.shape[0], -1, -1)
         if self.gap_GH is not None:
             bias_BWH = bias_BWH + gather_rows(self.gap_GH, gap_BW)
         bias_BWH = bias_BWH.masked_fill((event_BW == 0)[:, :, None], MASKED_SCORE)
         return attend(
-            query_MD,
-            key_BSD=gather_rows(key_N1D, event_BW),
-            value_BSD=gather_rows(value_N1D, event_BW),
+            query_MD / math.sqrt(head_width),
+            key_BSD=key_BWD,
+            value_BSD=value_BWD,
             bias_BHS=bias_BWH.mT,
             num_heads=self.num_heads,
             candidates=candidates,

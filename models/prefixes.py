@@ -127,6 +127,11 @@ class _Segments:
     length_S: Tensor
     dtype: torch.dtype
 
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First row and the one after the last, of each."""
+        return list(zip(self.first_S.tolist(), (self.first_S + self.length_S).tolist(), strict=True))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Spans:
@@ -186,13 +191,18 @@ class _LongProducts(torch.autograd.Function):
         widths = (right_NHD.shape[1], left_NHL.shape[2], right_NHD.shape[2])
         product_KHLD = torch.zeros(spans.num_prefixes, *widths, dtype=torch.float64)
         sum_KHD = torch.zeros(spans.num_prefixes, widths[0], widths[2], dtype=torch.float64)
-        for k, rows, dtype in _runs(spans):
-            root_n = root_N[rows].to(dtype)
+        for segments in spans.segments:
+            root_N1 = root_N.to(segments.dtype)[:, None]
             for h in range(widths[0]):
-                right_nD = right_NHD[rows, h].to(dtype)
-                left_nL = right_nD if same else left_NHL[rows, h].to(dtype)
-                product_KHLD[k, h] += _in_runs(left_nL, right_nD)
-                sum_KHD[k, h] += _in_runs(root_n[:, None], right_nD)[0]
+                products, sums = [], []
+                for first, stop in segments.bounds:
+                    right_nD = right_NHD[first:stop, h].to(segments.dtype)
+                    left_nL = right_nD if same else left_NHL[first:stop, h].to(segments.dtype)
+                    products.append(_in_runs(left_nL, right_nD))
+                    sums.append(_in_runs(root_N1[first:stop], right_nD)[0])
+                # A prefix has at most one segment of each dtype.
+                product_KHLD[segments.prefix_S, h] += torch.stack(products)
+                sum_KHD[segments.prefix_S, h] += torch.stack(sums)
         ctx.mark_non_differentiable(sum_KHD)
         return product_KHLD, sum_KHD
 
@@ -204,36 +214,25 @@ class _LongProducts(torch.autograd.Function):
             product_bar = product_bar + product_bar.mT
         left_bar = _gradient_of(left_NHL, ctx.spans) if ctx.needs_input_grad[0] else None
         right_bar = _gradient_of(right_NHD, ctx.spans) if ctx.needs_input_grad[1] and not ctx.same else None
-        for k, rows, dtype in _runs(ctx.spans):
-            for h in range(right_NHD.shape[1]):
-                bar_LD = product_bar[k, h].to(dtype)
-                if left_bar is not None:
-                    left_bar[rows, h] = right_NHD[rows, h].to(dtype) @ bar_LD.T
-                if right_bar is not None:
-                    right_bar[rows, h] = left_NHL[rows, h].to(dtype) @ bar_LD
+        for segments in ctx.spans.segments:
+            bar_SHLD = product_bar[segments.prefix_S].to(segments.dtype)
+            for s, (first, stop) in enumerate(segments.bounds):
+                for h in range(right_NHD.shape[1]):
+                    if left_bar is not None:
+                        left_bar[first:stop, h] = right_NHD[first:stop, h].to(segments.dtype) @ bar_SHLD[s, h].T
+                    if right_bar is not None:
+                        right_bar[first:stop, h] = left_NHL[first:stop, h].to(segments.dtype) @ bar_SHLD[s, h]
         return left_bar, right_bar, None, None, None
 
 
-def _runs(spans: _Spans) -> list[tuple[int, slice, torch.dtype]]:
-    """(prefix, rows, dtype) of every segment."""
-    return [
-        (k, slice(first, first + length), segments.dtype)
-        for segments in spans.segments
-        for k, first, length in zip(
-            segments.prefix_S.tolist(), segments.first_S.tolist(), segments.length_S.tolist(), strict=True
-        )
-    ]
-
-
 def _in_runs(left_nL: Tensor, right_nD: Tensor) -> Tensor:
-    """left^T right in float64, from products of RUN_EVENTS rows each."""
+    """left^T right from products of at most RUN_EVENTS rows, which are summed in float64."""
     whole = right_nD.shape[0] // RUN_EVENTS
+    if not whole:
+        return left_nL.T @ right_nD
     cut = whole * RUN_EVENTS
-    product_LD = (left_nL[cut:].T @ right_nD[cut:]).double()
-    if whole:
-        left, right = (side[:cut].unflatten(0, (whole, RUN_EVENTS)) for side in (left_nL, right_nD))
-        product_LD = product_LD + torch.bmm(left.mT, right).sum(0, dtype=torch.float64)
-    return product_LD
+    left, right = (side[:cut].unflatten(0, (whole, RUN_EVENTS)) for side in (left_nL, right_nD))
+    return torch.bmm(left.mT, right).sum(0, dtype=torch.float64) + left_nL[cut:].T @ right_nD[cut:]
 
 
 def _gradient_of(value: Tensor, spans: _Spans) -> Tensor:

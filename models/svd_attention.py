@@ -107,8 +107,11 @@ def interests_from_gram(
     stop = how.gradient == "stop"
     if single_K is None:
         single_K = torch.zeros(gram_KDD.shape[0], dtype=torch.bool)
-    value_KD, vector_KDD = _StableEigh.apply(
-        gram_KDD.detach() if stop else gram_KDD, how.gradient_eps if how.gradient == "stable" else 0.0, single_K
+    value_KD, direction_KRD = _StableEigh.apply(
+        gram_KDD.detach() if stop else gram_KDD,
+        how.rank,
+        how.gradient_eps if how.gradient == "stable" else 0.0,
+        single_K,
     )
     value_KR = value_KD[:, : how.rank]
     eps_K = torch.where(single_K, torch.finfo(torch.float32).eps, torch.finfo(gram_KDD.dtype).eps)
@@ -116,7 +119,6 @@ def interests_from_gram(
     valid_KR = value_KR.detach() > floor_K1
     # The square root of a masked value is never taken: its gradient would be infinite at zero.
     singular_KR = torch.where(valid_KR, value_KR, 1.0).sqrt() * valid_KR
-    direction_KRD = vector_KDD[:, :, : how.rank].mT
     scale_KR = singular_KR
     if how.divide_by_events:
         scale_KR = scale_KR / torch.where(weight_K > 0, weight_K, 1.0).sqrt()[:, None]
@@ -203,58 +205,79 @@ class SvdAttention(nn.Module):
 
 
 class _StableEigh(torch.autograd.Function):
-    """Eigenvalues (not negative, largest first) and eigenvectors of symmetric matrices; the gradient stays finite.
+    """Eigenvalues (not negative, largest first) and the R strongest eigenvectors, as rows, of symmetric matrices; the
+    gradient stays finite.
 
-        Gbar = V [diag(Lbar) + F o (V^T Vbar)] V^T symmetrised
+        Gbar = V [diag(Lbar) + F o (V^T Vbar)] V^T
         F_ij = D_ij / (D_ij^2 + eps (l_i + l_j)^2),   D_ij = l_j - l_i
 
     Inferred; eps = 0 is the textbook gradient. Eigenvalues are divided by the largest first, so that squares of very
-    large or small ones neither overflow nor vanish.
+    large or small ones neither overflow nor vanish. Gbar is left as it comes: whatever made the symmetric G adds its
+    transpose. Only the first R columns of Lbar and Vbar exist, which makes everything but the last product D x R.
     """
 
     @staticmethod
-    def forward(ctx: Any, gram_KDD: Tensor, eps: float, single_K: Tensor) -> tuple[Tensor, Tensor]:
-        value_KD, vector_KDD = _eigh(gram_KDD, single_K)
-        value_KD, vector_KDD = value_KD.flip(-1).clamp_min(0), vector_KDD.flip(-1)
-        ctx.save_for_backward(value_KD, vector_KDD)
-        ctx.eps = eps
-        return value_KD, vector_KDD
+    def forward(ctx: Any, gram_KDD: Tensor, rank: int, eps: float, single_K: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.rank, ctx.eps = rank, eps
+        ctx.groups = _same_precision(single_K, gram_KDD.device)
+        values, vectors = zip(*(_eigh(gram_KDD[place_k], single=single) for place_k, single in ctx.groups), strict=True)
+        value_KD = _assembled(ctx.groups, [value.flip(-1).clamp_min(0) for value in values])
+        direction_KRD = _assembled(ctx.groups, [vector[:, :, -rank:].flip(-1).mT.to(gram_KDD) for vector in vectors])
+        ctx.save_for_backward(value_KD, *vectors)
+        return value_KD, direction_KRD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, value_bar_KD: Tensor, vector_bar_KDD: Tensor) -> tuple[Tensor, None, None]:
-        value_KD, vector_KDD = ctx.saved_tensors
-        largest_K11 = torch.where(value_KD[:, :1] > 0, value_KD[:, :1], 1.0)[:, :, None]
-        share_KD = value_KD / largest_K11[:, :, 0]
-        gap_KDD = share_KD[:, None, :] - share_KD[:, :, None]
-        damped_KDD = gap_KDD**2 + ctx.eps * (share_KD[:, None, :] + share_KD[:, :, None]) ** 2
-        safe_KDD = damped_KDD > torch.finfo(damped_KDD.dtype).tiny
-        factor_KDD = torch.where(safe_KDD, gap_KDD / torch.where(safe_KDD, damped_KDD, 1.0), 0.0)
-        # Divided last: two components below the mask can have a factor near the largest float, times a gradient of 0.
-        turn_KDD = factor_KDD * (vector_KDD.mT @ vector_bar_KDD) / largest_K11
-        inner_KDD = turn_KDD + torch.diag_embed(value_bar_KD)
-        gram_bar_KDD = vector_KDD @ inner_KDD @ vector_KDD.mT
-        return (gram_bar_KDD + gram_bar_KDD.mT) / 2, None, None
+    def backward(ctx: Any, value_bar_KD: Tensor, direction_bar_KRD: Tensor) -> tuple[Tensor | None, ...]:
+        value_KD, *vectors = ctx.saved_tensors
+        parts = []
+        for (place_k, _), vector_kDD in zip(ctx.groups, vectors, strict=True):
+            vector_kDD = vector_kDD.to(value_KD)
+            value_kD, vector_bar_kDR = value_KD[place_k], direction_bar_KRD[place_k].mT
+            largest_k11 = torch.where(value_kD[:, :1] > 0, value_kD[:, :1], 1.0)[:, :, None]
+            # LAPACK's order, smallest first, is kept for the rows: only the R columns are turned.
+            share_kD1 = value_kD.flip(-1)[:, :, None] / largest_k11
+            share_k1R = value_kD[:, None, : ctx.rank] / largest_k11
+            gap_kDR = share_k1R - share_kD1
+            damped_kDR = gap_kDR**2 + ctx.eps * (share_k1R + share_kD1) ** 2
+            safe_kDR = damped_kDR > torch.finfo(damped_kDR.dtype).tiny
+            factor_kDR = torch.where(safe_kDR, gap_kDR / torch.where(safe_kDR, damped_kDR, 1.0), 0.0)
+            # Divided last: two components below the mask can have a factor near the largest float, times 0.
+            inner_kDR = factor_kDR * (vector_kDD.mT @ vector_bar_kDR) / largest_k11
+            # The j-th strongest stands j-th from the end.
+            inner_kDR[:, -ctx.rank :] += torch.diag_embed(value_bar_KD[place_k][:, : ctx.rank]).flip(1)
+            parts.append(vector_kDD @ inner_kDR @ vector_kDD[:, :, -ctx.rank :].flip(-1).mT)
+        return _assembled(ctx.groups, parts), None, None, None
 
 
-def _eigh(gram_KDD: Tensor, single_K: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh, in float32 where `single_K` says so: 190 us instead of 305 at D = 64 (one core).
+def _same_precision(single_K: Tensor, device: torch.device) -> list[tuple[Any, bool]]:
+    """(places, whether in float32) of the histories that are decomposed together."""
+    if not bool(single_K.any()) or bool(single_K.all()):
+        return [(slice(None), bool(single_K.any()))]
+    return [
+        (torch.nonzero(chosen_K).squeeze(1).to(device, non_blocking=True), single)
+        for chosen_K, single in ((~single_K, False), (single_K, True))
+    ]
+
+
+def _assembled(groups: list[tuple[Any, bool]], parts: list[Tensor]) -> Tensor:
+    """The parts back in the order of all histories."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
+    for (place_k, _), part in zip(groups, parts, strict=True):
+        whole[place_k] = part
+    return whole
+
+
+def _eigh(gram_kDD: Tensor, *, single: bool) -> tuple[Tensor, Tensor]:
+    """torch.linalg.eigh; in float32 190 us instead of 305 at D = 64 (one core), with the values in the Gram's dtype.
 
     A Gram of any scale fits float32 after division by its trace.
     """
-    if not bool(single_K.any()):
-        return torch.linalg.eigh(gram_KDD)
-    trace_K = gram_KDD.diagonal(dim1=1, dim2=2).sum(1)
-    trace_K = torch.where(trace_K > 0, trace_K, 1.0)
-    place_K = torch.argsort(single_K.to(torch.int8), stable=True)
-    num_exact = int((~single_K).sum())
-    exact_k, single_k = (
-        part.to(gram_KDD.device, non_blocking=True) for part in (place_K[:num_exact], place_K[num_exact:])
-    )
-    value, vector = torch.linalg.eigh((gram_KDD[single_k] / trace_K[single_k, None, None]).float())
-    value, vector = value.to(gram_KDD.dtype) * trace_K[single_k, None], vector.to(gram_KDD.dtype)
-    if num_exact:
-        exact_value, exact_vector = torch.linalg.eigh(gram_KDD[exact_k])
-        back_K = torch.argsort(place_K).to(gram_KDD.device, non_blocking=True)
-        value, vector = torch.cat([exact_value, value])[back_K], torch.cat([exact_vector, vector])[back_K]
-    return value, vector
+    if not single:
+        return torch.linalg.eigh(gram_kDD)
+    trace_k = gram_kDD.diagonal(dim1=1, dim2=2).sum(1)
+    trace_k = torch.where(trace_k > 0, trace_k, 1.0)
+    value_kD, vector_kDD = torch.linalg.eigh((gram_kDD / trace_k[:, None, None]).float())
+    return value_kD.to(gram_kDD.dtype) * trace_k[:, None], vector_kDD
