@@ -62,6 +62,7 @@ ABLATIONS: dict[str, Options] = {
     "two layers": {"num_layers": 2},
     "feed-forward": {"ffn_multiple": 2},
     "4 heads": {"num_heads": 4},
+    "user features off": {"user_features": False},
 }
 HISTORIES: dict[str, Options] = {
     "SOLAR": {},
