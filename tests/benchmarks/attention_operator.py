@@ -1,4 +1,4 @@
-"""python tests/benchmarks/operator.py: SVD-Attention beside what it stands in for, on synthetic histories.
+"""python tests/benchmarks/attention_operator.py: SVD-Attention beside what it stands in for, on synthetic histories.
 
 For every number of events N and of candidates M, the same batch of requests is answered by each operator, forward and
 forward with backward (gradient of events, candidates and weights): best milliseconds of several runs, and the most
