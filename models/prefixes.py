@@ -9,7 +9,7 @@ SVD-Attention's Gram (left = right = the events), linear attention's state (left
 and learned pooling (left = weights) are such sums. Nothing has size events x candidates, no history is padded to the
 longest, and memory grows with events plus prefixes.
 The letters are those of models/interface.py; K counts prefixes, L and D are widths of the two sides, S counts segments
-(a span, or its part on one side of `exact_events`), G chunks of E events. What says where things are lives on the host.
+(a span, or its part on one side of EXACT_EVENTS), G chunks of E events. What says where things are lives on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ LONG_SPAN = 64
 """Mean events of a span from which, on a CPU, one product a span without any copy beats a batched one: forward and
 backward of 80,000 events of width 64 take 185 ms against 244 at 64 events a span, 46 against 89 at 512 (one core)."""
 RUN_EVENTS = 1024
-"""Events of one product where spans are long: a float32 sum of so many terms loses two digits at most."""
+"""Events of one product where spans are long. A Gram of 10,000 events is off by 3e-8 of its norm so, and by 1.1e-7 as
+one float32 product."""
 EXACT_EVENTS = 128
 """A history's first so many events are multiplied in float64, later ones in float32 in short runs that are summed in
 float64. What may be short of rank is exact so; what is long costs a third."""
