@@ -144,9 +144,8 @@ class RunConfig:
     def with_model(self, name: str) -> RunConfig:
         """The same run with another model: what both models have is the same, the rest its defaults."""
         config_class = MODELS[name][0]
-        shared = {field.name for field in dataclasses.fields(TowerConfig)}
-        both = {field.name: self.model.get(field.name) for field in dataclasses.fields(config_class)}
-        kept = {key: value for key, value in both.items() if key in shared and value is not None}
+        common, theirs = ({field.name for field in dataclasses.fields(each)} for each in (TowerConfig, config_class))
+        kept = {key: value for key, value in self.model.items() if key in common & theirs}
         model = {"name": name, **dataclasses.asdict(config_class(**kept))}
         return dataclasses.replace(self, name=f"{self.name}-{name}", model=model, compare=())
 

@@ -78,12 +78,7 @@ class AttentionTower(Recommender):
     def __init__(self, config: TowerConfig, *, num_features: int) -> None:
         super().__init__()
         self.items = ItemEncoder(config.width, num_features=num_features)
-        self.events = EventEncoder(
-            config.width,
-            num_actions=config.num_actions,
-            time_features=config.time_features,
-            dropout=config.dropout,
-        )
+        self.events = event_encoder(config)
         self.norm = nn.LayerNorm(config.width)
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.recent = RecentAttention(config) if config.recent_window else None
@@ -116,6 +111,13 @@ class AttentionTower(Recommender):
         if state_shift_MD is not None:
             state_MD = state_MD + state_shift_MD
         return self.head(state_MD, item_ID=item_ID, item_M=item_M).float()
+
+
+def event_encoder(config: TowerConfig) -> EventEncoder:
+    """The encoder of events that a config describes."""
+    return EventEncoder(
+        config.width, num_actions=config.num_actions, time_features=config.time_features, dropout=config.dropout
+    )
 
 
 def request_encoder(config: TowerConfig) -> RequestEncoder | None:

@@ -85,6 +85,9 @@ def target_attention(
 
     One fused attention per request over views of its user's events: no padding, nothing of size N x M.
     """
+    if not bool((inputs.request_position_B > 0).any()):
+        # Nobody reads an event: zero, with a gradient of zero for keys and values too.
+        return query_MHD * 0 + 0 * (key_NHD.sum() + value_NHD.sum())
     size_B = inputs.candidate_offsets_B1.diff().tolist()
     start_B = inputs.event_offsets_U1[inputs.request_user_B].tolist()
     found = []
@@ -97,8 +100,7 @@ def target_attention(
             query.transpose(0, 1)[None], key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=scale
         )
         found.append(mixed[0].transpose(0, 1))
-    # The sum keeps the gradient of keys and values where no request reads an event.
-    return (torch.cat(found) if found else query_MHD) + 0 * (key_NHD.sum() + value_NHD.sum())
+    return torch.cat(found)
 
 
 def _place_from_the_end(inputs: ModelInput) -> Tensor:

@@ -57,6 +57,11 @@ class ModelInput:
 
         Looks at values on the host alone: on an accelerator nothing waits, and rows and times are taken as they are.
         """
+        refuse_bad_rows(self.item_IC, self.features_IFC)
+        return self.refuse_bad_layout()
+
+    def refuse_bad_layout(self) -> ModelInput:
+        """The same without the rows, for whoever has looked at them: a catalogue serves many inputs."""
         num_users, num_events = self.event_offsets_U1.numel() - 1, self.event_item_N.numel()
         length_U = self.event_offsets_U1.diff()
         _refuse(
@@ -80,22 +85,11 @@ class ModelInput:
                 f"request_position {self.request_position_B[beyond_B][:1].tolist()} lies outside its user's events: "
                 "a history is a number of the user's first events",
             )
-        _refuse(
-            self.item_IC.dtype != self.features_IFC.dtype or not self.item_IC.is_floating_point(),
-            f"item rows are {self.item_IC.dtype}, feature rows {self.features_IFC.dtype}: look both up in one type",
-        )
-        if self.item_IC.device.type == "cpu":
-            self._refuse_values()
+        if self.event_time_N.device.type == "cpu":
+            self._refuse_bad_times()
         return self
 
-    def _refuse_values(self) -> None:
-        for name, rows in (("item", self.item_IC), ("feature", self.features_IFC)):
-            finite_I = torch.isfinite(rows.detach()).flatten(1).all(1)
-            _refuse(
-                not bool(finite_I.all()),
-                f"{name} row {torch.nonzero(~finite_I)[:1].flatten().tolist()} of the batch is not finite: training "
-                "diverged; go back to an earlier checkpoint and lower the learning rate",
-            )
+    def _refuse_bad_times(self) -> None:
         falls_N = torch.diff(self.event_time_N, prepend=self.event_time_N[:1]) < 0
         starts = self.event_offsets_U1[:-1]
         falls_N[starts[starts < falls_N.numel()]] = False
@@ -111,6 +105,23 @@ class ModelInput:
             bool(early_B.any()),
             f"request {torch.nonzero(seen_B).flatten()[early_B][:1].tolist()} is earlier than the last event of its "
             "history: give it its own time",
+        )
+
+
+def refuse_bad_rows(item_IC: Tensor, features_IFC: Tensor) -> None:
+    """ValueError for looked-up rows of two types or, on the host, that are not finite."""
+    _refuse(
+        item_IC.dtype != features_IFC.dtype or not item_IC.is_floating_point(),
+        f"item rows are {item_IC.dtype}, feature rows {features_IFC.dtype}: look both up in one type",
+    )
+    if item_IC.device.type != "cpu":
+        return
+    for name, rows in (("item", item_IC), ("feature", features_IFC)):
+        finite_I = torch.isfinite(rows.detach()).flatten(1).all(1)
+        _refuse(
+            not bool(finite_I.all()),
+            f"{name} row {torch.nonzero(~finite_I)[:1].flatten().tolist()} of the batch is not finite: training "
+            "diverged; go back to an earlier checkpoint and lower the learning rate",
         )
 
 

@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.attention_tower import Head, RecentAttention, TowerConfig, request_encoder
+from models.attention_tower import Head, RecentAttention, TowerConfig, event_encoder, request_encoder
 from models.candidate_sets import CandidateSets, gather_rows
 from models.checkpoints import checkpoint_interests
-from models.history import EventEncoder, ItemEncoder
+from models.history import ItemEncoder
 from models.interface import ModelInput, Recommender
 from models.request_features import RequestShift
 from models.set_attention import SetAttention
@@ -100,12 +100,7 @@ class Solar(Recommender):
         super().__init__()
         self.config = config
         self.items = ItemEncoder(config.width, num_features=num_features)
-        self.events = EventEncoder(
-            config.width,
-            num_actions=config.num_actions,
-            time_features=config.time_features,
-            dropout=config.dropout,
-        )
+        self.events = event_encoder(config)
         self.blocks = nn.ModuleList(SolarBlock(config) for _ in range(config.num_layers))
         self.head = Head(config.width, hidden=config.head_width)
         self.request = request_encoder(config)

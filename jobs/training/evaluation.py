@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from jobs.training.catalogue import Catalogue
 from jobs.training.model import ItemRows, model_input, select_requests, training_input, user_codes
 from jobs.training.results import RankedTargets, ScoredImpressions
+from models.interface import refuse_bad_rows
 from models.metrics import rank_of_target
 from pipeline.batch import Batch
 from pipeline.loader import EvaluationLoader
@@ -110,6 +111,7 @@ def _rank_targets(
     model: nn.Module, tables: ItemRows, batches: Iterator[Batch], *, catalogue: Catalogue, transform: Transform
 ) -> RankedTargets:
     item_IC, features_IFC = _look_up_catalogue(tables, catalogue.num_items)
+    refuse_bad_rows(item_IC, features_IFC)
     per_forward = max(1, CANDIDATES_PER_FORWARD // catalogue.num_items)
     results = []
     for batch in batches:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.din import Din, DinConfig
 from models.embeddings import ITEM_TABLE, USER_TABLE, ItemFeature, TableSpec, UserCodes
-from models.interface import ModelInput, Recommender
+from models.interface import ModelInput, Recommender, refuse_bad_rows
 from models.light_sans import LightSans, LightSansConfig
 from models.linear_attention import LinearAttention, LinearAttentionConfig
 from models.mean_pooling import MeanPooling, MeanPoolingConfig
@@ -91,11 +91,14 @@ def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
 
     ValueError: a request without candidates, or what models/interface.py refuses.
     """
-    if bool((batch.candidate_offsets.diff() == 0).any()):
-        empty = int(torch.nonzero(batch.candidate_offsets.diff() == 0)[0])
-        raise ValueError(f"request {empty} of the batch has no candidates: there is nothing to rank; leave it out")
+    empty = torch.nonzero(batch.candidate_offsets.diff() == 0)
+    if empty.numel():
+        raise ValueError(
+            f"request {int(empty[0])} of the batch has no candidates: there is nothing to rank; leave it out"
+        )
     rows, index = torch.unique(torch.cat([batch.event_item, batch.candidate_item]), return_inverse=True)
     item_IC, features_IFC, user_features_UGC = tables.look_up_with_users(rows, user_codes(batch))
+    refuse_bad_rows(item_IC, features_IFC)
     return model_input(
         batch,
         item_IC=item_IC,
@@ -120,7 +123,10 @@ def model_input(
     event_item_N: Tensor,
     candidate_item_M: Tensor,
 ) -> ModelInput:
-    """The batch with its items replaced by indices into looked-up rows, on the device of the rows; the layout stays."""
+    """The batch with its items replaced by indices into looked-up rows, on the device of the rows; the layout stays.
+
+    The rows are as whoever looked them up checked them.
+    """
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(item_IC.device, non_blocking=True)
@@ -138,7 +144,7 @@ def model_input(
         request_time_B=move(batch.request_time),
         candidate_offsets_B1=batch.candidate_offsets,
         candidate_item_M=move(candidate_item_M),
-    ).refuse_mistakes()
+    ).refuse_bad_layout()
 
 
 def select_requests(batch: Batch, first: int, last: int) -> Batch:

@@ -8,9 +8,24 @@ import torch
 from torch import Tensor
 
 from models.interface import ModelInput
+from models.solar import SolarConfig
 
 WIDTH, NUM_ITEMS, NUM_FEATURES, NUM_USER_FEATURES = 16, 30, 2, 3
 MS_PER_MINUTE = 60_000
+BASE = SolarConfig(
+    width=WIDTH,
+    num_heads=2,
+    rank=4,
+    checkpoint_every=5,
+    recent_window=8,
+    num_actions=3,
+    set_attention=True,
+    set_attention_exact_up_to=100,
+    ffn_multiple=2,
+    num_user_features=NUM_USER_FEATURES,
+    context_features=True,
+)
+"""SOLAR with all its parts, small."""
 
 
 def random_inputs(

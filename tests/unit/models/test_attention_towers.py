@@ -16,6 +16,7 @@ from models.light_sans import LightSans, LightSansConfig
 from models.linear_attention import LinearAttention, LinearAttentionConfig
 from models.solar import Solar, SolarConfig
 from tests.unit.models.model_inputs import (
+    BASE,
     NUM_FEATURES,
     NUM_USER_FEATURES,
     WIDTH,
@@ -28,19 +29,6 @@ from tests.unit.models.model_inputs import (
 
 COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3}
 COMMON["num_user_features"] = NUM_USER_FEATURES
-BASE = SolarConfig(
-    width=WIDTH,
-    num_heads=2,
-    rank=4,
-    checkpoint_every=5,
-    recent_window=8,
-    num_actions=3,
-    set_attention=True,
-    set_attention_exact_up_to=100,
-    ffn_multiple=2,
-    num_user_features=NUM_USER_FEATURES,
-    context_features=True,
-)
 VARIANTS: dict[str, TowerConfig] = {
     "base": BASE,
     "two layers": dataclasses.replace(BASE, num_layers=2),

@@ -11,25 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.solar import Solar, SolarConfig
 from tests.unit.models.model_inputs import (
+    BASE,
     NUM_FEATURES,
-    NUM_USER_FEATURES,
     WIDTH,
     random_inputs,
     randomise,
-)
-
-BASE = SolarConfig(
-    width=WIDTH,
-    num_heads=2,
-    rank=4,
-    checkpoint_every=5,
-    recent_window=8,
-    num_actions=3,
-    set_attention=True,
-    set_attention_exact_up_to=100,
-    ffn_multiple=2,
-    num_user_features=NUM_USER_FEATURES,
-    context_features=True,
 )
 
 
