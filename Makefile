@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/solar run movielens-100k
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

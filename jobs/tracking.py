@@ -12,6 +12,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -119,20 +120,12 @@ def metric_name(key: str) -> str:
 
 def system_facts() -> dict[str, Any]:
     """Machine and versions of the run."""
-    import deepspeed
-    import ray
-    import torch
-    import torchrec
-
     return {
         "system.python": platform.python_version(),
         "system.platform": platform.platform(),
         "system.cpus": os.cpu_count(),
         "system.memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system.torch": torch.__version__,
-        "system.torchrec": torchrec.__version__,
-        "system.deepspeed": deepspeed.__version__,
-        "system.ray": ray.__version__,
+        **{f"system.{name}": version(name) for name in ("torch", "torchrec", "deepspeed", "ray")},
     }
 
 

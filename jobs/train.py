@@ -12,8 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from jobs.cluster import ray_session
 from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
@@ -191,8 +189,7 @@ def _check_parts(config: RunConfig, counts: RequestCounts) -> None:
 def _require_disk(config: RunConfig, shards: Shards) -> None:
     """Refuse to begin where the checkpoints would not fit: those kept, the best one and the one being written."""
     vocabulary = shards.vocabulary
-    with torch.device("meta"):
-        tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
+    tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
     users = user_features(config.model, vocabulary)
     specs = table_specs(vocabulary, width=config.model["width"], user_features=users)
     each = checkpoint_bytes(

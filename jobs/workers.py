@@ -41,6 +41,7 @@ def run_workers(
     `fit` runs beside the main thread, which keeps the signals. The first SIGINT or SIGTERM asks all ranks to
     checkpoint and stop (`stoppable`) and raises Interrupted once they did; the second raises at once.
     """
+    import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -48,7 +49,7 @@ def run_workers(
 
     parallel = config.parallel
     _check_resources(parallel)
-    telemetry = Telemetry.remote()
+    telemetry = ray.remote(num_cpus=0)(Telemetry).remote()
     trainer = TorchTrainer(
         _start_worker,
         train_loop_config={**arguments, "function": function, "telemetry": telemetry, "parallel": parallel},

@@ -15,13 +15,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+if TYPE_CHECKING:
+    from torchrec.modules.embedding_modules import EmbeddingCollection
+    from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 ITEM_TABLE = "item"
 USER_TABLE = "user-"
@@ -81,6 +83,10 @@ class UserCodes:
 
 def embedding_collection(tables: Sequence[TableSpec], *, device: str = "meta") -> EmbeddingCollection:
     """Unsharded tables; on the meta device they cost nothing until they are sharded."""
+    # Imported where it is used: most commands read a configuration and need no TorchRec, which takes 2.5 s to import.
+    from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+    from torchrec.modules.embedding_modules import EmbeddingCollection
+
     configs = [
         EmbeddingConfig(
             name=table.name,
@@ -102,6 +108,8 @@ def look_up_ids(
     users: UserCodes | None = None,
 ) -> KeyedJaggedTensor:
     """The ids of one step for every table, as drawn above; `user_tables` are those of the columns of `users`."""
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
     if users is None or not user_tables:
         users = UserCodes.of_nobody(len(user_tables))
     num_items, num_users = item_rows_I.numel(), users.lengths_UG.shape[0]

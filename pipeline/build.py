@@ -17,10 +17,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-
-import ray
-import ray.data
+from typing import TYPE_CHECKING, Any
 
 from pipeline import ingest, manifest, readers, request_index, shards
 from pipeline.events import DataError, EventColumns
@@ -29,6 +26,9 @@ from pipeline.readers import FileFormat
 from pipeline.requests import RequestConfig
 from pipeline.storage import Store
 from pipeline.users import refuse_bad_users
+
+if TYPE_CHECKING:
+    import ray.data
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
@@ -183,6 +183,8 @@ def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
 
 def _map(function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress) -> list[dict]:
     """Apply a function to every row in Ray tasks. A DataError of a task is raised here as it was."""
+    import ray.data
+
     report(stage, 0, len(rows))
     if not rows:
         return []
@@ -211,6 +213,8 @@ def _rows(dataset: ray.data.Dataset) -> Iterable[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _quiet_ray_data() -> Iterator[None]:
+    import ray.data
+
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
     bars, level = context.enable_progress_bars, logger.level
     context.enable_progress_bars = False
@@ -250,6 +254,8 @@ def _is_alive(pid: str) -> bool:
 
 
 def _require_ray() -> None:
+    import ray
+
     if not ray.is_initialized():
         raise RuntimeError("Ray is not running: call ray.init() before prepare or index_requests")
 

@@ -42,7 +42,7 @@ def write_tiny_log(directory: Path, *, seed: int = 0) -> Path:
 
 
 def write_tiny_recipe(path: Path, *, workspace: Path, events: Path) -> Path:
-    """A recipe that trains on it within seconds."""
+    """A recipe that trains on it within seconds, on one worker."""
     path.write_text(
         f"""
 workspace: {workspace}
@@ -60,6 +60,7 @@ model: {{name: solar, width: 16, rank: 4, recent_window: 8, checkpoint_every: 4,
         context_features: true}}
 optimizer: {{warmup_steps: 5}}
 training: {{epochs: 2}}
+parallel: {{num_workers: 1}}
 """
     )
     return path

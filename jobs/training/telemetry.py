@@ -9,14 +9,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import ray
 import torch
 import torch.distributed as dist
 
 
-@ray.remote(num_cpus=0)
 class Telemetry:
-    """Rows from rank 0, a stop flag from the driver."""
+    """The actor: rows from rank 0, a stop flag from the driver."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -58,6 +56,8 @@ class Reporter:
 
     def should_stop(self) -> bool:
         """Whether the driver asked to stop, the same answer on every rank. A collective."""
+        import ray
+
         if self._pending:
             # Answers of earlier steps: waiting for this step's would cost a round trip.
             ready, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +22,6 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
 
 
 def _enter(rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: Any) -> None:
-    import os
-
     import torch.distributed as dist
 
     from jobs.training.parallel import quiet_libraries
@@ -35,3 +35,8 @@ def _enter(rank: int, world_size: int, directory: str, function: Callable[..., A
     result = function(*arguments)
     (Path(directory) / f"{rank}.pkl").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+    # Not the interpreter's own end: threads of the libraries may still run then, and C++ aborts one process in some
+    # hundred ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
