@@ -51,10 +51,20 @@ class TowerConfig:
     """Hour of day and weekday of the request do the same, where time_features is on. Off: no better nor worse on
     MovieLens-100K (impressions, 3 epochs, 3 seeds: validation AUC .6994 against .6987, LogLoss .6351 against .6357)."""
 
+    absolute_time: bool = False
+    """Waves of absolute time are part of an event and of a request, where time_features is on: attention to the whole
+    history can then weigh by age, and a candidate's score can follow the season."""
+
+    @property
+    def reads_waves(self) -> bool:
+        """Whether absolute time is read."""
+        return self.absolute_time and self.time_features
+
     @property
     def reads_request(self) -> bool:
         """Whether anything but the history tells requests apart."""
-        return bool(self.user_features and self.num_user_features) or (self.context_features and self.time_features)
+        context = self.context_features and self.time_features
+        return bool(self.user_features and self.num_user_features) or context or self.reads_waves
 
     def __post_init__(self) -> None:
         for name in ("width", "num_heads", "num_actions"):
@@ -116,7 +126,11 @@ class AttentionTower(Recommender):
 def event_encoder(config: TowerConfig) -> EventEncoder:
     """The encoder of events that a config describes."""
     return EventEncoder(
-        config.width, num_actions=config.num_actions, time_features=config.time_features, dropout=config.dropout
+        config.width,
+        num_actions=config.num_actions,
+        time_features=config.time_features,
+        absolute_time=config.reads_waves,
+        dropout=config.dropout,
     )
 
 
@@ -128,6 +142,7 @@ def request_encoder(config: TowerConfig) -> RequestEncoder | None:
         config.width,
         num_user_features=config.num_user_features if config.user_features else 0,
         context=config.context_features and config.time_features,
+        absolute_time=config.reads_waves,
     )
 
 

@@ -1,6 +1,6 @@
 """What a history is to a tower: its events as vectors, and which of them are recent to a request.
 
-    item vector + action + hour of day + weekday + gap to the previous event  --normalise-->  event_ND
+    item vector + action + hour of day + weekday + gap to the previous event + time  --normalise-->  event_ND
 
 All of it is known when the event happens, whoever asks later: it may enter before the decomposition, which serves every
 request. What depends on the request (how long ago, how many events ago) belongs to the exact recent window alone.
@@ -8,6 +8,8 @@ The letters are those of models/interface.py.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from models.interface import ModelInput
 MS_PER_HOUR = 3_600_000
 NUM_GAP_BUCKETS = 32
 """Buckets of a time gap: floor(log2(1 + seconds)); the last begins at 68 years."""
+WAVE_DAYS = tuple(2.0**k for k in range(-2, 14))
+"""Periods of the waves that tell absolute time: six hours to 22 years."""
 
 
 class ItemEncoder(nn.Module):
@@ -36,13 +40,16 @@ class ItemEncoder(nn.Module):
 class EventEncoder(nn.Module):
     """event_ND: the item's vector, plus what the log says about the event itself."""
 
-    def __init__(self, width: int, *, num_actions: int, time_features: bool, dropout: float) -> None:
+    def __init__(
+        self, width: int, *, num_actions: int, time_features: bool, absolute_time: bool, dropout: float
+    ) -> None:
         super().__init__()
         self.num_actions = num_actions
         self.action = nn.Embedding(num_actions, width) if num_actions > 1 else None
         self.hour = nn.Embedding(24, width) if time_features else None
         self.weekday = nn.Embedding(7, width) if time_features else None
         self.gap = nn.Embedding(NUM_GAP_BUCKETS, width) if time_features else None
+        self.waves = nn.Linear(2 * len(WAVE_DAYS), width, bias=False) if absolute_time else None
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         for embedding in (self.action, self.hour, self.weekday, self.gap):
@@ -58,7 +65,25 @@ class EventEncoder(nn.Module):
             days_N = torch.div(hours_N, 24, rounding_mode="floor")
             event_ND = event_ND + self.hour(hours_N % 24) + self.weekday(days_N % 7)
             event_ND = event_ND + self.gap(previous_gap(inputs.event_time_N, inputs.event_offsets_U1))
+        if self.waves is not None:
+            event_ND = event_ND + self.waves(time_waves(inputs.event_time_N).to(event_ND.dtype))
         return self.dropout(self.norm(event_ND))
+
+
+def time_waves(time_N: Tensor) -> Tensor:
+    """[N, 2 waves] float32: sine and cosine of absolute time at every period of WAVE_DAYS.
+
+    A bilinear form of the waves of two times can be any smooth function of their difference. With them in the events
+    before the decomposition, and in the query, attention to interests can weigh by age, though a Gram is a set.
+    """
+    turns_NW = (
+        time_N[:, None].double()
+        / (24 * MS_PER_HOUR)
+        / torch.tensor(WAVE_DAYS, dtype=torch.float64).to(time_N.device, non_blocking=True)
+    )
+    # Whole turns go in float64: of twenty thousand days float32 keeps minutes.
+    phase_NW = ((turns_NW - turns_NW.floor()) * (2 * math.pi)).float()
+    return torch.cat([phase_NW.sin(), phase_NW.cos()], 1)
 
 
 def previous_gap(event_time_N: Tensor, event_offsets_U1: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What is known of a request beside its history: features of its user, and when it is made.
 
-    request_BD = LayerNorm(W [mean vector of each user feature] + hour of day + weekday)
+    request_BD = LayerNorm(W [mean vector of each user feature] + hour of day + weekday + W [time])
 
 It shifts the query and the state of every candidate of the request. A score that is the same for all candidates would
 rank nothing: it is the candidate's own interests and item that the shifted vectors meet.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.candidate_sets import gather_rows
-from models.history import MS_PER_HOUR
+from models.history import MS_PER_HOUR, WAVE_DAYS, time_waves
 from models.interface import ModelInput
 
 
@@ -21,12 +21,13 @@ class RequestEncoder(nn.Module):
     """request_BD of every request. A request without a time (0) has neither hour nor weekday, a user without values no
     features: what is unknown enters the sum as zero."""
 
-    def __init__(self, width: int, *, num_user_features: int, context: bool) -> None:
+    def __init__(self, width: int, *, num_user_features: int, context: bool, absolute_time: bool) -> None:
         super().__init__()
         self.width = width
         self.user = nn.Linear(width * num_user_features, width, bias=False) if num_user_features else None
         self.hour = nn.Embedding(24, width) if context else None
         self.weekday = nn.Embedding(7, width) if context else None
+        self.waves = nn.Linear(2 * len(WAVE_DAYS), width, bias=False) if absolute_time else None
         self.norm = nn.LayerNorm(width)
         for embedding in (self.hour, self.weekday):
             if embedding is not None:
@@ -39,11 +40,13 @@ class RequestEncoder(nn.Module):
             user_UD = self.user(inputs.user_features_UGC.flatten(1).to(dtype))
             user_B = inputs.request_user_B.to(user_UD.device, non_blocking=True)
             request_BD = request_BD + gather_rows(user_UD, user_B)
+        timed_B1 = (time_B != 0)[:, None]
         if self.hour is not None and self.weekday is not None:
             hours_B = torch.div(time_B, MS_PER_HOUR, rounding_mode="floor")
             days_B = torch.div(hours_B, 24, rounding_mode="floor")
-            timed_B1 = (time_B != 0)[:, None]
             request_BD = request_BD + (self.hour(hours_B % 24) + self.weekday(days_B % 7)) * timed_B1
+        if self.waves is not None:
+            request_BD = request_BD + self.waves(time_waves(time_B).to(dtype)) * timed_B1
         return self.norm(request_BD)
 
 

@@ -56,13 +56,17 @@ ABLATIONS: dict[str, Options] = {
     "softmax off": {"softmax": False},
     "set attention": {"set_attention": True},
     **{f"half-life {events}": {"half_life": float(events)} for events in (25, 100, 400)},
-    **{f"window {events}": {"recent_window": events} for events in (0, 16, 100)},
+    **{f"window {events}": {"recent_window": events} for events in (16, 100)},
     "interests off": {"interests": False},
     **{f"decomposed every {events}": {"checkpoint_every": events} for events in (4, 50)},
     "two layers": {"num_layers": 2},
     "feed-forward": {"ffn_multiple": 2},
     "4 heads": {"num_heads": 4},
     "user features off": {"user_features": False},
+    "absolute time": {"absolute_time": True},
+    "interests alone": {"recent_window": 0},
+    "interests alone, absolute time": {"recent_window": 0, "absolute_time": True},
+    "interests alone, half-life 50": {"recent_window": 0, "half_life": 50.0},
 }
 HISTORIES: dict[str, Options] = {
     "SOLAR": {},

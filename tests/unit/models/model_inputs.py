@@ -24,6 +24,7 @@ BASE = SolarConfig(
     ffn_multiple=2,
     num_user_features=NUM_USER_FEATURES,
     context_features=True,
+    absolute_time=True,
 )
 """SOLAR with all its parts, small."""
 

@@ -28,7 +28,7 @@ from tests.unit.models.model_inputs import (
 )
 
 COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3}
-COMMON["num_user_features"] = NUM_USER_FEATURES
+COMMON |= {"num_user_features": NUM_USER_FEATURES, "absolute_time": True}
 VARIANTS: dict[str, TowerConfig] = {
     "base": BASE,
     "two layers": dataclasses.replace(BASE, num_layers=2),
@@ -36,7 +36,9 @@ VARIANTS: dict[str, TowerConfig] = {
     "no sets, no ffn, inner product": dataclasses.replace(BASE, set_attention=False, ffn_multiple=0, head_width=0),
     "interests alone": dataclasses.replace(BASE, recent_window=0),
     "recent events alone": dataclasses.replace(BASE, interests=False),
-    "requests are their histories": dataclasses.replace(BASE, user_features=False, context_features=False),
+    "requests are their histories": dataclasses.replace(
+        BASE, user_features=False, context_features=False, absolute_time=False
+    ),
     "decay": dataclasses.replace(BASE, half_life=6.0),
     "ablations": dataclasses.replace(
         BASE, gradient="stop", canonical_sign=False, divide_by_events=False, softmax=False, set_attention=False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
+from models.history import WAVE_DAYS, time_waves
 from models.interface import ModelInput
 from models.request_features import RequestEncoder
 from models.solar import Solar, SolarConfig
@@ -27,9 +29,12 @@ def at(times: list[int], inputs: ModelInput) -> ModelInput:
     return dataclasses.replace(inputs, request_time_B=torch.tensor(times))
 
 
-def vectors(inputs: ModelInput, *, users: bool = True, context: bool = True) -> torch.Tensor:
+def vectors(
+    inputs: ModelInput, *, users: bool = True, context: bool = True, absolute_time: bool = False
+) -> torch.Tensor:
     torch.manual_seed(0)
-    encoder = RequestEncoder(WIDTH, num_user_features=NUM_USER_FEATURES if users else 0, context=context)
+    num_user_features = NUM_USER_FEATURES if users else 0
+    encoder = RequestEncoder(WIDTH, num_user_features=num_user_features, context=context, absolute_time=absolute_time)
     return encoder(inputs)
 
 
@@ -45,6 +50,27 @@ def test_the_hour_and_the_weekday_are_those_of_utc_and_a_request_without_a_time_
     assert torch.equal(found[5], torch.zeros(WIDTH))
 
 
+def test_absolute_time_tells_years_apart_and_a_request_without_a_time_has_none():
+    inputs = random_inputs(lengths=(1,), requests=((0, 1),) * 3, sizes=(1,) * 3)
+    now = 1_704_067_200_000
+    # 2,912 days: a whole number of weeks, at the same hour.
+    found = vectors(at([now, now + 2912 * DAY, 0], inputs), users=False, context=False, absolute_time=True)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+    assert torch.equal(found[2], torch.zeros(WIDTH))
+
+
+def test_waves_keep_their_digits_decades_after_1970():
+    time_ms = 1_704_067_201_234
+    found = time_waves(torch.tensor([0, time_ms]))
+    waves = len(WAVE_DAYS)
+    assert found[0].tolist() == [0.0] * waves + [1.0] * waves
+    for w, days in enumerate(WAVE_DAYS):
+        phase = 2 * math.pi * math.fmod(time_ms / DAY, days) / days
+        # A phase below 2 pi in float32.
+        assert found[1, w].item() == pytest.approx(math.sin(phase), abs=1e-6)
+        assert found[1, waves + w].item() == pytest.approx(math.cos(phase), abs=1e-6)
+
+
 def test_a_user_without_values_is_a_request_of_which_nothing_is_known():
     inputs = random_inputs()
     features_UGC = inputs.user_features_UGC.clone()
@@ -56,9 +82,12 @@ def test_a_user_without_values_is_a_request_of_which_nothing_is_known():
     assert (found[[0, 1, 5]].square().sum(1) > 1).all()
 
 
-@pytest.mark.parametrize("what", ["user", "context"])
+@pytest.mark.parametrize("what", ["user", "context", "absolute time"])
 def test_what_is_known_of_a_request_changes_the_ranking_and_not_only_all_scores_alike(what):
-    config = dataclasses.replace(SMALL, num_user_features=NUM_USER_FEATURES, context_features=True)
+    waves = what == "absolute time"
+    config = dataclasses.replace(
+        SMALL, num_user_features=NUM_USER_FEATURES, context_features=not waves, absolute_time=waves
+    )
     torch.manual_seed(0)
     model = randomise(Solar(config, num_features=NUM_FEATURES)).eval()
     inputs = random_inputs(lengths=(5,), requests=((0, 5),), sizes=(30,))

@@ -45,9 +45,9 @@ def test_nothing_of_size_events_times_candidates_exists() -> None:
     inputs = random_inputs(lengths=(num_events, 5), requests=((0, num_events), (1, 5)), sizes=(num_candidates, 2))
     with LargestTensor() as seen:
         build(config)(inputs).sum().backward()
-    # Largest allowed: 2 heads x candidates x 8 recent events, and events x width in few copies.
-    assert seen.largest <= 20 * max(num_events, num_candidates)
-    assert seen.largest < num_events * num_candidates / 100
+    # Largest allowed: 2 heads x candidates x 8 recent events, events x width, events x 32 waves of time.
+    assert seen.largest <= 33 * max(num_events, num_candidates)
+    assert seen.largest < num_events * num_candidates / 90
 
 
 @pytest.mark.parametrize(
