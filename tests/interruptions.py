@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.training.checkpoint import latest_checkpoint, read_state
+from tests.commands import SOLAR
 
-SOLAR = str(Path(sys.executable).parent / "solar")
 WAIT_SECONDS = 600.0
 """For a moment that must come; only a defect (or a machine that is far too busy) uses it up."""
 

@@ -9,9 +9,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 
 class Telemetry:
     """The actor: rows from rank 0, a stop flag from the driver."""
@@ -41,6 +38,9 @@ class Reporter:
     """One rank's end: `row` on rank 0 sends, `should_stop` is joined by every rank."""
 
     def __init__(self, actor: Any | None) -> None:
+        # Torch and Ray are imported where a rank uses them: the actor needs neither.
+        import torch.distributed as dist
+
         self._actor = actor if dist.get_rank() == 0 else None
         self._pending: list[Any] = []
         self._stop = False
@@ -57,6 +57,8 @@ class Reporter:
     def should_stop(self) -> bool:
         """Whether the driver asked to stop, the same answer on every rank. A collective."""
         import ray
+        import torch
+        import torch.distributed as dist
 
         if self._pending:
             # Answers of earlier steps: waiting for this step's would cost a round trip.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.training.checkpoint import latest_checkpoint
+from jobs.training.checkpoint import latest_checkpoint, read_state
 from pipeline.build import PrepareConfig, prepare
 from tests.interruptions import Command, differences, learned, orphans, telemetry
 from tests.tiny import write_tiny_log, write_tiny_recipe
@@ -101,6 +101,19 @@ def mlflow_statuses(place: Place) -> dict[str, list[str]]:
     for run in client.search_runs([experiment.experiment_id]):
         statuses.setdefault(run.info.run_name or "", []).append(run.info.status)
     return statuses
+
+
+def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(place):
+    command = place.train("interrupted", "--training.epochs", "400")
+    assert command.wait_for_step(place.run_dir("interrupted"), 1) < 1600
+    command.send(signal.SIGINT)
+    code, _, errors = command.finish(within=120)
+    assert code == 130, errors
+    assert "solar: interrupted" in errors
+    latest = latest_checkpoint(place.run_dir("interrupted"))
+    assert latest is not None
+    assert not read_state(latest)["train_state"]["finished"]
+    assert "add --resume" in refused(place.train("interrupted", "--training.epochs", "400"))
 
 
 def test_sigterm_while_workers_start_ends_the_command_and_all_it_started(place):

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
+from tests.commands import refused, solar
 from tests.tiny import write_tiny_log, write_tiny_recipe
-
-SOLAR = str(Path(sys.executable).parent / "solar")
-
-
-def solar(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SOLAR, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -164,14 +156,6 @@ def test_inspect_verifies_shards_and_checkpoint_and_names_damage(first_run, work
     assert "dense.safetensors" in found.stdout
 
 
-def refused(*arguments: str | Path, cwd: Path) -> str:
-    done = solar(*arguments, cwd=cwd)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
-
-
 def test_score_ranks_requests_with_given_histories_and_with_those_of_the_shards(first_run, workplace):
     import polars as pl
 
@@ -251,63 +235,6 @@ def test_a_checkpoint_and_its_registered_version_evaluate_alike_on_another_split
 
 def read_lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines()]
-
-
-def test_impressions_task_reports_probabilities(recipe, workplace, tmp_path):
-    changed = yaml.safe_load(recipe.read_text())
-    changed["workspace"] = str(tmp_path / "workspace")
-    changed["compare"] = []
-    changed["data"]["requests"] = {
-        "task": "impressions", "split": "temporal", "min_history": 2,
-        "valid_from": 1_000_000_000 + 5_000_000 * 10, "test_from": 1_000_000_000 + 5_000_000 * 15,
-    }  # fmt: skip
-    file = tmp_path / "impressions.yaml"
-    file.write_text(yaml.safe_dump(changed))
-    done = solar("run", file, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "workspace/runs/impressions/evaluation/summary.json").read_text())["metrics"]
-    assert 0 <= metrics["solar"]["auc"] <= 1
-    assert metrics["solar"]["logloss"] > 0
-    assert metrics["solar"]["requests_skipped"] >= 0
-    assert "requests with at least 2 earlier events" in done.stdout
-
-
-def test_train_evaluate_register_one_by_one_also_without_the_comparison(recipe, workplace, tmp_path):
-    workspace = ["--workspace", tmp_path / "workspace"]
-    config = yaml.safe_load(recipe.read_text())
-    for command in ("import", "prepare"):
-        source, out = config["source"], tmp_path / "workspace"
-        arguments = {
-            "import": ["files", source["path"], "--out", out / "events/tiny"],
-            "prepare": ["--events", out / "events/tiny", "--out", out / "shards/tiny", "--buckets", "3"],
-        }[command]
-        assert solar(command, *arguments, *workspace, cwd=tmp_path).returncode == 0
-    assert "run `solar train` first" in refused("evaluate", recipe, *workspace, cwd=tmp_path)
-    trained = solar("train", recipe, *workspace, "--training.epochs", "1", cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    registered = solar("register", recipe, *workspace, "--training.epochs", "1", cwd=tmp_path)
-    assert registered.returncode == 0, registered.stderr
-    assert "without mean_pooling: not trained" in registered.stdout
-    assert "models:/solar-tiny@champion (champion)" in registered.stdout
-
-
-def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(first_run, recipe, workplace):
-    arguments = [SOLAR, "train", str(recipe), "--name", "interrupted", "--training.epochs", "40"]
-    running = subprocess.Popen(arguments, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    telemetry = workplace / "workspace/runs/interrupted/telemetry.jsonl"
-    deadline = time.monotonic() + 240
-    while not (telemetry.exists() and '"kind": "step"' in telemetry.read_text()):
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=120)
-    assert running.returncode == 130, errors
-    assert "solar: interrupted" in errors
-    stopped = max((workplace / "workspace/runs/interrupted").glob("step-*/COMMIT"))
-    state = json.loads((stopped.parent / "state.json").read_text())["train_state"]
-    assert not state["finished"]
-    assert "add --resume" in refused(*arguments[1:], cwd=workplace)
 
 
 def test_shards_that_changed_under_a_run_are_refused(first_run, recipe, workplace):

@@ -264,7 +264,7 @@ def test_an_object_store_works_like_a_directory(prepare, write_log, random_log, 
 
 def test_prepare_without_ray_says_so(tmp_path, monkeypatch):
     # Another test of the same session may have started Ray.
-    monkeypatch.setattr(build.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RuntimeError, match=r"ray.init"):
         build.prepare("x", str(tmp_path), config=build.PrepareConfig())
 
