@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.config import ConfigError, RunConfig, stored_config, values_of
+from jobs.config import ConfigError, RunConfig
+from jobs.config_reader import stored_config, values_of
 from jobs.evaluate import System
 from jobs.recipes import recipe_names
 from jobs.registry import fetch_model

@@ -34,7 +34,8 @@ import polars as pl
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.config import RunConfig, load_config
+from jobs.config import RunConfig
+from jobs.config_reader import load_config
 
 Options = dict[str, Any]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.config import ConfigError, load_config
+from jobs.config import ConfigError
+from jobs.config_reader import load_config
 from jobs.recipes import recipe_names
 
 

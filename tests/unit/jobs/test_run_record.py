@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobs.config import ConfigError, RunConfig, load_config
+from jobs.config import ConfigError, RunConfig
+from jobs.config_reader import load_config
 from jobs.run_record import previous_run, run_facts, write_json
 from tests.unit.jobs.test_checkpoint_damage import write_checkpoint
 

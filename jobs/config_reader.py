@@ -1,0 +1,196 @@
+"""A RunConfig from a recipe, further files and dotted overrides, in that order.
+
+    solar train movielens-100k --config mine.yaml --model.rank 16
+
+A mistake is a ConfigError: one line with the origin (file or command line), the key, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from jobs.config import SECTIONS, ConfigError, RunConfig
+from jobs.recipes import RECIPES, recipe_names
+from jobs.training.loop import TrainingConfig
+from jobs.training.model import MODELS
+from pipeline.requests import RequestConfig
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a recipe: a name from `recipe_names()` or a path that ends in .yaml."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise ConfigError(f"{recipe}: no such file: give a recipe ({', '.join(recipe_names())}) or a YAML file")
+        return Path(recipe)
+    if recipe not in recipe_names():
+        raise ConfigError(f"unknown recipe {recipe!r}: one of {', '.join(recipe_names())}, or the path of a YAML file")
+    return RECIPES / f"{recipe}.yaml"
+
+
+def config_parser(command: str, *, model: str) -> ArgumentParser:
+    """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`."""
+    parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a further YAML file; may be given several times")
+    parser.add_argument("--name", type=str | None, default=None, help="names the run; default: the recipe")
+    parser.add_argument("--seed", type=int, default=1, help="of weights, order, negatives and dropout")
+    parser.add_argument("--workspace", type=str, default="workspace", help="directory of everything written")
+    parser.add_argument("--compare", type=tuple[str, ...], default=(), help="models that `solar run` trains beside")
+    parser.add_class_arguments(_named(model), "model")
+    for section, section_class in SECTIONS.items():
+        parser.add_class_arguments(section_class, section)
+    return parser
+
+
+def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfig:
+    """The resolved config of `solar COMMAND RECIPE ARGUMENTS`."""
+    path = recipe_path(recipe)
+    return _resolve(command, _read_yaml(path), str(path), arguments, recipe=recipe, default_name=path.stem)
+
+
+def stored_config(command: str, stored: Mapping[str, Any], origin: str, arguments: Sequence[str]) -> RunConfig:
+    """A config as `as_dict` stored it (with a checkpoint, in the registry) under further arguments."""
+    values = {key: value for key, value in stored.items() if key != "recipe"}
+    return _resolve(command, values, origin, arguments, recipe=stored["recipe"], default_name=stored["name"])
+
+
+def _resolve(
+    command: str, first: dict[str, Any], origin: str, arguments: Sequence[str], *, recipe: str, default_name: str
+) -> RunConfig:
+    layers = [(origin, first), *((file, _read_yaml(Path(file))) for file in _config_files(arguments))]
+    model = _model_name(layers, arguments)
+    if model not in MODELS:
+        raise ConfigError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
+    parser = config_parser(command, model=model)
+    for layer, values in layers:
+        try:
+            parser.parse_object(values)
+        except (ArgumentError, ValueError) as error:
+            raise ConfigError(f"{layer}: {explain(error, parser)}") from error
+    try:
+        parsed = parser.parse_args(list(arguments), namespace=parser.parse_object(first))
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(f"command line: {explain(error, parser)}") from error
+
+    try:
+        built = parser.instantiate(parsed)
+    except ValueError as error:
+        raise ConfigError(_locate(error, parser, layers, arguments)) from error
+    _check_run(parsed, model)
+    _check_log_q(built.training, built.data.requests)
+    return RunConfig(
+        recipe=recipe,
+        name=parsed.name or default_name,
+        seed=parsed.seed,
+        workspace=parsed.workspace,
+        compare=tuple(parsed.compare),
+        model=dataclasses.asdict(built.model),
+        **{section: built[section] for section in SECTIONS},
+    )
+
+
+def _check_run(parsed: Any, model: str) -> None:
+    """The rules of the fields that belong to no section."""
+    others = [name for name in MODELS if name != model]
+    if set(parsed.compare) - set(others) or len(set(parsed.compare)) < len(parsed.compare):
+        raise ConfigError(f"compare={list(parsed.compare)}: must be different models other than {model}, of {others}")
+    if not 0 <= parsed.seed < 1 << 31:
+        raise ConfigError(f"seed={parsed.seed}: must be from 0 to 2147483647")
+    if "://" in parsed.workspace:
+        raise ConfigError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
+    if parsed.name and not re.fullmatch(r"\w[\w.-]*", parsed.name):
+        raise ConfigError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
+
+
+def _check_log_q(training: TrainingConfig, requests: RequestConfig) -> None:
+    """A correction of draws needs draws."""
+    if training.log_q and (requests.task != "next_item" or not requests.num_negatives):
+        reason = f"task {requests.task}" if requests.task != "next_item" else "data.requests.num_negatives=0"
+        raise ConfigError(f"training.log_q=true: must be false, {reason} draws no negatives to correct for")
+
+
+def _named(model: str) -> type:
+    """The model's config with its own name as one more field."""
+    name = ("name", str, dataclasses.field(default=model))
+    return dataclasses.make_dataclass("Model", [name], bases=(MODELS[model][0],), frozen=True, kw_only=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: give a readable YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold `key: value` sections, holds {type(values).__name__}")
+    for section in ("model", *SECTIONS):
+        if not isinstance(values.get(section, {}), dict):
+            raise ConfigError(f"{path}: {section} must hold `key: value` lines, holds {values[section]!r}")
+    return values
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    return values_of("--config", arguments)
+
+
+def _model_name(layers: Sequence[tuple[str, dict[str, Any]]], arguments: Sequence[str]) -> str:
+    named = [(values.get("model") or {}).get("name") for _, values in layers]
+    named += values_of("--model.name", arguments)
+    return next((name for name in reversed(named) if name), "solar")
+
+
+def values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """The values of `--option VALUE` and `--option=VALUE`, in order."""
+    values = []
+    for index, argument in enumerate(arguments):
+        if argument == option and index + 1 < len(arguments):
+            values.append(arguments[index + 1])
+        elif argument.startswith(f"{option}="):
+            values.append(argument.split("=", 1)[1])
+    return values
+
+
+def explain(error: Exception, parser: ArgumentParser) -> str:
+    """jsonargparse's words on one line, with the nearest known key where one is unknown."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"expected \1, got \2", text)
+    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
+    unknown = re.search(r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'", text)
+    if unknown:
+        key = next(group for group in unknown.groups() if group)
+        group = re.search(r"Group '([\w.]+)'", text)
+        key = f"{group[1]}.{key}" if group and not key.startswith(f"{group[1]}.") else key
+        known = [action.dest for action in parser._actions]
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --print_config for the keys"
+        return f"unknown key {key}: {hint}"
+    return text
+
+
+def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: Sequence[str]) -> str:
+    """Put the dotted key and its origin before a section's `field=value: rule`."""
+    text = " ".join(str(error).split())
+    named = re.match(r"[\w.]+", text)
+    field = named[0].split(".")[-1] if named else ""
+    keys = [action.dest for action in parser._actions if action.dest.split(".")[-1] == field]
+    if named:
+        text = text.removeprefix(named[0].removesuffix(field))
+    for key in keys:
+        if any(argument.split("=")[0] == f"--{key}" for argument in arguments):
+            return f"command line: {key.rsplit('.', 1)[0]}.{text}"
+    for origin, values in reversed(layers):
+        for key in keys:
+            node: Any = values
+            for part in key.split("."):
+                node = node.get(part) if isinstance(node, dict) else None
+            if node is not None:
+                return f"{origin}: {key.rsplit('.', 1)[0]}.{text}"
+    return text
