@@ -280,7 +280,9 @@ def ratio(pair: tuple[float, float] | None) -> float:
 
 def spread(values: list[float], *, digits: int = 4) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    if len(values) == 1 or any(map(math.isnan, values)):
+        return mean
+    return f"{mean} +- {statistics.stdev(values):.{digits}f}"
 
 
 def result_path(place: Path, name: str, seed: int) -> Path:
