@@ -23,7 +23,13 @@ __all__ = ["prepare", "random_log", "write_log"]
 
 WIDTH = 16
 SOLAR = SolarConfig(
-    width=WIDTH, rank=4, recent_window=6, checkpoint_every=3, set_attention=False, context_features=True
+    width=WIDTH,
+    rank=4,
+    recent_window=6,
+    checkpoint_every=3,
+    set_attention=False,
+    context_features=True,
+    absolute_time=True,
 )
 
 
