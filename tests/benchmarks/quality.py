@@ -66,6 +66,7 @@ ABLATIONS: dict[str, Options] = {
     "user features off": {"user_features": False},
     "absolute time": {"absolute_time": True},
     "interests alone": {"recent_window": 0},
+    "interests alone, softmax off": {"recent_window": 0, "softmax": False},
     "interests alone, absolute time": {"recent_window": 0, "absolute_time": True},
     "interests alone, half-life 50": {"recent_window": 0, "half_life": 50.0},
 }
