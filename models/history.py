@@ -76,11 +76,8 @@ def time_waves(time_N: Tensor) -> Tensor:
     A bilinear form of the waves of two times can be any smooth function of their difference. With them in the events
     before the decomposition, and in the query, attention to interests can weigh by age, though a Gram is a set.
     """
-    turns_NW = (
-        time_N[:, None].double()
-        / (24 * MS_PER_HOUR)
-        / torch.tensor(WAVE_DAYS, dtype=torch.float64).to(time_N.device, non_blocking=True)
-    )
+    days_W = torch.tensor(WAVE_DAYS, dtype=torch.float64, device=time_N.device)
+    turns_NW = time_N[:, None].double() / (24 * MS_PER_HOUR) / days_W
     # Whole turns go in float64: of twenty thousand days float32 keeps minutes.
     phase_NW = ((turns_NW - turns_NW.floor()) * (2 * math.pi)).float()
     return torch.cat([phase_NW.sin(), phase_NW.cos()], 1)

@@ -52,16 +52,12 @@ class ModelInput:
     candidate_item_M: Tensor
     """[M] int64 index into I."""
 
-    def refuse_mistakes(self) -> ModelInput:
+    def refuse_bad_layout(self) -> ModelInput:
         """This input; ValueError with the value, the rule and the fix where a tower could only return nonsense.
 
-        Looks at values on the host alone: on an accelerator nothing waits, and rows and times are taken as they are.
+        Looks at values on the host alone: on an accelerator nothing waits, and times are taken as they are. Rows have
+        their own check, `refuse_bad_rows`, once a look-up: a catalogue serves many inputs.
         """
-        refuse_bad_rows(self.item_IC, self.features_IFC)
-        return self.refuse_bad_layout()
-
-    def refuse_bad_layout(self) -> ModelInput:
-        """The same without the rows, for whoever has looked at them: a catalogue serves many inputs."""
         num_users, num_events = self.event_offsets_U1.numel() - 1, self.event_item_N.numel()
         length_U = self.event_offsets_U1.diff()
         _refuse(

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from models.interface import ModelInput
+from models.interface import ModelInput, refuse_bad_rows
 from tests.unit.models.model_inputs import empty_inputs, random_inputs
+
+
+def checked(inputs: ModelInput) -> ModelInput:
+    """As training and evaluation check: the rows once a look-up, the layout of every input."""
+    refuse_bad_rows(inputs.item_IC, inputs.features_IFC)
+    return inputs.refuse_bad_layout()
 
 
 def test_right_inputs_pass() -> None:
     for inputs in (random_inputs(), empty_inputs(), random_inputs(sizes=(0,) * 6)):
-        assert inputs.refuse_mistakes() is inputs
+        assert checked(inputs) is inputs
 
 
 def changed(name: str, change: Callable[[Any], Any]) -> Callable[[ModelInput], ModelInput]:
@@ -49,5 +55,5 @@ def put(place: int, value: float) -> Callable[[Any], Any]:
 )
 def test_mistakes_are_refused_in_one_line(mistake: Callable[[ModelInput], ModelInput], message: str) -> None:
     with pytest.raises(ValueError, match=message) as refusal:
-        mistake(random_inputs()).refuse_mistakes()
+        checked(mistake(random_inputs()))
     assert "\n" not in str(refusal.value)
