@@ -1,8 +1,9 @@
 """solar evaluate SUBJECT: a model -> metrics, beside its baselines, on the same requests.
 
 The subject is a run (by its recipe), a checkpoint or a registered model; data set, split and part may be others than
-those it was trained on. Systems: the model, the model with its history emptied, the models of `compare` and
-popularity. Results per target go to DIR/SYSTEM.parquet, the summary to DIR/summary.json (jobs/report.py prints it).
+those it was trained on. Systems: the model, the model with its history emptied, the models of `compare`, popularity
+and, where people come back to items, what each came to before. Results per target go to DIR/SYSTEM.parquet, the summary
+to DIR/summary.json (jobs/report.py prints it).
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from jobs.training.loop import TrainJob
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from jobs.workers import run_workers
 from models.metrics import bootstrap_ratio_interval
+from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 
 EMPTIED = "history emptied"
+POPULARITY = "popularity"
+OWN_ITEMS = "own items"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +91,7 @@ def evaluate(
     _warn(config, shards, systems[0], console)
     arguments = {
         "systems": systems,
+        "baselines": _baselines(config.data.requests),
         "shards": shards.path,
         "manifest": shards.manifest.number,
         "requests": config.data.requests,
@@ -98,7 +103,7 @@ def evaluate(
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
         console.stage("evaluate") as stage,
     ):
-        num_systems = len(systems) + 2
+        num_systems = len(systems) + 1 + len(arguments["baselines"])
         finished = 0
 
         def follow(rows: list[dict[str, Any]]) -> None:
@@ -170,7 +175,8 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
                 tower, rows, data, transform=Batch.without_history, progress=progress(name), **common
             )
             record(name, emptied)
-            record("popularity", evaluate_counts(data, **common))
+            for baseline in arguments["baselines"]:
+                record(baseline, evaluate_counts(data, own_items=baseline == OWN_ITEMS, **common))
             spectrum = energy_by_rank(tower, rows, data, **common)
             if spectrum is not None and dist.get_rank() == 0:
                 write_json(directory / "spectrum.json", spectrum)
@@ -219,7 +225,7 @@ def _read_result(directory: Path, system: str, *, task: str) -> RankedTargets | 
 def _summarise(directory: Path, config: RunConfig, names: list[str]) -> dict[str, Any]:
     """Metrics of every system; intervals over users and ratios of the primary one, also by slice."""
     main, requests = names[0], config.data.requests
-    systems = [main, f"{main}, {EMPTIED}", *names[1:], "popularity"]
+    systems = [main, f"{main}, {EMPTIED}", *names[1:], *_baselines(requests)]
     results = {system: _read_result(directory, system, task=requests.task) for system in systems}
 
     def per_user(system: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -254,6 +260,12 @@ def _summarise(directory: Path, config: RunConfig, names: list[str]) -> dict[str
             if system != main and len(values)
         },
     }
+
+
+def _baselines(requests: RequestConfig) -> list[str]:
+    """What needs no model: what everybody comes to and, where people may come back to items, what the user came to."""
+    comes_back = requests.task == "next_item" and requests.seen_items == "kept"
+    return [OWN_ITEMS, POPULARITY] if comes_back else [POPULARITY]
 
 
 def _file_name(system: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.config import RunConfig
 from jobs.console import Console
-from jobs.evaluate import Evaluated
+from jobs.evaluate import POPULARITY, Evaluated
 
 METRIC_NAMES = {"gauc": "GAUC", "ndcg@10": "NDCG@10, seen removed", "ndcg@10_seen_kept": "NDCG@10, seen kept"}
 
@@ -77,7 +77,7 @@ def _print_impressions(config: RunConfig, console: Console, summary: dict[str, A
 
 
 def _impression_row(system: str, summary: dict[str, Any]) -> tuple[str, ...]:
-    metrics, probabilities = summary["metrics"][system], system != "popularity"
+    metrics, probabilities = summary["metrics"][system], system != POPULARITY
     return (
         system,
         f"{metrics['auc']:.4f}",

@@ -33,6 +33,8 @@ CANDIDATES_PER_FORWARD = 1 << 17
 EVENTS_PER_BATCH = 1 << 14
 LOOK_UP_ROWS = 1 << 16
 TARGETS_PER_RANKING = 64
+OWN_HALF_LIFE = 100.0
+"""Events after which an event weighs half in the baseline of own items."""
 
 Transform = Callable[[Batch], Batch]
 Progress = Callable[[int, int], None]
@@ -80,9 +82,12 @@ def evaluation_loader(
 
 
 def evaluate_counts(
-    shards: Shards, *, catalogue: Catalogue, requests: RequestConfig, part: str
+    shards: Shards, *, catalogue: Catalogue, requests: RequestConfig, part: str, own_items: bool = False
 ) -> RankedTargets | ScoredImpressions:
-    """Popularity: an item's score is its count among training events, whoever asks."""
+    """Popularity: an item's score is its count among training events, whoever asks.
+
+    With `own_items` (next_item) what the user came to before stands above that, by how often and how lately.
+    """
     loader = evaluation_loader(shards, requests=requests, part=part)
     scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
     results = []
@@ -93,10 +98,23 @@ def evaluate_counts(
         per_chunk = max(1, CANDIDATES_PER_FORWARD // catalogue.num_items)
         for first in range(0, batch.num_requests, per_chunk):
             chunk = select_requests(batch, first, min(first + per_chunk, batch.num_requests))
-            results.append(_ranks(chunk, scores_I.expand(chunk.num_requests, -1), catalogue))
+            scores_BI = _own_items(chunk, else_I=scores_I / (scores_I.max() + 1)) if own_items else scores_I
+            results.append(_ranks(chunk, scores_BI.expand(chunk.num_requests, -1), catalogue))
     if requests.task == "impressions":
         return _collect_impressions(results, loader)
     return _collect_ranks(results)
+
+
+def _own_items(batch: Batch, *, else_I: Tensor) -> Tensor:
+    """[B, I] 1 + the sum of 2^(-age / OWN_HALF_LIFE) over the history's events of an item; `else_I` where it has none,
+    which lies below 1."""
+    scores_BI = else_I.repeat(batch.num_requests, 1)
+    start_B = batch.event_offsets[batch.request_user].tolist()
+    for score_I, start, length in zip(scores_BI, start_B, batch.request_position.tolist(), strict=True):
+        item_n = batch.event_item[start : start + length]
+        score_I[item_n] = 1.0
+        score_I.index_add_(0, item_n, torch.exp2(-torch.arange(length - 1, -1, -1) / OWN_HALF_LIFE))
+    return scores_BI
 
 
 def _translated(loader: EvaluationLoader, catalogue: Catalogue, progress: Progress) -> Iterator[Batch]:

@@ -68,6 +68,7 @@ def evaluate_here(shards_dir: str, requests: RequestConfig, model_dir: str) -> d
         "model": evaluate(LengthTimesItem(), tables, shards, progress=lambda *counts: done.append(counts), **arguments),
         "emptied": evaluate(LengthTimesItem(), tables, shards, transform=Batch.without_history, **arguments),
         "popularity": evaluate_counts(shards, **arguments),
+        "own items": evaluate_counts(shards, own_items=True, **arguments),
         "progress": done,
     }
 
@@ -114,7 +115,7 @@ def rows_of(shards: Shards) -> dict[int, int]:
     return {item: place for place, item in enumerate(catalogue, start=NUM_RESERVED)}
 
 
-@pytest.mark.parametrize("system", ["model", "emptied", "popularity"])
+@pytest.mark.parametrize("system", ["model", "emptied", "popularity", "own items"])
 def test_ranks_equal_brute_force_on_every_rank(prepared, last_items, system):
     log, shards = prepared
     row, by_user = rows_of(shards), histories(log)
@@ -128,10 +129,13 @@ def test_ranks_equal_brute_force_on_every_rank(prepared, last_items, system):
         assert sorted(user_ids[user] for user in result.user) == sorted(by_user)
         for place, user in enumerate(result.user):
             *history, target = by_user[user_ids[user]]
-            shown = {"model": len(history), "emptied": 0, "popularity": 0}[system]
-            scores = {item: score(row[item], shown) for item in row}
-            if system == "popularity":
+            scores = {item: score(row[item], len(history) if system == "model" else 0) for item in row}
+            if system in ("popularity", "own items"):
                 scores = {item: float(count) for item, count in popularity.items()}
+            if system == "own items":
+                ages = list(enumerate(reversed(history)))
+                own = {item: 1e6 + 1e6 * sum(2 ** (-age / 100) for age, each in ages if each == item) for item in row}
+                scores = {item: own[item] if item in history else scores[item] for item in row}
             assert result.history_length[place] == len(history)
             assert result.rank_kept[place] == rank_by_hand(scores, target, set())
             assert result.rank_removed[place] == rank_by_hand(scores, target, set(history))
