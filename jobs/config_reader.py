@@ -110,7 +110,12 @@ def _check_run(parsed: Any, model: str) -> None:
 
 
 def _check_log_q(training: TrainingConfig, requests: RequestConfig) -> None:
-    """A correction of draws needs draws."""
+    """A correction of draws needs draws; draws that favour what the user knows need the correction."""
+    if requests.history_negatives and not training.log_q:
+        raise ConfigError(
+            f"data.requests.history_negatives={requests.history_negatives}: needs training.log_q=true, or the model "
+            "learns to avoid what its users know; set it"
+        )
     if training.log_q and (requests.task != "next_item" or not requests.num_negatives):
         reason = f"task {requests.task}" if requests.task != "next_item" else "data.requests.num_negatives=0"
         raise ConfigError(f"training.log_q=true: must be false, {reason} draws no negatives to correct for")

@@ -22,7 +22,8 @@ from pipeline import order
 from pipeline.batch import Batch
 from pipeline.draws import evaluated, hash64, sample
 from pipeline.events import DataError
-from pipeline.negatives import Proposal, Uniform, Weighted, draw_keys, log_expected_draws, with_negatives
+from pipeline.history_negatives import expected_history_draws, with_history_negatives
+from pipeline.negatives import Proposal, Uniform, Weighted, draw_keys, expected_draws, log_of_draws, with_negatives
 from pipeline.request_index import PartCounts, check_log, request_counts
 from pipeline.requests import RequestConfig, Requests, carried, list_requests, of_part
 from pipeline.sequences import UserCodes, UserEvents, offsets_of, ranges
@@ -146,11 +147,13 @@ class TrainLoader:
             chosen = sample(eligible, user_rows=users, seed=self._seed, epoch=epoch, config=self._requests)
             log_q = None
             if self._requests.task == "next_item" and self._requests.negatives != "in_batch":
-                chosen, log_q = self._with_negatives(chosen, users, epoch)
+                chosen, log_q = self._with_negatives(chosen, events, users, epoch)
             batch = _batch(users, events, chosen, *window, num_global_requests=int(plan.num_requests[number]))
             yield dataclasses.replace(batch, epoch=epoch, candidate_log_q=log_q)
 
-    def _with_negatives(self, chosen: Requests, users: np.ndarray, epoch: int) -> tuple[Requests, torch.Tensor]:
+    def _with_negatives(
+        self, chosen: Requests, events: UserEvents, users: np.ndarray, epoch: int
+    ) -> tuple[Requests, torch.Tensor]:
         """The requests with negatives after their positives, and the candidates' log_q."""
         number = self._requests.num_negatives
         keys = draw_keys(seed=self._seed, epoch=epoch, user=users[chosen.user], request=chosen.key)
@@ -162,7 +165,15 @@ class TrainLoader:
                 f"{self._data.path}: the positives of a training request are all {np.diff(chosen.offsets).max()} items "
                 "that its negatives could be drawn from; set requests.num_negatives to 0"
             )
-        log_q = log_expected_draws(drawn, proposal=self._proposal, num_negatives=number)
+        from_history = self._requests.history_negatives
+        if from_history:
+            drawn = with_history_negatives(
+                drawn, requests=chosen, events=events, keys=hash64(keys, np.uint64(4)), num_negatives=from_history
+            )
+        expected = expected_draws(drawn, proposal=self._proposal, num_negatives=number)
+        if from_history:
+            expected += expected_history_draws(drawn, requests=chosen, events=events, num_negatives=from_history)
+        log_q = log_of_draws(expected)
         return dataclasses.replace(
             chosen, candidate=drawn.item, label=drawn.label, offsets=drawn.offsets
         ), torch.from_numpy(log_q)
@@ -238,7 +249,7 @@ class _EpochPlan:
 def _training_cost(counts: PartCounts, config: RequestConfig) -> np.ndarray:
     """[users] events plus candidates after the caps; an upper bound where the sample decides how many candidates."""
     asked = np.minimum(counts.requests, config.max_requests)
-    negatives = config.num_negatives if config.task == "next_item" else 0
+    negatives = config.num_negatives + config.history_negatives if config.task == "next_item" else 0
     return counts.events + np.minimum(counts.candidates, asked * counts.largest) + asked * negatives
 
 

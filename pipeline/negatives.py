@@ -123,9 +123,19 @@ def with_negatives(
 
 
 def log_expected_draws(candidates: Candidates, *, proposal: Proposal, num_negatives: int) -> np.ndarray:
-    """[M] float32: log of how often `num_negatives` draws of the request take the item, log(n w / remaining).
+    """[M] float32: log of `expected_draws`, 0 where nothing is drawn."""
+    return log_of_draws(expected_draws(candidates, proposal=proposal, num_negatives=num_negatives))
 
-    For a positive, which is never drawn, it is what an item of its weight would have. 0 where nothing is drawn.
+
+def log_of_draws(expected: np.ndarray) -> np.ndarray:
+    """[M] float32, 0 where nothing is drawn."""
+    return np.log(np.where(expected > 0, expected, 1.0)).astype(np.float32)
+
+
+def expected_draws(candidates: Candidates, *, proposal: Proposal, num_negatives: int) -> np.ndarray:
+    """[M] float64: how often `num_negatives` draws of the request take the item, n w / remaining.
+
+    For a positive, which is never drawn, it is what an item of its weight would have.
     """
     owner = np.repeat(np.arange(len(candidates.offsets) - 1), np.diff(candidates.offsets))
     positive = candidates.label > 0
@@ -133,8 +143,7 @@ def log_expected_draws(candidates: Candidates, *, proposal: Proposal, num_negati
     remaining = _remaining(candidates.item[positive], offsets, proposal)[owner]
     weight = proposal.stretch(candidates.item)[1]
     drawn = (remaining > 0) & (weight > 0) & (num_negatives > 0)
-    expected = np.divide(num_negatives * weight, remaining, where=drawn, out=np.ones(len(owner)))
-    return np.log(expected).astype(np.float32)
+    return np.divide(num_negatives * weight, remaining, where=drawn, out=np.zeros(len(owner)))
 
 
 def _remaining(positive: np.ndarray, offsets: np.ndarray, proposal: Proposal) -> np.ndarray:

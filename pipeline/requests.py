@@ -53,6 +53,9 @@ class RequestConfig:
     popularity_power: float = 0.75
     """negatives=popularity: q ~ training events ** power, so an item without one is never drawn. 0.75 as in word2vec
     (Mikolov et al., 2013): rare items still serve as negatives; 1 is what in_batch comes to."""
+    history_negatives: int = 0
+    """next_item: draws from the events of the request's own history besides; an item that is a candidate already is not
+    added. Where people come back to items, these are what a positive must beat. Needs `training.log_q`."""
     group: Literal["event", "request"] = "event"
     """next_item: each event is a request, or all events of one request_id are (without request ids: of one time)."""
     seen_items: Literal["removed", "kept"] = "removed"
@@ -78,6 +81,7 @@ class RequestConfig:
             ("max_history", 1),
             ("max_requests", 1),
             ("num_negatives", 0),
+            ("history_negatives", 0),
             ("min_history", 0),
             ("max_eval_requests", 0),
         ):
@@ -99,6 +103,9 @@ class RequestConfig:
             raise ValueError(f"requests.negatives is {self.negatives!r}: it must be uniform, popularity or in_batch")
         if self.negatives != "uniform" and self.task == "impressions":
             raise ValueError(f"requests.negatives is {self.negatives}: task impressions draws none, remove it")
+        if self.history_negatives and (self.task == "impressions" or self.negatives == "in_batch"):
+            reason = "task impressions draws none" if self.task == "impressions" else "negatives in_batch has no others"
+            raise ValueError(f"requests.history_negatives is {self.history_negatives}: {reason}, remove it")
         if not 0 <= self.popularity_power <= 1:
             raise ValueError(f"requests.popularity_power is {self.popularity_power}: it must be from 0 to 1")
         if self.popularity_power != RequestConfig.popularity_power and self.negatives != "popularity":

@@ -78,6 +78,13 @@ def test_value_out_of_range_names_section_value_and_rule(arguments, expected):
     assert complaint(*arguments).startswith(f"command line: {expected}")
 
 
+def test_history_negatives_without_log_q_are_refused():
+    assert complaint("--data.requests.history_negatives", "8") == (
+        "data.requests.history_negatives=8: needs training.log_q=true, or the model learns to avoid what its users "
+        "know; set it"
+    )
+
+
 def test_log_q_without_drawn_negatives_is_refused():
     assert complaint("--training.log_q", "true", "--data.requests.num_negatives", "0") == (
         "training.log_q=true: must be false, data.requests.num_negatives=0 draws no negatives to correct for"

@@ -92,9 +92,11 @@ def test_requests_equal_those_read_off_the_raw_log(data, random_log):
     assert asked == sum(len(h) - 2 if len(h) >= 3 else len(h) for h in raw.values())
 
 
-@pytest.mark.parametrize("negatives", ["uniform", "popularity", "in_batch"])
-def test_any_number_of_ranks_sees_the_same_global_batches_in_order(data, negatives):
-    requests = dataclasses.replace(REQUESTS, negatives=negatives)
+@pytest.mark.parametrize(
+    ("negatives", "history_negatives"), [("uniform", 0), ("uniform", 4), ("popularity", 2), ("in_batch", 0)]
+)
+def test_any_number_of_ranks_sees_the_same_global_batches_in_order(data, negatives, history_negatives):
+    requests = dataclasses.replace(REQUESTS, negatives=negatives, history_negatives=history_negatives)
     alone = [by_user(batch) for batch in train(data, requests=requests).epoch(0)]
     for world in (2, 3):
         ranks = [list(train(data, requests=requests, rank=rank, world_size=world).epoch(0)) for rank in range(world)]
@@ -214,6 +216,19 @@ def test_negatives_by_popularity_have_training_events_and_the_log_q_of_their_sha
         weight_BM = weight[item.view(-1, 51)]
         expected = 50 * weight_BM[:, 1:] / (weight.sum() - weight_BM[:, :1])
         torch.testing.assert_close(log_q[:, 1:].exp(), expected, rtol=1e-5, atol=0)
+
+
+def test_history_negatives_are_drawn_beside_the_others_and_log_q_knows_both_ways(data):
+    config = dataclasses.replace(REQUESTS, history_negatives=4)
+    added = 0
+    share = REQUESTS.num_negatives / (data.vocabulary.size - 2 - 1)
+    for batch in train(data, requests=config).epoch(0):
+        assert batch.candidate_log_q is not None
+        added += batch.num_candidates - batch.num_requests * (1 + REQUESTS.num_negatives)
+        # At least what the uniform draws give, and more for what the history holds.
+        assert (batch.candidate_log_q > np.log(share) - 1e-5).all()
+        assert (batch.candidate_log_q < np.log(share + 1) + 1e-5).all()
+    assert added > 0
 
 
 def test_in_batch_leaves_the_negatives_to_who_knows_the_whole_batch(data):

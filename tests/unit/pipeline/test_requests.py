@@ -220,6 +220,14 @@ def test_hashes_differ_in_every_key():
             {"negatives": "in_batch", "task": "impressions"},
             "negatives is in_batch: task impressions draws none, remove",
         ),
+        (
+            {"history_negatives": 4, "task": "impressions"},
+            "history_negatives is 4: task impressions draws none, remove it",
+        ),
+        (
+            {"history_negatives": 4, "negatives": "in_batch"},
+            "history_negatives is 4: negatives in_batch has no others, remove it",
+        ),
         ({"negatives": "popularity", "popularity_power": 1.5}, "popularity_power is 1.5: it must be from 0 to 1"),
         ({"popularity_power": 1.0}, "popularity_power is 1.0: it belongs to negatives popularity, not uniform"),
         ({"valid_from": "2024-01-01"}, "belong to split temporal"),
