@@ -218,6 +218,9 @@ class Scorer(PythonModel):
         item, index = torch.from_numpy(np.concatenate([shown.row, row])), None
         if len(item) < len(self.item_IC):
             item, index = torch.unique(item, return_inverse=True)
+        # Of the whole table or of its distinct rows, which ascend.
+        first_item_row = self.settings["first_item_row"]
+        num_reserved = first_item_row if index is None else int((item < first_item_row).sum())
         with torch.inference_mode():
             # More entries than items: the whole table is the cheaper look-up.
             inputs = ModelInput(
@@ -233,6 +236,7 @@ class Scorer(PythonModel):
                 request_time_B=torch.from_numpy(time),
                 candidate_offsets_B1=torch.from_numpy(offsets),
                 candidate_item_M=(item if index is None else index)[len(shown.row) :],
+                num_reserved=num_reserved,
             )
             return self.tower(inputs).numpy()
 

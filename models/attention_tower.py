@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows
+from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows, start_as_similarity
 from models.history import NUM_GAP_BUCKETS, EventEncoder, ItemEncoder, recent_events
 from models.interface import ModelInput, Recommender
+from models.repeats import RepeatScore
 from models.request_features import RequestEncoder, RequestShift
 
 
@@ -50,6 +51,9 @@ class TowerConfig:
     context_features: bool = False
     """Hour of day and weekday of the request do the same, where time_features is on. Off: no better nor worse on
     MovieLens-100K (impressions, 3 epochs, 3 seeds: validation AUC .6994 against .6987, LogLoss .6351 against .6357)."""
+    repeats: bool = False
+    """How often and how lately the candidate itself occurs in the history is a part of its score: for data where
+    people come back to items."""
     absolute_time: bool = False
     """Waves of absolute time are part of an event and of a request, where time_features is on: attention to the whole
     history can then weigh by age, and a candidate's score can follow the season."""
@@ -85,20 +89,67 @@ class TowerConfig:
             raise ValueError(f"{name} = {getattr(self, name)} {rule}")
 
 
-class AttentionTower(Recommender):
-    """A tower whose candidates read the history once. `num_features` is F, the item features of the tables."""
+class HistoryTower(Recommender):
+    """Encoders, head and what is known of a request. `num_features` is F, the item features of the tables."""
 
     def __init__(self, config: TowerConfig, *, num_features: int) -> None:
         super().__init__()
         self.items = ItemEncoder(config.width, num_features=num_features)
-        self.events = event_encoder(config)
+        self.events = EventEncoder(
+            config.width,
+            num_actions=config.num_actions,
+            time_features=config.time_features,
+            absolute_time=config.reads_waves,
+            dropout=config.dropout,
+        )
+        self.head = Head(config.width, hidden=config.head_width)
+        self.request = request_encoder(config)
+        self.shift = RequestShift(config.width) if config.reads_request else None
+        self.repeats = RepeatScore(time_features=config.time_features) if config.repeats else None
+
+    def states(
+        self,
+        item_ID: Tensor,
+        *,
+        event_ND: Tensor,
+        query_shift_MD: Tensor | None,
+        inputs: ModelInput,
+        candidates: CandidateSets,
+    ) -> Tensor:
+        """state_MD: every candidate after it has read its request's history."""
+        raise NotImplementedError
+
+    def forward(self, inputs: ModelInput) -> Tensor:
+        candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
+        item_ID = self.items(inputs.item_IC, inputs.features_IFC)
+        query_shift_MD = state_shift_MD = None
+        if self.request is not None and self.shift is not None:
+            query_shift_MD, state_shift_MD = self.shift(self.request(inputs), request_M=candidates.request_M)
+        state_MD = self.states(
+            item_ID,
+            event_ND=self.events(item_ID, inputs),
+            query_shift_MD=query_shift_MD,
+            inputs=inputs,
+            candidates=candidates,
+        )
+        if state_shift_MD is not None:
+            state_MD = state_MD + state_shift_MD
+        logit_M = self.head(state_MD, item_ID=item_ID, item_M=inputs.candidate_item_M)
+        if self.repeats is not None:
+            logit_M = logit_M + self.repeats(inputs, candidates=candidates)
+        return logit_M.float()
+
+
+class AttentionTower(HistoryTower):
+    """A tower whose candidates read the history once."""
+
+    def __init__(self, config: TowerConfig, *, num_features: int) -> None:
+        super().__init__(config, num_features=num_features)
         self.norm = nn.LayerNorm(config.width)
         self.query = nn.Linear(config.width, config.width, bias=False)
         self.recent = RecentAttention(config) if config.recent_window else None
         self.output = nn.Linear(config.width, config.width, bias=False)
-        self.head = Head(config.width, hidden=config.head_width)
-        self.request = request_encoder(config)
-        self.shift = RequestShift(config.width) if config.reads_request else None
+        start_as_similarity(self.query, self.output)
 
     def read_history(
         self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets
@@ -106,35 +157,25 @@ class AttentionTower(Recommender):
         """out_MD: what each candidate finds in the whole history of its request; None = this is left to the window."""
         raise NotImplementedError
 
-    def forward(self, inputs: ModelInput) -> Tensor:
-        candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
-        item_ID, item_M = self.items(inputs.item_IC, inputs.features_IFC), inputs.candidate_item_M
-        event_ND = self.events(item_ID, inputs)
+    def states(
+        self,
+        item_ID: Tensor,
+        *,
+        event_ND: Tensor,
+        query_shift_MD: Tensor | None,
+        inputs: ModelInput,
+        candidates: CandidateSets,
+    ) -> Tensor:
+        item_M = inputs.candidate_item_M
         query_MD = gather_rows(self.query(self.norm(item_ID)), item_M)
-        state_shift_MD = None
-        if self.request is not None and self.shift is not None:
-            query_shift_MD, state_shift_MD = self.shift(self.request(inputs), request_M=candidates.request_M)
+        if query_shift_MD is not None:
             query_MD = query_MD + query_shift_MD
         found_MD = self.read_history(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
         if self.recent is not None:
             recent_MD = self.recent(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
             found_MD = recent_MD if found_MD is None else found_MD + recent_MD
         assert found_MD is not None, "a config leaves the whole history or the window"
-        state_MD = gather_rows(item_ID, item_M) + self.output(found_MD)
-        if state_shift_MD is not None:
-            state_MD = state_MD + state_shift_MD
-        return self.head(state_MD, item_ID=item_ID, item_M=item_M).float()
-
-
-def event_encoder(config: TowerConfig) -> EventEncoder:
-    """The encoder of events that a config describes."""
-    return EventEncoder(
-        config.width,
-        num_actions=config.num_actions,
-        time_features=config.time_features,
-        absolute_time=config.reads_waves,
-        dropout=config.dropout,
-    )
+        return gather_rows(item_ID, item_M) + self.output(found_MD)
 
 
 def request_encoder(config: TowerConfig) -> RequestEncoder | None:
@@ -158,6 +199,7 @@ class RecentAttention(nn.Module):
         self.num_heads, self.window = config.num_heads, config.recent_window
         self.key = nn.Linear(config.width, config.width, bias=False)
         self.value = nn.Linear(config.width, config.width, bias=False)
+        start_as_similarity(self.key, self.value)
         self.position_WH = nn.Parameter(torch.zeros(config.recent_window, config.num_heads))
         self.gap_GH = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, config.num_heads)) if config.time_features else None
 
@@ -196,6 +238,9 @@ class Head(nn.Module):
         super().__init__()
         self.width, self.hidden = width, hidden
         self.item = nn.Linear(width, width + hidden + 1)
+        # Agreement is similarity at first; a state holds its own item, which adds sqrt(D) to every logit.
+        nn.init.eye_(self.item.weight.data[:width])
+        nn.init.constant_(self.item.bias.data[width + hidden :], -math.sqrt(width))
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
 

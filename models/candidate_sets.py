@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 MASKED_SCORE = -1e30
 """Score of a key that does not exist: finite, so that a row without any key gives equal weights and not NaN."""
@@ -134,6 +134,14 @@ def attend_dense(
         weight = torch.bmm(heads(query_bTD), heads(key_bSD).transpose(1, 2))
     mixed = torch.bmm(weight, heads(value_bSD))
     return mixed.unflatten(0, (b, num_heads)).transpose(1, 2).reshape(b, size, width)
+
+
+def start_as_similarity(*linears: nn.Linear) -> None:
+    """Identity maps for query, key, value and output: before any training a candidate attends to events like itself,
+    and its score is how like them it is."""
+    for linear in linears:
+        for part in linear.weight.data.split(linear.in_features):
+            nn.init.eye_(part)
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention_tower import AttentionTower, TowerConfig
-from models.candidate_sets import CandidateSets
+from models.candidate_sets import CandidateSets, start_as_similarity
 from models.interface import ModelInput
 
 HALF_LIVES = (30.0, 300.0)
@@ -50,6 +50,7 @@ class Din(AttentionTower):
         self.config = config
         if config.whole_history:
             self.key_value = nn.Linear(config.width, 2 * config.width, bias=False)
+            start_as_similarity(self.key_value)
         if config.whole_history and config.decay:
             half_life_H = torch.tensor(HALF_LIVES).repeat(config.num_heads)[: config.num_heads]
             self.log_slope_H = nn.Parameter((math.log(2) / half_life_H).log())

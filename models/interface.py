@@ -51,6 +51,8 @@ class ModelInput:
     """[B + 1] int64, host."""
     candidate_item_M: Tensor
     """[M] int64 index into I."""
+    num_reserved: int = 0
+    """The first so many of I are no items of their own: padding, and the one that stands for all unknown items."""
 
     def refuse_bad_layout(self) -> ModelInput:
         """This input; ValueError with the value, the rule and the fix where a tower could only return nonsense.

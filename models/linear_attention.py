@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention_tower import AttentionTower, TowerConfig
-from models.candidate_sets import CandidateSets, gather_rows
+from models.candidate_sets import CandidateSets, gather_rows, start_as_similarity
 from models.interface import ModelInput
 from models.prefixes import Prefixes
 
@@ -46,6 +46,7 @@ class LinearAttention(AttentionTower):
         super().__init__(config, num_features=num_features)
         self.config = config
         self.key_value = nn.Linear(config.width, 2 * config.width, bias=False)
+        start_as_similarity(self.key_value)
 
     def read_history(
         self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets

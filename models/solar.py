@@ -21,12 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from models.attention_tower import Head, RecentAttention, TowerConfig, event_encoder, request_encoder
-from models.candidate_sets import CandidateSets, gather_rows
+from models.attention_tower import HistoryTower, RecentAttention, TowerConfig
+from models.candidate_sets import CandidateSets, gather_rows, start_as_similarity
 from models.checkpoints import checkpoint_interests
-from models.history import ItemEncoder
-from models.interface import ModelInput, Recommender
-from models.request_features import RequestShift
+from models.interface import ModelInput
 from models.set_attention import SetAttention
 from models.svd_attention import Decomposition, Interests, SvdAttention
 
@@ -93,40 +91,36 @@ class SolarConfig(TowerConfig):
         )
 
 
-class Solar(Recommender):
+class Solar(HistoryTower):
     """The tower. `num_features` is F, the number of item features of the tables."""
 
     def __init__(self, config: SolarConfig, *, num_features: int) -> None:
-        super().__init__()
+        super().__init__(config, num_features=num_features)
         self.config = config
-        self.items = ItemEncoder(config.width, num_features=num_features)
-        self.events = event_encoder(config)
         self.blocks = nn.ModuleList(SolarBlock(config) for _ in range(config.num_layers))
-        self.head = Head(config.width, hidden=config.head_width)
-        self.request = request_encoder(config)
-        self.shift = RequestShift(config.width) if config.reads_request else None
 
-    def forward(self, inputs: ModelInput) -> Tensor:
-        candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
-        item_ID = self.items(inputs.item_IC, inputs.features_IFC)
-        history = self._history(item_ID, inputs)
+    def states(
+        self,
+        item_ID: Tensor,
+        *,
+        event_ND: Tensor,
+        query_shift_MD: Tensor | None,
+        inputs: ModelInput,
+        candidates: CandidateSets,
+    ) -> Tensor:
+        history = self._history(event_ND, inputs)
         # The first block reads items, not candidates: what a candidate needs before it meets its request is computed
         # once per distinct item.
-        state, item_M = item_ID, inputs.candidate_item_M
-        query_shift_MD = state_shift_MD = None
-        if self.request is not None and self.shift is not None:
-            query_shift_MD, state_shift_MD = self.shift(self.request(inputs), request_M=candidates.request_M)
+        state = item_ID
         for i, block in enumerate(self.blocks):
             state = block(
                 state,
-                item_M=item_M if i == 0 else None,
+                item_M=inputs.candidate_item_M if i == 0 else None,
                 query_shift_MD=query_shift_MD if i == 0 else None,
                 history=history,
                 candidates=candidates,
             )
-        if state_shift_MD is not None:
-            state = state + state_shift_MD
-        return self.head(state, item_ID=item_ID, item_M=item_M).float()
+        return state
 
     @torch.no_grad()
     def interests(self, inputs: ModelInput) -> tuple[Interests, Tensor]:
@@ -134,15 +128,15 @@ class Solar(Recommender):
 
         `singular_KR[k] ** 2 / energy_K[k]` is the share of a history's energy that each component holds.
         """
-        history = self._history(self.items(inputs.item_IC, inputs.features_IFC), inputs)
+        item_ID = self.items(inputs.item_IC, inputs.features_IFC)
+        history = self._history(self.events(item_ID, inputs), inputs)
         if history.interests is None:
             raise ValueError("interests = false: this model has no spectrum; switch interests on")
         assert history.checkpoint_B is not None
         return history.interests, history.checkpoint_B
 
-    def _history(self, item_ID: Tensor, inputs: ModelInput) -> History:
+    def _history(self, event_ND: Tensor, inputs: ModelInput) -> History:
         config = self.config
-        event_ND = self.events(item_ID, inputs)
         if not config.interests:
             return History(event_ND=event_ND, inputs=inputs, interests=None, checkpoint_B=None)
         interests, checkpoint_B = checkpoint_interests(
@@ -182,6 +176,7 @@ class SolarBlock(nn.Module):
         self.lifelong = SvdAttention(width, num_heads=heads, softmax=config.softmax) if config.interests else None
         self.recent = RecentAttention(config) if config.recent_window else None
         self.output = nn.Linear(width, width, bias=False)
+        start_as_similarity(self.query, self.output)
         self.set_norm = nn.LayerNorm(width) if config.set_attention else None
         self.set = (
             SetAttention(width, num_heads=heads, rank=config.rank, exact_up_to=config.set_attention_exact_up_to)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias
+from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
 
 GRADIENT_EPS = 1e-6
 """Damping of the eigenvector gradient, relative to the pair of eigenvalues. Against the exact gradient: cosine 1.000,
@@ -184,6 +184,7 @@ class SvdAttention(nn.Module):
         self.num_heads, self.softmax = num_heads, softmax
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
+        start_as_similarity(self.key, self.value)
         self.log_temperature_H = nn.Parameter(torch.full((num_heads,), math.log(START_TEMPERATURE)))
 
     def forward(

@@ -188,6 +188,7 @@ def _catalogue_input(batch: Batch, tables: ItemRows, item_IC: Tensor, features_I
         user_features_UGC=user_features_UGC,
         event_item_N=batch.event_item,
         candidate_item_M=torch.arange(num_items).repeat(batch.num_requests),
+        num_reserved=NUM_RESERVED,
     )
 
 

@@ -106,6 +106,7 @@ def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
         user_features_UGC=user_features_UGC,
         event_item_N=index[: batch.num_events],
         candidate_item_M=index[batch.num_events :],
+        num_reserved=int((rows < NUM_RESERVED).sum()),
     )
 
 
@@ -122,6 +123,7 @@ def model_input(
     user_features_UGC: Tensor,
     event_item_N: Tensor,
     candidate_item_M: Tensor,
+    num_reserved: int,
 ) -> ModelInput:
     """The batch with its items replaced by indices into looked-up rows, on the device of the rows; the layout stays.
 
@@ -144,6 +146,7 @@ def model_input(
         request_time_B=move(batch.request_time),
         candidate_offsets_B1=batch.candidate_offsets,
         candidate_item_M=move(candidate_item_M),
+        num_reserved=num_reserved,
     ).refuse_bad_layout()
 
 

@@ -30,6 +30,7 @@ SOLAR = SolarConfig(
     set_attention=False,
     context_features=True,
     absolute_time=True,
+    repeats=True,
 )
 
 

@@ -25,6 +25,7 @@ BASE = SolarConfig(
     num_user_features=NUM_USER_FEATURES,
     context_features=True,
     absolute_time=True,
+    repeats=True,
 )
 """SOLAR with all its parts, small."""
 

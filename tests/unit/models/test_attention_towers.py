@@ -18,6 +18,7 @@ from models.solar import Solar, SolarConfig
 from tests.unit.models.model_inputs import (
     BASE,
     NUM_FEATURES,
+    NUM_ITEMS,
     NUM_USER_FEATURES,
     WIDTH,
     empty_inputs,
@@ -28,7 +29,7 @@ from tests.unit.models.model_inputs import (
 )
 
 COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3}
-COMMON |= {"num_user_features": NUM_USER_FEATURES, "absolute_time": True}
+COMMON |= {"num_user_features": NUM_USER_FEATURES, "absolute_time": True, "repeats": True}
 VARIANTS: dict[str, TowerConfig] = {
     "base": BASE,
     "two layers": dataclasses.replace(BASE, num_layers=2),
@@ -183,10 +184,24 @@ def test_nothing_is_read_back_from_the_device(
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     model = TOWERS[type(config)](config, num_features=NUM_FEATURES).to("meta").train(training)
     inputs = random_inputs()
-    host = {"event_offsets_U1", "request_user_B", "request_position_B", "candidate_offsets_B1"}
+    host = {"event_offsets_U1", "request_user_B", "request_position_B", "candidate_offsets_B1", "num_reserved"}
     fields = {field.name for field in dataclasses.fields(inputs)} - host
     on_device = {name: getattr(inputs, name).detach().to("meta") for name in fields}
     on_device["item_IC"].requires_grad_()
     logits_M = model(dataclasses.replace(inputs, **on_device))
     assert logits_M.shape == inputs.candidate_item_M.shape
     logits_M.sum().backward()
+
+
+def test_a_new_tower_prefers_what_is_like_the_history(config: TowerConfig) -> None:
+    """Before any training: attention is similarity, so the items of a history stand above the others."""
+    torch.manual_seed(0)
+    model = TOWERS[type(config)](config, num_features=NUM_FEATURES).eval()
+    every, above = torch.arange(NUM_ITEMS), []
+    for seed in range(20):
+        inputs = random_inputs(lengths=(20,), requests=((0, 20),), sizes=(NUM_ITEMS,), seed=seed)
+        inputs = dataclasses.replace(inputs, candidate_item_M=every, event_item_N=inputs.event_item_N % 8)
+        with torch.no_grad():
+            logit_M = model(inputs)
+        above.append(bool(logit_M[every < 8].mean() > logit_M[every >= 8].mean()))
+    assert sum(above) >= 18

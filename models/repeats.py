@@ -1,0 +1,67 @@
+"""What a history says of a candidate exactly, however long it is: how often and how lately the candidate itself occurs.
+
+    repeat_M = MLP(log(1 + count in the latest w events) for each w, log(1 + events since), log(1 + hours since))
+
+A vector of a history, be it a mean or R interests, tells what its items are like, not which of thousands they were.
+Where people come back to items that is the strongest signal there is (personal frequency of next-basket recommendation,
+arXiv 2109.14233), and no item needs training for it. One sort of the batch's events and some binary searches a
+candidate: O((N + M) log N), nothing of size N x M.
+The letters are those of models/interface.py; X counts the arguments of the MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.candidate_sets import CandidateSets
+from models.history import MS_PER_HOUR
+from models.interface import ModelInput
+
+WINDOWS = (16, 128, 1024, None)
+"""Latest events in which a candidate is counted; None = all of them."""
+HIDDEN = 16
+
+
+class RepeatScore(nn.Module):
+    """One number per candidate, a part of its logit; the same for all that do not occur in their history."""
+
+    def __init__(self, *, time_features: bool) -> None:
+        super().__init__()
+        self.time_features = time_features
+        self.hidden = nn.Linear(len(WINDOWS) + 1 + time_features, HIDDEN)
+        self.last = nn.Linear(HIDDEN, 1, bias=False)
+        # A start without it: the model learns it where people come back.
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, inputs: ModelInput, *, candidates: CandidateSets) -> Tensor:
+        found_MX = repeats(inputs, request_M=candidates.request_M, time_features=self.time_features)
+        return self.last(torch.relu(self.hidden(found_MX.to(self.hidden.weight.dtype)))).squeeze(-1)
+
+
+def repeats(inputs: ModelInput, *, request_M: Tensor, time_features: bool) -> Tensor:
+    """[M, X] float32: the arguments above, 0 for a candidate that does not occur in its history or is no known item."""
+    item_M, device = inputs.candidate_item_M, inputs.candidate_item_M.device
+    num_events = inputs.event_item_N.shape[0]
+    start_B = inputs.event_offsets_U1[inputs.request_user_B]
+    start_M, length_M = (
+        value_B.to(device, non_blocking=True)[request_M] for value_B in (start_B, inputs.request_position_B)
+    )
+    # An item's events stand together and in order, and a user's are one range of rows: counting is subtraction.
+    stride = num_events + 1
+    key_N = torch.sort(inputs.event_item_N * stride + torch.arange(num_events, device=device)).values
+    first_M = item_M * stride + start_M
+    end_M = torch.searchsorted(key_N, first_M + length_M)
+    known_M = item_M >= inputs.num_reserved
+    counts = []
+    for window in WINDOWS:
+        older_M = 0 if window is None else (length_M - window).clamp_min(0)
+        counts.append((end_M - torch.searchsorted(key_N, first_M + older_M)) * known_M)
+    seen_M = counts[-1] > 0
+    last_M = torch.where(seen_M, torch.cat([key_N.new_zeros(1), key_N])[end_M] - item_M * stride, 0)
+    found = [*counts, torch.where(seen_M, start_M + length_M - 1 - last_M, 0)]
+    if time_features:
+        time_N1 = torch.cat([inputs.event_time_N, inputs.event_time_N.new_zeros(1)])
+        since_M = (inputs.request_time_B[request_M] - time_N1[last_M]).clamp_min(0)
+        found.append(torch.where(seen_M, since_M, 0) / MS_PER_HOUR)
+    return torch.log1p(torch.stack([value_M.float() for value_M in found], 1))
