@@ -74,7 +74,18 @@ HISTORIES: dict[str, Options] = {
     "SOLAR": {},
     **{f"history cut at {events}": {"max_history": events} for events in (50, 200, 1000)},
 }
-SUITES = {"models": MODELS, "ablations": ABLATIONS, "histories": HISTORIES}
+NO_HISTORY_NEGATIVES: Options = {"history_negatives": 0, "log_q": False}
+RETURNING: dict[str, Options] = {
+    "SOLAR": {},
+    "repeats off": {"repeats": False},
+    "history negatives off": NO_HISTORY_NEGATIVES,
+    "both off": {"repeats": False, **NO_HISTORY_NEGATIVES},
+    "uniform negatives": {"negatives": "uniform", "popularity_power": 0.75},
+    "interests off": {"interests": False},
+    "interests off, repeats off": {"interests": False, "repeats": False},
+}
+"""For recipes of data where people come back to items."""
+SUITES = {"models": MODELS, "ablations": ABLATIONS, "histories": HISTORIES, "returning": RETURNING}
 
 
 def main() -> None:
@@ -226,11 +237,15 @@ def run_one(task: tuple) -> str:
 
 
 def with_changes(config: RunConfig, changes: Options) -> RunConfig:
-    """The config with another model, or other fields of it; max_history is the requests'."""
+    """The config with another model, or other fields of it, of its training or of its requests."""
     changes = dict(changes)
-    if "max_history" in changes:
-        requests = dataclasses.replace(config.data.requests, max_history=changes.pop("max_history"))
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, requests=requests))
+
+    def replaced(section: Any) -> Any:
+        names = {field.name for field in dataclasses.fields(section)} & set(changes)
+        return dataclasses.replace(section, **{name: changes.pop(name) for name in names})
+
+    data = dataclasses.replace(config.data, requests=replaced(config.data.requests))
+    config = dataclasses.replace(config, data=data, training=replaced(config.training))
     if (model := changes.pop("name", config.model["name"])) != config.model["name"]:
         config = config.with_model(model)
     return dataclasses.replace(config, model={**config.model, **changes}, compare=())
