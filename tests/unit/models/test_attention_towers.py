@@ -198,10 +198,10 @@ def test_a_new_tower_prefers_what_is_like_the_history(config: TowerConfig) -> No
     torch.manual_seed(0)
     model = TOWERS[type(config)](config, num_features=NUM_FEATURES).eval()
     every, above = torch.arange(NUM_ITEMS), []
-    for seed in range(20):
+    for seed in range(8):
         inputs = random_inputs(lengths=(20,), requests=((0, 20),), sizes=(NUM_ITEMS,), seed=seed)
         inputs = dataclasses.replace(inputs, candidate_item_M=every, event_item_N=inputs.event_item_N % 8)
         with torch.no_grad():
             logit_M = model(inputs)
         above.append(bool(logit_M[every < 8].mean() > logit_M[every >= 8].mean()))
-    assert sum(above) >= 18
+    assert all(above)
