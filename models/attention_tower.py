@@ -2,7 +2,7 @@
 
     item_ID = items(item rows, item features)          event_ND = events(items of the history, action, time)
     C += W_O [whole history read by Q = W_Q norm(C) + the request  +  RecentAttention(Q, latest W events)]
-    logit = head(C + the request, item)
+    logit = head(C + the request, item)  [+ repeats(item, history)]
 
 A competitor is a subclass that says how the whole history is read: one file each, the same encoders, recent window,
 head and sizes. Solar repeats the middle line in blocks.

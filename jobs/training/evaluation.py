@@ -90,6 +90,7 @@ def evaluate_counts(
     """
     loader = evaluation_loader(shards, requests=requests, part=part)
     scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
+    share_I = scores_I / (scores_I.max() + 1)
     results = []
     for batch in _translated(loader, catalogue, lambda done, total: None):
         if requests.task == "impressions":
@@ -98,7 +99,7 @@ def evaluate_counts(
         per_chunk = max(1, CANDIDATES_PER_FORWARD // catalogue.num_items)
         for first in range(0, batch.num_requests, per_chunk):
             chunk = select_requests(batch, first, min(first + per_chunk, batch.num_requests))
-            scores_BI = _own_items(chunk, else_I=scores_I / (scores_I.max() + 1)) if own_items else scores_I
+            scores_BI = _own_items(chunk, else_I=share_I) if own_items else scores_I
             results.append(_ranks(chunk, scores_BI.expand(chunk.num_requests, -1), catalogue))
     if requests.task == "impressions":
         return _collect_impressions(results, loader)
