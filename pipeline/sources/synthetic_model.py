@@ -9,10 +9,11 @@ the item's feature. Vectors of topics a_k and of groups b_g are N(0, 1)^R, and
     q(i | g) ~ place(i) ^ -popularity                              place = 1, 2, ... of the item within its group
     next(i)  = the item after i on one closed walk through all items, drawn once
 
-User. Sessions have `session_events` events. Of the interest, the share `lasting` never changes; the rest forgets:
+User. Sessions have `session_events` events, and each is in one of the user's K = `moods` moods. Of the interest, the
+share `lasting` is the mood's and never changes; the rest forgets:
 
     x_u,s = (1 - drift) x_u,s-1 + sqrt(1 - (1 - drift)^2) N(0, 1)^R                        x_u,0 in N(0, 1)^R
-    z_u,s = sqrt(lasting) base_u + sqrt(1 - lasting) x_u,s                                 base_u in N(0, 1)^R
+    z_u,s = sqrt(lasting) base_u,m(s) + sqrt(1 - lasting) x_u,s       base_u,m in N(0, 1)^R, m(s) uniform in 1 .. K
     p_s(i) = softmax_g(sharpness <z_u,s, c_g> / sqrt(R)) at g(i), times q(i | g(i))
 
 Clicks. The first follows p; each later one follows the order with probability w = order_strength, else p:
@@ -96,7 +97,7 @@ def simulate(world: World, number: int) -> Block:
 def item_probability(world: World, block: Block, turns: np.ndarray, items: np.ndarray) -> np.ndarray:
     """Equation (1): [B, ...] for turns [B] of the block and items [B, ...] each."""
     config = world.config
-    shares = _group_shares(world, block.interest[block.session[turns]])
+    shares = group_shares(world, block.interest[block.session[turns]])
     spread = (slice(None),) + (None,) * (items.ndim - 1)
     p = shares[np.arange(len(turns))[spread], world.group[items]] * world.within[items]
     previous = block.previous[turns]
@@ -115,7 +116,7 @@ def click_probability(world: World, block: Block, turns: np.ndarray) -> np.ndarr
 
 def _interests(rng: np.random.Generator, sessions: np.ndarray, config: SyntheticConfig) -> np.ndarray:
     """[S, R]: users' sessions one after the other. All users take a step at once."""
-    base = rng.standard_normal((len(sessions), config.rank))
+    base = rng.standard_normal((len(sessions), config.moods, config.rank))
     noise = rng.standard_normal((int(sessions.sum()), config.rank))
     starts = np.cumsum(sessions) - sessions
     keep, fresh = 1 - config.drift, np.sqrt(1 - (1 - config.drift) ** 2)
@@ -124,10 +125,12 @@ def _interests(rng: np.random.Generator, sessions: np.ndarray, config: Synthetic
     for step, count in enumerate(alive, start=1):
         rows = starts[longest_first[:count]] + step
         noise[rows] = keep * noise[rows - 1] + fresh * noise[rows]
-    return np.sqrt(config.lasting) * np.repeat(base, sessions, axis=0) + np.sqrt(1 - config.lasting) * noise
+    mood = rng.integers(config.moods, size=len(noise)) if config.moods > 1 else np.zeros(len(noise), np.int64)
+    owner = np.repeat(np.arange(len(sessions)), sessions)
+    return np.sqrt(config.lasting) * base[owner, mood] + np.sqrt(1 - config.lasting) * noise
 
 
-def _group_shares(world: World, interest: np.ndarray) -> np.ndarray:
+def group_shares(world: World, interest: np.ndarray) -> np.ndarray:
     """[S, G]: the softmax over groups."""
     logits = (world.config.sharpness / np.sqrt(world.config.rank)) * (interest @ world.vectors.T)
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -155,7 +158,7 @@ def _draw_items(rng: np.random.Generator, world: World, interest: np.ndarray, se
     group = np.empty(len(session), np.int64)
     step = max(1, _SLICE_NUMBERS // num_groups)
     for start in range(0, len(interest), step):
-        shares = _group_shares(world, interest[start : start + step])
+        shares = group_shares(world, interest[start : start + step])
         low, high = np.searchsorted(session, (start, start + len(shares)))
         group[low:high] = _invert(shares.ravel(), num_groups, session[low:high] - start, group_draw[low:high])
     by_group = np.argsort(world.group, kind="stable")

@@ -38,6 +38,9 @@ class SyntheticConfig:
     """Standard deviation of the logarithm of a user's number of events; 0 = all users have the mean."""
     rank: int = 8
     """Numbers that describe an interest."""
+    moods: int = 1
+    """Lasting interests of a user. Each session is in one of them, drawn anew: what a user wants today may have shown
+    itself last long ago."""
     sharpness: float = 3.0
     """0 = no interests; at 3 a user's favourite tenth of the groups takes most clicks."""
     popularity: float = 0.5
@@ -67,7 +70,7 @@ class SyntheticConfig:
         if self.form not in ("events", "impressions"):
             raise ValueError(f"form={self.form!r}: must be events or impressions")
         least = {"items": 2, "candidates": 2, "seed": 0, "start": 0}
-        counts = ("users", "items", "topics", "groups", "events_per_user", "max_events_per_user", "rank")
+        counts = ("users", "items", "topics", "groups", "events_per_user", "max_events_per_user", "rank", "moods")
         for name in (*counts, "session_events", "candidates", "days", "seed", "start"):
             if getattr(self, name) < least.get(name, 1):
                 raise ValueError(f"{name}={getattr(self, name)}: must be {least.get(name, 1)} or more")

@@ -34,10 +34,14 @@ import polars as pl
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from jobs.cluster import quiet_environment, ray_session
 from jobs.config import RunConfig
 from jobs.config_reader import load_config
 
 Options = dict[str, Any]
+
+COUNTS = "counts"
+"""Of a variant that counts and learns nothing: whether the user's own items stand above the popular ones."""
 
 MODELS: dict[str, Options] = {
     "SOLAR": {},
@@ -47,6 +51,8 @@ MODELS: dict[str, Options] = {
     "linear attention": {"name": "linear_attention"},
     "LightSANs pooling": {"name": "light_sans"},
     "mean pooling": {"name": "mean_pooling"},
+    "popularity": {COUNTS: False},
+    "own items": {COUNTS: True},
 }
 ABLATIONS: dict[str, Options] = {
     "SOLAR": {},
@@ -101,10 +107,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"))
     options = parser.parse_args()
+    # Read when a process starts: what allocates as a worker does must do so in the processes of the variants too.
+    quiet_environment()
     suite = SUITES[options.suite]
     first = next(iter(suite))
     chosen = {name: suite[name] for name in suite if not options.only or name in [first, *options.only]}
     config = prepared(options, chosen)
+    if config.data.requests.task == "impressions":
+        chosen.pop("own items", None)
     epochs = f"-{options.epochs}-epochs" if options.epochs else ""
     place = options.directory / f"{config.data.name}-{options.suite}{epochs}"
     part = "test" if options.suite == "models" else "valid"
@@ -120,7 +130,6 @@ def main() -> None:
 
 def prepared(options: argparse.Namespace, chosen: dict[str, Options]) -> RunConfig:
     """The config of the recipe on prepared shards: of the whole log, or of a sample of its users."""
-    from jobs.cluster import ray_session
     from pipeline.build import index_requests, prepare
     from pipeline.shards import Shards
 
@@ -167,16 +176,63 @@ def run_all(tasks: list[tuple], *, jobs: int) -> None:
 
 
 def run_one(task: tuple) -> str:
-    """Train and evaluate one variant with one seed as a group of one rank; write its result."""
+    """Evaluate one variant with one seed as a group of one rank, trained if it learns; write its result."""
     config, name, changes, seed, part, place = task
     import torch
     import torch.distributed as dist
 
-    from jobs.train import best_checkpoint, open_shards, train_job
+    from jobs.train import open_shards, train_job
     from jobs.training.catalogue import catalogue_of, training_counts
+    from jobs.training.evaluation import evaluate_counts
+    from jobs.training.parallel import quiet_libraries
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
+    quiet_libraries()
+    run = f"{file_name(name)}-{seed}"
+    changed = dataclasses.replace(with_changes(config, changes), name=run, seed=seed, workspace=str(place.absolute()))
+    shards = open_shards(changed)
+    job = train_job(changed, shards)
+    counts = training_counts(shards, requests=job.requests)
+    catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
+    with tempfile.TemporaryDirectory() as store:
+        dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+        started = time.monotonic()
+        if COUNTS in changes:
+            trained: Options = {"steps": 0, "train_seconds": 0.0}
+            result = evaluate_counts(
+                shards, catalogue=catalogue, requests=job.requests, part=part, own_items=changes[COUNTS]
+            )
+        else:
+            result, trained = trained_and_evaluated(job, shards, catalogue=catalogue, part=part)
+        dist.destroy_process_group()
+    found = {
+        "variant": name,
+        "seed": seed,
+        "model": changed.model,
+        "part": part,
+        "metrics": result.metrics(),
+        "slices": {
+            label: sum_and_count(result, mask, seen_items=job.requests.seen_items)
+            for label, mask in result.slices().items()
+        },
+        "whole_seconds": time.monotonic() - started,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        **trained,
+    }
+    path = result_path(place, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1))
+    path.with_suffix(".tmp").rename(path)
+    return f"{name}, seed {seed}: {primary(found):.4f} in {found['train_seconds']:.0f} s of training"
+
+
+def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -> tuple[Any, Options]:
+    """(what its best checkpoint gives on the part, how the training went)."""
+    from jobs.train import best_checkpoint
     from jobs.training.evaluation import evaluate
     from jobs.training.loop import build_model, train
-    from jobs.training.parallel import quiet_libraries
     from jobs.training.telemetry import Reporter
 
     class Curve(Reporter):
@@ -192,53 +248,23 @@ def run_one(task: tuple) -> str:
             if kind == "valid":
                 self.rows.append({**values, "train_seconds": self.seconds})
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)
-    quiet_libraries()
-    run = f"{file_name(name)}-{seed}"
-    changed = dataclasses.replace(with_changes(config, changes), name=run, seed=seed, workspace=str(place.absolute()))
-    shards = open_shards(changed)
-    job = train_job(changed, shards)
     Path(job.run_dir).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as store:
-        dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
-        started = time.monotonic()
-        curve = Curve()
-        state = train(job, reporter=curve)
-        tables, tower = build_model(job, shards, checkpoint=best_checkpoint(Path(job.run_dir)))
-        counts = training_counts(shards, requests=job.requests)
-        catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
-        result = evaluate(tower, tables, shards, catalogue=catalogue, requests=job.requests, part=part)
-        dist.destroy_process_group()
-    found = {
-        "variant": name,
-        "seed": seed,
-        "model": changed.model,
-        "part": part,
-        "metrics": result.metrics(),
-        "slices": {
-            label: sum_and_count(result, mask, seen_items=job.requests.seen_items)
-            for label, mask in result.slices().items()
-        },
+    curve = Curve()
+    state = train(job, reporter=curve)
+    tables, tower = build_model(job, shards, checkpoint=best_checkpoint(Path(job.run_dir)))
+    result = evaluate(tower, tables, shards, catalogue=catalogue, requests=job.requests, part=part)
+    return result, {
         "steps": state.step,
         "best_step": state.best_step,
         "train_seconds": state.train_seconds,
-        "whole_seconds": time.monotonic() - started,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "parameters": sum(parameter.numel() for parameter in tower.parameters()),
         "curve": curve.rows,
     }
-    path = result_path(place, name, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1))
-    path.with_suffix(".tmp").rename(path)
-    return f"{name}, seed {seed}: {primary(found):.4f} in {state.train_seconds:.0f} s of training"
 
 
 def with_changes(config: RunConfig, changes: Options) -> RunConfig:
     """The config with another model, or other fields of it, of its training or of its requests."""
-    changes = dict(changes)
+    changes = {name: value for name, value in changes.items() if name != COUNTS}
 
     def replaced(section: Any) -> Any:
         names = {field.name for field in dataclasses.fields(section)} & set(changes)

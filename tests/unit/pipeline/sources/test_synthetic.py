@@ -127,6 +127,19 @@ def test_interests_drift_as_fast_as_configured():
         assert abs(product.mean() - (0.3 + 0.7 * 0.8**lag)) < 0.06
 
 
+def test_every_session_is_in_one_of_its_users_moods():
+    config = dataclasses.replace(CLICKS, moods=3, lasting=1.0, session_events=5, spread=0.0)
+    block = simulate(build_world(config), 0)
+    sessions, first = np.unique(block.session, return_index=True)
+    mood, visits = np.unique(block.interest[sessions], axis=0, return_counts=True)
+    assert len(mood) == 3 * config.users
+    owner = block.user[first]
+    assert all(len(np.unique(block.interest[sessions[owner == user]], axis=0)) == 3 for user in np.unique(owner))
+    # 80 sessions a user, all moods alike: chi-square with two degrees of freedom a user, 5 standard deviations.
+    chi_square = ((visits - 80 / 3) ** 2 / (80 / 3)).sum()
+    assert chi_square < 2 * config.users + 5 * np.sqrt(4 * config.users)
+
+
 def test_items_carry_their_topic_and_the_log_is_reused(tmp_path):
     out = tmp_path / "log"
     imported = import_synthetic(str(out), config=SHOWN)
