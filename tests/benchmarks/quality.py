@@ -113,7 +113,7 @@ def main() -> None:
     first = next(iter(suite))
     chosen = {name: suite[name] for name in suite if not options.only or name in [first, *options.only]}
     config = prepared(options, chosen)
-    if config.data.requests.task == "impressions":
+    if config.data.requests.task == "impressions" or config.data.requests.seen_items == "removed":
         chosen.pop("own items", None)
     epochs = f"-{options.epochs}-epochs" if options.epochs else ""
     place = options.directory / f"{config.data.name}-{options.suite}{epochs}"
@@ -194,11 +194,11 @@ def run_one(task: tuple) -> str:
     changed = dataclasses.replace(with_changes(config, changes), name=run, seed=seed, workspace=str(place.absolute()))
     shards = open_shards(changed)
     job = train_job(changed, shards)
-    counts = training_counts(shards, requests=job.requests)
-    catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
     with tempfile.TemporaryDirectory() as store:
         dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
         started = time.monotonic()
+        counts = training_counts(shards, requests=job.requests)
+        catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
         if COUNTS in changes:
             trained: Options = {"steps": 0, "train_seconds": 0.0}
             result = evaluate_counts(
