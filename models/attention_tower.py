@@ -73,6 +73,11 @@ class TowerConfig:
         """Whether anything but the history tells requests apart."""
         return bool(self.user_features and self.num_user_features) or self.reads_context or self.reads_waves
 
+    @property
+    def latest(self) -> int | None:
+        """Latest events of a history that the tower reads; None = all of them."""
+        return None
+
     def __post_init__(self) -> None:
         for name in ("width", "num_heads", "num_actions"):
             self._refuse_below(name, 1)
@@ -105,7 +110,7 @@ class HistoryTower(Recommender):
         self.head = Head(config.width, hidden=config.head_width)
         self.request = request_encoder(config)
         self.shift = RequestShift(config.width) if config.reads_request else None
-        self.repeats = RepeatScore(time_features=config.time_features) if config.repeats else None
+        self.repeats = RepeatScore(time_features=config.time_features, latest=config.latest) if config.repeats else None
 
     def states(
         self,

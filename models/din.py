@@ -32,9 +32,13 @@ class DinConfig(TowerConfig):
     """Size and parts of target attention."""
 
     whole_history: bool = True
-    """Attend to every event; off, to the latest `recent_window` alone."""
+    """Attend to every event; off, nothing but the latest `recent_window` is read, by `repeats` neither."""
     decay: bool = True
     """The whole history's weights decay with age at a learned rate."""
+
+    @property
+    def latest(self) -> int | None:
+        return None if self.whole_history else self.recent_window
 
     def __post_init__(self) -> None:
         super().__post_init__()

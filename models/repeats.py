@@ -11,6 +11,9 @@ The letters are those of models/interface.py; X counts the arguments of the MLP.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,28 +22,33 @@ from models.history import MS_PER_HOUR
 from models.interface import ModelInput
 
 WINDOWS = (16, 128, 1024, None)
-"""Latest events in which a candidate is counted; None = all of them."""
+"""Latest events in which a candidate is counted, ascending; None = all of them."""
 HIDDEN = 16
 
 
 class RepeatScore(nn.Module):
     """One number per candidate, a part of its logit; the same for all that do not occur in their history."""
 
-    def __init__(self, *, time_features: bool) -> None:
+    def __init__(self, *, time_features: bool, latest: int | None = None) -> None:
+        """latest: events of a history that are read; None = all."""
         super().__init__()
         self.time_features = time_features
-        self.hidden = nn.Linear(len(WINDOWS) + 1 + time_features, HIDDEN)
+        self.windows = (*(window for window in WINDOWS if window and window < (latest or math.inf)), latest)
+        self.hidden = nn.Linear(len(self.windows) + 1 + time_features, HIDDEN)
         self.last = nn.Linear(HIDDEN, 1, bias=False)
         # A start without it: the model learns it where people come back.
         nn.init.zeros_(self.last.weight)
 
     def forward(self, inputs: ModelInput, *, candidates: CandidateSets) -> Tensor:
-        found_MX = repeats(inputs, request_M=candidates.request_M, time_features=self.time_features)
+        found_MX = repeats(
+            inputs, request_M=candidates.request_M, windows=self.windows, time_features=self.time_features
+        )
         return self.last(torch.relu(self.hidden(found_MX.to(self.hidden.weight.dtype)))).squeeze(-1)
 
 
-def repeats(inputs: ModelInput, *, request_M: Tensor, time_features: bool) -> Tensor:
-    """[M, X] float32: the arguments above, 0 for a candidate that does not occur in its history or is no known item."""
+def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | None], time_features: bool) -> Tensor:
+    """[M, X] float32: the arguments above, 0 for a candidate that does not occur in the last window or is no known
+    item."""
     item_M, device = inputs.candidate_item_M, inputs.candidate_item_M.device
     num_events = inputs.event_item_N.shape[0]
     start_B = inputs.event_offsets_U1[inputs.request_user_B]
@@ -54,7 +62,7 @@ def repeats(inputs: ModelInput, *, request_M: Tensor, time_features: bool) -> Te
     end_M = torch.searchsorted(key_N, first_M + length_M)
     known_M = item_M >= inputs.num_reserved
     counts = []
-    for window in WINDOWS:
+    for window in windows:
         older_M = 0 if window is None else (length_M - window).clamp_min(0)
         counts.append((end_M - torch.searchsorted(key_N, first_M + older_M)) * known_M)
     seen_M = counts[-1] > 0

@@ -115,6 +115,16 @@ def test_events_after_the_position_change_nothing(config: TowerConfig) -> None:
             assert not torch.equal(after[2], before[2])
 
 
+def test_events_before_the_latest_count_where_the_whole_history_is_read(config: TowerConfig) -> None:
+    model = build(config)
+    inputs = random_inputs(lengths=(40,), requests=((0, 40),), sizes=(30,))
+    other = random_inputs(lengths=(40,), requests=((0, 40),), sizes=(30,), seed=9)
+    kept = 40 - COMMON["recent_window"]
+    item_N = torch.cat([other.event_item_N[:kept], inputs.event_item_N[kept:]])
+    before, after = model(inputs), model(dataclasses.replace(inputs, event_item_N=item_N))
+    assert torch.equal(before, after) == (config.latest is not None)
+
+
 def test_empty_history_is_the_same_request_as_a_user_without_events(config: TowerConfig) -> None:
     model = build(config)
     emptied = random_inputs(lengths=(20,), requests=((0, 0),), sizes=(5,))
@@ -130,6 +140,8 @@ def test_empty_history_is_the_same_request_as_a_user_without_events(config: Towe
 
 def test_every_parameter_and_every_item_row_learns(config: TowerConfig) -> None:
     model, inputs = build(config), random_inputs()
+    # A candidate of the fourth request is what its user came to last.
+    inputs.candidate_item_M[5] = inputs.event_item_N[46]
     model(inputs).square().sum().backward()
     # A low-rank form that no set is large enough for, and the exact form in its absence, keep a gradient of zero.
     for name, gradient in gradients(model).items():
