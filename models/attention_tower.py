@@ -236,22 +236,23 @@ class RecentAttention(nn.Module):
 
 
 class Head(nn.Module):
-    """One logit per candidate: agreement of its state with its item, a small network over both, and a score of the item
-    alone, by which popularity is learned."""
+    """One logit per candidate: agreement of what it found with its item, a small network over state and item, and a score
+    of the item alone, by which popularity is learned."""
 
     def __init__(self, width: int, *, hidden: int) -> None:
         super().__init__()
         self.width, self.hidden = width, hidden
         self.item = nn.Linear(width, width + hidden + 1)
-        # Agreement is similarity at first; a state holds its own item, which adds sqrt(D) to every logit.
+        # Agreement is similarity at first.
         nn.init.eye_(self.item.weight.data[:width])
-        nn.init.constant_(self.item.bias.data[width + hidden :], -math.sqrt(width))
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
 
     def forward(self, state_MD: Tensor, *, item_ID: Tensor, item_M: Tensor) -> Tensor:
         target_ID, hidden_IX, popularity_I = self.item(item_ID).split([self.width, self.hidden, 1], -1)
-        logit_M = (state_MD * gather_rows(target_ID, item_M)).sum(-1) / math.sqrt(self.width)
+        # What the candidate found, not the candidate: its own square tells nothing of the history and differs by item.
+        found_MD = state_MD - gather_rows(item_ID, item_M)
+        logit_M = (found_MD * gather_rows(target_ID, item_M)).sum(-1) / math.sqrt(self.width)
         logit_M = logit_M + gather_rows(popularity_I, item_M).squeeze(-1)
         if self.state is not None and self.last is not None:
             logit_M = logit_M + self.last(F.relu(self.state(state_MD) + gather_rows(hidden_IX, item_M))).squeeze(-1)

@@ -3,7 +3,7 @@
     block:  C += W_O [SVDAttention(norm(C), interests) + RecentAttention(norm(C), latest W events)]
             C += SetAttention(norm(C))
             C += FFN(norm(C))
-    head:   logit = <C, W item> / sqrt(D) + MLP([C, item]) + popularity(item)  [+ repeats(item, history)]
+    head:   logit = <C - item, W item> / sqrt(D) + MLP([C, item]) + popularity(item)  [+ repeats(item, history)]
 
 What is known of a request beside its history (request_features.py) shifts the first query and the C of the head.
 
