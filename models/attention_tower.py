@@ -236,8 +236,8 @@ class RecentAttention(nn.Module):
 
 
 class Head(nn.Module):
-    """One logit per candidate: agreement of what it found with its item, a small network over state and item, and a score
-    of the item alone, by which popularity is learned."""
+    """One logit per candidate: agreement of what it found with its item, a small network over state and item, and a
+    score of the item alone, by which popularity is learned."""
 
     def __init__(self, width: int, *, hidden: int) -> None:
         super().__init__()
