@@ -91,7 +91,7 @@ def evaluate(
     _warn(config, shards, systems[0], console)
     arguments = {
         "systems": systems,
-        "baselines": _baselines(config.data.requests),
+        "baselines": baselines(config.data.requests),
         "shards": shards.path,
         "manifest": shards.manifest.number,
         "requests": config.data.requests,
@@ -225,7 +225,7 @@ def _read_result(directory: Path, system: str, *, task: str) -> RankedTargets | 
 def _summarise(directory: Path, config: RunConfig, names: list[str]) -> dict[str, Any]:
     """Metrics of every system; intervals over users and ratios of the primary one, also by slice."""
     main, requests = names[0], config.data.requests
-    systems = [main, f"{main}, {EMPTIED}", *names[1:], *_baselines(requests)]
+    systems = [main, f"{main}, {EMPTIED}", *names[1:], *baselines(requests)]
     results = {system: _read_result(directory, system, task=requests.task) for system in systems}
 
     def per_user(system: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +262,7 @@ def _summarise(directory: Path, config: RunConfig, names: list[str]) -> dict[str
     }
 
 
-def _baselines(requests: RequestConfig) -> list[str]:
+def baselines(requests: RequestConfig) -> list[str]:
     """What needs no model: what everybody comes to and, where people may come back to items, what the user came to."""
     comes_back = requests.task == "next_item" and requests.seen_items == "kept"
     return [OWN_ITEMS, POPULARITY] if comes_back else [POPULARITY]

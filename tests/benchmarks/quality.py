@@ -37,11 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster import quiet_environment, ray_session
 from jobs.config import RunConfig
 from jobs.config_reader import load_config
+from jobs.evaluate import OWN_ITEMS, POPULARITY, baselines
 
 Options = dict[str, Any]
-
-COUNTS = "counts"
-"""Of a variant that counts and learns nothing: whether the user's own items stand above the popular ones."""
 
 MODELS: dict[str, Options] = {
     "SOLAR": {},
@@ -51,8 +49,9 @@ MODELS: dict[str, Options] = {
     "linear attention": {"name": "linear_attention"},
     "LightSANs pooling": {"name": "light_sans"},
     "mean pooling": {"name": "mean_pooling"},
-    "popularity": {COUNTS: False},
-    "own items": {COUNTS: True},
+    # What counts and learns nothing, where it is a baseline of the recipe.
+    POPULARITY: {},
+    OWN_ITEMS: {},
 }
 ABLATIONS: dict[str, Options] = {
     "SOLAR": {},
@@ -113,8 +112,8 @@ def main() -> None:
     first = next(iter(suite))
     chosen = {name: suite[name] for name in suite if not options.only or name in [first, *options.only]}
     config = prepared(options, chosen)
-    if config.data.requests.task == "impressions" or config.data.requests.seen_items == "removed":
-        chosen.pop("own items", None)
+    there = baselines(config.data.requests)
+    chosen = {name: chosen[name] for name in chosen if name not in (POPULARITY, OWN_ITEMS) or name in there}
     epochs = f"-{options.epochs}-epochs" if options.epochs else ""
     place = options.directory / f"{config.data.name}-{options.suite}{epochs}"
     part = "test" if options.suite == "models" else "valid"
@@ -199,10 +198,10 @@ def run_one(task: tuple) -> str:
         started = time.monotonic()
         counts = training_counts(shards, requests=job.requests)
         catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
-        if COUNTS in changes:
+        if name in (POPULARITY, OWN_ITEMS):
             trained: Options = {"steps": 0, "train_seconds": 0.0}
             result = evaluate_counts(
-                shards, catalogue=catalogue, requests=job.requests, part=part, own_items=changes[COUNTS]
+                shards, catalogue=catalogue, requests=job.requests, part=part, own_items=name == OWN_ITEMS
             )
         else:
             result, trained = trained_and_evaluated(job, shards, catalogue=catalogue, part=part)
@@ -264,7 +263,7 @@ def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -
 
 def with_changes(config: RunConfig, changes: Options) -> RunConfig:
     """The config with another model, or other fields of it, of its training or of its requests."""
-    changes = {name: value for name, value in changes.items() if name != COUNTS}
+    changes = dict(changes)
 
     def replaced(section: Any) -> Any:
         names = {field.name for field in dataclasses.fields(section)} & set(changes)
