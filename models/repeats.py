@@ -11,7 +11,6 @@ The letters are those of models/interface.py; X counts the arguments of the MLP.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +20,8 @@ from models.candidate_sets import CandidateSets
 from models.history import MS_PER_HOUR
 from models.interface import ModelInput
 
-WINDOWS = (16, 128, 1024, None)
-"""Latest events in which a candidate is counted, ascending; None = all of them."""
+WINDOWS = (16, 128, 1024)
+"""Latest events in which a candidate is counted, beside all that are read."""
 HIDDEN = 16
 
 
@@ -33,7 +32,7 @@ class RepeatScore(nn.Module):
         """latest: events of a history that are read; None = all."""
         super().__init__()
         self.time_features = time_features
-        self.windows = (*(window for window in WINDOWS if window and window < (latest or math.inf)), latest)
+        self.windows = (*(window for window in WINDOWS if latest is None or window < latest), latest)
         self.hidden = nn.Linear(len(self.windows) + 1 + time_features, HIDDEN)
         self.last = nn.Linear(HIDDEN, 1, bias=False)
         # A start without it: the model learns it where people come back.
@@ -48,7 +47,7 @@ class RepeatScore(nn.Module):
 
 def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | None], time_features: bool) -> Tensor:
     """[M, X] float32: the arguments above, 0 for a candidate that does not occur in the last window or is no known
-    item."""
+    item. windows: ascending; None, at the end, = all events."""
     item_M, device = inputs.candidate_item_M, inputs.candidate_item_M.device
     num_events = inputs.event_item_N.shape[0]
     start_B = inputs.event_offsets_U1[inputs.request_user_B]

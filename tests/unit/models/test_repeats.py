@@ -11,14 +11,15 @@ from models.repeats import WINDOWS, RepeatScore, repeats
 from tests.unit.models.model_inputs import empty_inputs, random_inputs
 
 MS_PER_HOUR = 3_600_000
+WHOLE = (*WINDOWS, None)
 
 
-def found_in(inputs, *, windows=WINDOWS, time_features: bool = True) -> torch.Tensor:
+def found_in(inputs, *, windows=WHOLE, time_features: bool = True) -> torch.Tensor:
     request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff())
     return repeats(inputs, request_M=request_M, windows=windows, time_features=time_features)
 
 
-def by_hand(inputs, *, windows=WINDOWS) -> torch.Tensor:
+def by_hand(inputs, *, windows=WHOLE) -> torch.Tensor:
     rows = []
     request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).tolist()
     for b, item in zip(request_M, inputs.candidate_item_M.tolist(), strict=True):
@@ -73,4 +74,4 @@ def test_a_new_score_is_zero_and_learns():
 
 
 def test_nothing_to_score():
-    assert found_in(empty_inputs()).shape == (0, len(WINDOWS) + 2)
+    assert found_in(empty_inputs()).shape == (0, len(WHOLE) + 2)
