@@ -96,14 +96,17 @@ def simulate(world: World, number: int) -> Block:
 
 def item_probability(world: World, block: Block, turns: np.ndarray, items: np.ndarray) -> np.ndarray:
     """Equation (1): [B, ...] for turns [B] of the block and items [B, ...] each."""
-    config = world.config
     shares = group_shares(world, block.interest[block.session[turns]])
     spread = (slice(None),) + (None,) * (items.ndim - 1)
     p = shares[np.arange(len(turns))[spread], world.group[items]] * world.within[items]
-    previous = block.previous[turns]
-    follows = items == world.next_item(previous)[spread]
-    with_order = config.order_strength * follows + (1 - config.order_strength) * p
-    return np.where((previous >= 0)[spread], with_order, p)
+    return with_order(world, p, items=items, previous=block.previous[turns][spread])
+
+
+def with_order(world: World, p: np.ndarray, *, items: np.ndarray, previous: np.ndarray) -> np.ndarray:
+    """Equation (1) from p(items) after the clicks `previous`, -1 for none; all of them broadcast."""
+    strength = world.config.order_strength
+    follows = items == world.next_item(previous)
+    return np.where(previous >= 0, strength * follows + (1 - strength) * p, p)
 
 
 def click_probability(world: World, block: Block, turns: np.ndarray) -> np.ndarray:

@@ -23,11 +23,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline.sources.synthetic_model import Block, group_shares, simulate
+from models.metrics import ndcg, rank_of_target
+from pipeline.sources.synthetic_model import Block, group_shares, simulate, with_order
 from pipeline.sources.synthetic_world import SyntheticConfig, World, build_world
 
 DRAWN_USERS = 20_000
@@ -54,9 +56,7 @@ def main() -> None:
                 truth = group_shares(world, block.interest[[block.session[turn]]])
                 for name, shares in zip(found, (truth, moods, anybody, anybody), strict=True):
                     weight = posterior(world, block, turn, shares, sees_session=name != "nobody")
-                    found[name].append(
-                        ndcg_at_10(predicted(world, block, turn, weight @ shares), int(block.clicked[turn]))
-                    )
+                    found[name].append(ndcg_at_10(world, block, turn, weight @ shares))
     for name, values in found.items():
         error = statistics.stdev(values) / len(values) ** 0.5
         print(f"{name:<16} {statistics.mean(values):.4f} +- {error:.4f}   {len(values):,} clicks")
@@ -76,30 +76,20 @@ def posterior(world: World, block: Block, turn: int, shares: np.ndarray, *, sees
     """[K] probability of each row of shares [K, G], all alike before the session's clicks."""
     log_likelihood = np.zeros(len(shares))
     session = np.flatnonzero(block.session == block.session[turn]) if sees_session else np.zeros(0, np.int64)
-    strength = world.config.order_strength
     for earlier in session[session < turn]:
         item = block.clicked[earlier]
-        likelihood = shares[:, world.group[item]] * world.within[item]
-        if block.previous[earlier] >= 0:
-            follows = item == world.next_item(block.previous[[earlier]])[0]
-            likelihood = strength * follows + (1 - strength) * likelihood
-        log_likelihood += np.log(likelihood)
+        p = shares[:, world.group[item]] * world.within[item]
+        log_likelihood += np.log(with_order(world, p, items=item, previous=block.previous[earlier]))
     weight = np.exp(log_likelihood - log_likelihood.max())
     return weight / weight.sum()
 
 
-def predicted(world: World, block: Block, turn: int, share: np.ndarray) -> np.ndarray:
-    """[n] probability of every item, from shares of groups [G] and the click before."""
+def ndcg_at_10(world: World, block: Block, turn: int, share: np.ndarray) -> float:
+    """Of the click among all items, for shares of groups [G]."""
     p = share[world.group] * world.within
-    if block.previous[turn] >= 0:
-        p *= 1 - world.config.order_strength
-        p[world.next_item(block.previous[[turn]])] += world.config.order_strength
-    return p
-
-
-def ndcg_at_10(score: np.ndarray, item: int) -> float:
-    rank = int((score > score[item]).sum())
-    return 1 / np.log2(rank + 2) if rank < 10 else 0.0
+    score = with_order(world, p, items=np.arange(len(p)), previous=block.previous[turn])
+    rank = rank_of_target(torch.from_numpy(score)[None], torch.from_numpy(block.clicked[[turn]]))
+    return float(ndcg(rank, k=10)[0])
 
 
 if __name__ == "__main__":
