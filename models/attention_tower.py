@@ -37,6 +37,10 @@ class TowerConfig:
     """W, latest events that are attended to exactly; 0 switches this off."""
     head_width: int = 32
     """Hidden units of the head's network; 0 leaves the inner product alone."""
+    initial_agreement: float = 1.0
+    """Weight, before training, of how like a candidate is to what it found. 1 suits next_item, where similar is likely
+    next. Where candidates were shown, similar is not liked: 0.125 (MovieLens-100K, impressions, 3 seeds: validation
+    LogLoss .636 +- .006 instead of .678 +- .007, GAUC .676 +- .002 instead of .660 +- .017)."""
     dropout: float = 0.1
     """Probability that a unit of an event vector is zeroed in training."""
     num_actions: int = 1
@@ -87,6 +91,8 @@ class TowerConfig:
             raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+        if not 0 <= self.initial_agreement < math.inf:
+            raise ValueError(f"initial_agreement = {self.initial_agreement} must be a number of at least 0")
 
     def _refuse_below(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
@@ -107,7 +113,7 @@ class HistoryTower(Recommender):
             absolute_time=config.reads_waves,
             dropout=config.dropout,
         )
-        self.head = Head(config.width, hidden=config.head_width)
+        self.head = Head(config.width, hidden=config.head_width, initial_agreement=config.initial_agreement)
         self.request = request_encoder(config)
         self.shift = RequestShift(config.width) if config.reads_request else None
         self.repeats = RepeatScore(time_features=config.time_features, latest=config.latest) if config.repeats else None
@@ -239,12 +245,12 @@ class Head(nn.Module):
     """One logit per candidate: agreement of what it found with its item, a small network over state and item, and a
     score of the item alone, by which popularity is learned."""
 
-    def __init__(self, width: int, *, hidden: int) -> None:
+    def __init__(self, width: int, *, hidden: int, initial_agreement: float) -> None:
         super().__init__()
         self.width, self.hidden = width, hidden
         self.item = nn.Linear(width, width + hidden + 1)
         # Agreement is similarity at first.
-        nn.init.eye_(self.item.weight.data[:width])
+        nn.init.eye_(self.item.weight.data[:width]).mul_(initial_agreement)
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
 

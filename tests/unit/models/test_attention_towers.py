@@ -217,3 +217,16 @@ def test_a_new_tower_prefers_what_is_like_the_history(config: TowerConfig) -> No
             logit_M = model(inputs)
         above.append(bool(logit_M[every < 8].mean() > logit_M[every >= 8].mean()))
     assert all(above)
+
+
+def test_how_much_likeness_counts_at_first_is_a_factor(config: TowerConfig) -> None:
+    def logits(agreement: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        changed = dataclasses.replace(config, head_width=0, initial_agreement=agreement)
+        model = TOWERS[type(config)](changed, num_features=NUM_FEATURES).double().eval()
+        with torch.no_grad():
+            return model(random_inputs())
+
+    none_M, some_M, all_M = (logits(agreement) for agreement in (0.0, 0.125, 1.0))
+    torch.testing.assert_close(some_M - none_M, (all_M - none_M) / 8, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(all_M, none_M, atol=1e-2)

@@ -91,6 +91,7 @@ def test_spectrum_shares_sum_to_one_at_full_rank() -> None:
         ({"checkpoint_every": 9}, "recent_window = 8 must be at least checkpoint_every = 9"),
         ({"dropout": 1.0}, "dropout = 1.0 must be at least 0 and below 1"),
         ({"ffn_multiple": -1}, "ffn_multiple = -1 must not be negative"),
+        ({"initial_agreement": -1.0}, "initial_agreement = -1.0 must be a number of at least 0"),
         ({"interests": False, "recent_window": 0}, "leave no history"),
     ],
 )
