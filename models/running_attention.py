@@ -1,0 +1,49 @@
+"""Linear attention over all events so far, at every position of a window in one pass.
+
+    out[t] = sum_{j <= t} (query[t] . key[j]) value[j]
+
+A chunk of E positions is computed with its E x E scores; what was before it enters as one D x V matrix. Time and memory
+grow with the length of the window, E + D V / E numbers a position.
+The letters are those of models/interface.py; X counts windows times heads, T positions, V is a value's width, Z counts
+chunks of E positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_POSITIONS = 64
+"""E: scores of a chunk take as much memory as vectors of width 64."""
+
+
+def running_attention(query_XTD: Tensor, *, key_XTD: Tensor, value_XTV: Tensor, chunk: int = CHUNK_POSITIONS) -> Tensor:
+    """out_XTV, in the dtype of the arguments; bfloat16 is not enough for sums of many events."""
+    num_positions = query_XTD.shape[1]
+    chunk = min(chunk, num_positions)
+    missing = -num_positions % chunk
+
+    def chunks(value: Tensor) -> Tensor:
+        return F.pad(value, (0, 0, 0, missing)).unflatten(1, (-1, chunk))
+
+    query_XZED, key_XZED, value_XZEV = chunks(query_XTD), chunks(key_XTD), chunks(value_XTV)
+    within_XZEV = (query_XZED @ key_XZED.mT).tril() @ value_XZEV
+    through_XZDV = (key_XZED.mT @ value_XZEV).cumsum(1)
+    before_XZDV = F.pad(through_XZDV[:, :-1], (0, 0, 0, 0, 1, 0))
+    return (within_XZEV + query_XZED @ before_XZDV).flatten(1, 2)[:, :num_positions]
+
+
+def split_heads(value_KTD: Tensor, num_heads: int) -> Tensor:
+    """[K * H, T, D / H] of [K, T, D]: head h is the h-th run of columns."""
+    return value_KTD.unflatten(2, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def join_heads(value_XTV: Tensor, num_heads: int) -> Tensor:
+    """[K, T, H * V] of [K * H, T, V]: undoes `split_heads`."""
+    return value_XTV.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+
+
+def events_so_far(num_positions: int, like: Tensor) -> Tensor:
+    """[T, 1]: 1, 2, 3, ... in the dtype and on the device of `like`."""
+    return torch.arange(1, num_positions + 1, device=like.device, dtype=like.dtype)[:, None]

@@ -1,0 +1,213 @@
+"""Sequence models: a request is one vector, a candidate another, and a logit their inner product.
+
+    user's events       a b c d e f g h | i j          max_length = 4, requests after c, f and h
+
+    causal, training    [a b c]   [e f g h]            windows end at the user's last request; f reads e f
+    causal, evaluation  [a b c]   [c d e f] [e f g h]  every request reads exactly its latest max_length events
+    published           [a b c .] [c d e f] [e f g h]  so does every request always; padded on the right to max_length
+
+The field's models (recgrela.py, sasrec.py, hstu.py, gru4rec.py, linrec.py, light_sans_sequence.py) differ in `encode`
+alone. A causal model runs once a window and serves all requests in it; a window's requests that lie within its first
+max_length events share one window in evaluation too. What comes after an event changes no state before it, so padding
+on the right is never read. A published form without causality runs once a prefix.
+The letters are those of models/interface.py; K counts windows, T their positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.candidate_sets import gather_rows
+from models.interface import ModelInput, Recommender
+
+PADDING_SEED = 20_250_613
+"""All ranks draw the same padding vector, which no optimizer keeps in step."""
+INITIAL_STD = 0.02
+"""Of linear maps and tables, as in the public code of every model here that says so."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """What every sequence model has."""
+
+    width: int = 64
+    """D, of the model, of the embedding tables and of a request's vector."""
+    num_layers: int = 2
+    """Layers, each of which reads the whole window."""
+    dropout: float = 0.1
+    """Probability that a unit is zeroed in training, wherever the model has a dropout."""
+    max_length: int = 200
+    """L, latest events of a history that are read at most."""
+    item_features: bool = False
+    """The vectors of an item's features are added to its row. Off, as published: an item is its row alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers", "max_length"):
+            self._refuse_below(name, 1)
+        self._refuse_no_share("dropout")
+
+    def _refuse_below(self, name: str, least: int) -> None:
+        if getattr(self, name) < least:
+            raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}; raise it")
+
+    def _refuse_no_share(self, name: str) -> None:
+        if not 0 <= getattr(self, name) < 1:
+            raise ValueError(f"{name} = {getattr(self, name)} must be at least 0 and below 1; 0 switches it off")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfAttentionConfig(SequenceConfig):
+    """What every sequence model with attention has."""
+
+    num_heads: int = 2
+    """H, heads of every attention; divides `width`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_below("num_heads", 1)
+        if self.width % self.num_heads:
+            raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
+
+
+def refuse_unknown_form(form: str) -> None:
+    """ValueError unless a model with two forms has this one."""
+    if form not in ("published", "causal"):
+        raise ValueError(
+            f"form = {form!r} must be published (a sample per prefix) or causal (all prefixes in one pass)"
+        )
+
+
+class SequenceModel(Recommender):
+    """A tower whose requests are vectors. `num_features` is F; subclasses say in `encode` how events are read.
+
+    An empty history is a window that holds one padding vector: its state is defined, and all parameters learn from it.
+    The padding vector is drawn as a row of the table is and stays as drawn. (Public code of the published forms reads
+    the table's padding row, which no look-up trains; the full softmax may move it there.)
+    """
+
+    causal = True
+    """Whether a state depends on the events up to its own alone. If not, every prefix has a window of max_length."""
+
+    def __init__(self, config: SequenceConfig, *, num_features: int = 0) -> None:
+        super().__init__()
+        self.shared = config
+        if config.item_features and not num_features:
+            raise ValueError("item_features = true but the items have no features; set it to false")
+        generator = torch.Generator().manual_seed(PADDING_SEED)
+        self.padding_D: Tensor
+        self.register_buffer("padding_D", torch.randn(config.width, generator=generator) * INITIAL_STD)
+
+    def item_vectors(self, inputs: ModelInput) -> Tensor:
+        """vector_ID: what events and candidates are made of."""
+        vector_ID = inputs.item_IC
+        if self.shared.item_features:
+            vector_ID = vector_ID + inputs.features_IFC.sum(1)
+        return vector_ID.to(self.padding_D.dtype)
+
+    def request_states(self, inputs: ModelInput, vector_ID: Tensor) -> Tensor:
+        """state_BD: the state of each request's user after the first request_position_B of the events."""
+        windows = self.windows(inputs)
+        state_KTD = self.encode(windows.events(inputs, vector_ID, self.padding_D), windows=windows, inputs=inputs)
+        return gather_rows(state_KTD.flatten(0, 1), windows.place_B.to(vector_ID.device, non_blocking=True))
+
+    def windows(self, inputs: ModelInput) -> Windows:
+        """The windows that this model runs over for these requests."""
+        length = self.shared.max_length
+        return Windows.of_requests(
+            inputs,
+            max_length=length,
+            shared=self.causal and self.training,
+            num_positions=None if self.causal else length,
+        )
+
+    def encode(self, vector_KTD: Tensor, *, windows: Windows, inputs: ModelInput) -> Tensor:
+        """state_KTD: the state at every position of every window."""
+        raise NotImplementedError
+
+    def forward(self, inputs: ModelInput) -> Tensor:
+        vector_ID = self.item_vectors(inputs)
+        state_BD = self.request_states(inputs, vector_ID)
+        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff())
+        state_MD = gather_rows(state_BD, request_M.to(vector_ID.device, non_blocking=True))
+        candidate_MD = gather_rows(vector_ID, inputs.candidate_item_M)
+        precision = torch.promote_types(vector_ID.dtype, torch.float32)
+        return (state_MD.to(precision) * candidate_MD.to(precision)).sum(-1).float()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Runs of events that a model reads at once, on the host. There is always one, of one position at least."""
+
+    event_KT: Tensor
+    """[K, T] int64: 1 + row of the event in N; 0 = padding, which stands behind all events of the window."""
+    place_B: Tensor
+    """[B] int64: where in K x T each request's state stands: at its last event, or at a padding if it has none."""
+
+    @staticmethod
+    def of_requests(inputs: ModelInput, *, max_length: int, shared: bool, num_positions: int | None = None) -> Windows:
+        """Windows of at most `max_length` events, and of `num_positions` or as many positions as the longest needs.
+
+        shared: a user's windows follow each other backwards from the user's last request, and a request reads its
+        window up to its own position: 1 to max_length events. Otherwise each request reads all its latest events. With
+        `num_positions` no two requests of different position share a window.
+        """
+        user_B, position_B = inputs.request_user_B, inputs.request_position_B
+        if shared:
+            last_U = torch.zeros_like(inputs.event_offsets_U1[1:]).scatter_reduce(0, user_B, position_B, "amax")
+            last_B = last_U[user_B]
+            start_B = last_B - ((last_B - position_B) // max_length + 1) * max_length
+        else:
+            start_B = position_B - max_length
+        start_B = start_B.clamp_min(0)
+        own_B = start_B if num_positions is None else position_B
+        stride = int(position_B.max()) + 1 if position_B.numel() else 1
+        # Requests without a history read none of anybody's events: they share a window of padding.
+        key_B = torch.where(position_B > 0, user_B * stride + own_B, -1)
+        key_K, window_B = torch.unique(key_B, return_inverse=True)
+        start_K, stop_K = (
+            torch.zeros_like(key_K).scatter_reduce(0, window_B, value_B, "amax") for value_B in (start_B, position_B)
+        )
+        first_K = inputs.event_offsets_U1[(key_K // stride).clamp_min(0)] + start_K
+        # A rank without work runs the model all the same: over one window of padding.
+        first_K, length_K = (F.pad(value, (0, int(not key_K.numel()))) for value in (first_K, stop_K - start_K))
+        width = max(1, int(length_K.max())) if num_positions is None else num_positions
+        place_T = torch.arange(width)
+        return Windows(
+            event_KT=torch.where(place_T < length_K[:, None], first_K[:, None] + place_T + 1, 0),
+            place_B=window_B * width + (position_B - start_B - 1).clamp_min(0),
+        )
+
+    def events(self, inputs: ModelInput, vector_ID: Tensor, padding_D: Tensor) -> Tensor:
+        """vector_KTD of the windows' events."""
+        event_KT = self.event_KT.to(inputs.event_item_N.device, non_blocking=True)
+        item_N1 = F.pad(inputs.event_item_N + 1, (1, 0))
+        return gather_rows(torch.cat([padding_D[None], vector_ID]), item_N1[event_KT])
+
+    def times(self, inputs: ModelInput) -> Tensor:
+        """time_KT: [K, T] int64 milliseconds; 0 where there is no event."""
+        event_KT = self.event_KT.to(inputs.event_time_N.device, non_blocking=True)
+        return F.pad(inputs.event_time_N, (1, 0))[event_KT]
+
+
+def draw_weights(module: nn.Module) -> None:
+    """Linear maps and embeddings N(0, 0.02), biases 0: for `module.apply`, as public code of the field starts."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=INITIAL_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class FeedForward(nn.Module):
+    """W_2 dropout(act(W_1 x)) with dropout behind it; both maps have a bias."""
+
+    def __init__(self, width: int, *, hidden: int, activation: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.dropout(self.second(self.dropout(self.activation(self.first(value)))))
