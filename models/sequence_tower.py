@@ -7,9 +7,11 @@
     published           [a b c .] [c d e f] [e f g h]  so does every request always; padded on the right to max_length
 
 The field's models (recgrela.py, sasrec.py, hstu.py, gru4rec.py, linrec.py, light_sans_sequence.py) differ in `encode`
-alone. A causal model runs once a window and serves all requests in it; a window's requests that lie within its first
-max_length events share one window in evaluation too. What comes after an event changes no state before it, so padding
-on the right is never read. A published form without causality runs once a prefix.
+alone. A causal model runs once a window and serves all requests in it. In training a request reads 1 to max_length of
+its latest events, so that all positions of a user cost one pass; in evaluation it reads all of them, and its score
+depends on nothing else in the batch. (Requests among a user's first max_length events share a window there too.) What
+comes after an event changes no state before it, so padding on the right is never read. A published form without
+causality runs once a prefix.
 The letters are those of models/interface.py; K counts windows, T their positions.
 """
 
@@ -27,7 +29,7 @@ from models.interface import ModelInput, Recommender
 PADDING_SEED = 20_250_613
 """All ranks draw the same padding vector, which no optimizer keeps in step."""
 INITIAL_STD = 0.02
-"""Of linear maps and tables, as in the public code of every model here that says so."""
+"""Of linear maps, positions and padding at the start, as most public code of the field has it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,12 +195,23 @@ class Windows:
         return F.pad(inputs.event_time_N, (1, 0))[event_KT]
 
 
+class Positions(nn.Module):
+    """position_TD: a learned vector for each of the first T positions of a window."""
+
+    def __init__(self, config: SequenceConfig) -> None:
+        super().__init__()
+        self.table_LD = nn.Parameter(torch.randn(config.max_length, config.width) * INITIAL_STD)
+
+    def forward(self, num_positions: int) -> Tensor:
+        return self.table_LD[:num_positions]
+
+
 def draw_weights(module: nn.Module) -> None:
-    """Linear maps and embeddings N(0, 0.02), biases 0: for `module.apply`, as public code of the field starts."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
+    """Linear maps N(0, 0.02), biases 0: for `module.apply`, as public code of the field starts."""
+    if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INITIAL_STD)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class FeedForward(nn.Module):

@@ -1,0 +1,46 @@
+"""GRU4Rec: a gated recurrent unit reads the events one after the other (arXiv 1511.06939).
+
+    h_n = GRU(dropout(event row_n), h_{n-1})        state = W h_n + b
+
+Published: the recurrence. Item rows as inputs and as the other side of the logit, and the map back to their width, are
+those of today's implementations (the authors feed one-hot items and have an output layer of its own). Losses and
+negatives are the training's business, not the model's.
+The letters are those of models/interface.py and models/sequence_tower.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from models.interface import ModelInput
+from models.sequence_tower import SequenceConfig, SequenceModel, Windows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gru4RecConfig(SequenceConfig):
+    """Size of GRU4Rec."""
+
+    num_layers: int = 1
+    """Recurrent layers, one above the other."""
+    hidden_width: int = 128
+    """Units of the recurrent state."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._refuse_below("hidden_width", 1)
+
+
+class Gru4Rec(SequenceModel):
+    """The tower. `num_features` is F, the number of item features of the tables."""
+
+    def __init__(self, config: Gru4RecConfig, *, num_features: int = 0) -> None:
+        super().__init__(config, num_features=num_features)
+        self.dropout = nn.Dropout(config.dropout)
+        self.recurrence = nn.GRU(config.width, config.hidden_width, num_layers=config.num_layers, batch_first=True)
+        self.output = nn.Linear(config.hidden_width, config.width)
+
+    def encode(self, vector_KTD: Tensor, *, windows: Windows, inputs: ModelInput) -> Tensor:
+        hidden_KTX, _ = self.recurrence(self.dropout(vector_KTD))
+        return self.output(hidden_KTX)

@@ -1,0 +1,102 @@
+"""LinRec: self-attention without a softmax, normalised by row and by column (arXiv 2411.01537).
+
+    x = dropout(LN(event rows + position))                                per layer:
+    O_h = elu(Q) / |elu(Q)|_row (elu(K) / |elu(K)|_column)^T V / sqrt(d)
+    x = LN(x + dropout(O W_O + b_O));  x = LN(x + MLP(x))                 4 D, GELU
+
+published  the columns of K run over all L = max_length positions, padding among them, and every prefix is a sample of
+           its own, read at its last event. The paper puts this attention into models of others; the layer around it
+           and the 1/sqrt(d) are those of its public code.
+causal     column norms and K^T V run over the events up to n: all prefixes of a window in one pass. Ours; the norm of
+           a column at n is a vector that divides the query, so that it is one running sum more.
+
+The letters are those of models/interface.py and models/sequence_tower.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.interface import ModelInput
+from models.running_attention import join_heads, running_attention, split_heads
+from models.sequence_tower import (
+    FeedForward,
+    Positions,
+    SelfAttentionConfig,
+    SequenceModel,
+    Windows,
+    draw_weights,
+    refuse_unknown_form,
+)
+
+LINREC_NORM_EPS = 1e-12
+LENGTH_EPS = 1e-6
+"""Least length of a row or column that is divided by; the public code has none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinRecConfig(SelfAttentionConfig):
+    """Size and form of LinRec."""
+
+    form: Literal["published", "causal"] = "causal"
+    """Whether every prefix is a sample of its own, or all prefixes of a window are computed in one pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_unknown_form(self.form)
+
+
+class LinRec(SequenceModel):
+    """The tower. `num_features` is F, the number of item features of the tables."""
+
+    def __init__(self, config: LinRecConfig, *, num_features: int = 0) -> None:
+        super().__init__(config, num_features=num_features)
+        self.causal = config.form == "causal"
+        self.position = Positions(config)
+        self.norm = nn.LayerNorm(config.width, eps=LINREC_NORM_EPS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(LinRecLayer(config) for _ in range(config.num_layers))
+        self.apply(draw_weights)
+
+    def encode(self, vector_KTD: Tensor, *, windows: Windows, inputs: ModelInput) -> Tensor:
+        state_KTD = self.dropout(self.norm(vector_KTD + self.position(vector_KTD.shape[1])))
+        for layer in self.layers:
+            state_KTD = layer(state_KTD)
+        return state_KTD
+
+
+class LinRecLayer(nn.Module):
+    """Attention and feed-forward network, each with a residual and a norm behind it."""
+
+    def __init__(self, config: LinRecConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.causal, self.num_heads = config.form == "causal", config.num_heads
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output, self.dropout = nn.Linear(width, width), nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(width, eps=LINREC_NORM_EPS)
+        self.mlp = FeedForward(width, hidden=4 * width, activation=nn.GELU(), dropout=config.dropout)
+        self.mlp_norm = nn.LayerNorm(width, eps=LINREC_NORM_EPS)
+
+    def forward(self, state_KTD: Tensor) -> Tensor:
+        # Sums over a history want more digits than bfloat16 has.
+        sides_KTD = self.query_key_value(state_KTD).to(torch.promote_types(state_KTD.dtype, torch.float32))
+        query_XTd, key_XTd, value_XTd = (
+            split_heads(side_KTD, self.num_heads) for side_KTD in sides_KTD.chunk(3, dim=2)
+        )
+        query_XTd, key_XTd = F.normalize(F.elu(query_XTd), dim=2, eps=LENGTH_EPS), F.elu(key_XTd)
+        if self.causal:
+            length_XTd = (key_XTd.square().cumsum(1) + LENGTH_EPS**2).sqrt()
+            found_XTd = running_attention(query_XTd / length_XTd, key_XTD=key_XTd, value_XTV=value_XTd)
+        else:
+            found_XTd = query_XTd @ (F.normalize(key_XTd, dim=1, eps=LENGTH_EPS).mT @ value_XTd)
+        found_XTd = found_XTd / math.sqrt(value_XTd.shape[2])
+        found_KTD = join_heads(found_XTd, self.num_heads).to(state_KTD.dtype)
+        state_KTD = self.norm(state_KTD + self.dropout(self.output(found_KTD)))
+        return self.mlp_norm(state_KTD + self.mlp(state_KTD))
