@@ -101,7 +101,8 @@ class SequenceModel(Recommender):
             raise ValueError("item_features = true but the items have no features; set it to false")
         generator = torch.Generator().manual_seed(PADDING_SEED)
         self.padding_D: Tensor
-        self.register_buffer("padding_D", torch.randn(config.width, generator=generator) * INITIAL_STD)
+        drawn_D = torch.randn(config.width, generator=generator) * INITIAL_STD
+        self.register_buffer("padding_D", drawn_D, persistent=False)
 
     def item_vectors(self, inputs: ModelInput) -> Tensor:
         """vector_ID: what events and candidates are made of."""

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from models.din import Din, DinConfig
 from models.embeddings import ITEM_TABLE, USER_TABLE, ItemFeature, TableSpec, UserCodes
+from models.gru4rec import Gru4Rec, Gru4RecConfig
+from models.hstu import Hstu, HstuConfig
 from models.interface import ModelInput, Recommender, refuse_bad_rows
 from models.light_sans import LightSans, LightSansConfig
+from models.light_sans_sequence import LightSansSequence, LightSansSequenceConfig
 from models.linear_attention import LinearAttention, LinearAttentionConfig
+from models.linrec import LinRec, LinRecConfig
 from models.mean_pooling import MeanPooling, MeanPoolingConfig
+from models.recgrela import RecGrela, RecGrelaConfig
+from models.sasrec import SasRec, SasRecConfig
 from models.solar import Solar, SolarConfig
 from pipeline.batch import Batch
 from pipeline.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
@@ -25,6 +31,12 @@ MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
     "linear_attention": (LinearAttentionConfig, LinearAttention),
     "light_sans": (LightSansConfig, LightSans),
     "mean_pooling": (MeanPoolingConfig, MeanPooling),
+    "recgrela": (RecGrelaConfig, RecGrela),
+    "sasrec": (SasRecConfig, SasRec),
+    "hstu": (HstuConfig, Hstu),
+    "gru4rec": (Gru4RecConfig, Gru4Rec),
+    "linrec": (LinRecConfig, LinRec),
+    "light_sans_sequence": (LightSansSequenceConfig, LightSansSequence),
 }
 """`model.name` -> (its config, its tower)."""
 

@@ -102,7 +102,8 @@ def test_value_out_of_range_in_a_file_names_the_file(tmp_path):
 def test_unknown_model_names_the_known_ones():
     assert (
         complaint("--model.name", "solr")
-        == "model.name='solr': must be one of solar, din, linear_attention, light_sans, mean_pooling"
+        == "model.name='solr': must be one of solar, din, linear_attention, light_sans, mean_pooling, "
+        "recgrela, sasrec, hstu, gru4rec, linrec, light_sans_sequence"
     )
 
 
