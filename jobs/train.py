@@ -194,6 +194,7 @@ def _require_disk(config: RunConfig, shards: Shards) -> None:
     specs = table_specs(vocabulary, width=config.model["width"], user_features=users)
     each = checkpoint_bytes(
         ((spec.capacity, spec.width) for spec in specs),
+        sparse=config.optimizer.sparse,
         dense_parameters=sum(parameter.numel() for parameter in tower.parameters()),
     )
     there = sum(file.stat().st_size for path in committed_checkpoints(config.run_dir) for file in path.iterdir())

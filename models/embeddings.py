@@ -7,7 +7,7 @@
                         user-gender  values [3]      lengths [0, 0, 1]
 
 An item occurs once in a look-up however many events and candidates name it; models/interface.py points into the rows
-by index. jobs/training/parallel.py shards the collection over the ranks.
+by index. jobs/training/tables.py shards the collection over the ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checkpoints: what must survive a crash, readable without TorchRec or DeepSpeed, at any world size and ZeRO stage.
 
     step-00000400/
-      table-item-000000000000.safetensors   rows from 0: `weight` [rows, C], `accumulator` [rows]; one file a rank
+      table-item-000000000000.safetensors   rows from 0: `weight` [rows, C] and the optimizer's state; one file a rank
       table-item-000000001024.safetensors   rows from 1024
       dense.safetensors                     every parameter `NAME` fp32 with `NAME/exp_avg`, `NAME/exp_avg_sq`
       state.json                            counters, loader state, random states, config, fingerprints, plan
@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.training.dense_state import gather_dense_state
-from jobs.training.parallel import ShardedTables, TableShard
+from jobs.training.tables import ShardedTables, TableShard
 
 T = TypeVar("T")
 
@@ -68,6 +68,8 @@ class TrainState:
     """Best validation value so far."""
     best_step: int = 0
     """The step of `best_metric`."""
+    validations_since_best: int = 0
+    """Validations after that one."""
     train_seconds: float = 0.0
     """Time spent in steps, over all restarts."""
     finished: bool = False
@@ -127,9 +129,11 @@ def discard_unfinished(run_dir: Path) -> None:
             discard_checkpoint(path)
 
 
-def checkpoint_bytes(table_rows: Iterable[tuple[int, int]], *, dense_parameters: int) -> int:
-    """Size of one checkpoint: tables given as (rows, width) with one accumulator a row, dense weights with moments."""
-    return 4 * (sum(rows * (width + 1) for rows, width in table_rows) + 3 * dense_parameters)
+def checkpoint_bytes(table_rows: Iterable[tuple[int, int]], *, sparse: str, dense_parameters: int) -> int:
+    """Size of one checkpoint: tables given as (rows, width) with the state of `optimizer.sparse`, dense weights with
+    moments."""
+    state = (lambda width: 2 * width) if sparse == "adam" else (lambda width: 1)
+    return 4 * (sum(rows * (width + state(width)) for rows, width in table_rows) + 3 * dense_parameters)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -191,8 +195,8 @@ def load_tables(path: Path, shards: Iterable[TableShard]) -> None:
                     continue
                 source = slice(first - first_in_file, last - first_in_file)
                 target = slice(first - shard.first_row, last - shard.first_row)
-                shard.weight[target] = tensors.get_slice("weight")[source]
-                shard.accumulator[target] = tensors.get_slice("accumulator")[source]
+                for name, part in {"weight": shard.weight, **shard.state}.items():
+                    part[target] = tensors.get_slice(name)[source]
 
 
 def table_files(path: Path, table: str) -> list[Path]:
@@ -245,7 +249,8 @@ def _committed_files(path: Path) -> list[dict[str, Any]]:
 
 def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
     file = path / f"table-{shard.table}-{shard.first_row:012d}.safetensors"
-    save_file({"weight": shard.weight.contiguous(), "accumulator": shard.accumulator.contiguous()}, file)
+    tensors = {"weight": shard.weight, **shard.state}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     return _describe(file)
 
 

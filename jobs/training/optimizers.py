@@ -1,9 +1,9 @@
-"""The optimizers of both halves: AdamW for the tower, fused row-wise Adagrad for the tables."""
+"""The optimizers of both halves: AdamW for the tower, row-wise Adagrad or Adam for the tables."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -14,8 +14,11 @@ class OptimizerConfig:
 
     dense_lr: float = 1e-3
     """Peak learning rate of AdamW (tower)."""
+    sparse: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
+    """Of the tables. rowwise_adagrad: one number a row, for any size; adam: two a weight, and a gradient of the whole
+    table, as published sequence models have it."""
     sparse_lr: float = 0.1
-    """Peak learning rate of row-wise Adagrad (tables)."""
+    """Peak learning rate of the tables; for adam about 0.001."""
     warmup_steps: int = 100
     """Steps over which both rates rise linearly from 0."""
     final_lr_ratio: float = 0.02
@@ -23,15 +26,17 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     """AdamW's decay of the tower's matrices; vectors (biases, norms, temperatures) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """AdamW's moment decays."""
+    """Moment decays of AdamW, and of adam for the tables."""
     dense_eps: float = 1e-8
     """AdamW's denominator offset."""
     sparse_eps: float = 1e-8
-    """Row-wise Adagrad's denominator offset."""
+    """Denominator offset of the tables' optimizer."""
     clip_norm: float = 1.0
     """Global norm to which the tower's gradient is clipped; 0 = off. Tables are not clipped."""
 
     def __post_init__(self) -> None:
+        if self.sparse not in ("rowwise_adagrad", "adam"):
+            raise ValueError(f"sparse={self.sparse!r}: must be rowwise_adagrad or adam")
         for name in ("dense_lr", "sparse_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")

@@ -15,8 +15,8 @@ from jobs.training.catalogue import catalogue_of, training_counts
 from jobs.training.evaluation import evaluate, evaluate_counts
 from jobs.training.model import item_features, table_specs
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ShardedTables
 from jobs.training.results import RankedTargets
+from jobs.training.tables import ShardedTables
 from models.interface import ModelInput
 from pipeline.batch import Batch
 from pipeline.build import PrepareConfig, index_requests, prepare

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,15 +11,17 @@ from torch import Tensor, nn
 
 from jobs.training.dense_state import gather_dense_state, restore_dense_state
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig, ShardedTables, dense_engine
+from jobs.training.parallel import ParallelConfig, dense_engine
+from jobs.training.tables import ShardedTables
 from models.embeddings import ItemFeature, TableSpec, UserCodes, initial_rows
 from tests.distributed.ranks import run_ranks
 
 WIDTH, ITEMS, GENRES = 8, 128, 8
 OPTIMIZER = OptimizerConfig(dense_lr=0.01, sparse_lr=0.1, warmup_steps=0, clip_norm=1.0)
+ADAM = OptimizerConfig(dense_lr=0.01, sparse="adam", sparse_lr=0.01, warmup_steps=0, clip_norm=1.0)
 
 
-def make_tables() -> ShardedTables:
+def make_tables(optimizer: OptimizerConfig = OPTIMIZER) -> ShardedTables:
     lengths = torch.arange(ITEMS) % 3
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     feature = ItemFeature(name="genres", offsets=offsets, values=torch.arange(int(offsets[-1])) % GENRES)
@@ -25,7 +29,7 @@ def make_tables() -> ShardedTables:
         TableSpec(name="item", capacity=ITEMS, width=WIDTH),
         TableSpec(name="genres", capacity=GENRES, width=WIDTH),
     ]
-    tables = ShardedTables(specs, [feature], optimizer=OPTIMIZER, device="cpu")
+    tables = ShardedTables(specs, [feature], optimizer=optimizer, device="cpu")
     tables.initialize(seed=1, std=0.1)
     return tables
 
@@ -36,12 +40,14 @@ def make_tower() -> nn.Module:
     return nn.Sequential(nn.Linear(2 * WIDTH, 17), nn.GELU(), nn.Linear(17, 1))
 
 
-def step(tables: ShardedTables, engine, rows: Tensor, *, count: int) -> float:
+def step(tables: ShardedTables, engine, rows: Tensor, *, count: int, rate: float = OPTIMIZER.sparse_lr) -> float:
+    tables.begin_step(rate)
     item_IC, features_IFC = tables.look_up(rows)
     logits = engine(torch.cat([item_IC, features_IFC[:, 0]], 1).to(next(engine.module.parameters()).dtype)).float()
     loss = (logits.squeeze(1) - rows / ITEMS).pow(2).sum()
     engine.backward(loss * (dist.get_world_size() / count))
     engine.step()
+    tables.end_step()
     total = loss.detach().clone()
     dist.all_reduce(total)
     return total.item() / count
@@ -59,8 +65,8 @@ def uneven_rows(step_number: int, rank: int, world_size: int) -> tuple[Tensor, i
     return everything[cuts[rank] : cuts[rank + 1]], 40
 
 
-def train(stage: int, precision: str, num_steps: int) -> list[float]:
-    tables = make_tables()
+def train(stage: int, precision: str, num_steps: int, optimizer: OptimizerConfig = OPTIMIZER) -> list[float]:
+    tables = make_tables(optimizer)
     engine = dense_engine(
         make_tower(), optimizer=OPTIMIZER, parallel=ParallelConfig(zero_stage=stage, precision=precision)
     )
@@ -116,7 +122,7 @@ def learning_rate_of_tables() -> list[float]:
     moves = []
     for rate in (OPTIMIZER.sparse_lr, OPTIMIZER.sparse_lr / 10):
         tables = make_tables()
-        tables.set_learning_rate(rate)
+        tables.begin_step(rate)
         item_IC, _ = tables.look_up(torch.tensor([3]))
         before = item_IC.detach().clone()
         item_IC.sum().backward()
@@ -155,15 +161,59 @@ def test_one_look_up_is_one_row_wise_adagrad_step_of_the_summed_gradient():
     torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
 
 
-def interrupted(stage: int, precision: str, restored_stage: int) -> tuple[list[float], list[float]]:
+def adam_beside_torch() -> tuple[list[Tensor], list[Tensor]]:
+    """The item and genre rows after five uneven steps, and those of whole tables under torch.optim.Adam."""
+    whole = [
+        nn.Parameter(initial_rows(name, seed=1, first=0, num_rows=rows, width=WIDTH, std=0.1))
+        for name, rows in (("item", ITEMS), ("genres", GENRES))
+    ]
+    torch_adam = torch.optim.Adam(whole, lr=ADAM.sparse_lr, betas=ADAM.betas, eps=ADAM.sparse_eps)
+    tables = make_tables(ADAM)
+    (feature,) = tables.features
+    for number in range(5):
+        everything, count = uneven_rows(number, 0, 1)
+        mine, _ = uneven_rows(number, dist.get_rank(), dist.get_world_size())
+        tables.begin_step(ADAM.sparse_lr)
+        item_IC, features_IFC = tables.look_up(mine)
+        (adam_loss(item_IC, features_IFC[:, 0]) * dist.get_world_size() / count).backward()
+        tables.end_step()
+        values, lengths = feature.of(everything)
+        owner = torch.repeat_interleave(torch.arange(len(everything)), lengths)
+        pooled = torch.zeros(len(everything), WIDTH).index_add(0, owner, whole[1][values])
+        torch_adam.zero_grad()
+        (adam_loss(whole[0][everything], pooled / lengths.clamp(min=1)[:, None]) / count).backward()
+        torch_adam.step()
+    ours = [torch.zeros(table.shape) for table in whole]
+    for shard in tables.shards():
+        place = ["item", "genres"].index(shard.table)
+        ours[place][shard.first_row : shard.first_row + len(shard.weight)] = shard.weight
+    for table in ours:
+        dist.all_reduce(table)
+    return ours, [table.detach() for table in whole]
+
+
+def adam_loss(item_IC: Tensor, genre_IC: Tensor) -> Tensor:
+    return (item_IC + genre_IC).pow(2).sum() + (3 * item_IC * genre_IC).sum()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_adam_of_tables_is_that_of_torch_at_any_world_size(world_size):
+    for ours, theirs in run_ranks(adam_beside_torch, world_size):
+        for table, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(table, expected, rtol=1e-5, atol=1e-6)
+
+
+def interrupted(
+    stage: int, precision: str, restored_stage: int, optimizer: OptimizerConfig = OPTIMIZER
+) -> tuple[list[float], list[float]]:
     """Six steps in one go, and the last three again from the dense and sparse state after three."""
     parallel = ParallelConfig(zero_stage=stage, precision=precision)
-    tables, engine = make_tables(), dense_engine(make_tower(), optimizer=OPTIMIZER, parallel=parallel)
+    tables, engine = make_tables(optimizer), dense_engine(make_tower(), optimizer=OPTIMIZER, parallel=parallel)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for number in range(3):
         step(tables, engine, uneven_rows(number, rank, world_size)[0], count=40)
     dense = dict(gather_dense_state(engine))
-    sparse = [(shard.weight.clone(), shard.accumulator.clone()) for shard in tables.shards()]
+    sparse = [{"weight": shard.weight.clone(), **clones(shard.state)} for shard in tables.shards()]
     straight = [step(tables, engine, uneven_rows(number, rank, world_size)[0], count=40) for number in range(3, 6)]
 
     tower = make_tower()
@@ -172,19 +222,26 @@ def interrupted(stage: int, precision: str, restored_stage: int) -> tuple[list[f
         tower, optimizer=OPTIMIZER, parallel=ParallelConfig(zero_stage=restored_stage, precision=precision)
     )
     restore_dense_state(again, dense, num_steps=3)
-    for shard, (weight, accumulator) in zip(tables.shards(), sparse, strict=True):
-        shard.weight.copy_(weight)
-        shard.accumulator.copy_(accumulator)
+    for shard, before in zip(tables.shards(), sparse, strict=True):
+        for name, tensor in {"weight": shard.weight, **shard.state}.items():
+            tensor.copy_(before[name])
+    tables.restore_step(3)
     resumed = [step(tables, again, uneven_rows(number, rank, world_size)[0], count=40) for number in range(3, 6)]
     return straight, resumed
 
 
-def interrupt_each(cases: list[tuple[int, str, int]]) -> list[tuple[list[float], list[float]]]:
+def clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def interrupt_each(cases: list[tuple]) -> list[tuple[list[float], list[float]]]:
     return [interrupted(*case) for case in cases]
 
 
 def test_restored_state_continues_bit_equal():
-    cases = [(stage, "fp32", stage) for stage in range(4)] + [(stage, "bf16", stage) for stage in (1, 2, 3)]
+    cases: list[tuple] = [(stage, "fp32", stage) for stage in range(4)]
+    cases += [(stage, "bf16", stage) for stage in (1, 2, 3)]
+    cases += [(1, "fp32", 1, ADAM)]
     for results in run_ranks(interrupt_each, 2, cases):
         for case, (straight, resumed) in zip(cases, results, strict=True):
             assert resumed == straight, case

@@ -1,0 +1,237 @@
+"""The sparse half: TorchRec's tables, row-wise sharded over the ranks, and what updates them.
+
+    rowwise_adagrad   fused into backward; one number of state a row
+    adam              torch.optim.Adam after backward; two numbers a weight, and a copy of the table: how published
+                      sequence models train their item embedding
+
+fbgemm's fused Adam runs on GPUs alone and its dense kernel is wrong on CPUs, so for adam a fused SGD carries the
+gradient: backward moves a row by -2^20 times it, and `end_step` takes it from there. A power of two and a move that is
+large beside the row lose no digit of a gradient that matters: 6e-8 of it, or 6e-14 of the row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jobs.training.optimizers import OptimizerConfig
+from models.embeddings import (
+    ItemFeature,
+    TableSpec,
+    UserCodes,
+    embedding_collection,
+    initial_rows,
+    look_up_ids,
+    pool_features,
+    pool_user_features,
+)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of a weight, in the words of torch.optim."""
+CARRIER_RATE = 2.0**20
+"""Of the SGD that carries adam's gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TableShard:
+    """This rank's rows of one table, as views: writing to them changes the table."""
+
+    table: str
+    first_row: int
+    weight: Tensor
+    """[rows, C] float32"""
+    state: Mapping[str, Tensor]
+    """What the optimizer keeps of them by name, float32: row-wise Adagrad an `accumulator` [rows], the mean of squared
+    gradients; Adam `exp_avg` and `exp_avg_sq` [rows, C]."""
+
+
+class ShardedTables:
+    """All tables, row-wise sharded over the ranks; an update is `begin_step`, a look-up, backward, `end_step`.
+
+    Look-ups and the constructor are collectives: all ranks of the group call them equally often.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableSpec],
+        features: Sequence[ItemFeature],
+        *,
+        user_tables: Sequence[str] = (),
+        optimizer: OptimizerConfig,
+        device: str,
+    ) -> None:
+        """`user_tables`: those of `tables` that hold the values of user features, in the order of users' codes."""
+        from torchrec.distributed.embedding import EmbeddingCollectionSharder
+        from torchrec.distributed.model_parallel import DistributedModelParallel
+        from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+        from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+        self.specs = list(tables)
+        self.features = list(features)
+        self.user_tables = list(user_tables)
+        self.device = torch.device(device if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
+        self._adam = optimizer.sparse == "adam"
+        collection = embedding_collection(tables)
+        if self._adam:
+            apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": CARRIER_RATE})
+        else:
+            apply_optimizer_in_backward(
+                RowWiseAdagrad, collection.parameters(), {"lr": optimizer.sparse_lr, "eps": optimizer.sparse_eps}
+            )
+        sharder: Any = EmbeddingCollectionSharder()
+        group = dist.group.WORLD
+        assert group is not None
+        self.plan = _planner(tables, device=device).collective_plan(collection, [sharder], group)
+        self.module = DistributedModelParallel(
+            collection,
+            device=self.device,
+            plan=self.plan,
+            sharders=[sharder],
+            init_data_parallel=False,
+        )
+        self._adams = {
+            (table, first_row): _Adam(weight, optimizer) for table, first_row, weight in self._weights() if self._adam
+        }
+
+    def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
+        """(item_IC, features_IFC) of distinct items and of no user. All ranks join, also with no item."""
+        nobody = UserCodes.of_nobody(len(self.user_tables))
+        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, nobody)
+        return item_IC, features_IFC
+
+    def look_up_with_users(self, item_rows_I: Tensor, users: UserCodes) -> tuple[Tensor, Tensor, Tensor]:
+        """(item_IC, features_IFC, user_features_UGC) of distinct items and of users; the one look-up of a step.
+
+        All ranks join, also with no item and no user. Codes that no table is for are ignored: G is 0 then.
+        """
+        num_items = item_rows_I.numel()
+        # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
+        asked = item_rows_I if num_items else item_rows_I.new_zeros(1)
+        ids = look_up_ids(asked, self.features, user_tables=self.user_tables, users=users).to(self.device)
+        rows = self.module(ids)
+        item_IC, features_IFC = pool_features(rows, self.features)
+        if self.user_tables:
+            users_UGC = pool_user_features(rows, self.user_tables)
+        else:
+            users_UGC = item_IC.new_zeros(users.lengths_UG.shape[0], 0, item_IC.shape[1])
+        return item_IC[:num_items], features_IFC[:num_items], users_UGC
+
+    def begin_step(self, rate: float) -> None:
+        """Before the look-up of an update: its learning rate. Not a collective."""
+        for adam in self._adams.values():
+            adam.begin(rate)
+        if self._adam:
+            return
+        optimizer: Any = self.module.fused_optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # What hands the rate to the fused kernels.
+        optimizer.zero_grad()
+
+    def end_step(self) -> None:
+        """The update after backward, where it is not fused into it. Not a collective."""
+        for adam in self._adams.values():
+            adam.end()
+
+    def restore_step(self, num_steps: int) -> None:
+        """So many updates were done: Adam's correction of its first ones follows it."""
+        for adam in self._adams.values():
+            adam.state["step"].fill_(num_steps)
+
+    def initialize(self, *, seed: int, std: float) -> None:
+        """Fill every local row from (seed, table, row): the same table at any world size."""
+        for shard in self.shards():
+            for first in range(0, shard.weight.shape[0], 1 << 16):
+                part = shard.weight[first : first + (1 << 16)]
+                rows = initial_rows(
+                    shard.table,
+                    seed=seed,
+                    first=shard.first_row + first,
+                    num_rows=part.shape[0],
+                    width=part.shape[1],
+                    std=std,
+                )
+                part.copy_(rows)
+            for state in shard.state.values():
+                state.zero_()
+
+    def shards(self) -> Iterator[TableShard]:
+        """This rank's shard of every table; a rank may own no row of a small table."""
+        accumulators = {} if self._adam else self._accumulators()
+        for table, first_row, weight in self._weights():
+            if self._adam:
+                kept = self._adams[table, first_row].state
+                state = {name: kept[name] for name in MOMENTS}
+            else:
+                state = {"accumulator": accumulators[table, first_row]}
+            yield TableShard(table, first_row, weight, state)
+
+    def _weights(self) -> Iterator[tuple[str, int, Tensor]]:
+        """(table, first row, rows) of this rank's shards."""
+        weights = self.module.state_dict()
+        for spec in self.specs:
+            for local in weights[f"embeddings.{spec.name}.weight"].local_shards():
+                yield spec.name, local.metadata.shard_offsets[0], local.tensor.detach()
+
+    def _accumulators(self) -> dict[tuple[str, int], Tensor]:
+        """What fused row-wise Adagrad keeps, by table and first row."""
+        return {
+            (key.rsplit(".", 2)[0], local.metadata.shard_offsets[0]): local.tensor.detach()
+            for state in self.module.fused_optimizer.state_dict()["state"].values()
+            for key, tensor in state.items()
+            if key.endswith(".momentum1")
+            for local in tensor.local_shards()
+        }
+
+
+class _Adam:
+    """torch.optim.Adam of one shard, whose gradient backward leaves in it CARRIER_RATE times too large."""
+
+    def __init__(self, weight_RC: Tensor, optimizer: OptimizerConfig) -> None:
+        self._weight_RC = weight_RC
+        self._before_RC = torch.nn.Parameter(torch.empty_like(weight_RC))
+        self._optimizer = torch.optim.Adam(
+            [self._before_RC], lr=optimizer.sparse_lr, betas=optimizer.betas, eps=optimizer.sparse_eps
+        )
+        self.state: dict[str, Tensor] = {
+            "step": torch.zeros(()),
+            **{name: torch.zeros_like(weight_RC) for name in MOMENTS},
+        }
+        self._optimizer.state[self._before_RC] = self.state
+
+    @torch.no_grad()
+    def begin(self, rate: float) -> None:
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._before_RC.copy_(self._weight_RC)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        self._before_RC.grad = (self._before_RC - self._weight_RC) / CARRIER_RATE
+        self._optimizer.step()
+        self._weight_RC.copy_(self._before_RC)
+
+
+def _planner(tables: Sequence[TableSpec], *, device: str) -> Any:
+    """Row-wise sharding for every table, planned against this machine's memory and not the library's example host."""
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.planner.types import ParameterConstraints
+
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    topology = Topology(
+        world_size=dist.get_world_size(),
+        local_world_size=local_world_size,
+        compute_device=device,
+        hbm_cap=torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0,
+        ddr_cap=psutil.virtual_memory().total // local_world_size,
+    )
+    constraints = {
+        table.name: ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"]) for table in tables
+    }
+    return EmbeddingShardingPlanner(topology=topology, constraints=constraints)
