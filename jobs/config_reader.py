@@ -21,6 +21,7 @@ from jobs.config import SECTIONS, ConfigError, RunConfig
 from jobs.recipes import RECIPES, recipe_names
 from jobs.training.loop import TrainingConfig
 from jobs.training.model import MODELS
+from models.sequence_tower import SequenceModel
 from pipeline.requests import RequestConfig
 
 
@@ -85,6 +86,7 @@ def _resolve(
         raise ConfigError(_locate(error, parser, layers, arguments)) from error
     _check_run(parsed, model)
     _check_log_q(built.training, built.data.requests)
+    _check_loss(built.training, built.data.requests, models=(model, *parsed.compare))
     return RunConfig(
         recipe=recipe,
         name=parsed.name or default_name,
@@ -119,6 +121,27 @@ def _check_log_q(training: TrainingConfig, requests: RequestConfig) -> None:
     if training.log_q and (requests.task != "next_item" or not requests.num_negatives):
         reason = f"task {requests.task}" if requests.task != "next_item" else "data.requests.num_negatives=0"
         raise ConfigError(f"training.log_q=true: must be false, {reason} draws no negatives to correct for")
+
+
+def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Sequence[str]) -> None:
+    """A softmax over the catalogue needs requests that are vectors, and draws nothing."""
+    if training.loss != "catalogue":
+        return
+    by_vectors = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
+    if others := [name for name in models if name not in by_vectors]:
+        raise ConfigError(
+            f"training.loss=catalogue: requests are no vectors to {others[0]}; train {' or '.join(by_vectors)}, "
+            "or set it to candidates"
+        )
+    if requests.task != "next_item":
+        raise ConfigError(
+            f"training.loss=catalogue: task {requests.task} ranks its own candidates; set it to candidates"
+        )
+    if requests.num_negatives or requests.history_negatives:
+        raise ConfigError(
+            f"data.requests.num_negatives={requests.num_negatives}: must be 0 (history_negatives too) with "
+            "training.loss=catalogue, where every item is a negative"
+        )
 
 
 def _named(model: str) -> type:

@@ -1,12 +1,18 @@
-"""The loss of a request: calibrated per candidate, ranked within its set."""
+"""The loss of a request: over its own candidates, calibrated and ranked, or over the whole catalogue."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.candidate_sets import gather_rows
+
+SCORES_PER_CHUNK = 1 << 21
+"""Of the softmax over the catalogue: 8 MiB, which a CPU keeps in its caches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,11 +20,11 @@ class RequestLoss:
     """Sums over the local requests. The caller scales by world size / requests of the whole batch."""
 
     total: Tensor
-    """Scalar with gradient: pointwise + set_weight * setwise."""
+    """Scalar with gradient: what is minimised."""
     pointwise: Tensor
     """Scalar without gradient: per request the mean binary cross-entropy of its candidates."""
     setwise: Tensor
-    """Scalar without gradient: per request the softmax cross-entropy over its set, mean over its positives."""
+    """Scalar without gradient: per request the softmax cross-entropy over its candidates, mean over its positives."""
 
 
 def request_loss(
@@ -27,9 +33,13 @@ def request_loss(
     label_M: Tensor,
     candidate_offsets_B1: Tensor,
     set_weight: float,
+    pointwise_weight: float = 1.0,
+    positive_weight: float = 1.0,
     log_q_M: Tensor | None = None,
 ) -> RequestLoss:
-    """BCE (calibrated probabilities) + set_weight x softmax cross-entropy over the request's set (the ranking).
+    """pointwise_weight x BCE (calibrated probabilities) + set_weight x softmax cross-entropy over the set (ranking).
+
+    A pointwise_weight of 0 leaves the sampled softmax; positive_weight weighs the positives of the BCE.
 
     A score that a whole set shares cancels in the second part: our reading of SOLAR's "ranking bias" (inferred).
     A set without a positive has no second part, an empty set no loss at all. Everything runs in float32.
@@ -55,6 +65,7 @@ def request_loss(
     zeros_B = logits_M.new_zeros(num_requests)
 
     entropy_M = F.binary_cross_entropy_with_logits(logits_M, label_M, reduction="none")
+    entropy_M = torch.where(label_M > 0, positive_weight, 1.0) * entropy_M
     pointwise = (zeros_B.index_add(0, request_M, entropy_M) / size_B.clamp_min(1)).sum()
 
     peak_B = zeros_B.scatter_reduce(0, request_M, logits_M.detach(), "amax", include_self=False)
@@ -64,4 +75,56 @@ def request_loss(
     negative_log_M = torch.where(size_B > 0, mass_B, 1.0).log()[request_M] - shifted_M
     setwise = (label_M * negative_log_M / positives_B.clamp_min(1)[request_M]).sum()
 
-    return RequestLoss(total=pointwise + set_weight * setwise, pointwise=pointwise.detach(), setwise=setwise.detach())
+    return RequestLoss(
+        total=pointwise_weight * pointwise + set_weight * setwise,
+        pointwise=pointwise.detach(),
+        setwise=setwise.detach(),
+    )
+
+
+def calibrated_positive_weight(strength: float, *, num_negatives: int, num_items: int) -> float:
+    """gBCE's exponent of positives (Petrov and Macdonald, RecSys 2023): 1 - t (1 - n / (I - 1)) with t = strength.
+
+    With uniform negatives and t = 1 the fitted scores are those of all items as negatives; t = 0 is plain BCE.
+    """
+    return 1 - strength * (1 - num_negatives / max(1, num_items - 1))
+
+
+def catalogue_loss(state_BD: Tensor, vector_ID: Tensor, *, positive_P: Tensor, request_P: Tensor) -> RequestLoss:
+    """Softmax cross-entropy over all I items of inner products, mean over the positives of a request.
+
+    positive_P: [P] rows of vector_ID, request_P: [P] their requests. Scores are made in chunks; none of P x I are kept.
+    """
+    state_PD = gather_rows(state_BD.float(), request_P)
+    weight_P = state_PD.new_ones(len(request_P))
+    count_B = state_PD.new_zeros(len(state_BD)).index_add(0, request_P, weight_P)
+    total = _CatalogueSoftmax.apply(state_PD, vector_ID.float(), positive_P, weight_P / count_B[request_P])
+    return RequestLoss(total=total, pointwise=total.new_zeros(()), setwise=total.detach())
+
+
+class _CatalogueSoftmax(torch.autograd.Function):
+    """The sum of weighted cross-entropies. The gradient is made chunk by chunk while the scores are there."""
+
+    @staticmethod
+    def forward(ctx: Any, state_PD: Tensor, vector_ID: Tensor, positive_P: Tensor, weight_P: Tensor) -> Tensor:
+        total = state_PD.new_zeros(())
+        grad_PD, grad_ID = torch.empty_like(state_PD), torch.zeros_like(vector_ID)
+        chunk = max(1, SCORES_PER_CHUNK // max(1, len(vector_ID)))
+        for first in range(0, len(state_PD), chunk):
+            part = slice(first, first + chunk)
+            state_pD, weight_p, positive_p1 = state_PD[part], weight_P[part], positive_P[part, None]
+            score_pI = state_pD @ vector_ID.mT
+            log_mass_p1 = score_pI.logsumexp(1, keepdim=True)
+            total += (weight_p * (log_mass_p1 - score_pI.gather(1, positive_p1)).squeeze(1)).sum()
+            slope_pI = score_pI.sub_(log_mass_p1).exp_()
+            slope_pI.scatter_add_(1, positive_p1, torch.full_like(positive_p1, -1, dtype=slope_pI.dtype))
+            slope_pI *= weight_p[:, None]
+            grad_PD[part] = slope_pI @ vector_ID
+            grad_ID.addmm_(slope_pI.mT, state_pD)
+        ctx.save_for_backward(grad_PD, grad_ID)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_PD, grad_ID = ctx.saved_tensors
+        return grad * grad_PD, grad * grad_ID, None, None

@@ -18,6 +18,7 @@ The letters are those of models/interface.py; K counts windows, T their position
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -131,9 +132,18 @@ class SequenceModel(Recommender):
         """state_KTD: the state at every position of every window."""
         raise NotImplementedError
 
-    def forward(self, inputs: ModelInput) -> Tensor:
+    @overload
+    def forward(self, inputs: ModelInput) -> Tensor: ...
+
+    @overload
+    def forward(self, inputs: ModelInput, *, vectors: Literal[True]) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, inputs: ModelInput, *, vectors: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """logits_M; with `vectors` what they are inner products of, (state_BD, vector_ID), float32."""
         vector_ID = self.item_vectors(inputs)
         state_BD = self.request_states(inputs, vector_ID)
+        if vectors:
+            return state_BD.float(), vector_ID.float()
         request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff())
         state_MD = gather_rows(state_BD, request_M.to(vector_ID.device, non_blocking=True))
         candidate_MD = gather_rows(vector_ID, inputs.candidate_item_M)

@@ -8,7 +8,6 @@ Every rank joins every call: look-ups are collectives, and under ZeRO-3 so is ea
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.training.catalogue import Catalogue
-from jobs.training.model import ItemRows, model_input, select_requests, training_input, user_codes
+from jobs.training.model import ItemRows, catalogue_input, select_requests, training_input, user_codes
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.interface import refuse_bad_rows
 from models.metrics import rank_of_target
+from models.sequence_tower import SequenceModel
 from pipeline.batch import Batch
 from pipeline.loader import EvaluationLoader
 from pipeline.requests import RequestConfig
@@ -30,6 +30,8 @@ from pipeline.vocabulary import NUM_RESERVED
 
 CANDIDATES_PER_FORWARD = 1 << 17
 """Bounds the memory of one forward: about 1 KB a candidate at width 64."""
+SCORES_PER_FORWARD = 1 << 21
+"""The same where a score is an inner product."""
 EVENTS_PER_BATCH = 1 << 14
 LOOK_UP_ROWS = 1 << 16
 TARGETS_PER_RANKING = 64
@@ -131,15 +133,15 @@ def _rank_targets(
 ) -> RankedTargets:
     item_IC, features_IFC = _look_up_catalogue(tables, catalogue.num_items)
     refuse_bad_rows(item_IC, features_IFC)
-    per_forward = max(1, CANDIDATES_PER_FORWARD // catalogue.num_items)
+    candidates = SCORES_PER_FORWARD if _scores_by_vectors(model) else CANDIDATES_PER_FORWARD
+    per_forward = max(1, candidates // catalogue.num_items)
     results = []
     for batch in batches:
         for first in range(0, _max_over_ranks(batch.num_requests), per_forward):
             # Only the users of these requests: a batch may hold one with thousands of requests and events.
             last = min(first + per_forward, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
-            logits_M = model(_catalogue_input(transform(chunk), tables, item_IC, features_IFC))
-            scores_BI = logits_M.cpu().view(chunk.num_requests, catalogue.num_items)
+            scores_BI = _catalogue_scores(model, transform(chunk), tables, item_IC, features_IFC)
             results.append(_ranks(chunk, scores_BI, catalogue))
     return _collect_ranks(results)
 
@@ -177,20 +179,22 @@ def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor
     return torch.cat([item for item, _ in parts]), torch.cat([features for _, features in parts])
 
 
-def _catalogue_input(batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor) -> Any:
-    """Every item as a candidate of every request; the look-up is of the users alone."""
-    num_items = item_IC.shape[0]
+def _catalogue_scores(
+    model: nn.Module, batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor
+) -> Tensor:
+    """[B, I] on the host: every item as a candidate of every request; the look-up is of the users alone."""
     _, _, user_features_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
-    ranked = dataclasses.replace(batch, candidate_offsets=torch.arange(batch.num_requests + 1) * num_items)
-    return model_input(
-        ranked,
-        item_IC=item_IC,
-        features_IFC=features_IFC,
-        user_features_UGC=user_features_UGC,
-        event_item_N=batch.event_item,
-        candidate_item_M=torch.arange(num_items).repeat(batch.num_requests),
-        num_reserved=NUM_RESERVED,
-    )
+    rows = (item_IC, features_IFC, user_features_UGC)
+    if _scores_by_vectors(model):
+        state_BD, vector_ID = model(catalogue_input(batch, *rows), vectors=True)
+        return (state_BD @ vector_ID.mT).cpu()
+    logits_M = model(catalogue_input(batch, *rows, as_candidates=True))
+    return logits_M.cpu().view(batch.num_requests, item_IC.shape[0])
+
+
+def _scores_by_vectors(model: nn.Module) -> bool:
+    """Whether a logit is an inner product; the model may be wrapped in an engine."""
+    return isinstance(getattr(model, "module", model), SequenceModel)
 
 
 def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.ndarray, ...]:

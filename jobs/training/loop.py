@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -31,23 +31,27 @@ from jobs.training.evaluation import evaluate
 from jobs.training.in_batch import InBatchNegatives
 from jobs.training.model import (
     build_tower,
+    catalogue_input,
     item_features,
     model_settings,
     table_specs,
     training_input,
+    user_codes,
     user_features,
     user_tables,
 )
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig, ShardedTables, dense_engine
+from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.results import primary_metric
+from jobs.training.tables import ShardedTables
 from jobs.training.telemetry import Reporter
-from models.interface import Recommender
-from models.losses import request_loss
+from models.interface import Recommender, refuse_bad_rows
+from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
 from pipeline.batch import Batch
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
+from pipeline.vocabulary import NUM_RESERVED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,16 @@ class TrainingConfig:
 
     epochs: int = 10
     """Passes over all training requests."""
+    loss: Literal["candidates", "catalogue"] = "candidates"
+    """candidates: over each request's positives and negatives, weighed by the next two. catalogue: softmax over all
+    items, for next_item and sequence models, whose requests are vectors; without data.requests.num_negatives."""
+    pointwise_loss_weight: float = 1.0
+    """Weight of the binary cross-entropy; 0 leaves the softmax over the drawn candidates."""
     set_loss_weight: float = 1.0
-    """Weight of the set-wise softmax cross-entropy beside the binary cross-entropy."""
+    """Weight of the set-wise softmax cross-entropy; 0 leaves the binary one."""
+    gbce_strength: float = 0.0
+    """t of gBCE (Petrov and Macdonald, RecSys 2023), from 0 (plain) to 1: how far positives weigh less in the binary
+    cross-entropy to make up for negatives that are few."""
     log_q: bool = False
     """next_item: correct the loss for what negatives are drawn from; logits then estimate log p(item | history)."""
     embedding_std: float = 0.02
@@ -66,6 +78,10 @@ class TrainingConfig:
     """Epochs between validations (and checkpoints); the best one is what is evaluated and registered."""
     valid_requests: int = 2000
     """Validation requests, the same ones each time; 0 = all."""
+    patience: int = 0
+    """Validations without a better one after which training ends; 0 = it goes on to the last epoch."""
+    max_seconds: float = 0.0
+    """Seconds of training steps, over all restarts, after which training ends with a validation; 0 = no limit."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every_epochs"):
@@ -73,9 +89,17 @@ class TrainingConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
         if not self.embedding_std > 0:
             raise ValueError(f"embedding_std={self.embedding_std}: must be above 0")
-        for name in ("set_loss_weight", "valid_requests"):
+        for name in ("pointwise_loss_weight", "set_loss_weight", "valid_requests", "patience", "max_seconds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+        if self.loss not in ("candidates", "catalogue"):
+            raise ValueError(f"loss={self.loss!r}: must be candidates or catalogue")
+        if not self.pointwise_loss_weight + self.set_loss_weight > 0:
+            raise ValueError(
+                "set_loss_weight=0: must be above 0 where pointwise_loss_weight is 0, or nothing is learned"
+            )
+        if not 0 <= self.gbce_strength <= 1:
+            raise ValueError(f"gbce_strength={self.gbce_strength}: must be from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,29 +149,35 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     batches = iter(loader)
     while state.step < num_steps:
         started = time.perf_counter()
-        losses = train_step(job, complete(next(batches)), tables, engine, step=state.step, num_steps=num_steps)
+        batch = complete(next(batches))
+        losses = train_step(
+            job, batch, tables, engine, num_items=shards.vocabulary.size, step=state.step, num_steps=num_steps
+        )
         state.step += 1
         state.loader = loader.state_dict()
         state.train_seconds += time.perf_counter() - started
         reporter.row("step", step=state.step, seconds=time.perf_counter() - started, **losses)
 
-        if state.step in last_steps:
+        out_of_time = bool(training.max_seconds) and _agreed_on(state.train_seconds >= training.max_seconds)
+        validated = state.step in last_steps or out_of_time
+        if validated:
             _validate(job, shards, catalogue, state, tables, engine, reporter)
         stop = reporter.should_stop()
-        state.finished = state.step == num_steps
+        no_better = bool(training.patience) and state.validations_since_best >= training.patience
+        state.finished = state.step == num_steps or out_of_time or no_better
         due = job.checkpoint.every_steps and state.step % job.checkpoint.every_steps == 0
-        if due or stop or state.step in last_steps:
+        if due or stop or validated:
             path = save_checkpoint(
                 run_dir, state, tables=tables, engine=engine, facts=job.facts, keep=job.checkpoint.keep
             )
             reporter.row("checkpoint", step=state.step, path=str(path))
-        if stop:
+        if stop or state.finished:
             break
     return state
 
 
 def train_step(
-    job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, step: int, num_steps: int
+    job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, num_items: int, step: int, num_steps: int
 ) -> dict[str, float]:
     """One optimizer step of both halves on one global batch; returns its mean losses (all ranks join).
 
@@ -156,26 +186,54 @@ def train_step(
     """
     world_size, count = dist.get_world_size(), max(1, batch.num_global_requests)
     share = job.optimizer.lr_share_at(step, num_steps=num_steps)
-    tables.set_learning_rate(job.optimizer.sparse_lr * share)
+    tables.begin_step(job.optimizer.sparse_lr * share)
     for group in engine.optimizer.param_groups:
         group["lr"] = job.optimizer.dense_lr * share
 
-    inputs = training_input(batch, tables)
-    logits_M = engine(inputs)
-    log_q_M = batch.candidate_log_q if job.training.log_q else None
-    loss = request_loss(
-        logits_M,
-        label_M=batch.candidate_label.to(logits_M.device),
-        candidate_offsets_B1=batch.candidate_offsets.to(logits_M.device),
-        set_weight=job.training.set_loss_weight,
-        log_q_M=None if log_q_M is None else log_q_M.to(logits_M.device),
-    )
+    loss = _loss(job.training, job.requests, batch, tables, engine, num_items=num_items)
     engine.backward(loss.total * (world_size / count))
     engine.step()
+    tables.end_step()
 
     sums = torch.stack([part.detach().double() for part in (loss.total, loss.pointwise, loss.setwise)])
     dist.all_reduce(sums)
     return dict(zip(("loss", "pointwise_loss", "setwise_loss"), (sums / count).tolist(), strict=True))
+
+
+def _loss(
+    training: TrainingConfig,
+    requests: RequestConfig,
+    batch: Batch,
+    tables: ShardedTables,
+    engine: Any,
+    *,
+    num_items: int,
+) -> RequestLoss:
+    """Of this rank's requests; one look-up and one forward."""
+    if training.loss == "catalogue":
+        rows = tables.look_up_with_users(torch.arange(num_items), user_codes(batch))
+        refuse_bad_rows(*rows[:2])
+        state_BD, vector_ID = engine(catalogue_input(batch, *rows), vectors=True)
+        device = state_BD.device
+        known = batch.candidate_item >= NUM_RESERVED
+        request_P = torch.repeat_interleave(batch.candidate_offsets.diff())[known]
+        positive_P = batch.candidate_item[known] - NUM_RESERVED
+        return catalogue_loss(
+            state_BD, vector_ID[NUM_RESERVED:], positive_P=positive_P.to(device), request_P=request_P.to(device)
+        )
+    logits_M = engine(training_input(batch, tables))
+    log_q_M = batch.candidate_log_q if training.log_q else None
+    return request_loss(
+        logits_M,
+        label_M=batch.candidate_label.to(logits_M.device),
+        candidate_offsets_B1=batch.candidate_offsets.to(logits_M.device),
+        set_weight=training.set_loss_weight,
+        pointwise_weight=training.pointwise_loss_weight,
+        positive_weight=calibrated_positive_weight(
+            training.gbce_strength, num_negatives=requests.num_negatives, num_items=num_items - NUM_RESERVED
+        ),
+        log_q_M=None if log_q_M is None else log_q_M.to(logits_M.device),
+    )
 
 
 def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tuple[ShardedTables, Recommender]:
@@ -210,9 +268,17 @@ def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tu
     document = read_state(checkpoint)
     state = TrainState(**document["train_state"])
     restore_dense_state(engine, load_dense(checkpoint), num_steps=state.step)
+    tables.restore_step(state.step)
     loader.load_state_dict(state.loader)
     restore_random_state(document)
     return state, tables, engine
+
+
+def _agreed_on(yes: bool) -> bool:
+    """What rank 0 says, on every rank."""
+    said = torch.tensor([yes], dtype=torch.uint8)
+    dist.broadcast(said, 0)
+    return bool(said)
 
 
 def _validate(
@@ -237,6 +303,7 @@ def _validate(
         progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
     ).metrics()
     primary = metrics[primary_metric(job.requests)]
+    state.validations_since_best += 1
     if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):
-        state.best_metric, state.best_step = primary, state.step
+        state.best_metric, state.best_step, state.validations_since_best = primary, state.step, 0
     reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, **metrics)

@@ -122,6 +122,23 @@ def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
     )
 
 
+def catalogue_input(
+    batch: Batch, item_IC: Tensor, features_IFC: Tensor, user_features_UGC: Tensor, *, as_candidates: bool = False
+) -> ModelInput:
+    """The batch beside the rows of the whole vocabulary, in its order: all of them candidates of every request, or none
+    (what `SequenceModel` makes vectors of)."""
+    num_candidates = item_IC.shape[0] if as_candidates else 0
+    return model_input(
+        dataclasses.replace(batch, candidate_offsets=torch.arange(batch.num_requests + 1) * num_candidates),
+        item_IC=item_IC,
+        features_IFC=features_IFC,
+        user_features_UGC=user_features_UGC,
+        event_item_N=batch.event_item,
+        candidate_item_M=torch.arange(num_candidates).repeat(batch.num_requests),
+        num_reserved=NUM_RESERVED,
+    )
+
+
 def user_codes(batch: Batch) -> UserCodes:
     """What the batch says of its users."""
     return UserCodes(lengths_UG=batch.user_feature_lengths, values=batch.user_feature_values)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.losses import request_loss
+import models.losses
+from models.losses import calibrated_positive_weight, catalogue_loss, request_loss
 from pipeline.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
 
 
@@ -147,3 +148,54 @@ def test_log_q_shifts_every_candidate() -> None:
     pointwise = F.binary_cross_entropy_with_logits(logits_M - log_q_M, label_M)
     setwise = F.cross_entropy((logits_M - log_q_M)[None], torch.tensor([1]))
     torch.testing.assert_close(found.total, pointwise + 0.5 * setwise)
+
+
+@pytest.mark.parametrize("scores_per_chunk", [1, 20, 1 << 20])
+def test_loss_over_the_catalogue_equals_cross_entropy_over_all_scores(monkeypatch, scores_per_chunk: int) -> None:
+    monkeypatch.setattr(models.losses, "SCORES_PER_CHUNK", scores_per_chunk)
+    torch.manual_seed(0)
+    state_BD, vector_ID = torch.randn(4, 3, requires_grad=True), (3 * torch.randn(7, 3)).requires_grad_()
+    # Request 1 has three positives, request 2 none that is known.
+    positive_P, request_P = torch.tensor([6, 0, 2, 5, 0]), torch.tensor([0, 1, 1, 1, 3])
+    found = catalogue_loss(state_BD, vector_ID, positive_P=positive_P, request_P=request_P)
+    each_P = F.cross_entropy((state_BD @ vector_ID.T)[request_P], positive_P, reduction="none")
+    expected = each_P[0] + each_P[1:4].mean() + each_P[4]
+    torch.testing.assert_close(found.total, expected)
+    for one, other in zip(
+        torch.autograd.grad(2 * found.total, [state_BD, vector_ID]),
+        torch.autograd.grad(2 * expected, [state_BD, vector_ID]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_over_the_catalogue_of_no_request_is_zero_with_a_gradient() -> None:
+    state_BD, vector_ID = torch.zeros(0, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    found = catalogue_loss(state_BD, vector_ID, positive_P=nothing, request_P=nothing)
+    found.total.backward()
+    assert found.total == 0
+    assert vector_ID.grad is not None
+    assert not vector_ID.grad.any()
+
+
+def test_scores_of_gbce_at_full_strength_are_those_of_all_negatives() -> None:
+    # One request kind, 4 items, positives drawn by p: with 1 of the 3 other items as a uniform negative the optimum of
+    # gBCE's odds is that of BCE against all three.
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    beta = calibrated_positive_weight(1.0, num_negatives=1, num_items=4)
+    drawn = (1 - p) * 1 / 3
+    every = 1 - p
+    odds = p * beta / drawn
+    torch.testing.assert_close(odds, p / every)
+    assert calibrated_positive_weight(0.0, num_negatives=1, num_items=4) == 1
+
+
+def test_weights_of_both_parts_and_of_positives() -> None:
+    logits_M, label_M = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([0.0, 1.0, 0.0])
+    options: dict[str, Any] = {"label_M": label_M, "candidate_offsets_B1": torch.tensor([0, 3])}
+    plain = request_loss(logits_M, set_weight=1.0, **options)
+    softmax = request_loss(logits_M, set_weight=1.0, pointwise_weight=0.0, **options)
+    torch.testing.assert_close(softmax.total, plain.setwise)
+    half = request_loss(logits_M, set_weight=0.0, positive_weight=0.5, **options)
+    torch.testing.assert_close(half.total, plain.pointwise + 0.5 * F.logsigmoid(logits_M[1]) / 3)
