@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 
 from pipeline import readers
-from pipeline.events import DataError, EventColumns, Reason, validate
-from pipeline.readers import FileFormat, Input
+from pipeline.events import DataError, EventColumns, Reason, Validated, validate
+from pipeline.readers import Block, FileFormat, Input
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
 from pipeline.users import refuse_bad_feature
 
@@ -91,8 +91,13 @@ class ImportConfig:
     """The users table, when one is given."""
     max_rejected_ratio: float = 0.01
     """Share of rows that are no events above which nothing is written."""
+    min_item_events: int = 0
+    """Events of items with fewer valid rows in these files are left out and counted; the files are then read twice.
+    Published protocols have 5. Counted once: users are not looked at, and items are not counted again."""
 
     def __post_init__(self) -> None:
+        if self.min_item_events < 0:
+            raise ValueError(f"min_item_events is {self.min_item_events}: it must be 0 or more")
         if not 0 <= self.max_rejected_ratio <= 1:
             raise ValueError(f"max_rejected_ratio is {self.max_rejected_ratio}: it must be between 0 and 1")
 
@@ -115,8 +120,9 @@ def import_files(
     user_files = readers.find_inputs(users, options=config.users.files) if users else []
     for file in user_files:
         _refuse_bad_features(file, config.users)
-    # Without a users table the same as a log that was imported before there could be one.
+    # Without a users table or a limit the same as a log that was imported before there could be one.
     left_out = {"max_rejected_ratio"} if users else {"max_rejected_ratio", "users"}
+    left_out |= set() if config.min_item_events else {"min_item_events"}
     source = {
         "source": "files",
         "inputs": [_identify(file) for file in found],
@@ -148,28 +154,57 @@ def _identify(file: Input) -> dict[str, Any]:
 def _import_events(
     found: list[Input], writer: EventLogWriter, *, config: ImportConfig, id_types: dict[str, str], report: Progress
 ) -> None:
-    read, reasons = 0, Counter[str]()
-    for done, file in enumerate(found):
-        report("import", done, len(found))
-        try:
-            for block in readers.read_blocks(file, mapping=config.columns.mapping(), options=config.files):
-                checked = validate(block.table, columns=config.columns, id_types=id_types, malformed=block.malformed)
-                read += block.table.height + len(block.malformed)
-                reasons.update(checked.rejected["reason"].to_list())
-                writer.add_events(checked.events)
-                writer.add_rejected(checked.rejected.with_columns(pl.lit(file.name).alias("file")))
-        except DataError as error:
-            raise DataError(error.args[0] if file.name in str(error) else f"{file.name}: {error}") from None
-    report("import", len(found), len(found))
+    read, rare, reasons = 0, 0, Counter[str]()
+    kept = _frequent_items(found, config=config, id_types=id_types, report=report) if config.min_item_events else None
+    for file, block, checked in _checked_blocks(found, config=config, id_types=id_types, report=report):
+        read += block.table.height + len(block.malformed)
+        reasons.update(checked.rejected["reason"].to_list())
+        events = checked.events if kept is None else checked.events.filter(pl.col("item_id").is_in(kept.implode()))
+        rare += checked.events.height - events.height
+        writer.add_events(events)
+        writer.add_rejected(checked.rejected.with_columns(pl.lit(file.name).alias("file")))
+    if kept is not None:
+        writer.leave_out({f"events of items with fewer than {config.min_item_events}": rare})
     names = ", ".join(file.name for file in found[:3]) + (", ..." if len(found) > 3 else "")
     if not read:
         raise DataError(f"{names}: the log is empty; nothing was written")
+    if kept is not None and not len(kept):
+        raise DataError(f"{names}: no item has {config.min_item_events} events; lower min_item_events")
     if (bad := reasons.total()) > config.max_rejected_ratio * read:
         counts = ", ".join(f"{reason}: {reasons[reason]}" for reason in Reason if reasons[reason])
         raise DataError(
             f"{names}: {bad} of {read} rows are invalid ({counts}), above max_rejected_ratio "
             f"{config.max_rejected_ratio}; check the mapping or raise the ratio"
         )
+
+
+def _checked_blocks(
+    found: list[Input], *, config: ImportConfig, id_types: dict[str, str], report: Progress
+) -> Iterator[tuple[Input, Block, Validated]]:
+    """Every block of every file, with what is valid of it. A DataError names the file."""
+    for done, file in enumerate(found):
+        report("import", done, len(found))
+        try:
+            for block in readers.read_blocks(file, mapping=config.columns.mapping(), options=config.files):
+                checked = validate(block.table, columns=config.columns, id_types=id_types, malformed=block.malformed)
+                yield file, block, checked
+        except DataError as error:
+            raise DataError(error.args[0] if file.name in str(error) else f"{file.name}: {error}") from None
+    report("import", len(found), len(found))
+
+
+def _frequent_items(
+    found: list[Input], *, config: ImportConfig, id_types: dict[str, str], report: Progress
+) -> pl.Series:
+    """The ids of items with at least `min_item_events` valid rows."""
+    counts = [
+        checked.events.group_by("item_id").len()
+        for _, _, checked in _checked_blocks(found, config=config, id_types=id_types, report=report)
+    ]
+    if not counts:
+        return pl.Series("item_id", [], pl.Int64 if id_types["item_id"] == "int64" else pl.String)
+    total = pl.concat(counts).group_by("item_id").agg(pl.col("len").sum())
+    return total.filter(pl.col("len") >= config.min_item_events)["item_id"]
 
 
 def _read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[pl.DataFrame]:

@@ -61,7 +61,9 @@ def make_job(shards_dir: str, run_dir: Path, name: str, *, dropout: float = 0.0,
 @pytest.fixture(scope="module")
 def two_rank_runs(shards_dir, tmp_path_factory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     directory = tmp_path_factory.mktemp("runs")
-    jobs = {name: (make_job(shards_dir, directory / name, name), [None]) for name in SEQUENCE_MODELS}
+    jobs: dict[str, tuple[TrainJob, list[int | None]]] = {
+        name: (make_job(shards_dir, directory / name, name), [None]) for name in SEQUENCE_MODELS
+    }
     jobs["straight"] = (make_job(shards_dir, directory / "straight", "sasrec", dropout=0.2), [None])
     jobs["resumed"] = (make_job(shards_dir, directory / "resumed", "sasrec", dropout=0.2), [2, None])
     return directory, dict(zip(jobs, run_ranks(run_each, 2, list(jobs.values()))[0], strict=True))

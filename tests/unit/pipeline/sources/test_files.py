@@ -188,3 +188,27 @@ def test_an_imported_log_prepares_without_any_mapping(files, prepare, tmp_path):
     data = Shards.open(str(tmp_path / "shards"))
     assert data.manifest.schema["id_types"] == {"user_id": "int64", "item_id": "int64"}
     assert set(data.vocabulary.features) == {"genres", "year"}
+
+
+def test_events_of_rare_items_are_left_out_and_counted_over_all_files(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "a.csv").write_text("uid;movie;when;stars\n1;5;100;3\n2;6;200;4\n1;7;150;5\n")
+    (logs / "b.csv").write_text("uid;movie;when;stars\n3;5;100;3\n3;7;not a time;1\n")
+    config = dataclasses.replace(CONFIG, min_item_events=2, max_rejected_ratio=0.5)
+    result = import_files(str(logs), str(tmp_path / "log"), config=config)
+    # The row without a time is no event of item 7.
+    assert (result.events, result.rejected) == (2, 1)
+    assert result.left_out == {"events of items with fewer than 2": 2}
+    assert pl.read_parquet(tmp_path / "log" / "events-00000.parquet")["item_id"].to_list() == [5, 5]
+    with pytest.raises(DataError, match="no item has 9 events; lower min_item_events"):
+        import_files(str(logs), str(tmp_path / "none"), config=dataclasses.replace(config, min_item_events=9))
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_log_imported_before_there_was_a_limit_is_still_the_same(files):
+    events, items, out = files
+    import_files(events, out, config=CONFIG, items=items)
+    assert "min_item_events" not in json.loads(Path(out, "source.json").read_text())["mapping"]
+    with pytest.raises(DataError, match=r"another mapping\.min_item_events|another mapping"):
+        import_files(events, out, config=dataclasses.replace(CONFIG, min_item_events=2), items=items)
