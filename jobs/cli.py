@@ -22,6 +22,7 @@ USAGE = """\
 solar COMMAND ... [-v]
 
   run RECIPE            import, prepare, train, evaluate, register in one go; reuses what is there
+  leaderboard BOARD     many models under one protocol -> one table (--seeds 1 2 3, --only ROW, --part valid)
   doctor [--json]       does everything work on this machine?
   import SOURCE         a public format -> event log (movielens-100k, files, git, synthetic)
   prepare               event log -> sequence shards; again with more events: merges
@@ -118,6 +119,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": training.run,
+    "leaderboard": training.leaderboard,
     "doctor": system.doctor,
     "import": data.import_,
     "prepare": data.prepare,

@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs.config import SECTIONS, ConfigError, RunConfig
-from jobs.recipes import RECIPES, recipe_names
+from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.loop import TrainingConfig
 from jobs.training.model import MODELS
 from models.sequence_tower import SequenceModel
@@ -60,6 +60,39 @@ def stored_config(command: str, stored: Mapping[str, Any], origin: str, argument
     """A config as `as_dict` stored it (with a checkpoint, in the registry) under further arguments."""
     values = {key: value for key, value in stored.items() if key != "recipe"}
     return _resolve(command, values, origin, arguments, recipe=stored["recipe"], default_name=stored["name"])
+
+
+def load_board(board: str, arguments: Sequence[str]) -> tuple[str, dict[str, RunConfig]]:
+    """(name, the runs of its rows) of `solar leaderboard BOARD ARGUMENTS`; the arguments hold for every row."""
+    path = Path(board) if board.endswith((".yaml", ".yml")) else RECIPES / "leaderboards" / f"{board}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"unknown leaderboard {board!r}: one of {', '.join(board_names())}, or the path of a YAML file"
+        )
+    values = _read_yaml(path)
+    rows = values.pop("models", None)
+    if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
+        raise ConfigError(f"{path}: models must hold `ROW NAME: what the row adds` sections, holds {rows!r}")
+    found, names = {}, {}
+    for row, added in rows.items():
+        origin = f"{path}: models.{row}"
+        name = f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', str(row).lower()).strip('-')}"
+        if name in names:
+            raise ConfigError(f"{origin}: its runs would be named as those of {names[name]}; give it another name")
+        names[name] = row
+        found[str(row)] = _resolve(
+            "leaderboard", _merged(values, added), origin, arguments, recipe=board, default_name=name
+        )
+    return path.stem, found
+
+
+def _merged(base: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `added` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in added.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _resolve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ def write_plots(run_dir: Path, *, model: str) -> list[Path]:
     if spectrum.exists():
         written.append(_plot_spectrum(json.loads(spectrum.read_text()), directory / "spectrum.png"))
     return written
+
+
+def plot_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: Path, *, title: str) -> Path:
+    """Quality against training time: (seconds, NDCG@10) of each seed of each row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    figure, axes = _figure(title, "seconds of training steps", "NDCG@10")
+    for number, (row, seeds) in enumerate(curves.items()):
+        for place, curve in enumerate(seeds):
+            axes.plot(*zip(*curve, strict=True), color=f"C{number % 10}", label=row if not place else None)
+    if curves:
+        axes.legend(fontsize="small")
+    return _save(figure, path)
 
 
 def _plot_loss(run_dir: Path, path: Path) -> Path:

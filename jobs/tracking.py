@@ -86,6 +86,14 @@ class TrackedRun:
         for key, value in values.items():
             self._client.set_tag(self.run_id, key, str(value))
 
+    def adopt(self, run_id: str) -> None:
+        """Make another run a child of this one."""
+        self._client.set_tag(run_id, "mlflow.parentRunId", self.run_id)
+
+    def artifact(self, file: Path) -> None:
+        """Keep a file with the run."""
+        self._client.log_artifact(self.run_id, str(file))
+
     def close(self, *, status: str = "FINISHED") -> None:
         """Flush and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again)."""
         self.flush()

@@ -1,8 +1,10 @@
-"""run, train, evaluate, register: the commands that take a recipe."""
+"""run, leaderboard, train, evaluate, register: the commands that take a recipe or a board of them."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 from jobs.commands.arguments import capture, recipe_config, usage_error
 from jobs.console import Console
@@ -16,6 +18,41 @@ def run(arguments: list[str], console: Console, *, verbose: bool) -> int:
         capture(console, config.workspace, "run", verbose=verbose)
         run_all(config, console, verbose=verbose)
     return 0
+
+
+def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.config_reader import load_board
+    from jobs.leaderboard import Board
+    from jobs.leaderboard import leaderboard as run_board
+    from jobs.recipes import board_names
+
+    if not arguments or arguments[0].startswith("-"):
+        raise usage_error("leaderboard", f"name a board first: {', '.join(board_names())}, or a YAML file")
+    options, overrides = _board_options(arguments[1:])
+    name, rows = load_board(arguments[0], overrides)
+    if unknown := [row for row in options["only"] if row not in rows]:
+        raise usage_error("leaderboard", f"--only {unknown[0]!r}: must be of {', '.join(rows)}")
+    rows = {row: rows[row] for row in rows if row in options["only"] or not options["only"]}
+    board = Board(name=name, rows=rows, seeds=options["seeds"], part=options["part"])
+    capture(console, board.protocol.workspace, "leaderboard", verbose=verbose)
+    run_board(board, console, verbose=verbose)
+    return 0
+
+
+def _board_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """(seeds, only, part; everything else)."""
+    parser = argparse.ArgumentParser(prog="solar leaderboard", exit_on_error=False, allow_abbrev=False, add_help=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--only", nargs="+", default=[])
+    parser.add_argument("--part", choices=("test", "valid"), default="test")
+    for fixed in ("--seed", "--name"):
+        if any(argument.split("=")[0] == fixed for argument in arguments):
+            raise usage_error("leaderboard", f"{fixed}: rows name their runs; seeds are --seeds 1 2 3")
+    try:
+        found, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise usage_error("leaderboard", str(error)) from error
+    return vars(found), rest
 
 
 def train(arguments: list[str], console: Console, *, verbose: bool) -> int:

@@ -72,6 +72,10 @@ class TrainState:
     """Validations after that one."""
     train_seconds: float = 0.0
     """Time spent in steps, over all restarts."""
+    events: int = 0
+    """Events of all histories read in steps, over all ranks and restarts."""
+    peak_gib: float = 0.0
+    """Most memory that the ranks had together, each at its own peak, at the last validation."""
     finished: bool = False
     """All epochs are done."""
 

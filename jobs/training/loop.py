@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import resource
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -154,6 +155,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             job, batch, tables, engine, num_items=shards.vocabulary.size, step=state.step, num_steps=num_steps
         )
         state.step += 1
+        state.events += int(losses.pop("events"))
         state.loader = loader.state_dict()
         state.train_seconds += time.perf_counter() - started
         reporter.row("step", step=state.step, seconds=time.perf_counter() - started, **losses)
@@ -179,7 +181,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
 def train_step(
     job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, num_items: int, step: int, num_steps: int
 ) -> dict[str, float]:
-    """One optimizer step of both halves on one global batch; returns its mean losses (all ranks join).
+    """One optimizer step of both halves on one global batch; returns its mean losses and its events (all ranks join).
 
     TorchRec and DeepSpeed both average over ranks, so the local loss is world size x local sum / global count: then
     one rank and many ranks follow the same gradient, however unevenly requests fall.
@@ -196,8 +198,9 @@ def train_step(
     tables.end_step()
 
     sums = torch.stack([part.detach().double() for part in (loss.total, loss.pointwise, loss.setwise)])
+    sums = torch.cat([sums / count, sums.new_tensor([batch.num_events])])
     dist.all_reduce(sums)
-    return dict(zip(("loss", "pointwise_loss", "setwise_loss"), (sums / count).tolist(), strict=True))
+    return dict(zip(("loss", "pointwise_loss", "setwise_loss", "events"), sums.tolist(), strict=True))
 
 
 def _loss(
@@ -281,6 +284,13 @@ def _agreed_on(yes: bool) -> bool:
     return bool(said)
 
 
+def _peak_gib() -> float:
+    """Resident memory of all ranks, each at its peak. A collective."""
+    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20])
+    dist.all_reduce(peak)
+    return float(peak)
+
+
 def _validate(
     job: TrainJob,
     shards: Shards,
@@ -303,6 +313,7 @@ def _validate(
         progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
     ).metrics()
     primary = metrics[primary_metric(job.requests)]
+    state.peak_gib = _peak_gib()
     state.validations_since_best += 1
     if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):
         state.best_metric, state.best_step, state.validations_since_best = primary, state.step, 0

@@ -1,0 +1,221 @@
+"""solar leaderboard BOARD: many models on one data set, under one protocol -> one table.
+
+A board (jobs/recipes/leaderboards/) is a recipe without a model and, under `models`, what each row adds to it. A row
+and a seed are a run, WORKSPACE/runs/BOARD-ROW-SEED: continued where it stopped, reused when it is finished.
+Table, figures and picture stand in WORKSPACE/leaderboards/BOARD and are written anew after each run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.cluster import ray_session
+from jobs.config import RunConfig
+from jobs.console import Console
+from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
+from jobs.ingest import import_events, prepare_shards
+from jobs.plots import plot_curves
+from jobs.run_record import read_json, write_json
+from jobs.tracking import TrackedRun, open_run
+from jobs.train import Trained, open_shards, train
+from jobs.training.checkpoint import latest_checkpoint, read_state
+from jobs.training.model import build_tower, model_settings
+from pipeline.vocabulary import NUM_RESERVED
+
+METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")
+COSTS = ("parameters", "epochs", "steps", "train_seconds", "peak_gib", "events_per_second")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Board:
+    """What is compared."""
+
+    name: str
+    rows: Mapping[str, RunConfig]
+    """The runs by the names of their rows, but for the seed; data, split and workspace are the same in all of them."""
+    seeds: Sequence[int]
+    part: str = "test"
+    """Which part is ranked: test once per setting, valid to choose settings by."""
+
+    @property
+    def protocol(self) -> RunConfig:
+        """Any of the runs: for what is the same in all of them."""
+        return next(iter(self.rows.values()))
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.protocol.workspace) / "leaderboards" / self.name
+
+    def run(self, row: str, seed: int) -> RunConfig:
+        config = self.rows[row]
+        return dataclasses.replace(config, name=f"{config.name}-{seed}", seed=seed)
+
+
+def leaderboard(board: Board, console: Console, *, verbose: bool = False) -> Path:
+    """Train and evaluate what is not there yet; returns the table, as Markdown."""
+    protocol = board.protocol
+    if "://" in protocol.events_dir or Path(protocol.events_dir).exists():
+        console.line(f"{'import':<12} already there: {protocol.events_dir}")
+    else:
+        downloads = Path(protocol.workspace) / "downloads"
+        import_events(protocol.source, protocol.events_dir, console, downloads=downloads)
+    parent = _parent_run(board)
+    results: list[dict[str, Any]] = []
+    with ray_session(protocol.cluster, num_cpus=protocol.parallel.num_cpus, verbose=verbose):
+        prepare_shards(protocol.events_dir, protocol.shards_dir, protocol.data.prepare, console)
+        # Seed by seed: a table of all rows is there early.
+        for number, (seed, row) in enumerate(itertools.product(board.seeds, board.rows), 1):
+            config = board.run(row, seed)
+            console.line(f"{f'{number}/{len(board.seeds) * len(board.rows)}':<12} {row}, seed {seed}")
+            trained = train(config, console, resume=True, verbose=verbose)
+            evaluated = evaluate_run(config, {config.model["name"]: trained}, console, part=board.part, verbose=verbose)
+            parent.adopt(trained.mlflow_run_id)
+            results += _results(row, config, trained, evaluated, with_popularity=not results)
+            write_board(board, results)
+    parent.metrics(_means(results), step=0)
+    for file in sorted(board.directory.glob("leaderboard.*")):
+        parent.artifact(file)
+    parent.close()
+    table = board.directory / "leaderboard.md"
+    console.line()
+    console.line(table.read_text())
+    console.line(f"leaderboard  {board.directory}")
+    return table
+
+
+def write_board(board: Board, results: Sequence[Mapping[str, Any]]) -> None:
+    """leaderboard.json, .md and .png of the results so far, one a row and seed."""
+    board.directory.mkdir(parents=True, exist_ok=True)
+    write_json(
+        board.directory / "leaderboard.json", {"board": board.name, "part": board.part, "results": list(results)}
+    )
+    (board.directory / "leaderboard.md").write_text(markdown(results, part=board.part))
+    plot_curves(
+        {row: [result["curve"] for result in found] for row, found in _by_row(results).items() if found[0]["curve"]},
+        board.directory / "leaderboard.png",
+        title=f"{board.name}, validation",
+    )
+
+
+def markdown(results: Sequence[Mapping[str, Any]], *, part: str) -> str:
+    """One line a row, the best NDCG@10 with seen items kept first: means over seeds and standard deviations."""
+    metrics = [f"{metric}{suffix}" for suffix in ("_seen_kept", "") for metric in METRICS]
+    heads = [f"{metric.removesuffix('_seen_kept').upper()}{', kept' if 'kept' in metric else ''}" for metric in metrics]
+    rows = _by_row(results)
+    costs = [cost.replace("_per_second", "/s").replace("_", " ") for cost in COSTS]
+    lines = [
+        f"{part} part, each target among the whole catalogue; kept: seen items compete; means over seeds",
+        "",
+        "| " + " | ".join(["model", "seeds", *heads, "tables", *costs]) + " |",
+        "|" + "---|" * (3 + len(metrics) + len(COSTS)),
+    ]
+    for row in sorted(rows, key=lambda name: -_mean(rows[name], "ndcg@10_seen_kept")):
+        found = rows[row]
+        cells = [
+            row,
+            str(len(found)),
+            *(_spread([result["metrics"][metric] for result in found]) for metric in metrics),
+        ]
+        cells += [str(found[0]["tables"] or "")]
+        cells += [_cost([result[cost] for result in found]) for cost in COSTS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _results(
+    row: str, config: RunConfig, trained: Trained, evaluated: Evaluated, *, with_popularity: bool
+) -> list[dict[str, Any]]:
+    """What one run adds to the board: its own figures, and popularity's with the first one."""
+    summary = evaluated.summary
+    latest = latest_checkpoint(trained.run_dir)
+    assert latest is not None
+    state = read_state(latest)["train_state"]
+    found = [
+        {
+            "row": row,
+            "seed": config.seed,
+            "metrics": summary["metrics"][config.model["name"]],
+            "tables": config.optimizer.sparse,
+            "parameters": _parameters(config),
+            "epochs": state["loader"]["epoch"],
+            "steps": state["step"],
+            "best_step": state["best_step"],
+            "train_seconds": state["train_seconds"],
+            "peak_gib": state["peak_gib"],
+            "events_per_second": state["events"] / max(1e-9, state["train_seconds"]),
+            "curve": _curve(trained.run_dir, summary["primary"]),
+            "mlflow_run_id": trained.mlflow_run_id,
+        }
+    ]
+    if with_popularity:
+        nothing = dict.fromkeys(["tables", "curve", "mlflow_run_id", *COSTS])
+        found.append({"row": POPULARITY, "seed": config.seed, "metrics": summary["metrics"][POPULARITY], **nothing})
+    return found
+
+
+def _parameters(config: RunConfig) -> int:
+    """Weights of the tower and of the rows of items."""
+    vocabulary = open_shards(config).vocabulary
+    tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
+    rows = (vocabulary.size - NUM_RESERVED) * config.model["width"]
+    return rows + sum(parameter.numel() for parameter in tower.parameters())
+
+
+def _curve(run_dir: Path, metric: str) -> list[tuple[float, float]]:
+    """(seconds of training steps, validation metric) of every validation."""
+    seconds, curve = 0.0, []
+    for line in (run_dir / "telemetry.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        seconds += row["seconds"] if row["kind"] == "step" else 0.0
+        if row["kind"] == "valid":
+            curve.append((seconds, row[metric]))
+    return curve
+
+
+def _parent_run(board: Board) -> TrackedRun:
+    """The MLflow run above all rows, the same one when the board goes on."""
+    record = board.directory / "run.json"
+    previous = read_json(record)["mlflow_run_id"] if record.exists() else None
+    protocol = board.protocol
+    run = open_run(protocol.tracking, protocol.workspace, name=f"leaderboard-{board.name}", run_id=previous)
+    board.directory.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"mlflow_run_id": run.run_id})
+    return run
+
+
+def _by_row(results: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        rows.setdefault(result["row"], []).append(result)
+    return rows
+
+
+def _means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        f"{row}/{metric}".replace(",", ""): _mean(found, metric)
+        for row, found in _by_row(results).items()
+        for metric in ("ndcg@10", "ndcg@10_seen_kept", "hr@10_seen_kept")
+    }
+
+
+def _mean(found: Sequence[Mapping[str, Any]], metric: str) -> float:
+    return statistics.mean(result["metrics"][metric] for result in found)
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.4f}".removeprefix("0")
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.4f}".replace("+- 0", "+- ")
+
+
+def _cost(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = statistics.mean(known)
+    return f"{mean:.2f}" if mean < 10 else f"{mean:,.0f}"
