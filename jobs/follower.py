@@ -65,6 +65,17 @@ class Follower:
             raise OSError(error.errno, error.strerror, str(self._log)) from error
 
 
+def read_rows(log: Path) -> list[dict[str, Any]]:
+    """The rows of a telemetry.jsonl, without half a line of a killed driver; none where there is no file."""
+    rows = []
+    for line in log.read_text().splitlines() if log.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def drop_superseded(log: Path, *, after_step: int) -> None:
     """Remove the rows of steps that a restart from `after_step` trains again, and half a line of a killed driver.
 
@@ -72,14 +83,7 @@ def drop_superseded(log: Path, *, after_step: int) -> None:
     """
     if not log.exists():
         return
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.get("step", 0) <= after_step:
-            kept.append(line + "\n")
+    kept = [json.dumps(row) + "\n" for row in read_rows(log) if row.get("step", 0) <= after_step]
     staged = log.with_suffix(".tmp")
     staged.write_text("".join(kept))
     os.replace(staged, log)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from jobs.cluster import ray_session
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
+from jobs.follower import read_rows
 from jobs.ingest import import_events, prepare_shards
 from jobs.plots import plot_curves
 from jobs.run_record import read_json, write_json
@@ -170,8 +170,7 @@ def _parameters(config: RunConfig) -> int:
 def _curve(run_dir: Path, metric: str) -> list[tuple[float, float]]:
     """(seconds of training steps, validation metric) of every validation."""
     seconds, curve = 0.0, []
-    for line in (run_dir / "telemetry.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(run_dir / "telemetry.jsonl"):
         seconds += row["seconds"] if row["kind"] == "step" else 0.0
         if row["kind"] == "valid":
             curve.append((seconds, row[metric]))

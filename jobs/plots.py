@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from jobs.follower import read_rows
 from models.metrics import bootstrap_interval, ndcg
 
 LENGTH_BUCKETS = (0, 20, 50, 100, 200, 500, 1_000, 10_000, 1 << 62)
@@ -50,9 +51,7 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], p
 
 
 def _plot_loss(run_dir: Path, path: Path) -> Path:
-    lines = (run_dir / "telemetry.jsonl").read_text().splitlines()
-    # A driver that was killed may have left half a line.
-    rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    rows = read_rows(run_dir / "telemetry.jsonl")
     steps = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
     valid = {row["step"]: row for row in rows if row["kind"] == "valid"}
     metric = next((key for row in valid.values() for key in ("ndcg@10", "gauc") if key in row), None)
