@@ -26,6 +26,9 @@ def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int
     from jobs.leaderboard import leaderboard as run_board
     from jobs.recipes import board_names
 
+    if {"-h", "--help"} & set(arguments):
+        console.line(_board_parser().format_help())
+        return 0
     if not arguments or arguments[0].startswith("-"):
         raise usage_error("leaderboard", f"name a board first: {', '.join(board_names())}, or a YAML file")
     options, overrides = _board_options(arguments[1:])
@@ -39,12 +42,26 @@ def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int
     return 0
 
 
+def _board_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solar leaderboard",
+        usage="solar leaderboard BOARD [--seeds N ...] [--only ROW ...] [--part test|valid] [SETTING VALUE ...]",
+        epilog="Settings are those of `solar train --help`; they hold for every row.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1], help="seeds of every row; the table has their mean"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW", help="rows to run; without it all of the board")
+    parser.add_argument("--part", choices=("test", "valid"), default="test", help="valid is for choosing settings")
+    return parser
+
+
 def _board_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     """(seeds, only, part; everything else)."""
-    parser = argparse.ArgumentParser(prog="solar leaderboard", exit_on_error=False, allow_abbrev=False, add_help=False)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--part", choices=("test", "valid"), default="test")
+    parser = _board_parser()
     for fixed in ("--seed", "--name"):
         if any(argument.split("=")[0] == fixed for argument in arguments):
             raise usage_error("leaderboard", f"{fixed}: rows name their runs; seeds are --seeds 1 2 3")
