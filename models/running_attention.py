@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_POSITIONS = 64
-"""E: scores of a chunk take as much memory as vectors of width 64."""
+MIN_CHUNK_POSITIONS = 16
 
 
-def running_attention(query_XTD: Tensor, *, key_XTD: Tensor, value_XTV: Tensor, chunk: int = CHUNK_POSITIONS) -> Tensor:
-    """out_XTV, in the dtype of the arguments; bfloat16 is not enough for sums of many events."""
-    num_positions = query_XTD.shape[1]
-    chunk = min(chunk, num_positions)
+def running_attention(query_XTD: Tensor, *, key_XTD: Tensor, value_XTV: Tensor, chunk: int | None = None) -> Tensor:
+    """out_XTV, in the dtype of the arguments; bfloat16 is not enough for sums of many events.
+
+    chunk: E; None = D, where scores and sums take equally much (48 x 200 positions of width 16, forward and backward on
+    one core: 6 ms with chunks of 16, 11 with 64, 22 with one of 200).
+    """
+    num_positions, width = query_XTD.shape[1:]
+    chunk = min(chunk or max(width, MIN_CHUNK_POSITIONS), num_positions)
     missing = -num_positions % chunk
 
     def chunks(value: Tensor) -> Tensor:

@@ -47,6 +47,9 @@ class SequenceConfig:
     """L, latest events of a history that are read at most."""
     item_features: bool = False
     """The vectors of an item's features are added to its row. Off, as published: an item is its row alone."""
+    shift_windows: bool = False
+    """In training the windows of a history longer than max_length end anywhere, drawn anew each time, so that no event
+    always stands at the start of one."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "max_length"):
@@ -115,6 +118,13 @@ class SequenceModel(Recommender):
     def request_states(self, inputs: ModelInput, vector_ID: Tensor) -> Tensor:
         """state_BD: the state of each request's user after the first request_position_B of the events."""
         windows = self.windows(inputs)
+        blocks = windows.in_blocks(self.shared.max_length) if self.causal else [windows]
+        state_BD = torch.cat([self._states_of(block, inputs, vector_ID) for block in blocks])
+        # Block by block until here; back in the order of the requests.
+        place_B = torch.cat([block.request_B for block in blocks]).argsort()
+        return gather_rows(state_BD, place_B.to(vector_ID.device, non_blocking=True))
+
+    def _states_of(self, windows: Windows, inputs: ModelInput, vector_ID: Tensor) -> Tensor:
         state_KTD = self.encode(windows.events(inputs, vector_ID, self.padding_D), windows=windows, inputs=inputs)
         return gather_rows(state_KTD.flatten(0, 1), windows.place_B.to(vector_ID.device, non_blocking=True))
 
@@ -125,6 +135,7 @@ class SequenceModel(Recommender):
             inputs,
             max_length=length,
             shared=self.causal and self.training,
+            shifted=self.shared.shift_windows,
             num_positions=None if self.causal else length,
         )
 
@@ -157,11 +168,15 @@ class Windows:
 
     event_KT: Tensor
     """[K, T] int64: 1 + row of the event in N; 0 = padding, which stands behind all events of the window."""
+    request_B: Tensor
+    """[B] int64: the requests that are served, ascending: all of a batch, or those of a block."""
     place_B: Tensor
     """[B] int64: where in K x T each request's state stands: at its last event, or at a padding if it has none."""
 
     @staticmethod
-    def of_requests(inputs: ModelInput, *, max_length: int, shared: bool, num_positions: int | None = None) -> Windows:
+    def of_requests(
+        inputs: ModelInput, *, max_length: int, shared: bool, shifted: bool = False, num_positions: int | None = None
+    ) -> Windows:
         """Windows of at most `max_length` events, and of `num_positions` or as many positions as the longest needs.
 
         shared: a user's windows follow each other backwards from the user's last request, and a request reads its
@@ -171,6 +186,8 @@ class Windows:
         user_B, position_B = inputs.request_user_B, inputs.request_position_B
         if shared:
             last_U = torch.zeros_like(inputs.event_offsets_U1[1:]).scatter_reduce(0, user_B, position_B, "amax")
+            if shifted:
+                last_U = torch.where(last_U > max_length, last_U + torch.randint(max_length, last_U.shape), last_U)
             last_B = last_U[user_B]
             start_B = last_B - ((last_B - position_B) // max_length + 1) * max_length
         else:
@@ -191,7 +208,30 @@ class Windows:
         place_T = torch.arange(width)
         return Windows(
             event_KT=torch.where(place_T < length_K[:, None], first_K[:, None] + place_T + 1, 0),
+            request_B=torch.arange(len(position_B)),
             place_B=window_B * width + (position_B - start_B - 1).clamp_min(0),
+        )
+
+    def in_blocks(self, max_length: int) -> list[Windows]:
+        """These windows apart by length, so that short ones need not be as wide as long ones: up to a quarter of
+        `max_length`, up to half of it, above (MovieLens-1M, windows of 200: 1.2 positions an event instead of 1.7).
+
+        Always as many blocks, an empty one being a window of padding: under ZeRO-3 every forward is a collective.
+        """
+        num_positions = self.event_KT.shape[1]
+        length_K, window_B = (self.event_KT > 0).sum(1), self.place_B // num_positions
+        block_K = torch.bucketize(length_K, torch.tensor([-(-max_length // 4), -(-max_length // 2)]))
+        return [self._only(block_K == block, length_K, window_B) for block in range(3)]
+
+    def _only(self, kept_K: Tensor, length_K: Tensor, window_B: Tensor) -> Windows:
+        width = max(1, int(length_K[kept_K].max())) if kept_K.any() else 1
+        event_KT = self.event_KT[kept_K, :width]
+        served_B = kept_K[window_B]
+        place_B = (kept_K.cumsum(0) - 1)[window_B] * width + self.place_B % self.event_KT.shape[1]
+        return Windows(
+            event_KT=event_KT if len(event_KT) else self.event_KT.new_zeros(1, 1),
+            request_B=self.request_B[served_B],
+            place_B=place_B[served_B],
         )
 
     def events(self, inputs: ModelInput, vector_ID: Tensor, padding_D: Tensor) -> Tensor:
