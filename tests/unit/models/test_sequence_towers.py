@@ -222,6 +222,45 @@ def test_all_positions_of_a_user_cost_one_window_of_events_in_training() -> None
     assert Windows.of_requests(inputs, max_length=5, shared=False).event_KT.shape == (16, 5)
 
 
+@pytest.mark.parametrize("max_length", [4, 20])
+def test_blocks_are_the_same_windows_apart_by_length(max_length: int) -> None:
+    requests = (*((0, position) for position in range(0, 21, 3)), (1, 2), (2, 7), (2, 0))
+    inputs = random_inputs(lengths=(20, 2, 9), requests=requests, sizes=(1,) * len(requests))
+    whole = Windows.of_requests(inputs, max_length=max_length, shared=True)
+    blocks = whole.in_blocks(max_length)
+    assert [block.event_KT.shape[1] <= width for block, width in zip(blocks, (5, 10, 20), strict=True)] == [True] * 3
+
+    def read(windows: Windows) -> dict[int, list[int]]:
+        """By request: the events that its state has read."""
+        width = windows.event_KT.shape[1]
+        rows = (windows.event_KT[place // width, : place % width + 1] for place in windows.place_B.tolist())
+        return dict(zip(windows.request_B.tolist(), (row.tolist() for row in rows), strict=True))
+
+    apart = {request: events for block in blocks for request, events in read(block).items()}
+    assert apart == read(whole)
+    assert sum(len(block.request_B) for block in blocks) == len(requests)
+
+    def runs(windows: Windows) -> list[list[int]]:
+        return [[event for event in row if event] for row in windows.event_KT.tolist() if any(row)]
+
+    assert sorted(run for block in blocks for run in runs(block)) == sorted(runs(whole))
+
+
+def test_shifted_windows_end_anywhere_and_read_what_stands_before() -> None:
+    requests = (*((0, position) for position in range(1, 21)), (1, 3))
+    inputs = random_inputs(lengths=(20, 3), requests=requests, sizes=(1,) * len(requests))
+    firsts = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        windows = Windows.of_requests(inputs, max_length=5, shared=True, shifted=True)
+        # Rows of N count from 1: a request's state stands at its last event, wherever its window begins.
+        last_B = windows.event_KT.flatten()[windows.place_B]
+        assert last_B.tolist() == [*range(1, 21), 23]
+        firsts.add(int(windows.event_KT[1, 0]))
+        assert [21, 22, 23, 0, 0] in windows.event_KT.tolist(), "a short history is one window, not two"
+    assert firsts == {2, 3, 4, 5, 6}
+
+
 def test_features_are_added_where_asked_for() -> None:
     inputs = random_inputs()
     without, with_them = (
