@@ -98,11 +98,14 @@ def _merged(base: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
 def _resolve(
     command: str, first: dict[str, Any], origin: str, arguments: Sequence[str], *, recipe: str, default_name: str
 ) -> RunConfig:
-    layers = [(origin, first), *((file, _read_yaml(Path(file))) for file in _config_files(arguments))]
-    model = _model_name(layers, arguments)
+    files = [(file, _read_yaml(Path(file))) for file in _config_files(arguments)]
+    model = _model_name([(origin, first), *files], arguments)
     if model not in MODELS:
         raise ConfigError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
     parser = config_parser(command, model=model)
+    if (written_for := _model_name([(origin, first)], [])) in MODELS and written_for != model:
+        first, default_name = _for_model(first, model, written_for=written_for), f"{default_name}-{model}"
+    layers = [(origin, first), *files]
     for layer, values in layers:
         try:
             parser.parse_object(values)
@@ -206,6 +209,13 @@ def _model_name(layers: Sequence[tuple[str, dict[str, Any]]], arguments: Sequenc
     named = [(values.get("model") or {}).get("name") for _, values in layers]
     named += values_of("--model.name", arguments)
     return next((name for name in reversed(named) if name), "solar")
+
+
+def _for_model(values: Mapping[str, Any], model: str, *, written_for: str) -> dict[str, Any]:
+    """A recipe that was written for another model, without what only that model has."""
+    ours, theirs = ({field.name for field in dataclasses.fields(MODELS[name][0])} for name in (model, written_for))
+    section = {key: value for key, value in (values.get("model") or {}).items() if key not in theirs - ours}
+    return {**values, "model": {**section, "name": model}}
 
 
 def values_of(option: str, arguments: Sequence[str]) -> list[str]:

@@ -107,6 +107,21 @@ def test_unknown_model_names_the_known_ones():
     )
 
 
+def test_a_recipe_serves_other_models_with_what_they_have_too():
+    config = load_config("train", "movielens-100k", ["--model.name", "din", "--model.whole_history", "false"])
+    assert (config.model["name"], config.model["user_features"], config.model["whole_history"]) == ("din", False, False)
+    assert config.name == "movielens-100k-din"
+    assert load_config("train", "movielens-100k", ["--model.name", "recgrela"]).model["form"] == "causal"
+    assert "model.rank" in complaint("--model.name", "din", "--model.rank", "8")
+
+
+def test_a_misspelt_key_of_a_recipe_is_found_with_any_model(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model: {name: solar, rnk: 8}\n")
+    for model in ("solar", "din"):
+        assert "unknown key model.rnk" in complaint("--model.name", model, recipe=str(recipe))
+
+
 def test_secrets_in_uris_never_leave_the_config():
     config = load_config("train", "movielens-100k", ["--tracking.uri", "https://me:hunter2@mlflow.example/x"])
     assert config.tracking.uri == "https://me:hunter2@mlflow.example/x"
