@@ -157,7 +157,7 @@ def test_inspect_of_something_else_is_refused(capfd, tmp_path):
 
 def test_unknown_command_names_the_commands(capfd):
     assert cli.run(["trian"]) == 2
-    assert "unknown command 'trian': one of run, doctor, import" in capfd.readouterr().err
+    assert "unknown command 'trian': one of run, leaderboard, doctor" in capfd.readouterr().err
 
 
 def test_training_without_shards_says_what_to_run_first(refuses):
