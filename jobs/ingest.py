@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import ClusterConfig, ray_session
-from jobs.config import ConfigError, SourceConfig
+from jobs.config import ConfigError, RunConfig, SourceConfig
 from jobs.console import Console, Stage
 from jobs.training.checkpoint import verify_checkpoint
 from pipeline.build import PrepareConfig, Prepared, prepare
@@ -31,6 +31,15 @@ def import_events(source: SourceConfig, out: str, console: Console, *, downloads
     if imported.rejected:
         console.line(f"{'':<12} rejected: {imported.rejected:,} rows, in {Path(out) / 'rejected.parquet'}")
     return imported
+
+
+def import_missing(config: RunConfig, console: Console) -> None:
+    """The event log of a recipe. Where a user has to name the files, a log that is there is taken as it is."""
+    there = "://" in config.events_dir or Path(config.events_dir).exists()
+    if config.source.needs_path and there:
+        console.line(f"{'import':<12} already there: {config.events_dir}")
+    else:
+        import_events(config.source, config.events_dir, console, downloads=Path(config.workspace) / "downloads")
 
 
 def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -> Imported:

@@ -19,7 +19,7 @@ from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
 from jobs.follower import read_rows
-from jobs.ingest import import_events, prepare_shards
+from jobs.ingest import import_missing, prepare_shards
 from jobs.plots import plot_curves
 from jobs.run_record import read_json, write_json
 from jobs.tracking import TrackedRun, open_run
@@ -60,11 +60,7 @@ class Board:
 def leaderboard(board: Board, console: Console, *, verbose: bool = False) -> Path:
     """Train and evaluate what is not there yet; returns the table, as Markdown."""
     protocol = board.protocol
-    if "://" in protocol.events_dir or Path(protocol.events_dir).exists():
-        console.line(f"{'import':<12} already there: {protocol.events_dir}")
-    else:
-        downloads = Path(protocol.workspace) / "downloads"
-        import_events(protocol.source, protocol.events_dir, console, downloads=downloads)
+    import_missing(protocol, console)
     parent = _parent_run(board)
     results: list[dict[str, Any]] = []
     with ray_session(protocol.cluster, num_cpus=protocol.parallel.num_cpus, verbose=verbose):

@@ -15,7 +15,7 @@ from jobs.cluster import ray_session
 from jobs.config import RunConfig, redacted
 from jobs.console import Console
 from jobs.evaluate import Evaluated, evaluate_run
-from jobs.ingest import import_events, prepare_shards
+from jobs.ingest import import_missing, prepare_shards
 from jobs.register import Registered, register
 from jobs.report import print_results
 from jobs.tracking import tracking_uri
@@ -25,11 +25,7 @@ from jobs.train import Trained, train, trained_run
 def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Registered:
     """The whole flow. Each part returns what it made or found."""
     started = time.monotonic()
-    there = "://" in config.events_dir or Path(config.events_dir).exists()
-    if config.source.needs_path and there:
-        console.line(f"{'import':<12} already there: {config.events_dir}")
-    else:
-        import_events(config.source, config.events_dir, console, downloads=Path(config.workspace) / "downloads")
+    import_missing(config, console)
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
         prepare_shards(config.events_dir, config.shards_dir, config.data.prepare, console)
         for part in systems(config):

@@ -45,7 +45,7 @@ from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.results import primary_metric
 from jobs.training.tables import ShardedTables
-from jobs.training.telemetry import Reporter
+from jobs.training.telemetry import Reporter, agreed_on
 from models.interface import Recommender, refuse_bad_rows
 from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
 from pipeline.batch import Batch
@@ -160,7 +160,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         state.train_seconds += time.perf_counter() - started
         reporter.row("step", step=state.step, seconds=time.perf_counter() - started, **losses)
 
-        out_of_time = bool(training.max_seconds) and _agreed_on(state.train_seconds >= training.max_seconds)
+        out_of_time = bool(training.max_seconds) and agreed_on(state.train_seconds >= training.max_seconds)
         validated = state.step in last_steps or out_of_time
         if validated:
             _validate(job, shards, catalogue, state, tables, engine, reporter)
@@ -275,13 +275,6 @@ def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tu
     loader.load_state_dict(state.loader)
     restore_random_state(document)
     return state, tables, engine
-
-
-def _agreed_on(yes: bool) -> bool:
-    """What rank 0 says, on every rank."""
-    said = torch.tensor([yes], dtype=torch.uint8)
-    dist.broadcast(said, 0)
-    return bool(said)
 
 
 def _peak_gib() -> float:

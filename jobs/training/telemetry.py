@@ -57,13 +57,19 @@ class Reporter:
     def should_stop(self) -> bool:
         """Whether the driver asked to stop, the same answer on every rank. A collective."""
         import ray
-        import torch
-        import torch.distributed as dist
 
         if self._pending:
             # Answers of earlier steps: waiting for this step's would cost a round trip.
             ready, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
             self._stop = self._stop or any(ray.get(ready))
-        flag = torch.tensor([float(self._stop)])
-        dist.broadcast(flag, src=0)
-        return bool(flag.item())
+        return agreed_on(self._stop)
+
+
+def agreed_on(yes: bool) -> bool:
+    """What rank 0 says, on every rank. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    said = torch.tensor([yes], dtype=torch.uint8)
+    dist.broadcast(said, src=0)
+    return bool(said)
