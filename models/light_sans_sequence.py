@@ -18,38 +18,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.interface import ModelInput
 from models.sequence_tower import (
-    FeedForward,
     Positions,
-    SelfAttentionConfig,
     SequenceModel,
+    TransformerLayer,
+    TwoFormConfig,
     Windows,
     draw_weights,
-    refuse_unknown_form,
 )
 
 LIGHT_SANS_NORM_EPS = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LightSansSequenceConfig(SelfAttentionConfig):
+class LightSansSequenceConfig(TwoFormConfig):
     """Size and form of LightSANs."""
 
     num_interests: int = 5
     """R, what a history is pooled into, for keys and for values."""
-    form: Literal["published", "causal"] = "causal"
-    """Whether every prefix is a sample of its own, or all prefixes of a window are computed in one pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_below("num_interests", 1)
-        refuse_unknown_form(self.form)
 
 
 class LightSansSequence(SequenceModel):
@@ -57,7 +52,7 @@ class LightSansSequence(SequenceModel):
 
     def __init__(self, config: LightSansSequenceConfig, *, num_features: int = 0) -> None:
         super().__init__(config, num_features=num_features)
-        self.causal = config.form == "causal"
+        self.causal = config.causal
         self.norm = nn.LayerNorm(config.width, eps=LIGHT_SANS_NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.position = Positions(config)
@@ -72,22 +67,18 @@ class LightSansSequence(SequenceModel):
         return state_KTD
 
 
-class LightSansLayer(nn.Module):
+class LightSansLayer(TransformerLayer):
     """Attention to interests and to positions, and a feed-forward network."""
 
     def __init__(self, config: LightSansSequenceConfig) -> None:
-        super().__init__()
+        super().__init__(config, norm_eps=LIGHT_SANS_NORM_EPS)
         width = config.width
-        self.causal, self.num_heads = config.form == "causal", config.num_heads
+        self.causal = config.causal
         self.query_key_value = nn.Linear(width, 3 * width)
         self.key_pool = nn.Linear(width, config.num_interests, bias=False)
         self.value_pool = nn.Linear(width, config.num_interests, bias=False)
         self.position_norm = nn.LayerNorm(width, eps=LIGHT_SANS_NORM_EPS)
         self.position_query_key = nn.Linear(width, 2 * width)
-        self.output, self.dropout = nn.Linear(width, width), nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(width, eps=LIGHT_SANS_NORM_EPS)
-        self.mlp = FeedForward(width, hidden=4 * width, activation=nn.GELU(), dropout=config.dropout)
-        self.mlp_norm = nn.LayerNorm(width, eps=LIGHT_SANS_NORM_EPS)
 
     def forward(self, state_KTD: Tensor, position_TD: Tensor) -> Tensor:
         query_KTD, key_KTD, value_KTD = self.query_key_value(state_KTD).chunk(3, dim=2)
@@ -108,9 +99,7 @@ class LightSansLayer(nn.Module):
             later_TT = torch.ones_like(score_HTT[0], dtype=torch.bool).triu(1)
             score_HTT = score_HTT.masked_fill(later_TT, -torch.inf)
         placed_KTHd = torch.einsum("hnj,kjhd->knhd", torch.softmax(score_HTT, 2), self._heads(value_KTD))
-        found_KTD = (found_KTHd + placed_KTHd).flatten(2)
-        state_KTD = self.norm(state_KTD + self.dropout(self.output(found_KTD)))
-        return self.mlp_norm(state_KTD + self.mlp(state_KTD))
+        return self.finish(state_KTD, (found_KTHd + placed_KTHd).flatten(2))
 
     def _heads(self, value: Tensor) -> Tensor:
         return value.unflatten(-1, (self.num_heads, -1))

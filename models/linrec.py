@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +25,12 @@ from torch import Tensor, nn
 from models.interface import ModelInput
 from models.running_attention import join_heads, running_attention, split_heads
 from models.sequence_tower import (
-    FeedForward,
     Positions,
-    SelfAttentionConfig,
     SequenceModel,
+    TransformerLayer,
+    TwoFormConfig,
     Windows,
     draw_weights,
-    refuse_unknown_form,
 )
 
 LINREC_NORM_EPS = 1e-12
@@ -41,15 +39,8 @@ LENGTH_EPS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinRecConfig(SelfAttentionConfig):
+class LinRecConfig(TwoFormConfig):
     """Size and form of LinRec."""
-
-    form: Literal["published", "causal"] = "causal"
-    """Whether every prefix is a sample of its own, or all prefixes of a window are computed in one pass."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_unknown_form(self.form)
 
 
 class LinRec(SequenceModel):
@@ -57,7 +48,7 @@ class LinRec(SequenceModel):
 
     def __init__(self, config: LinRecConfig, *, num_features: int = 0) -> None:
         super().__init__(config, num_features=num_features)
-        self.causal = config.form == "causal"
+        self.causal = config.causal
         self.position = Positions(config)
         self.norm = nn.LayerNorm(config.width, eps=LINREC_NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
@@ -71,18 +62,13 @@ class LinRec(SequenceModel):
         return state_KTD
 
 
-class LinRecLayer(nn.Module):
+class LinRecLayer(TransformerLayer):
     """Attention and feed-forward network, each with a residual and a norm behind it."""
 
     def __init__(self, config: LinRecConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.causal, self.num_heads = config.form == "causal", config.num_heads
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.output, self.dropout = nn.Linear(width, width), nn.Dropout(config.dropout)
-        self.norm = nn.LayerNorm(width, eps=LINREC_NORM_EPS)
-        self.mlp = FeedForward(width, hidden=4 * width, activation=nn.GELU(), dropout=config.dropout)
-        self.mlp_norm = nn.LayerNorm(width, eps=LINREC_NORM_EPS)
+        super().__init__(config, norm_eps=LINREC_NORM_EPS)
+        self.causal = config.causal
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
 
     def forward(self, state_KTD: Tensor) -> Tensor:
         # Sums over a history want more digits than bfloat16 has.
@@ -97,6 +83,4 @@ class LinRecLayer(nn.Module):
         else:
             found_XTd = query_XTd @ (F.normalize(key_XTd, dim=1, eps=LENGTH_EPS).mT @ value_XTd)
         found_XTd = found_XTd / math.sqrt(value_XTd.shape[2])
-        found_KTD = join_heads(found_XTd, self.num_heads).to(state_KTD.dtype)
-        state_KTD = self.norm(state_KTD + self.dropout(self.output(found_KTD)))
-        return self.mlp_norm(state_KTD + self.mlp(state_KTD))
+        return self.finish(state_KTD, join_heads(found_XTd, self.num_heads).to(state_KTD.dtype))

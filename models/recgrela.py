@@ -24,7 +24,6 @@ The letters are those of models/interface.py and models/sequence_tower.py.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +33,10 @@ from models.interface import ModelInput
 from models.running_attention import events_so_far, join_heads, running_attention, split_heads
 from models.sequence_tower import (
     FeedForward,
-    SelfAttentionConfig,
     SequenceModel,
+    TwoFormConfig,
     Windows,
     draw_weights,
-    refuse_unknown_form,
 )
 
 NORM_EPS = 1e-12
@@ -49,7 +47,7 @@ KERNEL = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RecGrelaConfig(SelfAttentionConfig):
+class RecGrelaConfig(TwoFormConfig):
     """Size and parts of RecGRELA; the defaults are the published ones but for the form."""
 
     num_heads: int = 4
@@ -58,8 +56,6 @@ class RecGrelaConfig(SelfAttentionConfig):
     """Layers, each of which reads the whole window."""
     drop_path: float = 0.1
     """Probability that a layer's attention is left out for a window in training."""
-    form: Literal["published", "causal"] = "causal"
-    """Whether every prefix is a sample of its own, or all prefixes of a window are computed in one pass."""
     rank_augmentation: bool = True
     """The convolution of the values is added to what attention finds."""
     rank_selector: bool = True
@@ -68,7 +64,6 @@ class RecGrelaConfig(SelfAttentionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_no_share("drop_path")
-        refuse_unknown_form(self.form)
         if self.width % 2:
             raise ValueError(f"width = {self.width} must be even: rotary positions turn pairs of units; change it")
 
@@ -79,7 +74,7 @@ class RecGrela(SequenceModel):
     def __init__(self, config: RecGrelaConfig, *, num_features: int = 0) -> None:
         super().__init__(config, num_features=num_features)
         self.config = config
-        self.causal = config.form == "causal"
+        self.causal = config.causal
         self.dropout = nn.Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.layers = nn.ModuleList(GrelaLayer(config) for _ in range(config.num_layers))
@@ -116,7 +111,7 @@ class GrelaLayer(nn.Module):
     def __init__(self, config: RecGrelaConfig) -> None:
         super().__init__()
         width = config.width
-        self.causal, self.num_heads, self.drop_path = config.form == "causal", config.num_heads, config.drop_path
+        self.causal, self.num_heads, self.drop_path = config.causal, config.num_heads, config.drop_path
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.gate = nn.Linear(width, width) if config.rank_selector else None
         self.input = nn.Linear(width, width)

@@ -49,7 +49,7 @@ class SequenceConfig:
     """The vectors of an item's features are added to its row. Off, as published: an item is its row alone."""
     shift_windows: bool = False
     """In training the windows of a history longer than max_length end anywhere, drawn anew each time, so that no event
-    always stands at the start of one."""
+    always stands at the start of one. (The published forms have no window that requests share.)"""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "max_length"):
@@ -79,12 +79,24 @@ class SelfAttentionConfig(SequenceConfig):
             raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
 
 
-def refuse_unknown_form(form: str) -> None:
-    """ValueError unless a model with two forms has this one."""
-    if form not in ("published", "causal"):
-        raise ValueError(
-            f"form = {form!r} must be published (a sample per prefix) or causal (all prefixes in one pass)"
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoFormConfig(SelfAttentionConfig):
+    """What every sequence model has whose published attention reads all positions of a window."""
+
+    form: Literal["published", "causal"] = "causal"
+    """Whether every prefix is a sample of its own, or all prefixes of a window are computed in one pass."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether a state depends on the events up to its own alone."""
+        return self.form == "causal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in ("published", "causal"):
+            raise ValueError(
+                f"form = {self.form!r} must be published (a sample per prefix) or causal (all prefixes in one pass)"
+            )
 
 
 class SequenceModel(Recommender):
@@ -275,3 +287,24 @@ class FeedForward(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         return self.dropout(self.second(self.dropout(self.activation(self.first(value)))))
+
+
+class TransformerLayer(nn.Module):
+    """What stands behind the attention of a layer: x = LN(x + dropout(W_O found + b_O)); LN(x + MLP(x)), 4 D, GELU.
+
+    Subclasses find something, and end with `finish`.
+    """
+
+    def __init__(self, config: SelfAttentionConfig, *, norm_eps: float) -> None:
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.output, self.dropout = nn.Linear(width, width), nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = FeedForward(width, hidden=4 * width, activation=nn.GELU(), dropout=config.dropout)
+        self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def finish(self, state_KTD: Tensor, found_KTD: Tensor) -> Tensor:
+        """state_KTD behind the layer, of the one before it and what its attention found."""
+        state_KTD = self.norm(state_KTD + self.dropout(self.output(found_KTD)))
+        return self.mlp_norm(state_KTD + self.mlp(state_KTD))
