@@ -8,19 +8,16 @@ from typing import Any
 
 import pytest
 
-from jobs.training.checkpoint import CheckpointConfig, latest_checkpoint, read_state
+from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.loop import TrainingConfig, TrainJob
 from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig
 from models.sequence_tower import SequenceModel
-from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.loader import LoaderConfig
 from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from tests.distributed import test_training_loop
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_training_loop import losses, run_each, weights
-from tests.tiny import write_tiny_log
+from tests.distributed.test_training_loop import losses, run_each, tiny_shards, weights
 
 SEQUENCE_MODELS = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
 REQUESTS = RequestConfig(num_negatives=0)
@@ -28,11 +25,7 @@ REQUESTS = RequestConfig(num_negatives=0)
 
 @pytest.fixture(scope="module")
 def shards_dir(tmp_path_factory, local_ray) -> str:
-    directory = tmp_path_factory.mktemp("tiny")
-    log = write_tiny_log(directory / "log")
-    prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
-    index_requests(Shards.open(str(directory / "shards")), config=REQUESTS)
-    return str(directory / "shards")
+    return tiny_shards(tmp_path_factory.mktemp("tiny"), REQUESTS)
 
 
 def make_job(shards_dir: str, run_dir: Path, name: str, *, dropout: float = 0.0, **changes: Any) -> TrainJob:
@@ -41,19 +34,14 @@ def make_job(shards_dir: str, run_dir: Path, name: str, *, dropout: float = 0.0,
     sizes = {"width": 16, "num_layers": 1, "max_length": 8, "dropout": dropout, "drop_path": 0.0}
     known = {field.name for field in dataclasses.fields(config_class)}
     config = config_class(**{key: value for key, value in sizes.items() if key in known})
-    job = TrainJob(
-        run_dir=str(run_dir),
-        shards=shards_dir,
-        manifest=Shards.open(shards_dir).manifest.number,
-        seed=3,
+    job = test_training_loop.make_job(
+        shards_dir,
+        run_dir,
         model={"name": name, **dataclasses.asdict(config)},
         training=TrainingConfig(epochs=2, loss="catalogue"),
         requests=REQUESTS,
         loader=LoaderConfig(batch_events=400, window_row_groups=2),
         optimizer=OptimizerConfig(sparse="adam", dense_lr=0.01, sparse_lr=0.01, warmup_steps=0),
-        parallel=ParallelConfig(zero_stage=1),
-        checkpoint=CheckpointConfig(),
-        facts={},
     )
     return dataclasses.replace(job, **changes)
 

@@ -40,10 +40,13 @@ NEXT_ITEM = RequestConfig(num_negatives=8)
 
 @pytest.fixture(scope="module")
 def shards_dir(tmp_path_factory, local_ray) -> str:
-    directory = tmp_path_factory.mktemp("tiny")
+    return tiny_shards(tmp_path_factory.mktemp("tiny"), NEXT_ITEM)
+
+
+def tiny_shards(directory: Path, requests: RequestConfig) -> str:
     log = write_tiny_log(directory / "log")
     prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
-    index_requests(Shards.open(str(directory / "shards")), config=NEXT_ITEM)
+    index_requests(Shards.open(str(directory / "shards")), config=requests)
     return str(directory / "shards")
 
 

@@ -104,6 +104,15 @@ def only_request(inputs: ModelInput, b: int) -> ModelInput:
     )
 
 
+def on_meta(inputs: ModelInput) -> ModelInput:
+    """The same batch without values, but for what a tower reads on the host."""
+    host = {"event_offsets_U1", "request_user_B", "request_position_B", "candidate_offsets_B1", "num_reserved"}
+    fields = {field.name for field in dataclasses.fields(inputs)} - host
+    on_device = {name: getattr(inputs, name).detach().to("meta") for name in fields}
+    on_device["item_IC"].requires_grad_()
+    return dataclasses.replace(inputs, **on_device)
+
+
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
     """Every parameter away from its start value, so that nothing is equal because it is still zero."""
     generator = torch.Generator().manual_seed(5)
@@ -116,3 +125,24 @@ def randomise(model: torch.nn.Module) -> torch.nn.Module:
 def gradients(model: torch.nn.Module) -> dict[str, Tensor | None]:
     """Gradient of each parameter by name."""
     return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def check_that_everything_learns(model: torch.nn.Module, inputs: ModelInput) -> None:
+    """Every parameter and every candidate's row has a gradient."""
+    model(inputs).square().sum().backward()
+    for name, gradient in gradients(model).items():
+        assert gradient is not None, name
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.abs().sum() > 0, name
+    assert inputs.item_IC.grad is not None
+    assert (inputs.item_IC.grad[inputs.candidate_item_M].abs().sum(1) > 0).all()
+
+
+def check_empty_batch(model: torch.nn.Module, inputs: ModelInput) -> None:
+    """No candidate, no logit, and still a gradient for every parameter: all ranks join the reduction."""
+    logits_M = model(inputs)
+    assert logits_M.shape == (0,)
+    assert logits_M.dtype == torch.float32
+    logits_M.sum().backward()
+    assert all(gradient is not None and (gradient == 0).all() for gradient in gradients(model).values())
+    assert inputs.item_IC.grad is not None
