@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.candidate_sets import gather_rows
+from models.repeats import Histories
 
-SCORES_PER_CHUNK = 1 << 21
-"""Of the softmax over the catalogue: 8 MiB, which a CPU keeps in its caches."""
+SCORES_PER_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
+"""Of the softmax over the catalogue: 1 MiB, which a CPU core keeps in its own cache; a GPU wants few large products."""
+MIN_ROWS_PER_CHUNK = 64
+"""With less a product would do nothing but read the items."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,15 +93,26 @@ def calibrated_positive_weight(strength: float, *, num_negatives: int, num_items
     return 1 - strength * (1 - num_negatives / max(1, num_items - 1))
 
 
-def catalogue_loss(state_BD: Tensor, vector_ID: Tensor, *, positive_P: Tensor, request_P: Tensor) -> RequestLoss:
+def catalogue_loss(
+    state_BD: Tensor,
+    vector_ID: Tensor,
+    *,
+    positive_P: Tensor,
+    request_P: Tensor,
+    repeat_1: Tensor | None = None,
+    histories: Histories | None = None,
+) -> RequestLoss:
     """Softmax cross-entropy over all I items of inner products, mean over the positives of a request.
 
-    positive_P: [P] rows of vector_ID, request_P: [P] their requests. Scores are made in chunks; none of P x I are kept.
+    positive_P: [P] rows of vector_ID, request_P: [P] their requests; repeat_1 is added to the scores of the items in a
+    request's history. Scores are made in chunks; none of P x I are kept.
     """
     state_PD = gather_rows(state_BD.float(), request_P)
     weight_P = state_PD.new_ones(len(request_P))
     count_B = state_PD.new_zeros(len(state_BD)).index_add(0, request_P, weight_P)
-    total = _CatalogueSoftmax.apply(state_PD, vector_ID.float(), positive_P, weight_P / count_B[request_P])
+    total = _CatalogueSoftmax.apply(
+        state_PD, vector_ID.float(), repeat_1, positive_P, weight_P / count_B[request_P], request_P, histories
+    )
     return RequestLoss(total=total, pointwise=total.new_zeros(()), setwise=total.detach())
 
 
@@ -106,25 +120,40 @@ class _CatalogueSoftmax(torch.autograd.Function):
     """The sum of weighted cross-entropies. The gradient is made chunk by chunk while the scores are there."""
 
     @staticmethod
-    def forward(ctx: Any, state_PD: Tensor, vector_ID: Tensor, positive_P: Tensor, weight_P: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        state_PD: Tensor,
+        vector_ID: Tensor,
+        repeat_1: Tensor | None,
+        positive_P: Tensor,
+        weight_P: Tensor,
+        request_P: Tensor,
+        histories: Histories | None,
+    ) -> Tensor:
         total = state_PD.new_zeros(())
-        grad_PD, grad_ID = torch.empty_like(state_PD), torch.zeros_like(vector_ID)
-        chunk = max(1, SCORES_PER_CHUNK // max(1, len(vector_ID)))
+        grad_PD, grad_ID, grad_1 = torch.empty_like(state_PD), torch.zeros_like(vector_ID), state_PD.new_zeros(1)
+        chunk = max(MIN_ROWS_PER_CHUNK, SCORES_PER_CHUNK[vector_ID.device.type] // max(1, len(vector_ID)))
         for first in range(0, len(state_PD), chunk):
             part = slice(first, first + chunk)
             state_pD, weight_p, positive_p1 = state_PD[part], weight_P[part], positive_P[part, None]
-            score_pI = state_pD @ vector_ID.mT
-            log_mass_p1 = score_pI.logsumexp(1, keepdim=True)
-            total += (weight_p * (log_mass_p1 - score_pI.gather(1, positive_p1)).squeeze(1)).sum()
-            slope_pI = score_pI.sub_(log_mass_p1).exp_()
-            slope_pI.scatter_add_(1, positive_p1, torch.full_like(positive_p1, -1, dtype=slope_pI.dtype))
-            slope_pI *= weight_p[:, None]
+            score_pI, seen_pI = state_pD @ vector_ID.mT, None
+            if repeat_1 is not None and histories is not None:
+                seen_pI = histories.hold(request_P[part]).to(score_pI.dtype)
+                score_pI.addcmul_(seen_pI, repeat_1)
+            found_p1, highest_p1 = score_pI.gather(1, positive_p1), score_pI.amax(1, keepdim=True)
+            power_pI = score_pI.sub_(highest_p1).exp_()
+            mass_p1, weight_p1 = power_pI.sum(1, keepdim=True), weight_p[:, None]
+            total += (weight_p1 * (mass_p1.log() + highest_p1 - found_p1)).sum()
+            slope_pI = power_pI.mul_(weight_p1 / mass_p1).scatter_add_(1, positive_p1, -weight_p1)
             grad_PD[part] = slope_pI @ vector_ID
             grad_ID.addmm_(slope_pI.mT, state_pD)
-        ctx.save_for_backward(grad_PD, grad_ID)
+            if seen_pI is not None:
+                grad_1 += torch.dot(slope_pI.flatten(), seen_pI.flatten())
+        ctx.save_for_backward(grad_PD, grad_ID, grad_1)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_PD, grad_ID = ctx.saved_tensors
-        return grad * grad_PD, grad * grad_ID, None, None
+        grad_PD, grad_ID, grad_1 = ctx.saved_tensors
+        found = (grad * grad_PD, grad * grad_ID, grad * grad_1 if ctx.needs_input_grad[2] else None)
+        return *found, None, None, None, None

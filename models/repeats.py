@@ -1,6 +1,7 @@
 """What a history says of a candidate exactly, however long it is: how often and how lately the candidate itself occurs.
 
     repeat_M = MLP(log(1 + count in the latest w events) for each w, log(1 + events since), log(1 + hours since))
+    repeat_M = b where the candidate occurs in the history, else 0             (what all items can be given at once)
 
 A vector of a history, be it a mean or R interests, tells what its items are like, not which of thousands they were.
 Where people come back to items that is the strongest signal there is (personal frequency of next-basket recommendation,
@@ -11,6 +12,7 @@ The letters are those of models/interface.py; X counts the arguments of the MLP.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +25,8 @@ from models.interface import ModelInput
 WINDOWS = (16, 128, 1024)
 """Latest events in which a candidate is counted, beside all that are read."""
 HIDDEN = 16
+NEVER = torch.iinfo(torch.int32).max
+"""Beyond every position of a sequence."""
 
 
 class RepeatScore(nn.Module):
@@ -43,6 +47,55 @@ class RepeatScore(nn.Module):
             inputs, request_M=candidates.request_M, windows=self.windows, time_features=self.time_features
         )
         return self.last(torch.relu(self.hidden(found_MX.to(self.hidden.weight.dtype)))).squeeze(-1)
+
+
+class RepeatBias(nn.Module):
+    """b, one number: far below 0 where nobody comes back to an item, above it where people do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias_1 = nn.Parameter(torch.zeros(1))
+
+    def forward(self) -> Tensor:
+        # Not the parameter itself: spread over ranks, it is whole in here alone.
+        return self.bias_1.float() + 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Histories:
+    """Which of all items the histories of requests hold: U x I numbers, for models that score all items at once."""
+
+    first_UI: Tensor
+    """int32: where in its user's events an item stands first, from 0; NEVER where it does not."""
+    user_B: Tensor
+    """[B] int64."""
+    position_B: Tensor
+    """[B] int64: the first so many events of the user are the history."""
+
+    @staticmethod
+    def of_requests(inputs: ModelInput, *, first_item: int = 0) -> Histories:
+        """Of all requests; items below `first_item` are left out."""
+        device = inputs.event_item_N.device
+        first_UI = first_places(inputs.event_item_N, inputs.event_offsets_U1, num_items=inputs.item_IC.shape[0])
+        return Histories(
+            first_UI=first_UI[:, first_item:],
+            user_B=inputs.request_user_B.to(device, non_blocking=True),
+            position_B=inputs.request_position_B.to(device, non_blocking=True),
+        )
+
+    def hold(self, request_P: Tensor | slice) -> Tensor:
+        """[P, I] bool: whether the history of each of these requests holds each item."""
+        return self.first_UI[self.user_B[request_P]] < self.position_B[request_P, None]
+
+
+def first_places(event_item_N: Tensor, event_offsets_U1: Tensor, *, num_items: int) -> Tensor:
+    """first_UI of `Histories`; the offsets are on the host."""
+    device, num_users = event_item_N.device, event_offsets_U1.numel() - 1
+    owner_N = torch.repeat_interleave(event_offsets_U1.diff())
+    place_N = torch.arange(len(owner_N)) - event_offsets_U1[:-1][owner_N]
+    place_N, row_N = place_N.int().to(device, non_blocking=True), (owner_N * num_items).to(device, non_blocking=True)
+    never = torch.full((num_users * num_items,), NEVER, dtype=torch.int32, device=device)
+    return never.scatter_reduce_(0, row_N + event_item_N, place_N, "amin").view(num_users, num_items)
 
 
 def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | None], time_features: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sequence models: a request is one vector, a candidate another, and a logit their inner product.
+"""Sequence models: a request is one vector, a candidate another, and a logit their inner product [+ repeat].
 
     user's events       a b c d e f g h | i j          max_length = 4, requests after c, f and h
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from models.candidate_sets import gather_rows
 from models.interface import ModelInput, Recommender
+from models.repeats import RepeatBias, repeats
 
 PADDING_SEED = 20_250_613
 """All ranks draw the same padding vector, which no optimizer keeps in step."""
@@ -50,6 +51,10 @@ class SequenceConfig:
     shift_windows: bool = False
     """In training the windows of a history longer than max_length end anywhere, drawn anew each time, so that no event
     always stands at the start of one. (The published forms have no window that requests share.)"""
+
+    repeats: bool = False
+    """A learned number is added to the logits of the items in a history (all of it): it rules out what was seen where
+    nobody comes back to it, so that no state has to know every item by itself, and lifts it where people do."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "max_length"):
@@ -119,6 +124,7 @@ class SequenceModel(Recommender):
         self.padding_D: Tensor
         drawn_D = torch.randn(config.width, generator=generator) * INITIAL_STD
         self.register_buffer("padding_D", drawn_D, persistent=False)
+        self.repeat = RepeatBias() if config.repeats else None
 
     def item_vectors(self, inputs: ModelInput) -> Tensor:
         """vector_ID: what events and candidates are made of."""
@@ -159,19 +165,25 @@ class SequenceModel(Recommender):
     def forward(self, inputs: ModelInput) -> Tensor: ...
 
     @overload
-    def forward(self, inputs: ModelInput, *, vectors: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def forward(self, inputs: ModelInput, *, vectors: Literal[True]) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
-    def forward(self, inputs: ModelInput, *, vectors: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """logits_M; with `vectors` what they are inner products of, (state_BD, vector_ID), float32."""
+    def forward(self, inputs: ModelInput, *, vectors: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
+        """logits_M; with `vectors` what they are inner products of and what is added where a candidate occurs in the
+        history, (state_BD, vector_ID, repeat_1), float32."""
         vector_ID = self.item_vectors(inputs)
         state_BD = self.request_states(inputs, vector_ID)
+        repeat_1 = None if self.repeat is None else self.repeat()
         if vectors:
-            return state_BD.float(), vector_ID.float()
-        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff())
-        state_MD = gather_rows(state_BD, request_M.to(vector_ID.device, non_blocking=True))
+            return state_BD.float(), vector_ID.float(), repeat_1
+        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(vector_ID.device, non_blocking=True)
+        state_MD = gather_rows(state_BD, request_M)
         candidate_MD = gather_rows(vector_ID, inputs.candidate_item_M)
         precision = torch.promote_types(vector_ID.dtype, torch.float32)
-        return (state_MD.to(precision) * candidate_MD.to(precision)).sum(-1).float()
+        logit_M = (state_MD.to(precision) * candidate_MD.to(precision)).sum(-1).float()
+        if repeat_1 is not None:
+            found_M1 = repeats(inputs, request_M=request_M, windows=(None,), time_features=False)[:, :1]
+            logit_M = logit_M + torch.where(found_M1 > 0, repeat_1, 0).squeeze(1)
+        return logit_M
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from jobs.training.model import ItemRows, catalogue_input, select_requests, trai
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.interface import refuse_bad_rows
 from models.metrics import rank_of_target
+from models.repeats import Histories, first_places
 from models.sequence_tower import SequenceModel
 from pipeline.batch import Batch
 from pipeline.loader import EvaluationLoader
@@ -186,8 +187,12 @@ def _catalogue_scores(
     _, _, user_features_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
     rows = (item_IC, features_IFC, user_features_UGC)
     if _scores_by_vectors(model):
-        state_BD, vector_ID = model(catalogue_input(batch, *rows), vectors=True)
-        return (state_BD @ vector_ID.mT).cpu()
+        inputs = catalogue_input(batch, *rows)
+        state_BD, vector_ID, repeat_1 = model(inputs, vectors=True)
+        scores_BI = state_BD @ vector_ID.mT
+        if repeat_1 is not None:
+            scores_BI += repeat_1 * Histories.of_requests(inputs).hold(slice(None))
+        return scores_BI.cpu()
     logits_M = model(catalogue_input(batch, *rows, as_candidates=True))
     return logits_M.cpu().view(batch.num_requests, item_IC.shape[0])
 
@@ -204,7 +209,8 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.nd
     scores_BI = scores_BI.masked_fill(torch.arange(scores_BI.shape[1]) < NUM_RESERVED, -torch.inf)
     if catalogue.first_time is not None:
         scores_BI = scores_BI.masked_fill(catalogue.first_time > batch.request_time[:, None], -torch.inf)
-    seen_BI = _first_places(batch, scores_BI.shape[1])[batch.request_user] < batch.request_position[:, None]
+    first_UI = first_places(batch.event_item, batch.event_offsets, num_items=scores_BI.shape[1])
+    seen_BI = first_UI[batch.request_user] < batch.request_position[:, None]
     targets_BI = torch.zeros_like(seen_BI)
     targets_BI[request_T, target_T] = True
 
@@ -229,14 +235,6 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.nd
         seen_BI[request_T, target_T].numpy() & ~unknown_T.numpy(),
         count_T.numpy(),
     )
-
-
-def _first_places(batch: Batch, num_items: int) -> Tensor:
-    """[U, I] where in its user's sequence an item stands first; beyond every position where it never does."""
-    owner_N = torch.repeat_interleave(batch.event_offsets.diff())
-    place_N = torch.arange(batch.num_events) - batch.event_offsets[:-1][owner_N]
-    never = torch.full((batch.num_users * num_items,), torch.iinfo(torch.int64).max)
-    return never.scatter_reduce_(0, owner_N * num_items + batch.event_item, place_N, "amin").view(-1, num_items)
 
 
 def _tied(batch: Batch) -> Tensor:

@@ -48,6 +48,7 @@ from jobs.training.tables import ShardedTables
 from jobs.training.telemetry import Reporter, agreed_on
 from models.interface import Recommender, refuse_bad_rows
 from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
+from models.repeats import Histories
 from pipeline.batch import Batch
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.requests import RequestConfig
@@ -216,13 +217,19 @@ def _loss(
     if training.loss == "catalogue":
         rows = tables.look_up_with_users(torch.arange(num_items), user_codes(batch))
         refuse_bad_rows(*rows[:2])
-        state_BD, vector_ID = engine(catalogue_input(batch, *rows), vectors=True)
+        inputs = catalogue_input(batch, *rows)
+        state_BD, vector_ID, repeat_1 = engine(inputs, vectors=True)
         device = state_BD.device
         known = batch.candidate_item >= NUM_RESERVED
         request_P = torch.repeat_interleave(batch.candidate_offsets.diff())[known]
         positive_P = batch.candidate_item[known] - NUM_RESERVED
         return catalogue_loss(
-            state_BD, vector_ID[NUM_RESERVED:], positive_P=positive_P.to(device), request_P=request_P.to(device)
+            state_BD,
+            vector_ID[NUM_RESERVED:],
+            positive_P=positive_P.to(device),
+            request_P=request_P.to(device),
+            repeat_1=repeat_1,
+            histories=None if repeat_1 is None else Histories.of_requests(inputs, first_item=NUM_RESERVED),
         )
     logits_M = engine(training_input(batch, tables))
     log_q_M = batch.candidate_log_q if training.log_q else None

@@ -12,6 +12,7 @@ from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.loop import TrainingConfig, TrainJob
 from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
+from jobs.training.parallel import ParallelConfig
 from models.sequence_tower import SequenceModel
 from pipeline.loader import LoaderConfig
 from pipeline.requests import RequestConfig
@@ -31,7 +32,7 @@ def shards_dir(tmp_path_factory, local_ray) -> str:
 def make_job(shards_dir: str, run_dir: Path, name: str, *, dropout: float = 0.0, **changes: Any) -> TrainJob:
     config_class, _ = MODELS[name]
     # No path and no attention is dropped where no unit is: what is drawn depends on the rank.
-    sizes = {"width": 16, "num_layers": 1, "max_length": 8, "dropout": dropout, "drop_path": 0.0}
+    sizes = {"width": 16, "num_layers": 1, "max_length": 8, "dropout": dropout, "drop_path": 0.0, "repeats": True}
     known = {field.name for field in dataclasses.fields(config_class)}
     config = config_class(**{key: value for key, value in sizes.items() if key in known})
     job = test_training_loop.make_job(
@@ -66,6 +67,14 @@ def test_one_and_two_ranks_give_the_same_losses_and_validation(two_rank_runs, sh
         first, second = ([row["ndcg@10"] for row in each if row["kind"] == "valid"] for each in (rows, two_ranks[name]))
         # One request in forty may change its rank by such a difference.
         assert first == pytest.approx(second, abs=0.03), name
+
+
+def test_weights_that_are_spread_over_ranks_train_as_whole_ones(two_rank_runs, shards_dir, tmp_path):
+    # A recurrence, which keeps its own list of weights, a convolution, and parameters that no module of torch holds.
+    names, spread = ("gru4rec", "recgrela", "hstu"), ParallelConfig(zero_stage=3)
+    jobs = [(make_job(shards_dir, tmp_path / name, name, parallel=spread), [None]) for name in names]
+    for name, rows in zip(names, run_ranks(run_each, 2, jobs)[0], strict=True):
+        assert losses(rows) == pytest.approx(losses(two_rank_runs[1][name]), rel=1e-3), name
 
 
 def test_loss_over_the_catalogue_falls_from_that_of_a_guess(two_rank_runs):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import models.losses
 from models.losses import calibrated_positive_weight, catalogue_loss, request_loss
+from models.repeats import NEVER, Histories
 from pipeline.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
 
 
@@ -150,23 +151,36 @@ def test_log_q_shifts_every_candidate() -> None:
     torch.testing.assert_close(found.total, pointwise + 0.5 * setwise)
 
 
-@pytest.mark.parametrize("scores_per_chunk", [1, 20, 1 << 20])
-def test_loss_over_the_catalogue_equals_cross_entropy_over_all_scores(monkeypatch, scores_per_chunk: int) -> None:
-    monkeypatch.setattr(models.losses, "SCORES_PER_CHUNK", scores_per_chunk)
+@pytest.mark.parametrize(("scores", "rows"), [(1, 1), (20, 1), (1, 2), (1 << 20, 1)])
+def test_loss_over_the_catalogue_equals_cross_entropy_over_all_scores(monkeypatch, scores: int, rows: int) -> None:
+    monkeypatch.setitem(models.losses.SCORES_PER_CHUNK, "cpu", scores)
+    monkeypatch.setattr(models.losses, "MIN_ROWS_PER_CHUNK", rows)
     torch.manual_seed(0)
     state_BD, vector_ID = torch.randn(4, 3, requires_grad=True), (3 * torch.randn(7, 3)).requires_grad_()
+    repeat_1 = torch.tensor([-1.5], requires_grad=True)
+    # Two users' events 2 6 2 0 and 5; requests after 0, 1 and 4 of the first and after 1 of the second.
+    never = NEVER
+    histories = Histories(
+        first_UI=torch.tensor([[3, never, 0, never, never, never, 1], [never, never, never, never, never, 0, never]]),
+        user_B=torch.tensor([0, 0, 0, 1]),
+        position_B=torch.tensor([0, 1, 4, 1]),
+    )
+    held_BI = torch.zeros(4, 7)
+    held_BI[1, 2] = held_BI[2, 0] = held_BI[2, 2] = held_BI[2, 6] = held_BI[3, 5] = 1
     # Request 1 has three positives, request 2 none that is known.
     positive_P, request_P = torch.tensor([6, 0, 2, 5, 0]), torch.tensor([0, 1, 1, 1, 3])
-    found = catalogue_loss(state_BD, vector_ID, positive_P=positive_P, request_P=request_P)
-    each_P = F.cross_entropy((state_BD @ vector_ID.T)[request_P], positive_P, reduction="none")
-    expected = each_P[0] + each_P[1:4].mean() + each_P[4]
-    torch.testing.assert_close(found.total, expected)
-    for one, other in zip(
-        torch.autograd.grad(2 * found.total, [state_BD, vector_ID]),
-        torch.autograd.grad(2 * expected, [state_BD, vector_ID]),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for with_repeats in (False, True):
+        extra: dict[str, Any] = {"repeat_1": repeat_1, "histories": histories} if with_repeats else {}
+        found = catalogue_loss(state_BD, vector_ID, positive_P=positive_P, request_P=request_P, **extra)
+        score_BI = state_BD @ vector_ID.T + (repeat_1 * held_BI if with_repeats else 0)
+        each_P = F.cross_entropy(score_BI[request_P], positive_P, reduction="none")
+        expected = each_P[0] + each_P[1:4].mean() + each_P[4]
+        torch.testing.assert_close(found.total, expected)
+        learned = [state_BD, vector_ID, *([repeat_1] if with_repeats else [])]
+        for one, other in zip(
+            torch.autograd.grad(2 * found.total, learned), torch.autograd.grad(2 * expected, learned), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_over_the_catalogue_of_no_request_is_zero_with_a_gradient() -> None:

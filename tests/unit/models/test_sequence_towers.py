@@ -13,6 +13,7 @@ from models.hstu import Hstu, HstuConfig
 from models.light_sans_sequence import LightSansSequence, LightSansSequenceConfig
 from models.linrec import LinRec, LinRecConfig
 from models.recgrela import RecGrela, RecGrelaConfig
+from models.repeats import Histories
 from models.sasrec import SasRec, SasRecConfig
 from models.sequence_tower import SequenceConfig, SequenceModel, Windows
 from tests.unit.models.model_inputs import (
@@ -260,6 +261,42 @@ def test_features_are_added_where_asked_for() -> None:
     )
     with pytest.raises(ValueError, match="item_features = true"):
         SasRec(SasRecConfig(**COMMON, item_features=True))
+
+
+def test_what_occurs_in_the_history_gets_one_number_more() -> None:
+    with_it, plain = build(SasRecConfig(**COMMON, repeats=True)), build(SasRecConfig(**COMMON))
+    plain.load_state_dict({name: value for name, value in with_it.state_dict().items() if "repeat" not in name})
+    # Half of the candidates are of the history, most of them before the window that the state reads.
+    inputs = dataclasses.replace(random_inputs(sizes=(9, 9, 9, 9, 9, 9)), num_reserved=3)
+    start_B = inputs.event_offsets_U1[inputs.request_user_B].tolist()
+    histories = [
+        set(inputs.event_item_N[start : start + length].tolist())
+        for start, length in zip(start_B, inputs.request_position_B.tolist(), strict=True)
+    ]
+    request_M = torch.arange(6).repeat_interleave(9).tolist()
+    occurs_M = torch.tensor(
+        [
+            item >= 3 and item in histories[b]
+            for b, item in zip(request_M, inputs.candidate_item_M.tolist(), strict=True)
+        ]
+    )
+    assert 10 < occurs_M.sum() < 44
+    bias_1 = with_it.repeat().detach() if with_it.repeat is not None else torch.zeros(1)
+    assert bias_1.abs() > 0.01
+    torch.testing.assert_close(with_it(inputs), plain(inputs) + bias_1 * occurs_M, **ROUNDING)
+
+    state_BD, vector_ID, repeat_1 = with_it(inputs, vectors=True)
+    assert repeat_1 is not None
+    held_BI = Histories.of_requests(inputs).hold(slice(None))
+    scores_BI = state_BD @ vector_ID.mT + repeat_1 * held_BI
+    known_M = inputs.candidate_item_M >= 3
+    found_M = scores_BI[torch.tensor(request_M), inputs.candidate_item_M]
+    torch.testing.assert_close(found_M[known_M], with_it(inputs)[known_M], rtol=1e-4, atol=1e-5)
+    assert torch.equal(Histories.of_requests(inputs, first_item=3).hold(torch.tensor([3])), held_BI[3:4, 3:])
+    assert Histories.of_requests(on_meta(inputs)).hold(slice(None)).shape == held_BI.shape
+    with_it(inputs).sum().backward()
+    assert with_it.repeat is not None
+    assert with_it.repeat.bias_1.grad == occurs_M.sum()
 
 
 @pytest.mark.parametrize(
