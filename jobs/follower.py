@@ -16,7 +16,8 @@ class Follower:
 
     def __init__(self, run: TrackedRun, stage: Stage, log: Path, *, primary: str, num_workers: int) -> None:
         self._run, self._stage, self._log, self._primary = run, stage, log, primary
-        self._step, self._num_steps, self._loss, self._best = 0, 0, float("nan"), float("nan")
+        self._step, self._num_steps, self._share = 0, 0, 0.0
+        self._loss, self._best = float("nan"), float("nan")
         self._starts = 0
         self._doing = f"starting {num_workers} workers"
 
@@ -31,10 +32,10 @@ class Follower:
                 self._doing = f"{row['stage']} {row['done']}/{row['total']}"
             elif row["kind"] == "start":
                 self._starts += 1
-                self._step, self._num_steps = row["step"], row["num_steps"]
+                self._step, self._num_steps, self._share = row["step"], row["num_steps"], row["share"]
                 self._doing = "first batch"
             elif row["kind"] == "step":
-                self._step, self._loss = row["step"], row["loss"]
+                self._step, self._loss, self._share = row["step"], row["loss"], row["share"]
             elif row["kind"] == "valid":
                 value = row[self._primary]
                 self._best = max(value, self._best) if self._best == self._best else value
@@ -44,7 +45,7 @@ class Follower:
         parts += [f"restarts {self._starts - 1}"] if self._starts > 1 else []
         self._stage.result = "  ".join(parts)
         self._stage.update(
-            self._step, self._num_steps or None, "  ".join([*parts, self._doing] if self._doing else parts)
+            self._share, 1.0 if self._num_steps else None, "  ".join([*parts, self._doing] if self._doing else parts)
         )
 
     def _record(self, rows: list[dict[str, Any]]) -> None:
@@ -54,7 +55,7 @@ class Follower:
             self._append(json.dumps(row) + "\n")
             if row["kind"] in ("step", "valid"):
                 prefix = {"step": "train", "valid": "valid"}[row["kind"]]
-                values = {f"{prefix}/{key}": row[key] for key in row if key not in ("kind", "time", "step")}
+                values = {f"{prefix}/{key}": row[key] for key in row if key not in ("kind", "time", "step", "share")}
                 self._run.metrics(values, step=row["step"], time_seconds=row["time"])
 
     def _append(self, line: str) -> None:

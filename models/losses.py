@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.candidate_sets import gather_rows
-from models.repeats import Histories
+from models.repeats import SeenItems
 
 SCORES_PER_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 25}
 """Of the softmax over the catalogue: 1 MiB, which a CPU core keeps in its own cache; a GPU wants few large products."""
@@ -100,7 +100,7 @@ def catalogue_loss(
     positive_P: Tensor,
     request_P: Tensor,
     repeat_1: Tensor | None = None,
-    histories: Histories | None = None,
+    seen: SeenItems | None = None,
 ) -> RequestLoss:
     """Softmax cross-entropy over all I items of inner products, mean over the positives of a request.
 
@@ -111,7 +111,7 @@ def catalogue_loss(
     weight_P = state_PD.new_ones(len(request_P))
     count_B = state_PD.new_zeros(len(state_BD)).index_add(0, request_P, weight_P)
     total = _CatalogueSoftmax.apply(
-        state_PD, vector_ID.float(), repeat_1, positive_P, weight_P / count_B[request_P], request_P, histories
+        state_PD, vector_ID.float(), repeat_1, positive_P, weight_P / count_B[request_P], request_P, seen
     )
     return RequestLoss(total=total, pointwise=total.new_zeros(()), setwise=total.detach())
 
@@ -128,7 +128,7 @@ class _CatalogueSoftmax(torch.autograd.Function):
         positive_P: Tensor,
         weight_P: Tensor,
         request_P: Tensor,
-        histories: Histories | None,
+        seen: SeenItems | None,
     ) -> Tensor:
         total = state_PD.new_zeros(())
         grad_PD, grad_ID, grad_1 = torch.empty_like(state_PD), torch.zeros_like(vector_ID), state_PD.new_zeros(1)
@@ -137,8 +137,8 @@ class _CatalogueSoftmax(torch.autograd.Function):
             part = slice(first, first + chunk)
             state_pD, weight_p, positive_p1 = state_PD[part], weight_P[part], positive_P[part, None]
             score_pI, seen_pI = state_pD @ vector_ID.mT, None
-            if repeat_1 is not None and histories is not None:
-                seen_pI = histories.hold(request_P[part]).to(score_pI.dtype)
+            if repeat_1 is not None and seen is not None:
+                seen_pI = seen.before(request_P[part]).to(score_pI.dtype)
                 score_pI.addcmul_(seen_pI, repeat_1)
             found_p1, highest_p1 = score_pI.gather(1, positive_p1), score_pI.amax(1, keepdim=True)
             power_pI = score_pI.sub_(highest_p1).exp_()

@@ -62,7 +62,7 @@ class RepeatBias(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Histories:
+class SeenItems:
     """Which of all items the histories of requests hold: U x I numbers, for models that score all items at once."""
 
     first_UI: Tensor
@@ -73,23 +73,23 @@ class Histories:
     """[B] int64: the first so many events of the user are the history."""
 
     @staticmethod
-    def of_requests(inputs: ModelInput, *, first_item: int = 0) -> Histories:
+    def of_requests(inputs: ModelInput, *, first_item: int = 0) -> SeenItems:
         """Of all requests; items below `first_item` are left out."""
         device = inputs.event_item_N.device
         first_UI = first_places(inputs.event_item_N, inputs.event_offsets_U1, num_items=inputs.item_IC.shape[0])
-        return Histories(
+        return SeenItems(
             first_UI=first_UI[:, first_item:],
             user_B=inputs.request_user_B.to(device, non_blocking=True),
             position_B=inputs.request_position_B.to(device, non_blocking=True),
         )
 
-    def hold(self, request_P: Tensor | slice) -> Tensor:
-        """[P, I] bool: whether the history of each of these requests holds each item."""
+    def before(self, request_P: Tensor | slice) -> Tensor:
+        """[P, I] bool: whether each item stands in the history of each of these requests."""
         return self.first_UI[self.user_B[request_P]] < self.position_B[request_P, None]
 
 
 def first_places(event_item_N: Tensor, event_offsets_U1: Tensor, *, num_items: int) -> Tensor:
-    """first_UI of `Histories`; the offsets are on the host."""
+    """first_UI of `SeenItems`; the offsets are on the host."""
     device, num_users = event_item_N.device, event_offsets_U1.numel() - 1
     owner_N = torch.repeat_interleave(event_offsets_U1.diff())
     place_N = torch.arange(len(owner_N)) - event_offsets_U1[:-1][owner_N]

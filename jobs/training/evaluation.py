@@ -21,7 +21,7 @@ from jobs.training.model import ItemRows, catalogue_input, select_requests, trai
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.interface import refuse_bad_rows
 from models.metrics import rank_of_target
-from models.repeats import Histories, first_places
+from models.repeats import SeenItems, first_places
 from models.sequence_tower import SequenceModel
 from pipeline.batch import Batch
 from pipeline.loader import EvaluationLoader
@@ -191,7 +191,7 @@ def _catalogue_scores(
         state_BD, vector_ID, repeat_1 = model(inputs, vectors=True)
         scores_BI = state_BD @ vector_ID.mT
         if repeat_1 is not None:
-            scores_BI += repeat_1 * Histories.of_requests(inputs).hold(slice(None))
+            scores_BI += repeat_1 * SeenItems.of_requests(inputs).before(slice(None))
         return scores_BI.cpu()
     logits_M = model(catalogue_input(batch, *rows, as_candidates=True))
     return logits_M.cpu().view(batch.num_requests, item_IC.shape[0])

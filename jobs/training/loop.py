@@ -45,10 +45,10 @@ from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.results import primary_metric
 from jobs.training.tables import ShardedTables
-from jobs.training.telemetry import Reporter, agreed_on
+from jobs.training.telemetry import Reporter, said_by_rank_0
 from models.interface import Recommender, refuse_bad_rows
 from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
-from models.repeats import Histories
+from models.repeats import SeenItems
 from pipeline.batch import Batch
 from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.requests import RequestConfig
@@ -83,7 +83,13 @@ class TrainingConfig:
     patience: int = 0
     """Validations without a better one after which training ends; 0 = it goes on to the last epoch."""
     max_seconds: float = 0.0
-    """Seconds of training steps, over all restarts, after which training ends with a validation; 0 = no limit."""
+    """Seconds of training steps, over all restarts, after which training ends with a validation; 0 = no limit. The
+    learning rates end their fall there where this comes before the last step."""
+
+    def share_done(self, *, step: int, num_steps: int, seconds: float) -> float:
+        """Share of the training that is behind after so many steps and seconds of steps, from 0 to 1."""
+        shares = [step / max(1, num_steps), seconds / self.max_seconds if self.max_seconds else 0.0]
+        return min(1.0, max(shares))
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every_epochs"):
@@ -144,7 +150,8 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     epoch_ends = list(itertools.accumulate(batches_per_epoch))
     last_steps = set(epoch_ends[training.eval_every_epochs - 1 :: training.eval_every_epochs])
     last_steps.add(num_steps)
-    reporter.row("start", step=state.step, num_steps=num_steps)
+    share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
+    reporter.row("start", step=state.step, num_steps=num_steps, share=share)
 
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
     complete = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
@@ -152,16 +159,17 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     while state.step < num_steps:
         started = time.perf_counter()
         batch = complete(next(batches))
-        losses = train_step(
-            job, batch, tables, engine, num_items=shards.vocabulary.size, step=state.step, num_steps=num_steps
-        )
+        losses = train_step(job, batch, tables, engine, num_items=shards.vocabulary.size, step=state.step, share=share)
         state.step += 1
         state.events += int(losses.pop("events"))
         state.loader = loader.state_dict()
-        state.train_seconds += time.perf_counter() - started
-        reporter.row("step", step=state.step, seconds=time.perf_counter() - started, **losses)
+        seconds = time.perf_counter() - started
+        # One clock for all ranks: rates and the end follow it.
+        state.train_seconds = said_by_rank_0(state.train_seconds + seconds)
+        share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
+        reporter.row("step", step=state.step, seconds=seconds, share=share, **losses)
 
-        out_of_time = bool(training.max_seconds) and agreed_on(state.train_seconds >= training.max_seconds)
+        out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
         validated = state.step in last_steps or out_of_time
         if validated:
             _validate(job, shards, catalogue, state, tables, engine, reporter)
@@ -180,18 +188,19 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
 
 
 def train_step(
-    job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, num_items: int, step: int, num_steps: int
+    job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, num_items: int, step: int, share: float
 ) -> dict[str, float]:
     """One optimizer step of both halves on one global batch; returns its mean losses and its events (all ranks join).
+    `step` were made before it, `share` of the training is done.
 
     TorchRec and DeepSpeed both average over ranks, so the local loss is world size x local sum / global count: then
     one rank and many ranks follow the same gradient, however unevenly requests fall.
     """
     world_size, count = dist.get_world_size(), max(1, batch.num_global_requests)
-    share = job.optimizer.lr_share_at(step, num_steps=num_steps)
-    tables.begin_step(job.optimizer.sparse_lr * share)
+    lr_share = job.optimizer.lr_share_at(step, share_done=share)
+    tables.begin_step(job.optimizer.sparse_lr * lr_share)
     for group in engine.optimizer.param_groups:
-        group["lr"] = job.optimizer.dense_lr * share
+        group["lr"] = job.optimizer.dense_lr * lr_share
 
     loss = _loss(job.training, job.requests, batch, tables, engine, num_items=num_items)
     engine.backward(loss.total * (world_size / count))
@@ -229,7 +238,7 @@ def _loss(
             positive_P=positive_P.to(device),
             request_P=request_P.to(device),
             repeat_1=repeat_1,
-            histories=None if repeat_1 is None else Histories.of_requests(inputs, first_item=NUM_RESERVED),
+            seen=None if repeat_1 is None else SeenItems.of_requests(inputs, first_item=NUM_RESERVED),
         )
     logits_M = engine(training_input(batch, tables))
     log_q_M = batch.candidate_log_q if training.log_q else None

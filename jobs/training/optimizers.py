@@ -22,7 +22,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps over which both rates rise linearly from 0."""
     final_lr_ratio: float = 0.02
-    """Both rates fall linearly to this share of their peak at the last step."""
+    """Both rates fall linearly to this share of their peak at the end of training."""
     weight_decay: float = 0.01
     """AdamW's decay of the tower's matrices; vectors (biases, norms, temperatures) are not decayed."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -56,8 +56,7 @@ class OptimizerConfig:
         ]
         return [group for group in groups if group["params"]]
 
-    def lr_share_at(self, step: int, *, num_steps: int) -> float:
-        """The share of the peak rates in step `step` (from 0) of `num_steps`: a function of the step, no state."""
+    def lr_share_at(self, step: int, *, share_done: float) -> float:
+        """The share of the peak rates in step `step` (from 0), that share of the training behind it: no state."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        progress = min(1.0, step / max(1, num_steps))
-        return warmup * (1 - (1 - self.final_lr_ratio) * progress)
+        return warmup * (1 - (1 - self.final_lr_ratio) * share_done)

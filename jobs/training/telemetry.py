@@ -62,14 +62,14 @@ class Reporter:
             # Answers of earlier steps: waiting for this step's would cost a round trip.
             ready, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
             self._stop = self._stop or any(ray.get(ready))
-        return agreed_on(self._stop)
+        return bool(said_by_rank_0(float(self._stop)))
 
 
-def agreed_on(yes: bool) -> bool:
-    """What rank 0 says, on every rank. A collective."""
+def said_by_rank_0(number: float) -> float:
+    """Rank 0's number, on every rank. A collective."""
     import torch
     import torch.distributed as dist
 
-    said = torch.tensor([yes], dtype=torch.uint8)
+    said = torch.tensor([number], dtype=torch.float64)
     dist.broadcast(said, src=0)
-    return bool(said)
+    return float(said)

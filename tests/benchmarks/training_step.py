@@ -82,7 +82,7 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
     torch.manual_seed(1)
     engine = dense_engine(build_tower(settings, num_features=0), optimizer=job.optimizer, parallel=job.parallel)
     batches = [batch(events, options, seed=seed) for seed in range(options.steps)]
-    train_step(job, batches[0], tables, engine, num_items=ITEMS, step=0, num_steps=100)
+    train_step(job, batches[0], tables, engine, num_items=ITEMS, step=0, share=0.0)
     clocks: dict[str, float] = defaultdict(float)
     with contextlib.ExitStack() as stack:
         for name, owner, function in parts(options.model):
@@ -91,7 +91,7 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
         stack.enter_context(clocked(clocks, "optimizer of the tower", engine, "step"))
         started = time.perf_counter()
         for step, each in enumerate(batches):
-            train_step(job, each, tables, engine, num_items=ITEMS, step=step, num_steps=100)
+            train_step(job, each, tables, engine, num_items=ITEMS, step=step, share=0.0)
         seconds = (time.perf_counter() - started) / len(batches)
     clocks = {name: total / len(batches) for name, total in clocks.items()}
     inside = sum(clocks.get(name, 0.0) for name in ("Gram, backward", "running sums, backward", "eigh, backward"))

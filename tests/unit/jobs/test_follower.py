@@ -50,7 +50,8 @@ def follow(run, stage, log) -> Follower:
 
 
 def row(kind: str, **values: Any) -> dict[str, Any]:
-    return {"kind": kind, "time": 1.0, **values}
+    share = {"share": 0.5} if kind in ("start", "step") else {}
+    return {"kind": kind, "time": 1.0, **share, **values}
 
 
 def rows_of(log: Path) -> list[tuple[str, int, float | None]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import models.losses
 from models.losses import calibrated_positive_weight, catalogue_loss, request_loss
-from models.repeats import NEVER, Histories
+from models.repeats import NEVER, SeenItems
 from pipeline.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
 
 
@@ -160,7 +160,7 @@ def test_loss_over_the_catalogue_equals_cross_entropy_over_all_scores(monkeypatc
     repeat_1 = torch.tensor([-1.5], requires_grad=True)
     # Two users' events 2 6 2 0 and 5; requests after 0, 1 and 4 of the first and after 1 of the second.
     never = NEVER
-    histories = Histories(
+    seen = SeenItems(
         first_UI=torch.tensor([[3, never, 0, never, never, never, 1], [never, never, never, never, never, 0, never]]),
         user_B=torch.tensor([0, 0, 0, 1]),
         position_B=torch.tensor([0, 1, 4, 1]),
@@ -170,7 +170,7 @@ def test_loss_over_the_catalogue_equals_cross_entropy_over_all_scores(monkeypatc
     # Request 1 has three positives, request 2 none that is known.
     positive_P, request_P = torch.tensor([6, 0, 2, 5, 0]), torch.tensor([0, 1, 1, 1, 3])
     for with_repeats in (False, True):
-        extra: dict[str, Any] = {"repeat_1": repeat_1, "histories": histories} if with_repeats else {}
+        extra: dict[str, Any] = {"repeat_1": repeat_1, "seen": seen} if with_repeats else {}
         found = catalogue_loss(state_BD, vector_ID, positive_P=positive_P, request_P=request_P, **extra)
         score_BI = state_BD @ vector_ID.T + (repeat_1 * held_BI if with_repeats else 0)
         each_P = F.cross_entropy(score_BI[request_P], positive_P, reduction="none")

@@ -13,7 +13,7 @@ from models.hstu import Hstu, HstuConfig
 from models.light_sans_sequence import LightSansSequence, LightSansSequenceConfig
 from models.linrec import LinRec, LinRecConfig
 from models.recgrela import RecGrela, RecGrelaConfig
-from models.repeats import Histories
+from models.repeats import SeenItems
 from models.sasrec import SasRec, SasRecConfig
 from models.sequence_tower import SequenceConfig, SequenceModel, Windows
 from tests.unit.models.model_inputs import (
@@ -287,13 +287,13 @@ def test_what_occurs_in_the_history_gets_one_number_more() -> None:
 
     state_BD, vector_ID, repeat_1 = with_it(inputs, vectors=True)
     assert repeat_1 is not None
-    held_BI = Histories.of_requests(inputs).hold(slice(None))
+    held_BI = SeenItems.of_requests(inputs).before(slice(None))
     scores_BI = state_BD @ vector_ID.mT + repeat_1 * held_BI
     known_M = inputs.candidate_item_M >= 3
     found_M = scores_BI[torch.tensor(request_M), inputs.candidate_item_M]
     torch.testing.assert_close(found_M[known_M], with_it(inputs)[known_M], rtol=1e-4, atol=1e-5)
-    assert torch.equal(Histories.of_requests(inputs, first_item=3).hold(torch.tensor([3])), held_BI[3:4, 3:])
-    assert Histories.of_requests(on_meta(inputs)).hold(slice(None)).shape == held_BI.shape
+    assert torch.equal(SeenItems.of_requests(inputs, first_item=3).before(torch.tensor([3])), held_BI[3:4, 3:])
+    assert SeenItems.of_requests(on_meta(inputs)).before(slice(None)).shape == held_BI.shape
     with_it(inputs).sum().backward()
     assert with_it.repeat is not None
     assert with_it.repeat.bias_1.grad == occurs_M.sum()
