@@ -137,7 +137,8 @@ class _CatalogueSoftmax(torch.autograd.Function):
             part = slice(first, first + chunk)
             state_pD, weight_p, positive_p1 = state_PD[part], weight_P[part], positive_P[part, None]
             score_pI, seen_pI = state_pD @ vector_ID.mT, None
-            if repeat_1 is not None and seen is not None:
+            if repeat_1 is not None:
+                assert seen is not None, "repeat_1 is of the items that were seen: give them too"
                 seen_pI = seen.before(request_P[part]).to(score_pI.dtype)
                 score_pI.addcmul_(seen_pI, repeat_1)
             found_p1, highest_p1 = score_pI.gather(1, positive_p1), score_pI.amax(1, keepdim=True)

@@ -51,7 +51,6 @@ class SequenceConfig:
     shift_windows: bool = False
     """In training the windows of a history longer than max_length end anywhere, drawn anew each time, so that no event
     always stands at the start of one. (The published forms have no window that requests share.)"""
-
     repeats: bool = False
     """A learned number is added to the logits of the items in a history (all of it): it rules out what was seen where
     nobody comes back to it, so that no state has to know every item by itself, and lifts it where people do."""

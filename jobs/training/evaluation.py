@@ -210,7 +210,8 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.nd
     if catalogue.first_time is not None:
         scores_BI = scores_BI.masked_fill(catalogue.first_time > batch.request_time[:, None], -torch.inf)
     first_UI = first_places(batch.event_item, batch.event_offsets, num_items=scores_BI.shape[1])
-    seen_BI = first_UI[batch.request_user] < batch.request_position[:, None]
+    seen = SeenItems(first_UI=first_UI, user_B=batch.request_user, position_B=batch.request_position)
+    seen_BI = seen.before(slice(None))
     targets_BI = torch.zeros_like(seen_BI)
     targets_BI[request_T, target_T] = True
 

@@ -86,11 +86,6 @@ class TrainingConfig:
     """Seconds of training steps, over all restarts, after which training ends with a validation; 0 = no limit. The
     learning rates end their fall there where this comes before the last step."""
 
-    def share_done(self, *, step: int, num_steps: int, seconds: float) -> float:
-        """Share of the training that is behind after so many steps and seconds of steps, from 0 to 1."""
-        shares = [step / max(1, num_steps), seconds / self.max_seconds if self.max_seconds else 0.0]
-        return min(1.0, max(shares))
-
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every_epochs"):
             if getattr(self, name) < 1:
@@ -108,6 +103,11 @@ class TrainingConfig:
             )
         if not 0 <= self.gbce_strength <= 1:
             raise ValueError(f"gbce_strength={self.gbce_strength}: must be from 0 to 1")
+
+    def share_done(self, *, step: int, num_steps: int, seconds: float) -> float:
+        """Share of the training that is behind after so many steps and seconds of steps, from 0 to 1."""
+        shares = [step / max(1, num_steps), seconds / self.max_seconds if self.max_seconds else 0.0]
+        return min(1.0, max(shares))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,10 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         state.events += int(losses.pop("events"))
         state.loader = loader.state_dict()
         seconds = time.perf_counter() - started
-        # One clock for all ranks: rates and the end follow it.
-        state.train_seconds = said_by_rank_0(state.train_seconds + seconds)
+        state.train_seconds += seconds
+        if training.max_seconds:
+            # One clock for all ranks: rates and the end follow it.
+            state.train_seconds = said_by_rank_0(state.train_seconds)
         share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
         reporter.row("step", step=state.step, seconds=seconds, share=share, **losses)
 

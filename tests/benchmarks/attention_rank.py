@@ -20,13 +20,13 @@ from torch import Tensor
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.train import best_checkpoint
+from jobs.config_reader import stored_config
+from jobs.train import best_checkpoint, open_shards
 from jobs.training.checkpoint import load_dense, read_state, table_files
 from jobs.training.model import build_tower, model_settings
 from models.attention_rank import attention_maps, attention_rank
 from models.embeddings import ITEM_TABLE
 from models.recgrela import RecGrela
-from pipeline.shards import Shards
 
 LENGTHS = (8, 16, 32, 64, 128, 200)
 EVERY = 4
@@ -77,18 +77,17 @@ def without(model: RecGrela, branch: str) -> RecGrela:
 
 
 def trained_model(run: Path, *, users: int) -> tuple[RecGrela, Tensor]:
-    """The published form of a run's best weights, and the latest events of its users with the most, in float64."""
+    """The published form of a run's best weights, and the latest events of users who have as many, in float64."""
     checkpoint = best_checkpoint(run)
     document = read_state(checkpoint)
-    config = document["config"]
-    shards = Shards.open(
-        str(Path(config["workspace"]) / "shards" / config["data"]["name"]), number=document["manifest"]
-    )
-    settings = {**config["model"], "form": "published", "max_length": max(LENGTHS)}
+    config = stored_config("evaluate", document["config"], str(checkpoint), [])
+    shards = open_shards(config, number=document["manifest"])
+    settings = {**config.model, "form": "published", "max_length": max(LENGTHS)}
     model = build_tower(model_settings(settings, shards.vocabulary), num_features=len(shards.vocabulary.features))
     if not isinstance(model, RecGrela):
-        sys.exit(f"{run}: a run of {config['model']['name']}; give one of recgrela")
-    model.load_state_dict(load_dense(checkpoint), strict=False)
+        sys.exit(f"{run}: a run of {config.model['name']}; give one of recgrela")
+    dense = load_dense(checkpoint)
+    model.load_state_dict({name: dense[name] for name, _ in model.named_parameters()})
     row_ID = torch.cat([load_file(file)["weight"] for file in table_files(checkpoint, ITEM_TABLE)]).double()
     histories = []
     for group in range(shards.num_groups):
@@ -100,6 +99,8 @@ def trained_model(run: Path, *, users: int) -> tuple[RecGrela, Tensor]:
         ]
         if len(histories) >= users:
             break
+    if not histories:
+        sys.exit(f"{shards.path}: no user has {max(LENGTHS)} events; give a run on longer histories")
     return model.double().eval(), torch.stack(histories[:users])
 
 
