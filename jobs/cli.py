@@ -26,6 +26,9 @@ solar COMMAND ... [-v]
   doctor [--json]       does everything work on this machine?
   import SOURCE         a public format -> event log (movielens-100k, files, git, synthetic)
   prepare               event log -> sequence shards; again with more events: merges
+  compact DIR           shards: what later ingests brought, rewritten into the users' own files
+  gc DIR --keep N       shards: all but the latest N states removed
+  migrate DIR           shards of the previous format made readable
   inspect DIR           what is in a shard directory or a checkpoint (--verify, --digest)
   train RECIPE          shards -> checkpoints and an MLflow run (--resume)
   evaluate SUBJECT      a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)
@@ -124,6 +127,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "import": data.import_,
     "prepare": data.prepare,
     "inspect": data.inspect,
+    "compact": data.compact,
+    "gc": data.gc,
+    "migrate": data.migrate,
     "train": training.train,
     "evaluate": training.evaluate,
     "register": training.register,

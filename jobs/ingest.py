@@ -1,4 +1,4 @@
-"""solar import, solar prepare, solar inspect: raw data -> event log -> sequence shards, and a look at both."""
+"""solar import, prepare, inspect, compact, gc, migrate: raw data -> event log -> sequence shards, and care of both."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from jobs.cluster import ClusterConfig, ray_session
 from jobs.config import ConfigError, RunConfig, SourceConfig
 from jobs.console import Console, Stage
 from jobs.training.checkpoint import verify_checkpoint
-from pipeline.build import PrepareConfig, Prepared, prepare
+from pipeline.build import PrepareConfig, Prepared, compact, migrate, prepare
+from pipeline.garbage import collect
 from pipeline.inspection import digest, verify
 from pipeline.manifest import current_manifest
+from pipeline.shards import Shards
 from pipeline.sources.event_log import Imported
 from pipeline.sources.files import import_files
 from pipeline.sources.git import import_git
@@ -84,6 +86,31 @@ def prepare_shards(
     return prepared
 
 
+def compact_shards(path: str, console: Console, *, cluster: ClusterConfig, verbose: bool = False) -> None:
+    """Rewrite every bucket that has more than one file as one."""
+    before = Shards.open(path).manifest
+    with ray_session(cluster, verbose=verbose), console.stage("compact") as stage:
+        after = compact(path, progress=_progress(stage))
+        found = after.counts["duplicate"] - before.counts["duplicate"]
+        stage.result = f"{len(before.files):,} files -> {len(after.files):,}, manifest {after.number} in {path}"
+        if found:
+            stage.result += f"; {found:,} old events had come again: counted as duplicates now"
+
+
+def migrate_shards(path: str, console: Console, *, cluster: ClusterConfig, verbose: bool = False) -> None:
+    """Make a data set of the previous format readable."""
+    with ray_session(cluster, verbose=verbose), console.stage("migrate") as stage:
+        after = migrate(path, progress=_progress(stage))
+        stage.result = f"format version {after.format_version}, manifest {after.number} in {path}"
+
+
+def collect_garbage(path: str, console: Console, *, keep: int) -> None:
+    """Remove old manifests and what only they name."""
+    removed = collect(path, keep=keep)
+    numbers = f"manifests {removed.manifests[0]} to {removed.manifests[-1]}" if removed.manifests else "no manifest"
+    console.line(f"removed       {numbers}, {removed.files:,} files, {removed.bytes / 2**20:,.1f} MiB in {path}")
+
+
 def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
     """Print what a shard directory or a checkpoint holds; 1 if `check` finds damage."""
     if (path / "COMMIT").exists():
@@ -114,7 +141,8 @@ def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
     if names := manifest.schema.get("user_features"):
         console.line(f"user features {', '.join(names)}")
     console.line(f"time range    {manifest.time_range if manifest.has_time else 'order only'}")
-    console.line(f"files         {len(manifest.files)}")
+    buckets = len({file["bucket"] for file in manifest.files})
+    console.line(f"files         {len(manifest.files)} for {buckets} buckets")
     for entry in manifest.inputs:
         console.line(f"input         {json.dumps(entry, sort_keys=True)}")
 

@@ -13,18 +13,17 @@ import dataclasses
 import functools
 import json
 import logging
-import os
-import secrets
-import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline import ingest, manifest, readers, request_index, shards
+from pipeline import compaction, ingest, manifest, request_index, shards
 from pipeline.events import DataError, EventColumns
 from pipeline.manifest import Manifest
+from pipeline.plan import Plan, make_plan, require_disk
 from pipeline.readers import FileFormat
 from pipeline.requests import RequestConfig
-from pipeline.storage import Store
+from pipeline.shard_writer import write_vocabulary
+from pipeline.staged import staging_directory
 from pipeline.users import refuse_bad_users
 
 if TYPE_CHECKING:
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
-
-_OWN_NAMES = {"manifests", "shards", "index", "vocabulary", "rejected", "requests"}
-_DISK_FACTOR = 3
-"""Staging and shards together stay below this multiple of the input's bytes (gzipped CSV comes closest)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +47,20 @@ class PrepareConfig:
     """Most events of a row group, the unit that training reads; a longer single user stands alone."""
     max_rejected_ratio: float = 0.01
     """Share of rejected rows above which nothing is committed; duplicates do not count."""
+    max_deltas: int = 8
+    """Files of later ingests that a bucket may have over its first one; with more they are rewritten as one."""
+    late_days: int = 7
+    """Days before an ingest's last event in which all that comes again is found at once; further back, where few events
+    come, the next compaction finds it."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.buckets <= 99_999:
             raise ValueError(f"buckets is {self.buckets}: it must be between 1 and 99999")
         if self.row_group_events < 1:
             raise ValueError(f"row_group_events is {self.row_group_events}: it must be at least 1")
+        for name in ("max_deltas", "late_days"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 0")
         if not 0 <= self.max_rejected_ratio <= 1:
             raise ValueError(f"max_rejected_ratio is {self.max_rejected_ratio}: it must be between 0 and 1")
 
@@ -85,12 +88,15 @@ def prepare(
     """
     _require_ray()
     report = progress or (lambda stage, done, total: None)
-    plan = _plan(events, out, config=config, items=items, users=users)
+    plan = make_plan(
+        events, out, columns=config.columns, files=config.files, items=items, users_table=users,
+        settings={"buckets": config.buckets, "row_group_events": config.row_group_events},
+    )  # fmt: skip
     if plan.is_done:
         assert plan.parent is not None
         return Prepared(path=out, manifest=plan.parent, reused=True)
-    _require_disk(plan)
-    with _staging(out) as staging:
+    require_disk(plan)
+    with staging_directory(out) as staging:
         stage = functools.partial(ingest.stage_part, plan=plan, staging=staging)
         staged = _map(stage, plan.parts(), stage="read", report=report) if plan.inputs else []
         staged.sort(key=lambda result: result["part"])
@@ -105,80 +111,86 @@ def prepare(
             refuse_bad_users(checked, file=plan.users[0].name)
 
         vocabulary = ingest.grow_vocabulary(staged, staged_users, plan=plan, staging=staging)
-        vocabulary_entry = shards.write_vocabulary(vocabulary, path=out)
+        vocabulary_entry = write_vocabulary(vocabulary, path=out)
 
+        ranges = [s["time_range"] for s in staged if s["time_range"]]
+        time_range = [min(r[0] for r in ranges), max(r[1] for r in ranges)] if ranges else None
         build = functools.partial(
             ingest.build_bucket, plan=plan, staging=staging, vocabulary=vocabulary_entry["name"],
-            row_group_events=config.row_group_events,
+            row_group_events=config.row_group_events, late_days=config.late_days,
+            latest=time_range[1] if time_range else None,
         )  # fmt: skip
         built = _map(build, buckets, stage="build", report=report)
         built.sort(key=lambda result: result["bucket"])
-
-        ranges = [s["time_range"] for s in staged if s["time_range"]]
         committed = ingest.finish(
             built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,
-            time_range=[min(r[0] for r in ranges), max(r[1] for r in ranges)] if ranges else None,
+            time_range=time_range,
         )  # fmt: skip
         manifest.commit(out, committed)
+    if crowded := compaction.crowded(shards.Shards(out, committed), max_deltas=config.max_deltas):
+        committed = compact(out, buckets=crowded, progress=progress)
     return Prepared(path=out, manifest=committed, reused=False)
+
+
+def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progress | None = None) -> Manifest:
+    """Rewrite buckets, by default all that have more than one file, as one file each; the manifest that stands then.
+
+    Readers get the same as before. Old manifests stay readable. Ray must be initialised.
+    """
+    _require_ray()
+    report = progress or (lambda stage, done, total: None)
+    data = shards.Shards.open(path)
+    wanted = compaction.crowded(data, max_deltas=0) if buckets is None else buckets
+    if not wanted:
+        return data.manifest
+    with staging_directory(path) as staging:
+        rewrite = functools.partial(compaction.compact_bucket, data=data, staging=staging)
+        built = _map(rewrite, [{"bucket": bucket} for bucket in wanted], stage="compact", report=report)
+        committed = compaction.finish(built, data=data, staging=staging)
+        manifest.commit(path, committed)
+    return committed
+
+
+def migrate(path: str, *, progress: Progress | None = None) -> Manifest:
+    """Make a data set of the previous format readable: a new manifest, the keys of its events, a new index.
+
+    DataError when its latest manifest is of another version. Ray must be initialised.
+    """
+    _require_ray()
+    report = progress or (lambda stage, done, total: None)
+    data, old = compaction.open_version_1(path)
+    with staging_directory(path):
+        index = functools.partial(compaction.index_bucket, data=data)
+        built = _map(index, [{"bucket": bucket} for bucket in data.buckets], stage="migrate", report=report)
+        committed = compaction.migrated(built, data=data, parent=old)
+        manifest.commit(path, committed)
+    return committed
 
 
 def index_requests(
     data: shards.Shards, *, config: RequestConfig, progress: Progress | None = None
 ) -> request_index.RequestCounts:
-    """Count every user's requests, a task a shard file, and keep the counts beside the shards for the loaders."""
+    """Count every user's requests, a task a bucket, and keep the counts beside the shards for the loaders."""
     _require_ray()
     if (cached := request_index.load(data, config)) is None:
         report = progress or (lambda stage, done, total: None)
-        with _staging(data.path) as staging:
-            count = functools.partial(_count_file, data=data, config=config, staging=staging)
-            _map(count, [{"file": f} for f in range(len(data.manifest.files))], stage="requests", report=report)
+        with staging_directory(data.path) as staging:
+            count = functools.partial(_count_bucket, data=data, config=config, staging=staging)
+            _map(count, [{"bucket": b} for b in data.buckets], stage="requests", report=report)
             cached = request_index.assemble(data, config, staging=staging)
     return cached
 
 
-def _stage_users(plan: ingest.Plan, *, staging: str, report: Progress) -> list[dict[str, Any]]:
+def _stage_users(plan: Plan, *, staging: str, report: Progress) -> list[dict[str, Any]]:
     if not plan.users:
         return []
     stage = functools.partial(ingest.stage_users, plan=plan, staging=staging)
     return sorted(_map(stage, plan.user_parts(), stage="users", report=report), key=lambda result: result["part"])
 
 
-def _count_file(row: dict[str, Any], *, data: shards.Shards, config: RequestConfig, staging: str) -> dict[str, Any]:
-    request_index.count_file(data, row["file"], config=config, staging=staging)
+def _count_bucket(row: dict[str, Any], *, data: shards.Shards, config: RequestConfig, staging: str) -> dict[str, Any]:
+    request_index.count_bucket(data, row["bucket"], config=config, staging=staging)
     return row
-
-
-def _plan(events: str, out: str, *, config: PrepareConfig, items: str | None, users: str | None) -> ingest.Plan:
-    found = readers.find_inputs(events, options=config.files)
-    _refuse_foreign(out)
-    parent = manifest.current_manifest(out)
-    columns = config.columns
-    if columns is None and parent is not None:
-        columns = EventColumns(**parent.config["columns"])
-    if columns is None:
-        columns = _canonical_columns(found[0], config.files)
-    tables = []
-    for given, name in ((items, "items.parquet"), (users, "users.parquet")):
-        if given is None and Store(events).exists(name):
-            given = f"{events.rstrip('/')}/{name}"
-        tables.append(readers.find_inputs(given, options=FileFormat(format="parquet"))[0] if given else None)
-    return ingest.plan(
-        found, out, parent=parent, columns=columns, files=config.files, items=tables[0], users_file=tables[1],
-        settings={"buckets": config.buckets, "row_group_events": config.row_group_events},
-    )  # fmt: skip
-
-
-def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
-    there = readers.read_schema(file, options=files)
-    if "timestamp" not in there and "order" not in there:
-        raise DataError(
-            f"{file.name}: no column 'timestamp' or 'order'; it has {', '.join(there) or 'no columns'}; "
-            "set columns.timestamp"
-        )
-    names = ("timestamp", "order", "action", "label", "request_id")
-    found: dict[str, Any] = {name: name if name in there else None for name in names}
-    return EventColumns(**found)
 
 
 def _map(function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress) -> list[dict]:
@@ -226,52 +238,8 @@ def _quiet_ray_data() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@contextlib.contextmanager
-def _staging(out: str) -> Iterator[str]:
-    """A directory inside `out` for the time of a run; those of processes that died here are removed."""
-    store, existed = Store(out), Store(out).exists()
-    prefix = f"staging-{socket.gethostname()}-"
-    for name in store.names():
-        if name.startswith(prefix) and not _is_alive(name.removeprefix(prefix).partition("-")[0]):
-            store.remove(name)
-    name = f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        yield f"{out.rstrip('/')}/{name}"
-    finally:
-        store.remove(name)
-        if not existed and store.exists() and not store.names():
-            store.remove("")
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _require_ray() -> None:
     import ray
 
     if not ray.is_initialized():
         raise RuntimeError("Ray is not running: call ray.init() before prepare or index_requests")
-
-
-def _refuse_foreign(out: str) -> None:
-    store = Store(out)
-    if store.is_local and os.path.isfile(store.path):
-        raise DataError(f"{out}: is a file; name a directory for the prepared data")
-    for name in store.names():
-        if name not in _OWN_NAMES and not name.startswith(("staging-", ".")):
-            raise DataError(f"{out}: holds {name!r}, which is no prepared data; name an empty or new directory")
-
-
-def _require_disk(plan: ingest.Plan) -> None:
-    free = Store(plan.out).free_bytes()
-    read = [*plan.inputs, *([plan.users] if plan.users else [])]
-    needed = _DISK_FACTOR * sum(file.bytes for file, _ in read) + (64 << 20)
-    if free is not None and free < needed:
-        raise DataError(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeline.hashing import GOLDEN, hash64, mix
 from pipeline.requests import RequestConfig, Requests
 from pipeline.sequences import offsets_of
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def sample(requests: Requests, *, user_rows: np.ndarray, seed: int, epoch: int, config: RequestConfig) -> Requests:
@@ -30,20 +29,11 @@ def evaluated(requests: Requests, *, config: RequestConfig) -> Requests:
     return _at_most(requests, config.max_eval_requests, hash64(requests.key, np.uint64(3)))
 
 
-def hash64(*keys: int | np.ndarray | np.uint64) -> np.ndarray:
-    """uint64 hash of the keys, element by element: splitmix64 (Steele et al., 2014) chained over them."""
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):
-        for key in keys:
-            state = _mix(state + np.asarray(key).astype(np.uint64) * _GOLDEN + _GOLDEN)
-    return state
-
-
 def draws_below(limit: np.ndarray, *, keys: np.ndarray, count: int) -> np.ndarray:
     """[B, count] int64: whole numbers below limit [B] (at most 2^32), drawn by keys [B] uint64; 0 where it is 0."""
-    counter = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    counter = np.arange(1, count + 1, dtype=np.uint64) * GOLDEN
     # The high 32 bits times the range, shifted back, is a number below the range: no slow modulo, bias below 2^-32 n.
-    bits = _mix(keys[:, None] + counter[None, :]) >> np.uint64(32)
+    bits = mix(keys[:, None] + counter[None, :]) >> np.uint64(32)
     return ((bits * limit.astype(np.uint64)[:, None]) >> np.uint64(32)).astype(np.int64)
 
 
@@ -54,9 +44,3 @@ def _at_most(requests: Requests, most: int, draw: np.ndarray) -> Requests:
     rank = np.empty(len(requests), np.int64)
     rank[order] = np.arange(len(requests)) - np.repeat(offsets_of(counts)[:-1], counts)
     return requests.take(rank < most)
-
-
-def _mix(state: np.ndarray) -> np.ndarray:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))

@@ -1,10 +1,10 @@
 """The steps of preparing a data set, each a plain function; build.py strings them together with Ray Data.
 
-    plan          what is new, and whether it may be added          (driver)
+    make_plan     what is new, and whether it may be added          (driver, plan.py)
     stage_part    a part of a file -> valid events by bucket        (a task a row group)
     stage_users   a part of the users table -> its rows by bucket   (a task a row group)
     check_users   a bucket's users -> counts of what is wrong       (a task a bucket)
-    build_bucket  a bucket's new events + old shard -> new shard    (a task a bucket)
+    build_bucket  a bucket's new events -> one more shard file      (a task a bucket)
     finish        index, counts, manifest                           (driver)
 
 Tasks exchange files in a staging directory and return small dictionaries, so nothing large passes through Ray.
@@ -12,101 +12,28 @@ Tasks exchange files in a staging directory and return small dictionaries, so no
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from pipeline import readers, sequences, users
-from pipeline.events import DataError, EventColumns, Reason, validate
+from pipeline.event_keys import EventKeys, Found, look_up, write_keys
+from pipeline.events import DataError, Reason, validate
 from pipeline.items import read_items
-from pipeline.manifest import Manifest, flatten
-from pipeline.readers import FileFormat, Input
-from pipeline.shards import Shards, write_index, write_shard
+from pipeline.manifest import Manifest
+from pipeline.plan import Plan, mapping_of
+from pipeline.readers import Input
+from pipeline.rows import UserRows
+from pipeline.shard_writer import place, write_index, write_shard
+from pipeline.shards import Shards
 from pipeline.staged import read_fragments, read_table, write_fragments, write_table
 from pipeline.storage import Store
+from pipeline.user_columns import encode_values
 from pipeline.vocabulary import Vocabulary
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What one run of prepare does."""
-
-    out: str
-    parent: Manifest | None
-    columns: EventColumns
-    files: FileFormat
-    schema: dict[str, Any]
-    config: dict[str, Any]
-    """What must stay the same as long as the data set lives."""
-    inputs: list[tuple[Input, str]]
-    """New event files and their checksums."""
-    items: tuple[Input, str] | None
-    """The items table, when it is new."""
-    users: tuple[Input, str] | None
-    """The users table, when it is new, or when there are new events: users who are new may be in it."""
-    users_are_new: bool
-    """False = the table was ingested before; what is known of earlier users stays as it is."""
-
-    @property
-    def is_done(self) -> bool:
-        return not self.inputs and self.items is None and self.users is None
-
-    @property
-    def ingest(self) -> str:
-        """Name of this set of inputs."""
-        return hashlib.sha256(repr([checksum for _, checksum in self.inputs]).encode()).hexdigest()[:16]
-
-    def parts(self) -> list[dict[str, Any]]:
-        """{part, input, row_group} for every part of an event file that can be read on its own."""
-        return _parts([file for file, _ in self.inputs])
-
-    def user_parts(self) -> list[dict[str, Any]]:
-        """The same of the users table."""
-        return _parts([self.users[0]] if self.users else [])
-
-
-def plan(
-    found: list[Input], out: str, *, parent: Manifest | None, columns: EventColumns, files: FileFormat,
-    settings: dict[str, Any], items: Input | None, users_file: Input | None = None,
-) -> Plan:  # fmt: skip
-    """Compare the inputs and the configuration with what the data set holds already. DataError when they disagree."""
-    config = {"columns": dataclasses.asdict(columns), **settings}
-    if parent is not None:
-        _refuse_other_config(out, config, parent.config)
-    with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(readers.checksum, found))
-    seen = {entry["checksum"] for entry in parent.inputs} if parent else set()
-    known_names = {entry["name"]: entry["checksum"] for entry in parent.inputs} if parent else {}
-    new: list[tuple[Input, str]] = []
-    for file, checksum in zip(found, sums, strict=True):
-        if checksum in seen:
-            continue
-        if file.name in known_names:
-            raise DataError(f"{file.name}: its bytes changed after it was ingested; restore it or give it another name")
-        seen.add(checksum)
-        new.append((file, checksum))
-    fresh_items = None
-    if items is not None and (checksum := readers.checksum(items)) not in seen:
-        fresh_items = (items, checksum)
-    schema = parent.schema if parent else readers.log_schema([file for file, _ in new], columns=columns, options=files)
-    for file, _ in new:
-        readers.describe(file, mapping=columns.mapping(), options=files)
-    read_users, users_are_new = None, False
-    if users_file is not None:
-        checksum = readers.checksum(users_file)
-        users_are_new = checksum not in seen
-        read_users = (users_file, checksum) if users_are_new or new else None
-    if users_file is not None and read_users is not None:
-        names = set(users.feature_names(users_file)) | set(schema.get("user_features", []))
-        schema = schema | {"user_features": sorted(names)}
-    return Plan(
-        out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
-        items=fresh_items, users=read_users, users_are_new=users_are_new,
-    )  # fmt: skip
 
 
 def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, Any]:
@@ -117,7 +44,8 @@ def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, A
     """
     file = Input(**part["input"])
     store, number = Store(staging), part["part"]
-    mapping, id_types = plan.columns.mapping(), plan.schema["id_types"]
+    mapping = mapping_of(file, columns=plan.columns, files=plan.files, schema=plan.schema)
+    absent = [pl.lit(None).alias(name) for name in plan.columns.mapping() if name not in mapping]
     result: dict[str, Any] = {"part": number, "read": 0, "valid": 0, "time_range": None, "fragments": []}
     rejected: list[pl.DataFrame] = []
     items: list[pl.Series] = []
@@ -125,7 +53,8 @@ def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, A
     try:
         blocks = readers.read_blocks(file, mapping=mapping, options=plan.files, row_group=part["row_group"])
         for count, block in enumerate(blocks):
-            checked = validate(block.table, columns=plan.columns, id_types=id_types, malformed=block.malformed)
+            table = block.table.with_columns(absent)
+            checked = validate(table, columns=plan.columns, id_types=plan.schema["id_types"], malformed=block.malformed)
             result["read"] += block.table.height + len(block.malformed)
             result["valid"] += checked.events.height
             rejected.append(checked.rejected)
@@ -180,10 +109,7 @@ def stage_users(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, 
 
 def check_users(bucket: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, Any]:
     """users.check_users with what the data set holds so far."""
-    known = pl.Series("user_id", [], pl.Int64 if plan.schema["id_types"]["user_id"] == "int64" else pl.String)
-    if plan.parent is not None and (old := _old_file(plan.parent, bucket["bucket"])) is not None:
-        known = pl.Series("user_id", Shards(plan.out, plan.parent).user_ids(old))
-    return users.check_users(bucket, known=known, staging=staging)
+    return users.check_users(bucket, known=_known_users(plan, bucket["bucket"])["user_id"], staging=staging)
 
 
 def by_bucket(staged: list[dict[str, Any]], staged_users: list[dict[str, Any]], *, plan: Plan) -> list[dict[str, Any]]:
@@ -194,7 +120,8 @@ def by_bucket(staged: list[dict[str, Any]], staged_users: list[dict[str, Any]], 
             found[kind].setdefault(fragment[2], []).append(fragment)
     events, table = found["fragments"], found["users"]
     # A bucket of the users table that has no events has no shard.
-    changed = {b for b in table if plan.users_are_new and _old_file(plan.parent, b) is not None}
+    old = set(plan.shards.buckets) if plan.shards else set()
+    changed = {b for b in table if plan.users_are_new and b in old}
     wanted = events.keys() | changed
     size = {bucket: sum(f[3] for f in events.get(bucket, [])) for bucket in wanted}
     # Largest first: the last task to finish should be a short one.
@@ -227,36 +154,41 @@ def grow_vocabulary(
 
 
 def build_bucket(
-    row: dict[str, Any], *, plan: Plan, staging: str, vocabulary: str, row_group_events: int
-) -> dict[str, Any]:
-    """Sort, dedupe and write one bucket (of by_bucket): its new events merged into what the data set holds.
+    row: dict[str, Any], *, plan: Plan, staging: str, vocabulary: str, row_group_events: int, late_days: int,
+    latest: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Sort, dedupe and write what is new of one bucket (of by_bucket), beside what the data set holds of it.
 
-    Returns the manifest's file entry, accepted (events that are new), duplicates, places (a file of index rows).
+    `latest`: the last event of all that is new. Returns file, the manifest's entry (None when nothing is new),
+    accepted and duplicates (events), and leaves the places of the users of that file.
     """
-    store, bucket = Store(staging), row["bucket"]
-    new = read_fragments(store, row["fragments"])
-    new_users = pl.concat(read_fragments(store, row["users"])) if row["users"] else None
-    old_events, old_values = [], None
-    if (old := _old_file(plan.parent, bucket)) is not None:
-        assert plan.parent is not None
-        shards = Shards(plan.out, plan.parent)
-        old_events = [shards.raw_events(shards.groups_of_file(old))]
-        old_values = shards.raw_user_values(shards.groups_of_file(old))
-        new = [events.select(old_events[0].columns) for events in new]
-        if new_users is not None and not plan.users_are_new:
-            new_users = new_users.join(old_values, on="user_id", how="anti")
-    merged = sequences.build_sequences(pl.concat([*old_events, *new]))
-    num_old, num_new = (sum(events.height for events in tables) for tables in (old_events, new))
-    values = users.merge_values(
-        merged.users()["user_id"], old=old_values, new=new_users, names=plan.schema.get("user_features", [])
-    )
-    entry, places = write_shard(
-        merged.events, path=plan.out, bucket=bucket, row_group_events=row_group_events, user_values=values,
-        vocabulary=_load_vocabulary(plan.out, vocabulary),
-    )  # fmt: skip
-    write_table(store, f"places-{bucket:05d}.parquet", places)
-    accepted = merged.events.height - num_old
-    return {"bucket": bucket, "file": entry, "accepted": accepted, "duplicates": num_new - accepted}
+    store, bucket, names = Store(staging), row["bucket"], _load_vocabulary(plan.out, vocabulary)
+    known, num_groups = _known_users(plan, bucket), 0
+    staged, num_read = UserRows.encode(plan.empty_events(), names), 0
+    if row["fragments"]:
+        events = pl.concat(read_fragments(store, row["fragments"]))
+        staged, num_read = UserRows.encode(sequences.build_sequences(events), names), events.height
+    keys = EventKeys.of(staged)
+    found = np.full(staged.num_events, Found.NEW)
+    if plan.shards and plan.shards.files_of(bucket):
+        num_groups = len(plan.shards.groups_of(bucket))
+        with contextlib.ExitStack() as open_files:
+            files = [open_files.enter_context(plan.shards.part_of(f["keys"])) for f in plan.shards.files_of(bucket)]
+            found = look_up(keys, files=files, latest=latest, late_days=late_days)
+    is_new = (found == Found.NEW) | (found == Found.UNCHECKED)
+    rows = staged.filter_events(found != Found.SAME)
+    rows = _with_values(rows, row, known=known, plan=plan, store=store, vocabulary=names)
+    accepted = int(is_new.sum())
+    result: dict[str, Any] = {"bucket": bucket, "file": None}
+    if len(rows.user_id):
+        placed = place(rows, known=known, num_groups=num_groups, row_group_events=row_group_events)
+        entry = write_shard(placed.parts(with_rows=num_groups > 0), path=plan.out, bucket=bucket)
+        entry |= {"accepted": accepted, "unchecked": int((found == Found.UNCHECKED).sum())}
+        result["file"] = entry | {"keys": write_keys([keys.filter(is_new)], path=plan.out, bucket=bucket)}
+        counted = pl.DataFrame({"user_id": staged.user_id, "events": staged.filter_events(is_new).lengths})
+        places = placed.frame().drop("events").join(counted, on="user_id", how="left").fill_null(0)
+        write_table(store, f"places-{bucket:05d}.parquet", places.with_columns(bucket=pl.lit(bucket, pl.Int64)))
+    return result | {"accepted": accepted, "duplicates": num_read - accepted}
 
 
 def finish(
@@ -265,20 +197,16 @@ def finish(
 ) -> Manifest:  # fmt: skip
     """Write the index and describe the new state; the caller commits it."""
     parent, store = plan.parent, Store(staging)
-    fresh = {b["bucket"]: b["file"] for b in built}
-    kept = {} if parent is None else {f["bucket"]: f for f in parent.files}
-    files = [fresh.get(bucket) or kept[bucket] for bucket in sorted(kept | fresh)]
-    place = {entry["bucket"]: number for number, entry in enumerate(files)}
-    tables = [read_table(store, f"places-{b:05d}.parquet").with_columns(file=pl.lit(place[b], pl.Int64)) for b in fresh]
-    index = pl.concat(tables) if tables else pl.DataFrame()
-    if parent is not None:
-        index = _append_to_index(index, Shards(plan.out, parent), place, fresh)
-    else:
-        index = index.sort("user_id")
+    written = [b["file"] for b in built if b["file"]]
+    # Stable: the files of a bucket stay in the order in which they came.
+    old = parent.files if parent else []
+    files = sorted([*old, *written], key=lambda entry: entry["bucket"])
+    places = [read_table(store, f"places-{entry['bucket']:05d}.parquet") for entry in written]
+    index = _grown_index(plan.shards, places)
     accepted, duplicates = sum(b["accepted"] for b in built), sum(b["duplicates"] for b in built)
     new_counts = {"read": counts["read"], "accepted": accepted, "duplicate": duplicates, "rejected": counts["rejected"]}
     entries = [
-        {"name": file.name, "bytes": file.bytes, "checksum": checksum, "kind": kind}
+        {"name": file.name, "bytes": file.bytes, "checksum": checksum, "edges": readers.edges(file), "kind": kind}
         for kind, found in (
             ("events", plan.inputs),
             ("items", [plan.items] if plan.items else []),
@@ -302,45 +230,54 @@ def finish(
     )
 
 
-def _parts(files: list[Input]) -> list[dict[str, Any]]:
-    pairs = [(file, g) for file in files for g in range(readers.count_row_groups(file))]
-    return [{"part": n, "input": dataclasses.asdict(file), "row_group": g} for n, (file, g) in enumerate(pairs)]
-
-
-def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, Any]) -> None:
-    ours, theirs = flatten(config), flatten(existing)
-    for key in sorted(ours | theirs):
-        if ours.get(key) != theirs.get(key):
-            raise DataError(
-                f"{out} was prepared with {key} = {theirs.get(key)!r}, this run has {ours.get(key)!r}; "
-                "use the same value or prepare into a new directory"
-            )
-
-
 @functools.lru_cache(maxsize=1)
 def _load_vocabulary(out: str, name: str) -> Vocabulary:
     return Vocabulary.from_bytes(Store(out).read(name), name=name)
 
 
-def _old_file(parent: Manifest | None, bucket: int) -> int | None:
-    places = [n for n, entry in enumerate(parent.files) if entry["bucket"] == bucket] if parent else []
-    return places[0] if places else None
+def _known_users(plan: Plan, bucket: int) -> pl.DataFrame:
+    """user_id, group, row of the bucket's users in the data set so far."""
+    if plan.shards:
+        return plan.shards.users_of(bucket)
+    return plan.empty_events().select("user_id", group=pl.lit(0, pl.Int64), row=pl.lit(0, pl.Int64)).clear()
 
 
-def _append_to_index(index: pl.DataFrame, old: Shards, place: dict[int, int], fresh: dict[int, dict]) -> pl.DataFrame:
-    """Old users keep their rows, new ones follow sorted by id."""
-    bucket = pl.Series([f["bucket"] for f in old.manifest.files], dtype=pl.Int64)
-    before = pl.DataFrame({"user_id": old.index.user_id, **{n: getattr(old.index, n) for n in _PLACE}})
-    before = before.with_columns(bucket=bucket.gather(before["file"])).with_row_index("user_row")
-    untouched = before.filter(~pl.col("bucket").is_in(list(fresh)))
-    untouched = untouched.with_columns(file=pl.col("bucket").replace_strict(place, return_dtype=pl.Int64))
-    columns = ["user_id", *_PLACE]
-    parts = [untouched.select(columns)] + ([index.select(columns)] if index.height else [])
-    joined = pl.concat(parts).join(before.select("user_id", "user_row"), on="user_id", how="left")
-    return joined.sort("user_row", "user_id", nulls_last=True).drop("user_row")
+def _with_values(
+    rows: UserRows, bucket: dict[str, Any], *, known: pl.DataFrame, plan: Plan, store: Store, vocabulary: Vocabulary
+) -> UserRows:
+    """The users that must be written: those with events, and those of whom the users table says something new."""
+    table = pl.concat(read_fragments(store, bucket["users"])) if bucket["users"] else None
+    if table is not None and not plan.users_are_new:
+        # What is known of earlier users stays as it is.
+        table = table.join(known, on="user_id", how="anti")
+    with_events = rows.user_id.filter(pl.Series(rows.lengths > 0))
+    described = with_events
+    if table is not None:
+        described = pl.concat(
+            [with_events, known["user_id"].filter(known["user_id"].is_in(table["user_id"].implode()))]
+        )
+    wanted = described.unique().sort()
+    rows = rows.with_users(wanted)
+    names = plan.schema.get("user_features", [])
+    is_new = ~wanted.is_in(known["user_id"].implode()).to_numpy()
+    values = users.values_of(wanted, is_new=is_new, table=table, names=names)
+    return dataclasses.replace(rows, values=encode_values(values, vocabulary))
 
 
-_PLACE = ("file", "row_group", "row", "events")
+def _grown_index(old: Shards | None, places: list[pl.DataFrame]) -> pl.DataFrame:
+    """Old users keep their rows, with what came counted in; new ones follow, sorted by id."""
+    before = old.index_table() if old else None
+    if not places:
+        assert before is not None, "the first ingest has events"
+        return before
+    came = pl.concat(places)
+    if before is None:
+        return came.sort("user_id")
+    more = came.select("user_id", more="events")
+    grown = before.join(more, on="user_id", how="left", maintain_order="left")
+    grown = grown.with_columns(events=pl.col("events") + pl.col("more").fill_null(0)).drop("more")
+    new = came.join(before, on="user_id", how="anti").sort("user_id")
+    return pl.concat([grown, new.select(grown.columns)])
 
 
 def _join_ranges(first: list[int] | None, second: list[int] | None) -> list[int] | None:

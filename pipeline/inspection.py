@@ -26,7 +26,7 @@ def verify(path: str, *, number: int | None = None) -> list[str]:
     """
     data = Shards.open(path, number=number)
     manifest = data.manifest
-    problems = [p for e in (*manifest.files, manifest.vocabulary, manifest.index) if (p := data.problem_with(e))]
+    problems = [problem for entry in manifest.entries() if (problem := data.problem_with(entry))]
     if problems:
         return problems
     counts = manifest.counts
@@ -36,10 +36,10 @@ def verify(path: str, *, number: int | None = None) -> list[str]:
         problems.append(f"{manifest.vocabulary['name']}: its fingerprint is not the manifest's")
     if len(data.index.events) != manifest.users:
         problems.append(f"{manifest.index['name']}: {len(data.index.events)} users instead of {manifest.users}")
-    if sum(entry["events"] for entry in manifest.files) != counts["accepted"]:
+    if sum(entry["accepted"] for entry in manifest.files) != counts["accepted"]:
         problems.append("manifest: the files' events do not add up to the accepted ones")
-    for file in range(len(manifest.files)):
-        problems += _problems_of_file(data, file)
+    for bucket in data.buckets:
+        problems += _problems_of_bucket(data, bucket)
     return problems
 
 
@@ -50,7 +50,7 @@ def digest(path: str, *, number: int | None = None) -> str:
     Equal for every split of the same log into ingests, unlike row numbers and files.
     """
     data = Shards.open(path, number=number)
-    total = 0
+    total, accepted = 0, 0
     raw_items = data.vocabulary.raw(np.arange(data.vocabulary.size)).cast(pa.large_string())
     item_hash = _hash_each(raw_items.fill_null("").to_pylist())
     action_hash = _hash_each(data.vocabulary.actions)
@@ -69,40 +69,52 @@ def digest(path: str, *, number: int | None = None) -> str:
             for column in columns:
                 state.update(column[start:end].tobytes())
             total = (total + state.intdigest()) % (1 << 128)
-    content = {"sequences": f"{total:032x}", "counts": data.manifest.counts, "columns": data.manifest.schema["columns"]}
+        accepted += int(offsets[-1])
+    counts = data.manifest.counts
+    # Old events that came again are told from new ones by the next compaction; what is read has each of them once.
+    counts = counts | {"accepted": accepted, "duplicate": counts["duplicate"] + counts["accepted"] - accepted}
+    content = {"sequences": f"{total:032x}", "counts": counts, "columns": data.manifest.schema["columns"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _problems_of_file(data: Shards, file: int) -> list[str]:
-    entry, index = data.manifest.files[file], data.index
+def _problems_of_bucket(data: Shards, bucket: int) -> list[str]:
+    files, index, groups = data.files_of(bucket), data.index, data.groups_of(bucket)
+    names = ", ".join(file["name"] for file in files)
     try:
-        events = data.raw_events(data.groups_of_file(file))
+        events = data.raw_events(groups)
     except (DataError, OSError, pa.ArrowException) as error:
-        return [f"{entry['name']}: cannot be read ({error})"]
+        return [f"{names}: cannot be read ({error})"]
     problems = []
-    problems += _unknown_values(data, file)
-    if events.height != entry["events"]:
-        problems.append(f"{entry['name']}: {events.height} events instead of {entry['events']}")
-    if not build_sequences(events).events.equals(events):
-        problems.append(f"{entry['name']}: sequences are not sorted or hold duplicates")
-    mine = np.flatnonzero(index.file == file)
-    stored = mine[np.lexsort((index.row[mine], index.row_group[mine]))]
+    problems += _unknown_values(data, bucket)
+    accepted, unchecked = (sum(file[name] for file in files) for name in ("accepted", "unchecked"))
+    if not accepted - unchecked <= events.height <= accepted:
+        problems.append(f"{names}: {events.height} events instead of {accepted}")
+    if not build_sequences(events).equals(events.sort("user_id", maintain_order=True)):
+        problems.append(f"{names}: sequences are not sorted or hold duplicates")
+    mine = np.flatnonzero(index.bucket == bucket)
+    stored = mine[np.lexsort((index.row[mine], index.group[mine]))]
     users = events.group_by("user_id", maintain_order=True).len()
-    same = users.height == len(stored) and users["user_id"].equals(
-        pl.Series("user_id", index.user_id.take(pa.array(stored)))
-    )
-    if not same or (users["len"].to_numpy() != index.events[stored]).any():
-        problems.append(f"{data.manifest.index['name']}: does not describe {entry['name']}")
+    ids = pl.Series("user_id", index.user_id.take(pa.array(stored)))
+    longer = index.events[stored] - users["len"].to_numpy() if users["user_id"].equals(ids) else np.array([-1])
+    if longer.min(initial=0) < 0 or longer.sum() != accepted - events.height:
+        problems.append(f"{data.manifest.index['name']}: does not describe {names}")
+    num_keys = 0
+    for file in files:
+        with data.part_of(file["keys"]) as parquet:
+            num_keys += parquet.metadata.num_rows
+    if num_keys != accepted:
+        problems.append(f"{files[0]['keys']['name']}: {num_keys} keys for {accepted} events")
     return problems
 
 
-def _unknown_values(data: Shards, file: int) -> list[str]:
+def _unknown_values(data: Shards, bucket: int) -> list[str]:
     sizes = [len(data.vocabulary.user_features[name]) for name in data.user_features]
-    for group in data.groups_of_file(file):
+    for group in data.groups_of(bucket):
         if (codes := data.read(group).codes) is not None:
             limit = np.repeat(np.tile(np.array(sizes) + NUM_RESERVED, len(codes.lengths)), codes.lengths.ravel())
             if ((codes.values < NUM_RESERVED) | (codes.values >= limit)).any():
-                return [f"{data.manifest.files[file]['name']}: a user feature has a value that the vocabulary lacks"]
+                names = ", ".join(file["name"] for file in data.files_of(bucket))
+                return [f"{names}: a user feature has a value that the vocabulary lacks"]
     return []
 
 

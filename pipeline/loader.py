@@ -20,8 +20,9 @@ import torch
 
 from pipeline import order
 from pipeline.batch import Batch
-from pipeline.draws import evaluated, hash64, sample
+from pipeline.draws import evaluated, sample
 from pipeline.events import DataError
+from pipeline.hashing import hash64
 from pipeline.history_negatives import expected_history_draws, with_history_negatives
 from pipeline.negatives import Proposal, Uniform, Weighted, draw_keys, expected_draws, log_of_draws, with_negatives
 from pipeline.request_index import PartCounts, check_log, request_counts

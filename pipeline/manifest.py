@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.events import DataError
 from pipeline.storage import Store
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,18 @@ class Manifest:
     time_range: list[int] | None
     """First and last event, milliseconds since 1970 UTC; None where the log has an order only."""
     files: list[dict[str, Any]]
-    """name, bucket, rows (users), row_groups, events, bytes, checksum of each shard file, by bucket."""
+    """The shard files by bucket, those of a bucket as they came; later ones are laid over earlier ones (layers.py).
+
+    name, bytes, checksum, bucket; groups: which of the bucket's groups each row group belongs to; rows (users);
+    events; accepted: of them, counted as such; unchecked: of these, too old to be looked for among the earlier ones;
+    keys: name, bytes, checksum of the file that finds them (event_keys.py)."""
     vocabulary: dict[str, Any]
     """name, bytes, checksum, fingerprint."""
     index: dict[str, Any]
     """name, bytes, checksum."""
     inputs: list[dict[str, Any]]
-    """name, bytes, checksum, kind (events or items) of everything ingested, in order."""
+    """name, bytes, checksum, edges (checksum of its ends), kind (events, items or users) of everything ingested, in
+    order."""
     parent: str | None
     """Fingerprint of the manifest this one grew from."""
 
@@ -54,10 +59,19 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hexadecimal hash of the manifest's bytes."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
+        return fingerprint_of(self.to_bytes())
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Every file that belongs to this state: shard files, their keys, vocabulary and index."""
+        return [*self.files, *(file["keys"] for file in self.files), self.vocabulary, self.index]
 
     def to_bytes(self) -> bytes:
         return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+
+def fingerprint_of(content: bytes) -> str:
+    """Of a manifest as it is stored."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def current_manifest(path: str) -> Manifest | None:
@@ -68,7 +82,7 @@ def current_manifest(path: str) -> Manifest | None:
 
 def read_manifest(path: str, *, number: int) -> Manifest:
     """A certain committed state. DataError when it is absent, damaged or of another format version."""
-    store, name = Store(path), _name(number)
+    store, name = Store(path), manifest_name(number)
     try:
         fields = json.loads(store.read(name))
     except FileNotFoundError:
@@ -77,10 +91,8 @@ def read_manifest(path: str, *, number: int) -> Manifest:
         raise DataError(f"{path}: {name} is damaged; restore it or prepare into a new directory") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
-        raise DataError(
-            f"{path}: {name} has format version {version}, this program reads {FORMAT_VERSION}; "
-            "prepare into a new directory"
-        )
+        fix = f"run `solar migrate {path}`" if version == 1 else "prepare into a new directory"
+        raise DataError(f"{path}: {name} has format version {version}, this program reads {FORMAT_VERSION}; {fix}")
     try:
         return Manifest(**fields)
     except TypeError as error:
@@ -89,11 +101,16 @@ def read_manifest(path: str, *, number: int) -> Manifest:
 
 def commit(path: str, manifest: Manifest) -> None:
     """Make the data set exist. DataError when another writer took this number first: its state stands."""
-    if not Store(path).create(_name(manifest.number), manifest.to_bytes()):
+    if not Store(path).create(manifest_name(manifest.number), manifest.to_bytes()):
         raise DataError(
             f"{path}: another prepare committed manifest {manifest.number} first and stands; "
             "run prepare again to add to it"
         )
+
+
+def manifest_name(number: int) -> str:
+    """Where the manifest of this number stands in its data set."""
+    return f"manifests/{number:08d}.json"
 
 
 def manifest_numbers(store: Store) -> list[int]:
@@ -108,7 +125,3 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _name(number: int) -> str:
-    return f"manifests/{number:08d}.json"

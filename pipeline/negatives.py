@@ -17,7 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.draws import draws_below, hash64
+from pipeline.draws import draws_below
+from pipeline.hashing import hash64
 from pipeline.sequences import offsets_of
 from pipeline.vocabulary import NUM_RESERVED
 

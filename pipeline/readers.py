@@ -8,6 +8,7 @@ names it; a line that cannot be parsed is handed back as text, for events.valida
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from typing import IO, Any
@@ -22,6 +23,7 @@ from pipeline.storage import checksum_stream
 from pipeline.text_rows import csv_parser, json_parser, split_line
 
 _BLOCK_BYTES = 16 << 20
+_EDGE_BYTES = 64 << 10
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
 _NOT_EVENTS = ("items.parquet", "users.parquet", "rejected.parquet")
@@ -160,6 +162,14 @@ def checksum(file: Input) -> str:
     """xxh3-128 of the file's own bytes, not of what a compression holds."""
     with _open(file.url) as stream:
         return checksum_stream(stream)
+
+
+def edges(file: Input) -> str:
+    """xxh3-128 of the first and last 64 KiB of the file's own bytes: of a Parquet file that holds its footer."""
+    fs, path = fsspec.core.url_to_fs(file.url)
+    head = fs.cat_file(path, start=0, end=min(_EDGE_BYTES, file.bytes))
+    tail = fs.cat_file(path, start=max(0, file.bytes - _EDGE_BYTES), end=file.bytes)
+    return checksum_stream(io.BytesIO(head + tail))
 
 
 def count_row_groups(file: Input) -> int:

@@ -52,7 +52,7 @@ def request_counts(data: Shards, config: RequestConfig) -> RequestCounts:
     cached = load(data, config)
     if cached is not None:
         return cached
-    parts = [_count(data, file, config) for file in range(len(data.manifest.files))]
+    parts = [_count(data, bucket, config) for bucket in data.buckets]
     return _save(data, config, parts)
 
 
@@ -80,26 +80,26 @@ def check_log(data: Shards, config: RequestConfig) -> None:
         raise DataError(f"{data.path}: sessions need timestamps, which the log lacks; map request_id")
 
 
-def count_file(data: Shards, file: int, *, config: RequestConfig, staging: str) -> None:
-    """Count one shard file's users into a file of the staging directory."""
+def count_bucket(data: Shards, bucket: int, *, config: RequestConfig, staging: str) -> None:
+    """Count a bucket's users into a file of the staging directory."""
     sink = io.BytesIO()
-    pq.write_table(pa.table(_count(data, file, config)), sink)
-    Store(staging).write(f"requests-{file:05d}.parquet", sink.getvalue(), durable=False)
+    pq.write_table(pa.table(_count(data, bucket, config)), sink)
+    Store(staging).write(f"requests-{bucket:05d}.parquet", sink.getvalue(), durable=False)
 
 
 def assemble(data: Shards, config: RequestConfig, *, staging: str) -> RequestCounts:
-    """Join what count_file left for every file, cache it and return it."""
+    """Join what count_bucket left for every bucket, cache it and return it."""
     parts = []
-    for file in range(len(data.manifest.files)):
-        table = pq.read_table(io.BytesIO(Store(staging).read(f"requests-{file:05d}.parquet")))
+    for bucket in data.buckets:
+        table = pq.read_table(io.BytesIO(Store(staging).read(f"requests-{bucket:05d}.parquet")))
         parts.append({column: np.asarray(table[column]) for column in table.column_names})
     return _save(data, config, parts)
 
 
-def _count(data: Shards, file: int, config: RequestConfig) -> dict[str, np.ndarray]:
-    """{column: [users of the file]} in the order of row groups and rows."""
+def _count(data: Shards, bucket: int, config: RequestConfig) -> dict[str, np.ndarray]:
+    """{column: [users of the bucket]} in the order of groups and rows."""
     counted = []
-    for group in data.groups_of_file(file):
+    for group in data.groups_of(bucket):
         events = data.read(group)
         every = list_requests(events, config)
         short = every.take(too_short(every, config))
@@ -125,8 +125,8 @@ def _count(data: Shards, file: int, config: RequestConfig) -> dict[str, np.ndarr
 
 def _save(data: Shards, config: RequestConfig, parts: list[dict[str, np.ndarray]]) -> RequestCounts:
     index = data.index
-    # Files list users by (file, row group, row); the index by user row.
-    stored = np.lexsort((index.row, index.row_group, index.file))
+    # Buckets list users by (group, row); the index by user row.
+    stored = np.lexsort((index.row, index.group))
     columns = {}
     for name in parts[0]:
         values = np.empty(len(stored), np.int64)

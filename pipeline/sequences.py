@@ -1,4 +1,4 @@
-"""Events -> one sequence a user, in total order; new events merged into old sequences. Pure: polars and numpy.
+"""Events -> one sequence a user, in total order. Pure: polars and numpy.
 
 user_id  timestamp  item_id                    user_id  events  timestamp  item_id
 b        5          x                          a        1       [7]        [x]
@@ -17,32 +17,12 @@ import polars as pl
 from pipeline.events import identity, total_order
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sequences:
-    """Distinct events, sorted by user and, within a user, by the total order."""
-
-    events: pl.DataFrame
-    """One row an event."""
-    num_duplicates: int
-    """Rows that were the same event as one that stayed."""
-
-    def users(self) -> pl.DataFrame:
-        """One row a user: user_id, events (their number); sorted by user_id."""
-        return self.events.group_by("user_id", maintain_order=True).agg(pl.len().cast(pl.Int64).alias("events"))
-
-
-def build_sequences(events: pl.DataFrame) -> Sequences:
-    """Sort and keep, of equal events, the smallest by the total order."""
+def build_sequences(events: pl.DataFrame) -> pl.DataFrame:
+    """The distinct events by user and, within a user, in total order; of equal ones the first in that order stays."""
     columns = events.columns
     # Nulls (no action, no request) stand first; both keys together make the result independent of the row order.
     ordered = events.sort("user_id", *total_order(columns), nulls_last=False)
-    distinct = ordered.unique(identity(columns), keep="first", maintain_order=True)
-    return Sequences(events=distinct, num_duplicates=ordered.height - distinct.height)
-
-
-def merge(old: pl.DataFrame, new: pl.DataFrame) -> Sequences:
-    """The sequences of both tables' events; the same as building them from one log."""
-    return build_sequences(pl.concat([old, new.select(old.columns)]))
+    return ordered.unique(identity(columns), keep="first", maintain_order=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

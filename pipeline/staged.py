@@ -1,8 +1,13 @@
-"""Files that tasks of one prepare hand each other in its staging directory: tables, and rows cut by bucket."""
+"""The staging directory of one run, and the files its tasks hand each other there: tables, and rows cut by bucket."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import secrets
+import socket
+from collections.abc import Iterator
 
 import polars as pl
 import pyarrow as pa
@@ -10,6 +15,43 @@ import pyarrow.parquet as pq
 
 from pipeline.shards import bucket_of
 from pipeline.storage import Store
+
+_STAGING = "staging-"
+
+
+@contextlib.contextmanager
+def staging_directory(out: str) -> Iterator[str]:
+    """A directory inside `out` for the time of a run; those of processes that died here are removed."""
+    store, existed = Store(out), Store(out).exists()
+    alive = other_runs(out)
+    for name in store.names():
+        if name.startswith(_STAGING) and name not in alive:
+            store.remove(name)
+    name = f"{_STAGING}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        store.write(f"{name}/run", b"", durable=False)
+        yield f"{out.rstrip('/')}/{name}"
+    finally:
+        store.remove(name)
+        if not existed and store.exists() and not store.names():
+            store.remove("")
+
+
+def other_runs(out: str) -> list[str]:
+    """Staging directories of runs that may still write in `out`: all but those of dead processes of this machine."""
+    ours = f"{_STAGING}{socket.gethostname()}-"
+    found = [name for name in Store(out).names() if name.startswith(_STAGING)]
+    return [name for name in found if not name.startswith(ours) or _is_alive(name.removeprefix(ours).partition("-")[0])]
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_fragments(store: Store, name: str, rows: pl.DataFrame, *, buckets: int) -> list[list]:

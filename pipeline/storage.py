@@ -129,6 +129,16 @@ class Store:
         return shutil.disk_usage(folder).free
 
 
+def adopt(store: Store, local: str, prefix: str) -> dict[str, Any]:
+    """Move a finished local Parquet file into the store, named by its content; name, bytes and checksum."""
+    folder, _, leaf = local.rpartition("/")
+    scratch = Store(folder)
+    checksum, size = scratch.checksum(leaf), scratch.size(leaf)
+    name = f"{prefix}{checksum[:16]}.parquet"
+    store.adopt(local, name)
+    return {"name": name, "bytes": size, "checksum": checksum}
+
+
 def checksum_stream(stream: IO[bytes]) -> str:
     """xxh3-128 of what is left in the stream, in hexadecimal."""
     digest = xxhash.xxh3_128()

@@ -19,13 +19,15 @@ PREFIX = "user:"
 
 
 def encode_values(values: pl.DataFrame, vocabulary: Vocabulary) -> dict[str, pa.Array]:
-    """{column: lists of value rows} of a table of user_id and lists of raw values."""
+    """{column: lists of value rows} of a table of user_id and lists of raw values; null lists stay null."""
     columns = {}
     for name in (name for name in values.columns if name != "user_id"):
-        raw, lengths = values[name].explode().drop_nulls(), values[name].list.len().to_numpy()
+        raw, lengths = values[name].explode().drop_nulls(), values[name].list.len().fill_null(0).to_numpy()
         codes = {value: row for row, value in enumerate(vocabulary.user_features[name], start=NUM_RESERVED)}
         rows = pa.array(raw.replace_strict(codes, return_dtype=pl.Int64).to_numpy(), pa.int64())
-        columns[f"{PREFIX}{name}"] = pa.LargeListArray.from_arrays(pa.array(offsets_of(lengths)), rows)
+        columns[f"{PREFIX}{name}"] = pa.LargeListArray.from_arrays(
+            pa.array(offsets_of(lengths)), rows, mask=pa.array(values[name].is_null().to_numpy())
+        )
     return columns
 
 

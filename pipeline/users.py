@@ -1,7 +1,7 @@
 """The users table of an event log: one row a user, its features as categories.
 
     users table --stage_users, a task a row group--> rows by bucket, distinct values --> vocabulary
-    a bucket's rows + what its shard holds --merge_values--> a list of values a user and feature, stored as codes
+    a bucket's rows --values_of--> a list of values a user and feature, stored as codes in the user's row
 
 Only values are a vocabulary. Which user has which of them stands in the user's own row of its shard, so that no file
 and no process ever holds all users.
@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from pipeline import readers
@@ -100,26 +101,23 @@ def refuse_bad_users(checked: list[dict[str, Any]], *, file: str) -> None:
         raise DataError(f"{file}: none of its user ids is in the log; check that both name users the same way")
 
 
-def merge_values(
-    users: pl.Series, *, old: pl.DataFrame | None, new: pl.DataFrame | None, names: Iterable[str]
+def values_of(
+    users: pl.Series, *, is_new: np.ndarray, table: pl.DataFrame | None, names: Iterable[str]
 ) -> pl.DataFrame:
-    """A list of values a user of `users` and feature, in that order; empty where neither table knows any.
+    """user_id and, for each feature, the list of values that the users table has for each of `users`, in their order.
 
-    Both tables have user_id and lists. A user of `new` has its values, for the features that it has, instead of the old
-    ones.
+    Where it has none the list is empty for a user who is new, and null, nothing new is known, for the others.
     """
-    asked = users.alias("user_id").to_frame()
+    asked = pl.DataFrame({"user_id": users, "is_new": is_new})
     columns = []
     for name in names:
-        column = pl.select(pl.repeat([], asked.height, dtype=pl.List(pl.String))).to_series()
-        for table in (old, new):
-            if table is not None and name in table.columns:
-                rows = table.select("user_id", pl.col(name).alias("value"), pl.lit(True).alias("there"))
-                found = asked.join(rows, on="user_id", how="left", maintain_order="left")
-                found = found.with_columns(column.alias("before"))
-                column = found.select(pl.when("there").then("value").otherwise("before")).to_series()
-        columns.append(column.alias(name))
-    return asked.with_columns(columns)
+        rows = pl.DataFrame(schema={"user_id": users.dtype, name: pl.List(pl.String)})
+        if table is not None and name in table.columns:
+            rows = table.select("user_id", name)
+        found = asked.join(rows, on="user_id", how="left", maintain_order="left")
+        nothing = pl.when("is_new").then(pl.lit([], pl.List(pl.String)))
+        columns.append(found.select(pl.coalesce(name, nothing).alias(name)).to_series())
+    return asked.select("user_id").with_columns(columns)
 
 
 def as_values(raw: pl.Series) -> pl.Series:

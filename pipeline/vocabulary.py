@@ -90,6 +90,21 @@ class Vocabulary:
         """Action codes in use, "no action" included."""
         return len(self.actions)
 
+    @functools.cached_property
+    def item_ranks(self) -> np.ndarray:
+        """[size] int64 by table row: the place of an item among the raw ids in order."""
+        order = pl.Series(self.items, dtype=_POLARS_TYPE[self.item_type]).arg_sort().to_numpy() + NUM_RESERVED
+        ranks = np.zeros(self.size, np.int64)
+        ranks[order] = np.arange(NUM_RESERVED, self.size)
+        return ranks
+
+    @functools.cached_property
+    def action_ranks(self) -> np.ndarray:
+        """[num_actions] int64 by code: the place of an action among the names in order, no action first."""
+        ranks = np.empty(self.num_actions, np.int64)
+        ranks[pl.Series(self.actions, dtype=pl.String).arg_sort().to_numpy()] = np.arange(self.num_actions)
+        return ranks
+
     def rows(self, raw_ids: pa.Array | pl.Series | np.ndarray | Iterable) -> np.ndarray:
         """int64 table rows of raw ids; 1 (unknown) for an id, or null, that is not here."""
         places = pc.index_in(_as_items(raw_ids, self.items.type), value_set=self.items)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""import, prepare, inspect: the commands that handle data."""
+"""import, prepare, inspect, compact, gc, migrate: the commands that handle data."""
 
 from __future__ import annotations
 
@@ -133,3 +133,50 @@ def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parser.add_argument("--digest", action="store_true", help="print the logical digest of the shards")
     parsed = parse(parser, arguments)
     return inspect(Path(parsed.directory), console, check=parsed.verify, with_digest=parsed.digest)
+
+
+def compact(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.ingest import compact_shards
+
+    path, cluster = _shards_and_cluster("compact", arguments, console, verbose=verbose)
+    compact_shards(path, console, cluster=cluster, verbose=verbose)
+    return 0
+
+
+def migrate(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.ingest import migrate_shards
+
+    path, cluster = _shards_and_cluster("migrate", arguments, console, verbose=verbose)
+    migrate_shards(path, console, cluster=cluster, verbose=verbose)
+    return 0
+
+
+def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jsonargparse import ArgumentParser
+
+    from jobs.ingest import collect_garbage
+
+    parser = ArgumentParser(prog="solar gc", exit_on_error=False)
+    parser.add_argument("directory", type=str, help="sequence shards")
+    parser.add_argument("--keep", type=int, required=True, help="how many of the latest manifests stay readable")
+    parsed = parse(parser, arguments)
+    if parsed.keep < 1:
+        raise usage_error("gc", f"--keep is {parsed.keep}: it must be at least 1")
+    collect_garbage(parsed.directory, console, keep=parsed.keep)
+    return 0
+
+
+def _shards_and_cluster(command: str, arguments: list[str], console: Console, *, verbose: bool) -> tuple[str, Any]:
+    """The directory that a command is given and the cluster it runs on."""
+    from jsonargparse import ArgumentParser
+
+    from jobs.cluster import ClusterConfig
+
+    parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
+    parser.add_argument("directory", type=str, help="sequence shards")
+    parser.add_argument("--workspace", type=str, default="workspace", help="directory of logs")
+    parser.add_class_arguments(ClusterConfig, "cluster")
+    parsed = parse(parser, arguments)
+    cluster = instantiate(parser, parsed)["cluster"]
+    capture(console, parsed.workspace, command, verbose=verbose)
+    return parsed.directory, cluster

@@ -75,7 +75,7 @@ def test_events_stand_in_the_order_that_the_log_gives_them(
             schema_overrides={"action": pl.String, "item_id": pl.String if string_ids else pl.Int64},
         )  # fmt: skip
         # Rows that are the same event are one event of a log; a scorer takes what it is given.
-        log_order = build_sequences(events.with_columns(label=pl.int_range(pl.len()))).events
+        log_order = build_sequences(events.with_columns(label=pl.int_range(pl.len())))
         kept = pl.DataFrame(
             {
                 "item": found.row[of_request(found, b)],

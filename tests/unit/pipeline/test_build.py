@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import build, ingest, manifest
+from pipeline import build, event_keys, ingest, manifest
 from pipeline.events import DataError, EventColumns, Reason
 from pipeline.inspection import digest, verify
 from pipeline.manifest import current_manifest
@@ -48,46 +48,62 @@ def test_the_same_inputs_are_reused_and_give_the_same_bytes(prepare, write_log, 
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 99), days=st.lists(st.integers(0, 3), min_size=60, max_size=60), text_ids=st.booleans())
-def test_any_split_into_ingests_has_the_same_digest(tmp_path_factory, seed, days, text_ids):
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 999), text_ids=st.booleans(), late_days=st.sampled_from([0, 1, 9]),
+    max_deltas=st.sampled_from([0, 1, 8]),
+)  # fmt: skip
+def test_any_split_into_ingests_in_any_order_has_the_same_digest(
+    tmp_path_factory, seed, text_ids, late_days, max_deltas
+):
     import numpy as np
 
-    rng, root = np.random.default_rng(seed), tmp_path_factory.mktemp("split")
+    rng, root, size = np.random.default_rng(seed), tmp_path_factory.mktemp("split"), 90
+    time = rng.integers(0, 6, size) * 86_400 + rng.integers(0, 3, size)
     log = pl.DataFrame(
         {
-            "user_id": rng.integers(0, 6, 60), "item_id": rng.integers(0, 5, 60), "timestamp": rng.integers(0, 4, 60),
-            "action": rng.choice(["a", "b", ""], 60), "label": rng.integers(0, 3, 60),
-            "request_id": [[1, 2, None][n] for n in rng.integers(0, 3, 60)], "day": days,
+            "user_id": rng.integers(0, 6, size), "item_id": rng.integers(0, 4, size), "timestamp": time,
+            "action": rng.choice(["a", "b", ""], size), "label": rng.integers(0, 3, size),
+            "request_id": [[1, 2, None][n] for n in rng.integers(0, 3, size)], "ingest": rng.integers(0, 4, size),
         }
     )  # fmt: skip
     if text_ids:
         log = log.with_columns(pl.col("user_id", "item_id").cast(pl.String))
-    config = build.PrepareConfig(columns=FULL, buckets=3, max_rejected_ratio=0.9, row_group_events=7)
+    config = build.PrepareConfig(
+        columns=FULL, buckets=3, max_rejected_ratio=0.9, row_group_events=7, late_days=late_days, max_deltas=max_deltas
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_map", lambda function, rows, *, stage, report: [function(row) for row in rows])
         patch.setattr(build, "_require_ray", lambda: None)
+        # Days so small would all be worth reading: here the days of late_days are read alone.
+        patch.setattr(event_keys, "_WORTH_READING", 0)
         (root / "whole").mkdir()
-        log.drop("day").write_parquet(root / "whole/log.parquet")
-        build.prepare(str(root / "whole"), str(root / "a"), config=config)
+        log.drop("ingest").write_parquet(root / "whole/log.parquet")
+        whole, parts = str(root / "a"), str(root / "b")
+        build.prepare(str(root / "whole"), whole, config=config)
         rows = {}
-        for day in sorted(set(days)):
-            (root / "days").mkdir(exist_ok=True)
-            part = log.filter(pl.col("day") == day).drop("day")
-            part.write_parquet(root / f"days/{day}.parquet")
-            if not (part["label"] < 2).any():
-                return  # An ingest without a valid row is refused, by itself.
-            build.prepare(str(root / "days"), str(root / "b"), config=config)
-            data = Shards.open(str(root / "b"))
+        for part in log.partition_by("ingest", include_key=False, maintain_order=True):
+            (root / "parts").mkdir(exist_ok=True)
+            part.write_parquet(root / f"parts/{part.height}-{rng.integers(1 << 40)}.parquet")
+            build.prepare(str(root / "parts"), parts, config=config)
+            data = Shards.open(parts)
             now = {raw: row for row, raw in enumerate(data.vocabulary.items.to_pylist())}
             users = {raw: row for row, raw in enumerate(data.index.user_id.to_pylist())}
             assert rows.items() <= (now | {("user", u): r for u, r in users.items()}).items()
             rows = now | {("user", u): r for u, r in users.items()}
-    assert digest(str(root / "a")) == digest(str(root / "b"))
-    assert verify(str(root / "a")) == verify(str(root / "b")) == []
+            assert verify(parts) == []
+        assert digest(whole) == digest(parts)
+        before = [Shards.open(parts).manifest.counts, digest(parts)]
+        build.compact(parts)
+    assert max(len(Shards.open(parts).files_of(bucket)) for bucket in Shards.open(parts).buckets) == 1
+    assert verify(whole) == verify(parts) == []
+    assert digest(parts) == before[1]
+    # What compaction finds is a duplicate after all: the counts are those of one ingest.
+    assert Shards.open(parts).manifest.counts == Shards.open(whole).manifest.counts
+    assert before[0]["accepted"] >= Shards.open(parts).manifest.counts["accepted"]
 
 
-def test_only_new_inputs_are_read_and_untouched_buckets_stay(prepare, write_log, random_log, tmp_path, monkeypatch):
+def test_only_new_inputs_are_read_and_only_what_came_is_written(prepare, write_log, random_log, tmp_path, monkeypatch):
     write_log(random_log(), "log/1.parquet")
     first = prepare(tmp_path / "log", tmp_path / "out", buckets=8).manifest
     write_log({"user_id": [0], "item_id": [100], "timestamp": [99_999], "action": ["view"], "label": [1],
@@ -101,8 +117,9 @@ def test_only_new_inputs_are_read_and_untouched_buckets_stay(prepare, write_log,
     assert read == ["log/2.parquet"]
     assert (second.number, second.parent) == (2, first.fingerprint)
     assert second.counts["accepted"] == first.counts["accepted"] + 1
-    changed = {f["bucket"] for f in second.files} - {f["bucket"] for f in second.files if f in first.files}
-    assert changed == {bucket_of(pl.Series([0]), buckets=8)[0]}
+    (added,) = [file for file in second.files if file not in first.files]
+    assert [file for file in second.files if file != added] == first.files
+    assert (added["bucket"], added["rows"], added["events"]) == (bucket_of(pl.Series([0]), buckets=8)[0], 1, 1)
     assert Shards.open(str(tmp_path / "out"), number=1).manifest == first
 
 
@@ -176,7 +193,9 @@ def test_a_bad_log_fails_in_one_line_and_the_earlier_data_set_stands(prepare, tm
     assert "bad.csv" in str(caught.value)
     assert current_manifest(str(out)) == before
     left = {name.split("/")[0] for name in names(out)} if out.exists() else set()
-    assert left <= ({"rejected"} if not existing else {"rejected", "shards", "index", "vocabulary", "manifests"})
+    assert left <= (
+        {"rejected"} if not existing else {"rejected", "shards", "keys", "index", "vocabulary", "manifests"}
+    )
 
 
 def test_a_file_that_breaks_in_a_later_task_leaves_the_earlier_data_set(prepare, write_log, random_log, tmp_path):
@@ -269,7 +288,10 @@ def test_prepare_without_ray_says_so(tmp_path, monkeypatch):
         build.prepare("x", str(tmp_path), config=build.PrepareConfig())
 
 
-@pytest.mark.parametrize("change", [{"buckets": 0}, {"max_rejected_ratio": 2}, {"row_group_events": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"buckets": 0}, {"max_rejected_ratio": 2}, {"row_group_events": 0}, {"late_days": -1}, {"max_deltas": -1}],
+)
 def test_a_wrong_prepare_config_is_refused(change):
     with pytest.raises(ValueError, match="it must be"):
         build.PrepareConfig(**change)

@@ -76,7 +76,7 @@ def test_batches_are_well_formed_and_within_the_limit(data):
 def test_requests_equal_those_read_off_the_raw_log(data, random_log):
     from pipeline.sequences import build_sequences
 
-    sequences = build_sequences(random_log()).events
+    sequences = build_sequences(random_log())
     raw = {str(k[0]): v for k, v in sequences.partition_by("user_id", as_dict=True).items()}
     asked = 0
     for batch in train(data, requests=RequestConfig(num_negatives=0)).epoch(0):

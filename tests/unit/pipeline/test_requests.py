@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.draws import evaluated, hash64, sample
+from pipeline.draws import evaluated, sample
+from pipeline.hashing import hash64
 from pipeline.requests import PARTS, RequestConfig, Requests, carried, list_requests, of_part, too_short
 from pipeline.sequences import UserEvents, offsets_of
 

@@ -42,7 +42,7 @@ def test_what_is_read_is_what_was_logged(data, random_log):
         request_id=pl.when(pl.col("request_id") > 0).then("request_id"),
     )  # fmt: skip
     read = data.raw_events(range(data.num_groups)).sort("user_id", maintain_order=True)
-    assert read.equals(build_sequences(log).events)
+    assert read.equals(build_sequences(log))
 
 
 def test_flat_events_agree_with_the_table(data):
