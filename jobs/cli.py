@@ -27,6 +27,7 @@ solar COMMAND ... [-v]
   import SOURCE         a public format -> event log (movielens-100k, files, git, synthetic)
   prepare               event log -> sequence shards; again with more events: merges
   compact DIR           shards: what later ingests brought, rewritten into the users' own files
+  forget DIR            shards: users taken out for ever (--users FILE, --outputs FILE, --verify)
   gc DIR --keep N       shards: all but the latest N states removed
   migrate DIR           shards of the previous format made readable
   inspect DIR           what is in a shard directory or a checkpoint (--verify, --digest)
@@ -128,6 +129,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "prepare": data.prepare,
     "inspect": data.inspect,
     "compact": data.compact,
+    "forget": data.forget,
     "gc": data.gc,
     "migrate": data.migrate,
     "train": training.train,

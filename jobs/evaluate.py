@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jobs.cluster import ray_session
 from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
-from jobs.train import Trained, open_shards, read_json, train_job, write_json
+from jobs.train import Trained, read_json, run_shards, train_job, write_json
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.loop import TrainJob
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
@@ -60,21 +60,21 @@ def evaluate_run(
     config: RunConfig, trained: dict[str, Trained], console: Console, *, part: str = "test", verbose: bool = False
 ) -> Evaluated:
     """Evaluate `trained` (model name -> its run; the main model first) on one part of their own data."""
-    shards = open_shards(config)
+    shards = run_shards(config)
     systems = []
     for name, run in trained.items():
         job = train_job(config if name == config.model["name"] else config.with_model(name), shards)
         weights = run.checkpoint
         systems.append(System(name=name, key=checkpoint_key(weights), weights=str(weights.absolute()), job=job))
     directory = config.run_dir / ("evaluation" if part == "test" else f"evaluation-{part}")
-    return evaluate(config, systems, console, part=part, directory=directory, verbose=verbose)
+    return evaluate(config, systems, console, shards=shards, part=part, directory=directory, verbose=verbose)
 
 
 def evaluate(
-    config: RunConfig, systems: list[System], console: Console, *, part: str, directory: Path, verbose: bool = False
-) -> Evaluated:
-    """Evaluate the systems (the main one first) on one part of `config.data`. The same again is reused."""
-    shards = open_shards(config)
+    config: RunConfig, systems: list[System], console: Console, *, shards: Shards, part: str, directory: Path,
+    verbose: bool = False,
+) -> Evaluated:  # fmt: skip
+    """Evaluate the systems (the main one first) on one part of the shards. The same again is reused."""
     subject = {
         "part": part,
         "systems_evaluated": {system.name: system.key for system in systems},

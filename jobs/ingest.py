@@ -1,4 +1,4 @@
-"""solar import, prepare, inspect, compact, gc, migrate: raw data -> event log -> sequence shards, and care of both."""
+"""solar import, solar prepare, solar inspect: raw data -> event log -> sequence shards, and a look at both."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from jobs.cluster import ClusterConfig, ray_session
 from jobs.config import ConfigError, RunConfig, SourceConfig
 from jobs.console import Console, Stage
 from jobs.training.checkpoint import verify_checkpoint
-from pipeline.build import PrepareConfig, Prepared, compact, migrate, prepare
-from pipeline.garbage import collect
+from pipeline.build import PrepareConfig, Prepared, prepare
 from pipeline.inspection import digest, verify
 from pipeline.manifest import current_manifest
-from pipeline.shards import Shards
 from pipeline.sources.event_log import Imported
 from pipeline.sources.files import import_files
 from pipeline.sources.git import import_git
@@ -25,7 +23,7 @@ from pipeline.sources.synthetic import import_synthetic
 def import_events(source: SourceConfig, out: str, console: Console, *, downloads: Path) -> Imported:
     """Bring a source into an event log; the same source again is a no-op."""
     with console.stage("import") as stage:
-        imported = _import(source, out, downloads=downloads, progress=_progress(stage))
+        imported = _import(source, out, downloads=downloads, progress=progress_of(stage))
         tables = [f"{n:,} {what}" for what, n in (("items", imported.items), ("users", imported.users)) if n]
         stage.result = f"{_found(imported.reused)}{', '.join([f'{imported.events:,} events', *tables])} in {out}"
     for what, count in imported.left_out.items():
@@ -77,38 +75,13 @@ def prepare_shards(
 ) -> Prepared:
     """Event log -> sequence shards through Ray Data."""
     with ray_session(cluster, verbose=verbose), console.stage("prepare") as stage:
-        prepared = prepare(events, out, config=options, items=items, users=users, progress=_progress(stage))
+        prepared = prepare(events, out, config=options, items=items, users=users, progress=progress_of(stage))
         counts, manifest = prepared.manifest.counts, prepared.manifest
         stage.result = (
             f"{_found(prepared.reused)}{_events_line(counts)}; {manifest.users:,} users, "
             f"{manifest.items:,} items in {prepared.path}"
         )
     return prepared
-
-
-def compact_shards(path: str, console: Console, *, cluster: ClusterConfig, verbose: bool = False) -> None:
-    """Rewrite every bucket that has more than one file as one."""
-    before = Shards.open(path).manifest
-    with ray_session(cluster, verbose=verbose), console.stage("compact") as stage:
-        after = compact(path, progress=_progress(stage))
-        found = after.counts["duplicate"] - before.counts["duplicate"]
-        stage.result = f"{len(before.files):,} files -> {len(after.files):,}, manifest {after.number} in {path}"
-        if found:
-            stage.result += f"; {found:,} old events had come again: counted as duplicates now"
-
-
-def migrate_shards(path: str, console: Console, *, cluster: ClusterConfig, verbose: bool = False) -> None:
-    """Make a data set of the previous format readable."""
-    with ray_session(cluster, verbose=verbose), console.stage("migrate") as stage:
-        after = migrate(path, progress=_progress(stage))
-        stage.result = f"format version {after.format_version}, manifest {after.number} in {path}"
-
-
-def collect_garbage(path: str, console: Console, *, keep: int) -> None:
-    """Remove old manifests and what only they name."""
-    removed = collect(path, keep=keep)
-    numbers = f"manifests {removed.manifests[0]} to {removed.manifests[-1]}" if removed.manifests else "no manifest"
-    console.line(f"removed       {numbers}, {removed.files:,} files, {removed.bytes / 2**20:,.1f} MiB in {path}")
 
 
 def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
@@ -166,7 +139,9 @@ def _events_line(counts: Any) -> str:
     )
 
 
-def _progress(stage: Stage) -> Any:
+def progress_of(stage: Stage) -> Any:
+    """Shows how far the tasks of a stage are."""
+
     def progress(name: str, done: int, total: int) -> None:
         stage.update(done, total or None, name)
 

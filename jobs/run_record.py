@@ -30,7 +30,7 @@ def run_facts(config: RunConfig, shards: Shards) -> dict[str, Any]:
 
 def previous_run(config: RunConfig, shards: Shards) -> dict[str, Any]:
     """The directory's record, {} where there is none; one of another configuration or of other data is refused."""
-    previous = _read_record(config.run_dir)
+    previous = read_record(config.run_dir)
     if not previous:
         return {}
     if previous["fingerprint"] != config.fingerprint():
@@ -46,6 +46,27 @@ def previous_run(config: RunConfig, shards: Shards) -> dict[str, Any]:
             f"the shards are now at manifest {manifest.number} ({manifest.fingerprint}): choose another --name"
         )
     return previous
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """What the directory says of its run, {} where there is none."""
+    file = run_dir / RECORD
+    if file.exists():
+        try:
+            return read_json(file)
+        except ValueError as error:
+            fix = f"remove {run_dir}, there is no checkpoint in it"
+            if latest_checkpoint(run_dir) is not None:
+                fix = "remove it; the checkpoints say the same, only the MLflow run will be a new one"
+            raise ConfigError(f"{file}: not valid JSON (damaged or cut): {fix}") from error
+    latest = latest_checkpoint(run_dir)
+    if latest is not None:
+        document = read_state(latest)
+        return {key: document[key] for key in FACTS}
+    ours = {*LOCK_FILES, Path(RECORD).with_suffix(".tmp").name}
+    if run_dir.exists() and any(path.name not in ours for path in run_dir.iterdir()):
+        raise ConfigError(f"{run_dir}: not empty and not a run: choose another --name or --workspace")
+    return {}
 
 
 def open_tracked_run(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any]) -> TrackedRun:
@@ -86,26 +107,6 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     except OSError as error:
         staged.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _read_record(run_dir: Path) -> dict[str, Any]:
-    file = run_dir / RECORD
-    if file.exists():
-        try:
-            return read_json(file)
-        except ValueError as error:
-            fix = f"remove {run_dir}, there is no checkpoint in it"
-            if latest_checkpoint(run_dir) is not None:
-                fix = "remove it; the checkpoints say the same, only the MLflow run will be a new one"
-            raise ConfigError(f"{file}: not valid JSON (damaged or cut): {fix}") from error
-    latest = latest_checkpoint(run_dir)
-    if latest is not None:
-        document = read_state(latest)
-        return {key: document[key] for key in FACTS}
-    ours = {*LOCK_FILES, Path(RECORD).with_suffix(".tmp").name}
-    if run_dir.exists() and any(path.name not in ours for path in run_dir.iterdir()):
-        raise ConfigError(f"{run_dir}: not empty and not a run: choose another --name or --workspace")
-    return {}
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], identity: dict[str, Any]) -> tuple[str, Any, Any]:

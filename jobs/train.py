@@ -7,7 +7,6 @@ bar, writes MLflow. The work itself is jobs/training/loop.py.
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from jobs.cluster import ray_session
 from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
 from jobs.follower import Follower
-from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, run_facts
+from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, read_record, run_facts
 from jobs.run_record import read_json as read_json
 from jobs.run_record import write_json as write_json
 from jobs.training.checkpoint import checkpoint_bytes, committed_checkpoints, latest_checkpoint, read_state
@@ -29,6 +28,7 @@ from pipeline.build import index_requests
 from pipeline.manifest import current_manifest
 from pipeline.request_index import RequestCounts
 from pipeline.shards import Shards
+from pipeline.storage import absolute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Trained:
 
 def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = False) -> Trained:
     """Train to the end. A finished run of the same configuration is reused; an unfinished one needs `resume`."""
-    shards = open_shards(config)
+    shards, present = run_shards(config), open_shards(config).manifest.number
     _check_model(config, shards)
     with sole_command(config.run_dir):
         previous = previous_run(config, shards)
@@ -52,11 +52,20 @@ def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = 
         if latest is not None:
             document = read_state(latest, checksums=True)
             if document["train_state"]["finished"]:
+                if shards.manifest.number != present:
+                    raise ConfigError(
+                        f"{config.run_dir}: was trained on manifest {shards.manifest.number}, the shards are now at "
+                        f"manifest {present}: choose another --name"
+                    )
                 return _finished_before(config, run_facts(config, shards), previous)
             if not resume:
                 raise ConfigError(
                     f"{config.run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW"
                 )
+        if shards.manifest.number != present:
+            console.line(
+                f"{'train':<12} continues on manifest {shards.manifest.number}; the shards are at {present} now"
+            )
         _require_disk(config, shards)
         wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
         with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
@@ -101,7 +110,7 @@ def _finished_before(config: RunConfig, facts: dict[str, Any], previous: dict[st
 
 def trained_run(config: RunConfig) -> Trained:
     """What a run of this config left behind, finished or not."""
-    previous = previous_run(config, open_shards(config))
+    previous = previous_run(config, run_shards(config))
     if "mlflow_run_id" not in previous:
         raise ConfigError(f"{config.run_dir}: no run there: run `solar train` first")
     return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
@@ -114,9 +123,14 @@ def require_finished(run_dir: Path) -> None:
         raise ConfigError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
 
 
+def run_shards(config: RunConfig) -> Shards:
+    """The data of the config's run: as it stood when the run began, or as it stands where there is none."""
+    return open_shards(config, number=read_record(config.run_dir).get("manifest"))
+
+
 def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
     """The current data set of a config, or it as manifest `number` describes it."""
-    path = config.shards_dir if "://" in config.shards_dir else os.path.abspath(config.shards_dir)
+    path = absolute(config.shards_dir)
     if current_manifest(path) is None:
         raise ConfigError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
     return Shards.open(path, number=number)

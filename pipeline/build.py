@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline import compaction, ingest, manifest, request_index, shards
+from pipeline import compaction, forgetting, garbage, ingest, manifest, request_index, shards
 from pipeline.events import DataError, EventColumns
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, make_plan, require_disk
@@ -24,6 +24,7 @@ from pipeline.readers import FileFormat
 from pipeline.requests import RequestConfig
 from pipeline.shard_writer import write_vocabulary
 from pipeline.staged import staging_directory
+from pipeline.tombstones import Tombstones
 from pipeline.users import refuse_bad_users
 
 if TYPE_CHECKING:
@@ -148,6 +149,31 @@ def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progre
         built = _map(rewrite, [{"bucket": bucket} for bucket in wanted], stage="compact", report=report)
         committed = compaction.finish(built, data=data, staging=staging)
         manifest.commit(path, committed)
+    return committed
+
+
+def forget(path: str, users: Sequence[str], *, progress: Progress | None = None) -> Manifest:
+    """Take every event of these users out of the data set, for ever; the manifest that stands then.
+
+    All earlier states are removed, and with them what only they name: a run that reads one of them ends with that
+    reason. Rows of these users in later ingests are counted as rejected and kept nowhere. Ray must be initialised.
+    """
+    _require_ray()
+    report = progress or (lambda stage, done, total: None)
+    data = shards.Shards.open(path)
+    stones = (Tombstones.of(path, data.manifest) or Tombstones.empty(path)).with_users(users)
+    ids = data.index_table()
+    wanted = ids.filter(stones.among(ids["user_id"]))["bucket"].unique().sort().to_list()
+    if len(wanted) == len(data.buckets) and stones.among(ids["user_id"]).all():
+        raise DataError(f"{path}: these are all its users; delete the directory instead")
+    with staging_directory(path) as staging:
+        rewrite = functools.partial(compaction.compact_bucket, data=data, staging=staging, forgotten=stones)
+        built = _map(rewrite, [{"bucket": bucket} for bucket in wanted], stage="forget", report=report)
+        committed = compaction.finish(built, data=data, staging=staging)
+        committed = dataclasses.replace(committed, tombstones=stones.write(path), oldest=committed.number)
+        manifest.commit(path, committed)
+    forgetting.clean_rejected(path, users)
+    garbage.collect(path, keep=1)
     return committed
 
 

@@ -1,6 +1,6 @@
 """Rewriting what is there: a bucket's files as one (compact), and a data set of the previous format (migrate).
 
-    compact_bucket   a bucket's files -> one file; events that stood twice are counted as duplicates   (a task a bucket)
+    compact_bucket   a bucket's files -> one file, what stood twice or is forgotten left out           (a task a bucket)
     index_bucket     a bucket of format 1 -> the keys of its file                                      (a task a bucket)
     finish, migrated counts, index, manifest                                                           (driver)
 
@@ -12,20 +12,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from pipeline.event_keys import EventKeys, write_keys
-from pipeline.events import DataError
+from pipeline.events import DataError, Reason
 from pipeline.manifest import FORMAT_VERSION, Manifest, fingerprint_of, manifest_name, manifest_numbers
 from pipeline.rows import UserRows, runs
 from pipeline.shard_writer import write_index, write_shard
 from pipeline.shards import Shards
 from pipeline.staged import read_table, write_table
 from pipeline.storage import Store
+from pipeline.tombstones import Tombstones
 from pipeline.user_columns import PREFIX
 
 
@@ -34,39 +36,67 @@ def crowded(data: Shards, *, max_deltas: int) -> list[int]:
     return [bucket for bucket in data.buckets if len(data.files_of(bucket)) - 1 > max_deltas]
 
 
-def compact_bucket(row: dict[str, Any], *, data: Shards, staging: str) -> dict[str, Any]:
-    """Write the bucket as one file; bucket and the manifest's entry. Leaves the places of its users."""
-    bucket, keys, places = row["bucket"], [], []
+def compact_bucket(
+    row: dict[str, Any], *, data: Shards, staging: str, forgotten: Tombstones | None = None
+) -> dict[str, Any]:
+    """Write the bucket as one file, without users who are forgotten. Leaves the places of its users.
+
+    Returns bucket, file, the manifest's entry (None when nobody is left), and forgotten (events).
+    """
+    bucket, keys, places = row["bucket"], [], [data.index_table().clear()]
+    dropped = 0
 
     def parts() -> Iterator[tuple[int, pa.Table]]:
-        for group, rows in enumerate(_regrouped(data, bucket)):
+        for group, rows in enumerate(_regrouped(kept(), limit=data.manifest.config["row_group_events"])):
             keys.append(EventKeys.of(rows))
             users = pl.DataFrame({"user_id": rows.user_id, "events": rows.lengths})
-            places.append(users.with_columns(bucket=bucket, group=group, row=pl.int_range(pl.len())))
+            users = users.with_columns(bucket=pl.lit(bucket, pl.Int64), group=pl.lit(group, pl.Int64))
+            places.append(users.with_columns(row=pl.int_range(pl.len())).select(places[0].columns))
             yield group, rows.to_table()
 
+    def kept() -> Iterator[UserRows]:
+        nonlocal dropped
+        for group in data.groups_of(bucket):
+            rows = UserRows.from_table(data.read_table(group))
+            rows = rows.with_values([f"{PREFIX}{name}" for name in data.user_features])
+            if forgotten is not None:
+                stays = ~forgotten.among(rows.user_id).to_numpy()
+                dropped += int(rows.lengths[~stays].sum())
+                rows = rows.take(np.flatnonzero(stays))
+            if len(rows.user_id):
+                yield rows
+
     entry = write_shard(parts(), path=data.path, bucket=bucket)
-    entry |= {"accepted": entry["events"], "unchecked": 0, "keys": write_keys(keys, path=data.path, bucket=bucket)}
+    if entry is not None:
+        entry |= {"accepted": entry["events"], "unchecked": 0, "keys": write_keys(keys, path=data.path, bucket=bucket)}
     write_table(Store(staging), f"places-{bucket:05d}.parquet", pl.concat(places))
-    return {"bucket": bucket, "file": entry}
+    return {"bucket": bucket, "file": entry, "forgotten": dropped}
 
 
 def finish(built: list[dict[str, Any]], *, data: Shards, staging: str) -> Manifest:
     """Describe the data set with these buckets rewritten; the caller commits it."""
     fresh = {b["bucket"]: b["file"] for b in built}
     files = [file for file in data.manifest.files if file["bucket"] not in fresh]
-    files = sorted([*files, *fresh.values()], key=lambda entry: entry["bucket"])
-    repeated = sum(entry["accepted"] for entry in data.manifest.files) - sum(entry["accepted"] for entry in files)
+    files = sorted([*files, *filter(None, fresh.values())], key=lambda entry: entry["bucket"])
+    forgotten = sum(b["forgotten"] for b in built)
+    fewer = sum(entry["accepted"] for entry in data.manifest.files) - sum(entry["accepted"] for entry in files)
     counts = data.manifest.counts
-    counts = counts | {"accepted": counts["accepted"] - repeated, "duplicate": counts["duplicate"] + repeated}
-    moved = [read_table(Store(staging), f"places-{bucket:05d}.parquet") for bucket in fresh]
-    before = data.index_table()
-    after = before.select("user_id").join(pl.concat(moved), on="user_id", how="left", maintain_order="left")
-    columns = [pl.coalesce(after[name], before[name]).alias(name) for name in before.columns if name != "user_id"]
-    index = before.select("user_id", *columns)
+    rejected = counts["rejected"]
+    if forgotten:
+        rejected = rejected | {Reason.FORGOTTEN_USER.value: rejected.get(Reason.FORGOTTEN_USER, 0) + forgotten}
+    counts = counts | {
+        "accepted": counts["accepted"] - fewer,
+        "duplicate": counts["duplicate"] + fewer - forgotten,
+        "rejected": rejected,
+    }
+    places = [read_table(Store(staging), f"places-{bucket:05d}.parquet") for bucket in fresh]
+    before = data.index_table().with_row_index("user_row")
+    stays = before.filter(~pl.col("bucket").is_in(list(fresh))).drop("user_row")
+    found = pl.concat([stays, *places]).join(before.select("user_id", "user_row"), on="user_id").sort("user_row")
+    index = found.drop("user_row")
     return dataclasses.replace(
         data.manifest, number=data.manifest.number + 1, parent=data.manifest.fingerprint, counts=counts, files=files,
-        index=write_index(index, path=data.path),
+        users=index.height, index=write_index(index, path=data.path),
     )  # fmt: skip
 
 
@@ -112,16 +142,13 @@ def migrated(built: list[dict[str, Any]], *, data: Shards, parent: str) -> Manif
     )  # fmt: skip
 
 
-def _regrouped(data: Shards, bucket: int) -> Iterator[UserRows]:
-    """The bucket's users in their order, cut into groups anew; two groups are in memory at a time."""
-    limit = data.manifest.config["row_group_events"]
+def _regrouped(groups: Iterable[UserRows], *, limit: int) -> Iterator[UserRows]:
+    """The same users in their order, cut into groups of at most `limit` events; two are in memory at a time."""
     rest: UserRows | None = None
-    for group in data.groups_of(bucket):
-        rows = UserRows.from_table(data.read_table(group))
-        rows = rows.with_values([f"{PREFIX}{name}" for name in data.user_features])
-        rows = UserRows.concat([rest, rows]) if rest else rows
+    for group in groups:
+        rows = UserRows.concat([rest, group]) if rest else group
         *full, (first, last) = itertools.pairwise(runs(rows.lengths, limit).tolist())
         yield from (rows.slice(*run) for run in full)
         rest = rows.slice(first, last)
-    assert rest is not None, "a bucket has users"
-    yield rest
+    if rest is not None:
+        yield rest

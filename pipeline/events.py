@@ -42,6 +42,8 @@ class Reason(enum.StrEnum):
     MISSING_LABEL = "missing label"
     INVALID_LABEL = "invalid label"
     INVALID_REQUEST = "invalid request"
+    FORGOTTEN_USER = "forgotten user"
+    """Of a user whom the data set must not know any more (tombstones.py): counted, but not kept in the quarantine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from pipeline.events import DataError
 from pipeline.manifest import manifest_name, manifest_numbers, read_manifest
 from pipeline.staged import other_runs
 from pipeline.storage import Store
+from pipeline.tombstones import KEY
 
-_FOLDERS = ("shards", "keys", "index", "vocabulary", "requests")
+_FOLDERS = ("shards", "keys", "index", "vocabulary", "requests", "tombstones")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ def collect(path: str, *, keep: int) -> Collected:
     counted = {manifest.fingerprint[:16] for manifest in kept}
     for number in numbers[:-keep]:
         store.remove(manifest_name(number))
-    garbage = [name for name in found if name not in named and not _counts(name, counted)]
+    garbage = [name for name in found if name not in named and name != KEY and not _counts(name, counted)]
     for name in garbage:
         store.remove(name)
     for name in store.names():

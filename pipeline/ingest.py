@@ -32,6 +32,7 @@ from pipeline.shard_writer import place, write_index, write_shard
 from pipeline.shards import Shards
 from pipeline.staged import read_fragments, read_table, write_fragments, write_table
 from pipeline.storage import Store
+from pipeline.tombstones import Tombstones
 from pipeline.user_columns import encode_values
 from pipeline.vocabulary import Vocabulary
 
@@ -39,14 +40,16 @@ from pipeline.vocabulary import Vocabulary
 def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, Any]:
     """Read and validate one part; write its events by bucket, its distinct items and its rejected rows.
 
-    Returns read, valid, rejected {reason: rows}, time_range, actions, fragments [[file, batch, bucket, rows], ...],
-    items (file name).
+    Returns read, forgotten, valid, rejected {reason: rows}, time_range, actions, items (file name) and fragments
+    [[file, batch, bucket, rows], ...].
     """
     file = Input(**part["input"])
     store, number = Store(staging), part["part"]
     mapping = mapping_of(file, columns=plan.columns, files=plan.files, schema=plan.schema)
     absent = [pl.lit(None).alias(name) for name in plan.columns.mapping() if name not in mapping]
-    result: dict[str, Any] = {"part": number, "read": 0, "valid": 0, "time_range": None, "fragments": []}
+    stones = Tombstones.of(plan.out, plan.parent)
+    result: dict[str, Any] = {"part": number, "time_range": None, "fragments": []}
+    result |= {"read": 0, "forgotten": 0, "valid": 0}
     rejected: list[pl.DataFrame] = []
     items: list[pl.Series] = []
     actions: set[str] = set()
@@ -54,6 +57,10 @@ def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, A
         blocks = readers.read_blocks(file, mapping=mapping, options=plan.files, row_group=part["row_group"])
         for count, block in enumerate(blocks):
             table = block.table.with_columns(absent)
+            if stones is not None:
+                is_forgotten = stones.among(table["user_id"])
+                result["forgotten"] += int(is_forgotten.sum())
+                table = table.filter(~is_forgotten)
             checked = validate(table, columns=plan.columns, id_types=plan.schema["id_types"], malformed=block.malformed)
             result["read"] += block.table.height + len(block.malformed)
             result["valid"] += checked.events.height
@@ -77,8 +84,10 @@ def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, A
     table = pl.concat(rejected).with_columns(pl.lit(file.name).alias("file")) if rejected else pl.DataFrame()
     if table.height:
         write_table(Store(plan.out), f"rejected/{plan.ingest}/part-{number:06d}.parquet", table)
-    counts = table["reason"].value_counts().rows() if table.height else []
-    return result | {"rejected": dict(counts), "actions": sorted(actions)}
+    counts = dict(table["reason"].value_counts().rows() if table.height else [])
+    if result["forgotten"]:
+        counts[Reason.FORGOTTEN_USER] = result["forgotten"]
+    return result | {"rejected": counts, "actions": sorted(actions)}
 
 
 def refuse_bad_log(staged: list[dict[str, Any]], *, plan: Plan, max_rejected_ratio: float) -> dict[str, Any]:
@@ -91,11 +100,13 @@ def refuse_bad_log(staged: list[dict[str, Any]], *, plan: Plan, max_rejected_rat
     where = f"{plan.out}/rejected/{plan.ingest}"
     if not read:
         raise DataError(f"{names}: the log is empty; nothing was prepared")
-    if not valid:
-        raise DataError(f"{names}: all {read} rows are invalid ({reasons}); see {where}; nothing was prepared")
-    if read - valid > max_rejected_ratio * read:
+    # Rows of forgotten users are no mistake of the log.
+    of_log = read - rejected.get(Reason.FORGOTTEN_USER, 0)
+    if of_log and not valid:
+        raise DataError(f"{names}: all {of_log} rows are invalid ({reasons}); see {where}; nothing was prepared")
+    if of_log - valid > max_rejected_ratio * of_log:
         raise DataError(
-            f"{names}: {read - valid} of {read} rows are invalid ({reasons}), above max_rejected_ratio "
+            f"{names}: {of_log - valid} of {of_log} rows are invalid ({reasons}), above max_rejected_ratio "
             f"{max_rejected_ratio}; see {where}; fix the log or raise the ratio"
         )
     return {"read": read, "valid": valid, "rejected": rejected}
@@ -180,9 +191,9 @@ def build_bucket(
     rows = _with_values(rows, row, known=known, plan=plan, store=store, vocabulary=names)
     accepted = int(is_new.sum())
     result: dict[str, Any] = {"bucket": bucket, "file": None}
-    if len(rows.user_id):
-        placed = place(rows, known=known, num_groups=num_groups, row_group_events=row_group_events)
-        entry = write_shard(placed.parts(with_rows=num_groups > 0), path=plan.out, bucket=bucket)
+    placed = place(rows, known=known, num_groups=num_groups, row_group_events=row_group_events)
+    entry = write_shard(placed.parts(with_rows=num_groups > 0), path=plan.out, bucket=bucket)
+    if entry is not None:
         entry |= {"accepted": accepted, "unchecked": int((found == Found.UNCHECKED).sum())}
         result["file"] = entry | {"keys": write_keys([keys.filter(is_new)], path=plan.out, bucket=bucket)}
         counted = pl.DataFrame({"user_id": staged.user_id, "events": staged.filter_events(is_new).lengths})
@@ -227,6 +238,8 @@ def finish(
         index=write_index(index, path=plan.out),
         inputs=[*(parent.inputs if parent else []), *entries],
         parent=parent.fingerprint if parent else None,
+        tombstones=parent.tombstones if parent else None,
+        oldest=parent.oldest if parent else 1,
     )
 
 

@@ -51,6 +51,10 @@ class Manifest:
     order."""
     parent: str | None
     """Fingerprint of the manifest this one grew from."""
+    tombstones: dict[str, Any] | None = None
+    """name, bytes, checksum of the file of users who are forgotten (tombstones.py); None = nobody ever was."""
+    oldest: int = 1
+    """Number of the first state that may still be read: those before held users who were forgotten."""
 
     @property
     def has_time(self) -> bool:
@@ -62,8 +66,9 @@ class Manifest:
         return fingerprint_of(self.to_bytes())
 
     def entries(self) -> list[dict[str, Any]]:
-        """Every file that belongs to this state: shard files, their keys, vocabulary and index."""
-        return [*self.files, *(file["keys"] for file in self.files), self.vocabulary, self.index]
+        """Every file that belongs to this state: shard files, their keys, vocabulary, index and tombstones."""
+        stones = [self.tombstones] if self.tombstones else []
+        return [*self.files, *(file["keys"] for file in self.files), self.vocabulary, self.index, *stones]
 
     def to_bytes(self) -> bytes:
         return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
@@ -86,7 +91,8 @@ def read_manifest(path: str, *, number: int) -> Manifest:
     try:
         fields = json.loads(store.read(name))
     except FileNotFoundError:
-        raise DataError(f"{path}: no {name}; there are {manifest_numbers(store) or 'none'}") from None
+        why = why_removed(path, number=number) or f"there are {manifest_numbers(store) or 'none'}"
+        raise DataError(f"{path}: no {name}; {why}") from None
     except ValueError:
         raise DataError(f"{path}: {name} is damaged; restore it or prepare into a new directory") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
@@ -97,6 +103,14 @@ def read_manifest(path: str, *, number: int) -> Manifest:
         return Manifest(**fields)
     except TypeError as error:
         raise DataError(f"{path}: {name} is damaged ({error}); prepare into a new directory") from error
+
+
+def why_removed(path: str, *, number: int) -> str | None:
+    """Why a state is not there any more, where the present one knows it."""
+    current = current_manifest(path)
+    if current is None or number >= current.oldest:
+        return None
+    return f"it held users who were forgotten with manifest {current.oldest}; start a new run"
 
 
 def commit(path: str, manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from pipeline.storage import Store
 ADDABLE = ("action", "request_id")
 """Columns that a log may get when it has events already; earlier ones, and files without it, have none."""
 
-_OWN_NAMES = {"manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests"}
+_OWN_NAMES = {"manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests", "tombstones"}
 _DISK_FACTOR = 3
 """Staging and shards together stay below this multiple of the input's bytes (gzipped CSV comes closest)."""
 

@@ -58,8 +58,11 @@ def place(rows: UserRows, *, known: pl.DataFrame, num_groups: int, row_group_eve
     return Placed(rows=rows.take(order), group=group[order], row=row[order])
 
 
-def write_shard(parts: Iterable[tuple[int, pa.Table]], *, path: str, bucket: int) -> dict[str, Any]:
-    """Write a file of (group, table), a row group each; name, bytes, checksum, bucket, groups, rows, events."""
+def write_shard(parts: Iterable[tuple[int, pa.Table]], *, path: str, bucket: int) -> dict[str, Any] | None:
+    """Write a file of (group, table), a row group each; name, bytes, checksum, bucket, groups, rows, events.
+
+    None, and no file, where there is no group.
+    """
     store, groups, num_rows, events = Store(path), [], 0, 0
     with store.scratch() as scratch:
         local, writer = f"{scratch}/shard.parquet", None
@@ -75,13 +78,15 @@ def write_shard(parts: Iterable[tuple[int, pa.Table]], *, path: str, bucket: int
         finally:
             if writer is not None:
                 writer.close()
+        if writer is None:
+            return None
         entry = adopt(store, local, f"shards/bucket-{bucket:05d}-")
     return entry | {"bucket": bucket, "groups": groups, "rows": num_rows, "events": events}
 
 
 def write_vocabulary(vocabulary: Vocabulary, *, path: str) -> dict[str, Any]:
     """The manifest's entry."""
-    return _write_bytes(path, vocabulary.to_bytes(), "vocabulary/") | {"fingerprint": vocabulary.fingerprint}
+    return write_bytes(path, vocabulary.to_bytes(), "vocabulary/") | {"fingerprint": vocabulary.fingerprint}
 
 
 def write_index(places: pl.DataFrame, *, path: str) -> dict[str, Any]:
@@ -89,10 +94,11 @@ def write_index(places: pl.DataFrame, *, path: str) -> dict[str, Any]:
     table = places.select("user_id", *(pl.col(c).cast(pl.Int64) for c in ("bucket", "group", "row", "events")))
     sink = io.BytesIO()
     pq.write_table(table.to_arrow(compat_level=pl.CompatLevel.oldest()), sink, compression="zstd")
-    return _write_bytes(path, sink.getvalue(), "index/")
+    return write_bytes(path, sink.getvalue(), "index/")
 
 
-def _write_bytes(path: str, data: bytes, prefix: str) -> dict[str, Any]:
+def write_bytes(path: str, data: bytes, prefix: str) -> dict[str, Any]:
+    """Write a Parquet file's bytes under a name of prefix and hash; the manifest's entry."""
     store = Store(path)
     with store.scratch() as scratch:
         local = f"{scratch}/file"

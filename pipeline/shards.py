@@ -22,7 +22,7 @@ import itertools
 import operator
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import polars as pl
@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pipeline.events import DataError
 from pipeline.hashing import hash_text
 from pipeline.layers import lay_over, with_columns
-from pipeline.manifest import Manifest, current_manifest, read_manifest
+from pipeline.manifest import Manifest, current_manifest, read_manifest, why_removed
 from pipeline.rows import ROW, event_columns, event_lengths, to_arrow
 from pipeline.sequences import UserEvents, offsets_of
 from pipeline.storage import Store
@@ -47,7 +47,7 @@ _NO_USERS = pl.DataFrame(schema={"user_id": pl.Int64, "group": pl.Int64, "row": 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Index:
-    """Where each user stands. A user's row is its place here; it never moves within a data set."""
+    """Where each user stands. A user's row is its place here; it moves only when users before it are forgotten."""
 
     bucket: np.ndarray
     """[users] int64."""
@@ -242,6 +242,8 @@ class Shards:
         return None if size == entry["bytes"] else f"{name} has {size} bytes instead of {entry['bytes']}"
 
     def _damaged(self, problem: str) -> DataError:
+        if why := why_removed(self.path, number=self.manifest.number):
+            return DataError(f"{self.path}: manifest {self.manifest.number} is removed: {why}")
         return DataError(f"{self.path}: {problem}; restore the file or prepare again into a new directory")
 
     @property
@@ -249,14 +251,23 @@ class Shards:
         return pl.Int64() if self.manifest.schema["id_types"]["user_id"] == "int64" else pl.String()
 
     def _read_part(self, entry: dict[str, Any], row_group: int) -> pa.Table:
-        self.check(entry)
-        with self._store.open(entry["name"]) as stream:
+        with self._opened(entry) as stream:
             table = pq.ParquetFile(stream, pre_buffer=True).read_row_group(row_group)
         return with_columns(table, self.manifest.schema)
 
-    def _read(self, entry: dict) -> bytes:
+    def _read(self, entry: dict[str, Any]) -> bytes:
+        with self._opened(entry) as stream:
+            return stream.read()
+
+    @contextlib.contextmanager
+    def _opened(self, entry: dict[str, Any]) -> Iterator[IO[Any]]:
         self.check(entry)
-        return self._store.read(entry["name"])
+        try:
+            stream = self._store.open(entry["name"])
+        except FileNotFoundError as error:
+            raise self._damaged(f"{entry['name']} is missing") from error
+        with stream:
+            yield stream
 
 
 def bucket_of(user_ids: pl.Series, *, buckets: int) -> pl.Series:

@@ -129,6 +129,11 @@ class Store:
         return shutil.disk_usage(folder).free
 
 
+def absolute(path: str) -> str:
+    """The same place for processes that work in another directory."""
+    return path if "://" in path else os.path.abspath(path)
+
+
 def adopt(store: Store, local: str, prefix: str) -> dict[str, Any]:
     """Move a finished local Parquet file into the store, named by its content; name, bytes and checksum."""
     folder, _, leaf = local.rpartition("/")

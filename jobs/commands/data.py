@@ -1,4 +1,4 @@
-"""import, prepare, inspect, compact, gc, migrate: the commands that handle data."""
+"""import, prepare, inspect, compact, forget, gc, migrate: the commands that handle data."""
 
 from __future__ import annotations
 
@@ -136,25 +136,49 @@ def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def compact(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.ingest import compact_shards
+    from jobs.upkeep import compact_shards
 
-    path, cluster = _shards_and_cluster("compact", arguments, console, verbose=verbose)
-    compact_shards(path, console, cluster=cluster, verbose=verbose)
+    parser = _shards_parser("compact")
+    parsed = parse(parser, arguments)
+    cluster = instantiate(parser, parsed)["cluster"]
+    capture(console, parsed.workspace, "compact", verbose=verbose)
+    compact_shards(parsed.directory, console, cluster=cluster, verbose=verbose)
     return 0
 
 
 def migrate(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.ingest import migrate_shards
+    from jobs.upkeep import migrate_shards
 
-    path, cluster = _shards_and_cluster("migrate", arguments, console, verbose=verbose)
-    migrate_shards(path, console, cluster=cluster, verbose=verbose)
+    parser = _shards_parser("migrate")
+    parsed = parse(parser, arguments)
+    cluster = instantiate(parser, parsed)["cluster"]
+    capture(console, parsed.workspace, "migrate", verbose=verbose)
+    migrate_shards(parsed.directory, console, cluster=cluster, verbose=verbose)
+    return 0
+
+
+def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.upkeep import check_forgotten, forget_users
+
+    parser = _shards_parser("forget")
+    parser.add_argument("--users", type=str, required=True, help="text with an id a line, or Parquet with user_id")
+    parser.add_argument("--outputs", type=str, nargs="+", default=[], help="results of solar score to clean as well")
+    parser.add_argument("--verify", action="store_true", help="change nothing; look for what is left of the users")
+    parsed = parse(parser, arguments)
+    cluster = instantiate(parser, parsed)["cluster"]
+    if parsed.verify:
+        return check_forgotten(parsed.directory, parsed.users, console, outputs=parsed.outputs)
+    capture(console, parsed.workspace, "forget", verbose=verbose)
+    forget_users(
+        parsed.directory, parsed.users, console, outputs=parsed.outputs, cluster=cluster, verbose=verbose
+    )  # fmt: skip
     return 0
 
 
 def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.ingest import collect_garbage
+    from jobs.upkeep import collect_garbage
 
     parser = ArgumentParser(prog="solar gc", exit_on_error=False)
     parser.add_argument("directory", type=str, help="sequence shards")
@@ -166,8 +190,8 @@ def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
     return 0
 
 
-def _shards_and_cluster(command: str, arguments: list[str], console: Console, *, verbose: bool) -> tuple[str, Any]:
-    """The directory that a command is given and the cluster it runs on."""
+def _shards_parser(command: str) -> ArgumentParser:
+    """Of a command that works on shards with Ray."""
     from jsonargparse import ArgumentParser
 
     from jobs.cluster import ClusterConfig
@@ -176,7 +200,4 @@ def _shards_and_cluster(command: str, arguments: list[str], console: Console, *,
     parser.add_argument("directory", type=str, help="sequence shards")
     parser.add_argument("--workspace", type=str, default="workspace", help="directory of logs")
     parser.add_class_arguments(ClusterConfig, "cluster")
-    parsed = parse(parser, arguments)
-    cluster = instantiate(parser, parsed)["cluster"]
-    capture(console, parsed.workspace, command, verbose=verbose)
-    return parsed.directory, cluster
+    return parser

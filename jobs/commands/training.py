@@ -90,6 +90,7 @@ def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.report import print_results
     from jobs.run import evaluate_runs
     from jobs.subjects import find_subject, is_subject
+    from jobs.train import open_shards
 
     part, out, arguments = _evaluation_options(arguments)
     if arguments and is_subject(arguments[0]):
@@ -97,7 +98,10 @@ def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
         config = subject.config
         capture(console, config.workspace, "evaluate", verbose=verbose)
         directory = Path(out) if out else subject.directory(part)
-        evaluated = evaluate_systems(config, [subject.system], console, part=part, directory=directory, verbose=verbose)
+        evaluated = evaluate_systems(
+            config, [subject.system], console, shards=open_shards(config), part=part, directory=directory,
+            verbose=verbose,
+        )  # fmt: skip
     else:
         config = recipe_config("evaluate", arguments)
         if config is None:

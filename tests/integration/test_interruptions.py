@@ -18,6 +18,8 @@ from pipeline.build import PrepareConfig, prepare
 from tests.interruptions import Command, differences, learned, orphans, telemetry
 from tests.tiny import write_tiny_log, write_tiny_recipe
 
+SHARDS = PrepareConfig(buckets=3, row_group_events=200)
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -38,7 +40,7 @@ def place(tmp_path_factory, local_ray) -> Place:
     directory = tmp_path_factory.mktemp("interruptions")
     log = write_tiny_log(directory / "raw")
     write_tiny_recipe(directory / "tiny.yaml", workspace=directory / "workspace", events=log)
-    prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
+    prepare(str(log), str(directory / "shards"), config=SHARDS)
     options = ["--data.shards", str(directory / "shards"), "--training.epochs", "25"]
     return Place(directory, [*options, "--checkpoint.every_steps", "5", "--parallel.num_workers", "2"])
 
@@ -82,8 +84,14 @@ def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the
     (latest / "COMMIT").write_bytes((latest / "COMMIT").read_bytes()[:100])
     assert f"remove {latest} to go on from step-" in refused(place.train("killed", "--resume"))
     shutil.rmtree(latest)
-    code, _, errors = place.train("killed", "--resume").finish()
+
+    # Another day came meanwhile: the run goes on with the data that it began with.
+    day = write_tiny_log(place.directory / "raw-2", seed=1) / "events-00000.parquet"
+    day.rename(place.directory / "raw" / "events-00001.parquet")
+    prepare(str(place.directory / "raw"), str(place.directory / "shards"), config=SHARDS)
+    code, output, errors = place.train("killed", "--resume").finish()
     assert code == 0, errors
+    assert "continues on manifest 1; the shards are at 2 now" in output
 
     assert differences(learned(place.run_dir("undisturbed")), learned(run_dir)) == []
     steps = [row["step"] for row in telemetry(run_dir) if row["kind"] == "step"]

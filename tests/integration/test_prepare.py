@@ -7,6 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from jobs import cli
 from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.events import DataError, EventColumns
 from pipeline.inspection import digest, verify
@@ -80,3 +81,48 @@ def test_requests_counted_by_ray_are_those_a_loader_counts_alone(tmp_path):
         Shards.open(str(tmp_path / "a")), requests=config, loader=LoaderConfig(batch_events=2_000), seed=0
     )
     assert sum(batch.num_requests for batch in loader.epoch(0)) == loader.num_requests(0)
+
+
+@pytest.fixture
+def solar(tmp_path, monkeypatch, capsys):
+    """Runs a command in this process, on its Ray; exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = cli.run([*arguments, "-v"])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def test_a_data_set_is_kept_in_order_by_commands(solar, tmp_path):
+    for day in range(2):
+        write_day(tmp_path / "log", day)
+        prepare(str(tmp_path / "log"), str(tmp_path / "shards"), config=CONFIG)
+    (tmp_path / "users.txt").write_text("3\n17\n")
+    assert solar("forget", "shards", "--users", "users.txt", "--verify")[0] == 1
+    assert "6 files -> 3, manifest 3 in shards" in solar("compact", "shards")[1]
+    _, output, _ = solar("forget", "shards", "--users", "users.txt")
+    assert "2 of 2 users were there" in output
+    assert "not covered  the raw logs (log/day-0.parquet, log/day-1.parquet)" in output
+    code, output, _ = solar("forget", "shards", "--users", "users.txt", "--verify")
+    assert (code, output) == (0, "nothing is left of these users in the data set\n")
+    write_day(tmp_path / "log", 2)
+    prepare(str(tmp_path / "log"), str(tmp_path / "shards"), config=CONFIG)
+    assert "removed       manifests 4 to 4" in solar("gc", "shards", "--keep", "1")[1]
+    assert verify(str(tmp_path / "shards")) == []
+
+
+def test_mistakes_in_keeping_a_data_set_are_told_in_one_line(solar, tmp_path):
+    write_day(tmp_path / "log", 0)
+    prepare(str(tmp_path / "log"), str(tmp_path / "shards"), config=CONFIG)
+    for command, words in (
+        (["gc", "shards", "--keep", "0"], "--keep is 0: it must be at least 1"),
+        (["migrate", "shards"], "a data set of format version 2 there"),
+        (["compact", "elsewhere"], "no prepared data set there"),
+        (["forget", "shards", "--users", "nobody.txt"], "no such file"),
+    ):
+        code, _, errors = solar(*command)
+        assert code == 2
+        (line,) = errors.strip().splitlines()
+        assert words in line
