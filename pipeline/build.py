@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
 
+_BYTES_PER_EVENT = 250
+"""Most that building a bucket takes, above what a worker takes idle (measured on 4 M events, string ids)."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -42,8 +45,10 @@ class PrepareConfig:
     """Which column plays which part; None = those with the canonical names."""
     files: FileFormat = dataclasses.field(default_factory=FileFormat)
     """How the event files are written."""
-    buckets: int = 16
-    """Shard files; a task holds one of them in memory (about 250 bytes an event: measured on 3 M events)."""
+    buckets: int | None = None
+    """Parts that users are dealt to; None = as the data set has them, else one for each 4 M rows, at least 16."""
+    memory_gib: float = 6.0
+    """Memory of a machine that tasks may take together; where new events of a bucket are many, fewer run at once."""
     row_group_events: int = 1_000_000
     """Most events of a row group, the unit that training reads; a longer single user stands alone."""
     max_rejected_ratio: float = 0.01
@@ -55,8 +60,10 @@ class PrepareConfig:
     come, the next compaction finds it."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.buckets <= 99_999:
+        if self.buckets is not None and not 1 <= self.buckets <= 99_999:
             raise ValueError(f"buckets is {self.buckets}: it must be between 1 and 99999")
+        if self.memory_gib <= 0:
+            raise ValueError(f"memory_gib is {self.memory_gib}: it must be above 0")
         if self.row_group_events < 1:
             raise ValueError(f"row_group_events is {self.row_group_events}: it must be at least 1")
         for name in ("max_deltas", "late_days"):
@@ -121,7 +128,8 @@ def prepare(
             row_group_events=config.row_group_events, late_days=config.late_days,
             latest=time_range[1] if time_range else None,
         )  # fmt: skip
-        built = _map(build, buckets, stage="build", report=report)
+        at_once = _tasks_at_once(buckets, plan=plan, memory_gib=config.memory_gib)
+        built = _map(build, buckets, stage="build", report=report, at_once=at_once)
         built.sort(key=lambda result: result["bucket"])
         committed = ingest.finish(
             built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,
@@ -219,8 +227,27 @@ def _count_bucket(row: dict[str, Any], *, data: shards.Shards, config: RequestCo
     return row
 
 
-def _map(function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress) -> list[dict]:
-    """Apply a function to every row in Ray tasks. A DataError of a task is raised here as it was."""
+def _tasks_at_once(buckets: list[dict[str, Any]], *, plan: Plan, memory_gib: float) -> int:
+    """How many of the largest bucket's size may be built at the same time. DataError when not even one fits."""
+    largest = max((sum(fragment[3] for fragment in bucket["fragments"]) for bucket in buckets), default=0)
+    fitting = int(memory_gib * 2**30 / max(1, largest * _BYTES_PER_EVENT))
+    if not fitting:
+        needed = largest * _BYTES_PER_EVENT / 2**30
+        raise DataError(
+            f"{plan.out}: {largest:,} new events of one bucket need about {needed:.1f} GiB, memory_gib is "
+            f"{memory_gib}: raise it, bring the log in several ingests, or prepare a new directory with more than "
+            f"{plan.config['buckets']} buckets"
+        )
+    return fitting
+
+
+def _map(
+    function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress, at_once: int | None = None
+) -> list[dict]:
+    """Apply a function to every row in Ray tasks, at most `at_once` at a time.
+
+    A DataError of a task is raised here as it was.
+    """
     import ray.data
 
     report(stage, 0, len(rows))
@@ -230,7 +257,8 @@ def _map(function: Callable[[dict], dict], rows: list[dict], *, stage: str, repo
     with _quiet_ray_data():
         encoded: list[Any] = [{"row": json.dumps(row)} for row in rows]
         dataset = ray.data.from_items(encoded, override_num_blocks=min(len(rows), 1_000))
-        for answer in _rows(dataset.map(functools.partial(_run, function))):
+        tasks = ray.data.TaskPoolStrategy(size=at_once)
+        for answer in _rows(dataset.map(functools.partial(_run, function), compute=tasks)):
             if answer["error"]:
                 raise DataError(answer["error"])
             results.append(json.loads(answer["result"]))

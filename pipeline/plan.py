@@ -22,6 +22,8 @@ ADDABLE = ("action", "request_id")
 """Columns that a log may get when it has events already; earlier ones, and files without it, have none."""
 
 _OWN_NAMES = {"manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests", "tombstones"}
+_LEAST_BUCKETS = 16
+_BUCKET_ROWS = 4_000_000
 _DISK_FACTOR = 3
 """Staging and shards together stay below this multiple of the input's bytes (gzipped CSV comes closest)."""
 
@@ -89,6 +91,8 @@ def make_plan(
     parent = current_manifest(out)
     if columns is None:
         columns = _canonical_columns(found[0], files) if parent is None else EventColumns(**parent.config["columns"])
+    if settings["buckets"] is None:
+        settings = settings | {"buckets": parent.config["buckets"] if parent else _buckets_for(found)}
     config = {"columns": dataclasses.asdict(columns), **settings}
     if parent is not None:
         _refuse_other_config(out, config, parent.config)
@@ -115,6 +119,11 @@ def require_disk(plan: Plan) -> None:
     needed = _DISK_FACTOR * sum(file.bytes for file, _ in read) + (64 << 20)
     if free is not None and free < needed:
         raise DataError(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")
+
+
+def _buckets_for(files: list[Input]) -> int:
+    """So many that a bucket of the first ingest has a few million events."""
+    return min(99_999, max(_LEAST_BUCKETS, -(-sum(map(readers.estimate_rows, files)) // _BUCKET_ROWS)))
 
 
 def _table(path: str | None, events: str, name: str) -> tuple[Input, str] | None:

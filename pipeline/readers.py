@@ -24,6 +24,9 @@ from pipeline.text_rows import csv_parser, json_parser, split_line
 
 _BLOCK_BYTES = 16 << 20
 _EDGE_BYTES = 64 << 10
+_BLOCK_ROWS = 1_000_000
+_LINE_BYTES, _PACKING = 32, 4
+"""Bytes of a short line of text, and how much smaller compressed text is: for a guess."""
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
 _NOT_EVENTS = ("items.parquet", "users.parquet", "rejected.parquet")
@@ -180,6 +183,15 @@ def count_row_groups(file: Input) -> int:
         return parquet.metadata.num_row_groups
 
 
+def estimate_rows(file: Input) -> int:
+    """Rows of a Parquet file; of a text file a guess from its bytes."""
+    if file.format == "parquet":
+        with _open_parquet(file) as parquet:
+            return parquet.metadata.num_rows
+    packed = 1 if _SUFFIXES.get(file.name[file.name.rfind(".") :].lower()) else _PACKING
+    return packed * file.bytes // _LINE_BYTES
+
+
 def read_blocks(
     file: Input, *, mapping: dict[str, str], options: FileFormat, row_group: int | None = None
 ) -> Iterator[Block]:
@@ -200,13 +212,17 @@ def read_blocks(
 
 def _read_parquet(file: Input, mapping: dict[str, str], row_group: int | None) -> Iterator[Block]:
     with _open_parquet(file) as parquet:
-        groups = range(parquet.metadata.num_row_groups) if row_group is None else [row_group]
-        for group in groups:
+        groups = None if row_group is None else [row_group]
+        columns = list(dict.fromkeys(mapping.values()))
+        batches = parquet.iter_batches(batch_size=_BLOCK_ROWS, row_groups=groups, columns=columns)
+        while True:
             try:
-                table = parquet.read_row_group(group, columns=list(dict.fromkeys(mapping.values())))
+                batch = next(batches, None)
             except (OSError, pa.ArrowException) as error:
                 raise DataError(f"{file.name}: damaged Parquet data ({_one_line(error)}); copy it again") from error
-            frame = pl.DataFrame(table)
+            if batch is None:
+                return
+            frame = pl.DataFrame(batch)
             yield Block(table=frame.select(pl.col(c).alias(name) for name, c in mapping.items()), malformed=[])
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import polars as pl
 import pytest
 
 from pipeline import build
+from tests.serial import without_ray
 
 
 @pytest.fixture
 def prepare(monkeypatch):
     """build.prepare with every task in this process; results still pass through JSON, as with Ray."""
 
-    def serially(function, rows, *, stage, report):
-        return [json.loads(json.dumps(function(json.loads(json.dumps(row))))) for row in rows]
-
-    monkeypatch.setattr(build, "_map", serially)
-    monkeypatch.setattr(build, "_require_ray", lambda: None)
+    without_ray(monkeypatch.setattr)
 
     def run(events, out, *, items=None, users=None, **config):
         return build.prepare(str(events), str(out), config=build.PrepareConfig(**config), items=items, users=users)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import build, event_keys, ingest, manifest
+from pipeline import build, event_keys, ingest, manifest, plan
 from pipeline.events import DataError, EventColumns, Reason
 from pipeline.inspection import digest, verify
 from pipeline.manifest import current_manifest
@@ -73,7 +73,9 @@ def test_any_split_into_ingests_in_any_order_has_the_same_digest(
         columns=FULL, buckets=3, max_rejected_ratio=0.9, row_group_events=7, late_days=late_days, max_deltas=max_deltas
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_map", lambda function, rows, *, stage, report: [function(row) for row in rows])
+        patch.setattr(
+            build, "_map", lambda function, rows, *, stage, report, at_once=None: [function(row) for row in rows]
+        )
         patch.setattr(build, "_require_ray", lambda: None)
         # Days so small would all be worth reading: here the days of late_days are read alone.
         patch.setattr(event_keys, "_WORTH_READING", 0)
@@ -289,12 +291,13 @@ def test_prepare_without_ray_says_so(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"buckets": 0}, {"max_rejected_ratio": 2}, {"row_group_events": 0}, {"late_days": -1}, {"max_deltas": -1}],
-)
-def test_a_wrong_prepare_config_is_refused(change):
-    with pytest.raises(ValueError, match="it must be"):
-        build.PrepareConfig(**change)
+    ("name", "value"),
+    [("buckets", 0), ("max_rejected_ratio", 2), ("row_group_events", 0), ("memory_gib", 0), ("late_days", -1),
+     ("max_deltas", -1)],
+)  # fmt: skip
+def test_a_wrong_prepare_config_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}: it must be"):
+        build.PrepareConfig(**{name: value})
 
 
 def test_a_manifest_names_neither_the_machine_nor_the_time(prepare, write_log, tmp_path):
@@ -302,3 +305,35 @@ def test_a_manifest_names_neither_the_machine_nor_the_time(prepare, write_log, t
     text = prepare(tmp_path / "log", tmp_path / "out").manifest.to_bytes().decode()
     assert str(tmp_path) not in text
     assert json.loads(text)["inputs"][0]["name"] == "log/events.parquet"
+
+
+def test_the_first_ingest_decides_how_many_buckets_there_are(prepare, write_log, random_log, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_BUCKET_ROWS", 10)
+    log = random_log()
+    write_log(log, "log/1.parquet")
+    made = prepare(tmp_path / "log", tmp_path / "out").manifest.config["buckets"]
+    assert made == -(-log.height // 10) > 16
+    write_log(random_log(seed=1, events=90), "log/2.parquet")
+    assert prepare(tmp_path / "log", tmp_path / "out").manifest.config["buckets"] == made
+
+
+def test_events_that_do_not_fit_into_memory_are_refused_with_what_helps(prepare, write_log, random_log, tmp_path):
+    write_log(random_log())
+    with pytest.raises(DataError, match=r"need about .* GiB, memory_gib is 1e-08: raise it, .*more than 16 buckets"):
+        prepare(tmp_path / "log", tmp_path / "out", memory_gib=1e-8)
+    assert current_manifest(str(tmp_path / "out")) is None
+
+
+def test_tasks_share_the_memory(monkeypatch, prepare, write_log, random_log, tmp_path):
+    write_log(random_log())
+    asked, original = [], build._map
+
+    def spy(function, rows, *, stage, report, at_once=None):
+        asked.append((stage, at_once))
+        return original(function, rows, stage=stage, report=report, at_once=at_once)
+
+    monkeypatch.setattr(build, "_map", spy)
+    manifest = prepare(tmp_path / "log", tmp_path / "out", buckets=2, memory_gib=1.0).manifest
+    largest = max(entry["events"] for entry in manifest.files)
+    assert asked[0] == ("read", None)
+    assert 0 < dict(asked)["build"] <= 2**30 // (250 * largest)

@@ -25,10 +25,10 @@ KILLED = """
 import os, signal, sys
 from pipeline import build
 from pipeline.storage import Store
+from tests.serial import without_ray
 from tests.unit.pipeline.test_crashes import CONFIG, after_operations
 
-build._require_ray = lambda: None
-build._map = lambda function, rows, *, stage, report: [function(row) for row in rows]
+without_ray(setattr)
 after_operations(int(sys.argv[3]), lambda: os.kill(os.getpid(), signal.SIGKILL), set_attribute=setattr)
 build.prepare(sys.argv[1], sys.argv[2], config=build.PrepareConfig(**CONFIG))
 """
