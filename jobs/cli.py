@@ -24,7 +24,8 @@ solar COMMAND ... [-v]
   run RECIPE            import, prepare, train, evaluate, register in one go; reuses what is there
   leaderboard BOARD     many models under one protocol -> one table (--seeds 1 2 3, --only ROW, --part valid)
   doctor [--json]       does everything work on this machine?
-  import SOURCE         a public format -> event log (movielens-100k, files, git, synthetic)
+  import SOURCE         a public format -> event log (files, git, synthetic, movielens, kuairand, amazon-2023, mind,
+                        taobao, yambda, recbole, movielens-100k)
   prepare               event log -> sequence shards; again with more events: merges
   compact DIR           shards: what later ingests brought, rewritten into the users' own files
   forget DIR            shards: users taken out for ever (--users FILE, --outputs FILE, --verify)

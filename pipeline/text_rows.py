@@ -15,13 +15,13 @@ Parser = Callable[[bytes], tuple[pl.DataFrame, list[str]]]
 """UTF-8 lines -> (the mapped columns under their canonical names, malformed lines)."""
 
 
-def csv_parser(names: list[str], mapping: dict[str, str], *, separator: str) -> Parser:
-    """names: the columns of a line, in order. mapping: {canonical name: column}."""
+def csv_parser(names: list[str], mapping: dict[str, str], *, separator: str, quoted: bool) -> Parser:
+    """names: the columns of a line, in order. mapping: {canonical name: column}. quoted: fields may be in quotes."""
     wanted = list(mapping.values())
 
     def parse(block: bytes) -> tuple[pl.DataFrame, list[str]]:
-        fast = _parse_csv_block(block, names, wanted, separator) if len(separator) == 1 else None
-        table, malformed = fast or _parse_csv_lines(block, names, wanted, separator)
+        fast = _parse_csv_block(block, names, wanted, separator, quoted) if len(separator) == 1 else None
+        table, malformed = fast or _parse_csv_lines(block, names, wanted, separator, quoted)
         return table.select(pl.col(column).alias(name) for name, column in mapping.items()), malformed
 
     return parse
@@ -45,9 +45,9 @@ def json_parser(mapping: dict[str, str]) -> Parser:
     return parse
 
 
-def split_line(line: str, separator: str) -> list[str] | None:
+def split_line(line: str, separator: str, *, quoted: bool) -> list[str] | None:
     """The fields of a CSV line; None when its quotes do not close."""
-    if len(separator) > 1:
+    if len(separator) > 1 or not quoted:
         return line.split(separator)
     try:
         return next(csv.reader([line], delimiter=separator, strict=True))
@@ -56,7 +56,7 @@ def split_line(line: str, separator: str) -> list[str] | None:
 
 
 def _parse_csv_block(
-    block: bytes, names: list[str], wanted: list[str], separator: str
+    block: bytes, names: list[str], wanted: list[str], separator: str, quoted: bool
 ) -> tuple[pl.DataFrame, list[str]] | None:
     """The block parsed at once; None where a stray quote or wrong byte makes rows run into each other."""
     malformed: list[str] = []
@@ -69,7 +69,9 @@ def _parse_csv_block(
         table = pyarrow.csv.read_csv(
             io.BytesIO(block),
             read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=separator, invalid_row_handler=keep),
+            parse_options=pyarrow.csv.ParseOptions(
+                delimiter=separator, quote_char='"' if quoted else False, invalid_row_handler=keep
+            ),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types={name: pa.string() for name in names}, include_columns=wanted, strings_can_be_null=False
             ),
@@ -81,7 +83,7 @@ def _parse_csv_block(
 
 
 def _parse_csv_lines(
-    block: bytes, names: list[str], wanted: list[str], separator: str
+    block: bytes, names: list[str], wanted: list[str], separator: str, quoted: bool
 ) -> tuple[pl.DataFrame, list[str]]:
     places = [names.index(column) for column in wanted]
     rows, malformed = [], []
@@ -89,7 +91,7 @@ def _parse_csv_lines(
         if not (line := line.rstrip(b"\r")):
             continue
         text = line.decode("utf-8", "replace")
-        fields = split_line(text, separator)
+        fields = split_line(text, separator, quoted=quoted)
         if fields is None or len(fields) != len(names) or "\ufffd" in text:
             malformed.append(text)
         else:

@@ -26,11 +26,11 @@ def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
         raise usage_error(f"import {arguments[0] if arguments else ''}".strip(), f"name a source: {', '.join(SOURCES)}")
     name = arguments[0] if arguments[0] in SOURCES else "files"
     parser = ArgumentParser(prog=f"solar import {name}", exit_on_error=False)
-    read_source = readers[name](parser)
+    read_source = readers[name](parser) if name in readers else _published(parser, name)
     parser.add_argument("--out", type=str | None, default=None, help="event log; default: WORKSPACE/events/NAME")
     parser.add_argument("--workspace", type=str, default="workspace", help="directory of everything written")
     parsed = parse(parser, arguments[1:] if arguments[0] in SOURCES else arguments)
-    if parsed.out is None and name in ("files", "git"):
+    if parsed.out is None and name not in ("movielens-100k", "synthetic"):
         raise usage_error(f"import {name}", "--out DIR is not given: name the event log to write")
     out = parsed.out or str(Path(parsed.workspace) / "events" / name)
     source = read_source(parsed)
@@ -79,6 +79,13 @@ def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
     parser.add_class_arguments(SyntheticConfig)
     return lambda parsed: SourceConfig(name="synthetic", synthetic=_build(SyntheticConfig, parser, parsed))
+
+
+def _published(parser: ArgumentParser, name: str) -> Callable[[Any], SourceConfig]:
+    from jobs.config import SourceConfig
+
+    parser.add_argument("path", type=str, help="the unpacked data set, or its file of events")
+    return lambda parsed: SourceConfig(name=name, path=parsed.path)
 
 
 def _build(options: type, parser: ArgumentParser, parsed: Any) -> Any:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import polars as pl
 
 from pipeline import readers
 from pipeline.events import DataError, EventColumns, Reason, Validated, validate
-from pipeline.readers import Block, FileFormat, Input
+from pipeline.readers import FileFormat, Input
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
 from pipeline.users import refuse_bad_feature
 
 Progress = Callable[[str, int, int], None]
+Reshape = Callable[[pl.DataFrame], pl.DataFrame]
+"""Rows under canonical names, as they are written -> one row an event, with a label."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,12 @@ class ImportConfig:
     """Events of items with fewer valid rows in these files are left out and counted; the files are then read twice.
     Published protocols have 5. Counted once: users are not looked at, and items are not counted again."""
 
+    min_label: float | None = None
+    """Where labels are numbers, such as ratings: those from here on count as 1, others as 0."""
+
     def __post_init__(self) -> None:
+        if self.min_label is not None and self.columns.label is None:
+            raise ValueError(f"min_label is {self.min_label}: name the column of labels with columns.label")
         if self.min_item_events < 0:
             raise ValueError(f"min_item_events is {self.min_item_events}: it must be 0 or more")
         if not 0 <= self.max_rejected_ratio <= 1:
@@ -103,10 +110,11 @@ class ImportConfig:
 
 
 def import_files(
-    events: str, out: str, *, config: ImportConfig, items: str | None = None, users: str | None = None,
-    progress: Progress | None = None,
+    events: str | Sequence[str], out: str, *, config: ImportConfig, items: str | None = None,
+    users: str | None = None, reshape: Reshape | None = None, progress: Progress | None = None,
 ) -> Imported:  # fmt: skip
-    """Write the event log `out` from the file, directory or pattern `events`, its tables from `items` and `users`.
+    """Write the event log `out` from the file, directory or pattern `events` (or several), its tables from `items` and
+    `users`. `reshape` makes events with a label of rows that are written otherwise.
 
     DataError, with nothing written: a file that is missing or cannot be read whole, a missing column, an empty log,
     too many invalid rows, an `out` that holds something else.
@@ -115,28 +123,31 @@ def import_files(
         raise DataError(f"{items}: no item feature is named; set items.features or items.list_features")
     if users is not None and not (config.users.features or config.users.list_features):
         raise DataError(f"{users}: no user feature is named; set users.features or users.list_features")
-    found = readers.find_inputs(events, options=config.files)
+    paths = [events] if isinstance(events, str) else events
+    found = [file for path in paths for file in readers.find_inputs(path, options=config.files)]
     item_files = readers.find_inputs(items, options=config.items.files) if items else []
     user_files = readers.find_inputs(users, options=config.users.files) if users else []
     for file in user_files:
         _refuse_bad_features(file, config.users)
     # Without a users table or a limit the same as a log that was imported before there could be one.
     left_out = {"max_rejected_ratio"} if users else {"max_rejected_ratio", "users"}
-    left_out |= set() if config.min_item_events else {"min_item_events"}
+    left_out |= {name for name in ("min_item_events", "min_label") if not getattr(config, name)}
     source = {
         "source": "files",
         "inputs": [_identify(file) for file in found],
         "item_inputs": [_identify(file) for file in item_files],
         **({"user_inputs": [_identify(file) for file in user_files]} if users else {}),
-        "mapping": {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out},
+        "mapping": _mapping(config, left_out=left_out),
     }
     if existing := find_event_log(out, source=source):
         return existing
     report = progress or (lambda stage, done, total: None)
 
     def fill(writer: EventLogWriter) -> None:
-        schema = readers.log_schema(found, columns=config.columns, options=config.files)
-        _import_events(found, writer, config=config, id_types=schema["id_types"], report=report)
+        written = dataclasses.replace(config.columns, label=None) if reshape else config.columns
+        schema = readers.log_schema(found, columns=written, options=config.files)
+        log = _Log(files=found, config=config, id_types=schema["id_types"], written=written, reshape=reshape)
+        _import_events(log, writer, report=report)
         for file in item_files:
             writer.add_items(pl.concat(_read_features(file, config.items, id_type=schema["id_types"]["item_id"])))
         for file in user_files:
@@ -147,17 +158,61 @@ def import_files(
     return write_event_log(out, source=source, fill=fill)
 
 
+def _mapping(config: ImportConfig, *, left_out: set[str]) -> dict[str, Any]:
+    """What of the configuration the log depends on; what is younger than a log is absent where it is off."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    for files in (part["files"] for part in (fields, fields["items"], fields.get("users")) if part):
+        for name, off in (("typed_header", False), ("quoted", True)):
+            if files[name] == off:
+                del files[name]
+    return fields
+
+
 def _identify(file: Input) -> dict[str, Any]:
     return {"name": file.name, "bytes": file.bytes, "checksum": readers.checksum(file)}
 
 
-def _import_events(
-    found: list[Input], writer: EventLogWriter, *, config: ImportConfig, id_types: dict[str, str], report: Progress
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Log:
+    """The event files and how they are read."""
+
+    files: list[Input]
+    config: ImportConfig
+    id_types: dict[str, str]
+    written: EventColumns
+    """The columns that the files have."""
+    reshape: Reshape | None
+
+    def blocks(self, report: Progress) -> Iterator[tuple[Input, int, Validated]]:
+        """Every block of every file: its rows, and what is valid of them. A DataError names the file."""
+        columns = self.config.columns
+        for done, file in enumerate(self.files):
+            report("import", done, len(self.files))
+            try:
+                for block in readers.read_blocks(file, mapping=self.written.mapping(), options=self.config.files):
+                    table = self.reshape(block.table) if self.reshape else block.table
+                    if self.config.min_label is not None:
+                        table = _with_labels(table, self.config.min_label)
+                    checked = validate(table, columns=columns, id_types=self.id_types, malformed=block.malformed)
+                    yield file, table.height + len(block.malformed), checked
+            except DataError as error:
+                raise DataError(error.args[0] if file.name in str(error) else f"{file.name}: {error}") from None
+        report("import", len(self.files), len(self.files))
+
+
+def _with_labels(table: pl.DataFrame, least: float) -> pl.DataFrame:
+    """Labels 1 from `least` on, else 0; what is no number stays, to be rejected."""
+    number = pl.col("label").cast(pl.Float64, strict=False)
+    liked = (number >= least).cast(pl.Int8).cast(pl.String)
+    return table.with_columns(label=pl.when(number.is_finite()).then(liked).otherwise(pl.col("label").cast(pl.String)))
+
+
+def _import_events(log: _Log, writer: EventLogWriter, *, report: Progress) -> None:
+    found, config = log.files, log.config
     read, rare, reasons = 0, 0, Counter[str]()
-    kept = _frequent_items(found, config=config, id_types=id_types, report=report) if config.min_item_events else None
-    for file, block, checked in _checked_blocks(found, config=config, id_types=id_types, report=report):
-        read += block.table.height + len(block.malformed)
+    kept = _frequent_items(log, report=report) if config.min_item_events else None
+    for file, num_rows, checked in log.blocks(report):
+        read += num_rows
         reasons.update(checked.rejected["reason"].to_list())
         events = checked.events if kept is None else checked.events.filter(pl.col("item_id").is_in(kept.implode()))
         rare += checked.events.height - events.height
@@ -178,33 +233,13 @@ def _import_events(
         )
 
 
-def _checked_blocks(
-    found: list[Input], *, config: ImportConfig, id_types: dict[str, str], report: Progress
-) -> Iterator[tuple[Input, Block, Validated]]:
-    """Every block of every file, with what is valid of it. A DataError names the file."""
-    for done, file in enumerate(found):
-        report("import", done, len(found))
-        try:
-            for block in readers.read_blocks(file, mapping=config.columns.mapping(), options=config.files):
-                checked = validate(block.table, columns=config.columns, id_types=id_types, malformed=block.malformed)
-                yield file, block, checked
-        except DataError as error:
-            raise DataError(error.args[0] if file.name in str(error) else f"{file.name}: {error}") from None
-    report("import", len(found), len(found))
-
-
-def _frequent_items(
-    found: list[Input], *, config: ImportConfig, id_types: dict[str, str], report: Progress
-) -> pl.Series:
+def _frequent_items(log: _Log, *, report: Progress) -> pl.Series:
     """The ids of items with at least `min_item_events` valid rows."""
-    counts = [
-        checked.events.group_by("item_id").len()
-        for _, _, checked in _checked_blocks(found, config=config, id_types=id_types, report=report)
-    ]
+    counts = [checked.events.group_by("item_id").len() for _, _, checked in log.blocks(report)]
     if not counts:
-        return pl.Series("item_id", [], pl.Int64 if id_types["item_id"] == "int64" else pl.String)
+        return pl.Series("item_id", [], pl.Int64 if log.id_types["item_id"] == "int64" else pl.String)
     total = pl.concat(counts).group_by("item_id").agg(pl.col("len").sum())
-    return total.filter(pl.col("len") >= config.min_item_events)["item_id"]
+    return total.filter(pl.col("len") >= log.config.min_item_events)["item_id"]
 
 
 def _read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[pl.DataFrame]:
