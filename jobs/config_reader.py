@@ -71,8 +71,14 @@ def load_board(board: str, arguments: Sequence[str]) -> tuple[str, dict[str, Run
         )
     values = _read_yaml(path)
     rows = values.pop("models", None)
+    if rows in board_names():
+        # The same models on other data.
+        rows = _read_yaml(RECIPES / "leaderboards" / f"{rows}.yaml")["models"]
     if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
-        raise ConfigError(f"{path}: models must hold `ROW NAME: what the row adds` sections, holds {rows!r}")
+        raise ConfigError(
+            f"{path}: models must hold `ROW NAME: what the row adds` sections, or name a board that does "
+            f"({', '.join(board_names())}), holds {rows!r}"
+        )
     found, names = {}, {}
     for row, added in rows.items():
         origin = f"{path}: models.{row}"

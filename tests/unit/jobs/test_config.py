@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobs.config import ConfigError
-from jobs.config_reader import load_config
+from jobs.config_reader import load_board, load_config
 from jobs.recipes import recipe_names
 
 
@@ -142,3 +142,11 @@ def test_comparison_runs_beside_with_the_same_width():
     assert compared.name == "movielens-100k-mean_pooling"
     assert compared.model["width"] == 32
     assert compared.training == config.training
+
+
+def test_a_board_may_have_the_models_of_another_on_its_own_data():
+    here, there = load_board("ml-100k", [])[1], load_board("ml-1m", [])[1]
+    assert list(here) == list(there)
+    assert {run.data.name for run in here.values()} == {"ml-100k"}
+    for row in here:
+        assert (here[row].model, here[row].optimizer) == (there[row].model, there[row].optimizer)
