@@ -94,7 +94,8 @@ class Store:
             try:
                 self.fs.pipe_file(self.join(name), data, mode="create")
             except FileExistsError:
-                return False
+                # It may be ours: a create whose answer got lost is sent again, and finds itself.
+                return self.read(name) == data
             return True
         target = Path(self.join(name))
         temporary = _write_temporary(target, data)
