@@ -62,8 +62,11 @@ def stored_config(command: str, stored: Mapping[str, Any], origin: str, argument
     return _resolve(command, values, origin, arguments, recipe=stored["recipe"], default_name=stored["name"])
 
 
-def load_board(board: str, arguments: Sequence[str]) -> tuple[str, dict[str, RunConfig]]:
-    """(name, the runs of its rows) of `solar leaderboard BOARD ARGUMENTS`; the arguments hold for every row."""
+def load_board(board: str, arguments: Sequence[str], *, only: Sequence[str] = ()) -> tuple[str, dict[str, RunConfig]]:
+    """(name, the runs of its rows, or of those alone) of `solar leaderboard BOARD ARGUMENTS`.
+
+    The arguments hold for every row that is asked for.
+    """
     path = Path(board) if board.endswith((".yaml", ".yml")) else RECIPES / "leaderboards" / f"{board}.yaml"
     if not path.is_file():
         raise ConfigError(
@@ -79,6 +82,8 @@ def load_board(board: str, arguments: Sequence[str]) -> tuple[str, dict[str, Run
             f"{path}: models must hold `ROW NAME: what the row adds` sections, or name a board that does "
             f"({', '.join(board_names())}), holds {rows!r}"
         )
+    if unknown := [row for row in only if row not in rows]:
+        raise ConfigError(f"leaderboard: --only {unknown[0]!r}: must be of {', '.join(map(str, rows))}")
     found, names = {}, {}
     for row, added in rows.items():
         origin = f"{path}: models.{row}"
@@ -86,9 +91,10 @@ def load_board(board: str, arguments: Sequence[str]) -> tuple[str, dict[str, Run
         if name in names:
             raise ConfigError(f"{origin}: its runs would be named as those of {names[name]}; give it another name")
         names[name] = row
-        found[str(row)] = _resolve(
-            "leaderboard", _merged(values, added), origin, arguments, recipe=board, default_name=name
-        )
+        if row in only or not only:
+            found[str(row)] = _resolve(
+                "leaderboard", _merged(values, added), origin, arguments, recipe=board, default_name=name
+            )
     return path.stem, found
 
 

@@ -32,10 +32,7 @@ def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int
     if not arguments or arguments[0].startswith("-"):
         raise usage_error("leaderboard", f"name a board first: {', '.join(board_names())}, or a YAML file")
     options, overrides = _board_options(arguments[1:])
-    name, rows = load_board(arguments[0], overrides)
-    if unknown := [row for row in options["only"] if row not in rows]:
-        raise usage_error("leaderboard", f"--only {unknown[0]!r}: must be of {', '.join(rows)}")
-    rows = {row: rows[row] for row in rows if row in options["only"] or not options["only"]}
+    name, rows = load_board(arguments[0], overrides, only=options["only"])
     board = Board(name=name, rows=rows, seeds=options["seeds"], part=options["part"])
     capture(console, board.protocol.workspace, "leaderboard", verbose=verbose)
     run_board(board, console, verbose=verbose)
@@ -46,7 +43,7 @@ def _board_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solar leaderboard",
         usage="solar leaderboard BOARD [--seeds N ...] [--only ROW ...] [--part test|valid] [SETTING VALUE ...]",
-        epilog="Settings are those of `solar train --help`; they hold for every row.",
+        epilog="Settings are those of `solar train --help`; they hold for every row that runs.",
         exit_on_error=False,
         allow_abbrev=False,
         add_help=False,

@@ -150,3 +150,10 @@ def test_a_board_may_have_the_models_of_another_on_its_own_data():
     assert {run.data.name for run in here.values()} == {"ml-100k"}
     for row in here:
         assert (here[row].model, here[row].optimizer) == (there[row].model, there[row].optimizer)
+
+
+def test_settings_of_one_row_need_not_suit_the_others():
+    (run,) = load_board("ml-1m", ["--model.shift_windows", "true"], only=["HSTU"])[1].values()
+    assert run.model["shift_windows"]
+    with pytest.raises(ConfigError, match=r"--only 'hstu': must be of RecGRELA, repeats, .*HSTU"):
+        load_board("ml-1m", [], only=["hstu"])
