@@ -39,8 +39,10 @@ def draws_below(limit: np.ndarray, *, keys: np.ndarray, count: int) -> np.ndarra
 
 def _at_most(requests: Requests, most: int, draw: np.ndarray) -> Requests:
     """The `most` requests of each user with the smallest draws, in their order."""
-    order = np.lexsort((draw, requests.user))
     counts = np.bincount(requests.user)
+    if counts.max(initial=0) <= most:
+        return requests
+    order = np.lexsort((draw, requests.user))
     rank = np.empty(len(requests), np.int64)
     rank[order] = np.arange(len(requests)) - np.repeat(offsets_of(counts)[:-1], counts)
     return requests.take(rank < most)

@@ -109,6 +109,8 @@ def with_negatives(
     positive: [P] items, distinct within a request; offsets: [B + 1]; keys: [B] of `draw_keys`.
     """
     num_positives = np.diff(offsets)
+    if not num_negatives:
+        return Candidates(item=positive, label=np.ones(len(positive), np.float32), offsets=offsets)
     remaining = _remaining(positive, offsets, proposal)
     num_drawn = np.where(remaining > 0, num_negatives, 0)
     point = draws_below(remaining, keys=keys, count=num_negatives)
@@ -160,6 +162,10 @@ def _step_over_positives(
     With the positives' stretches sorted, (s_0, w_0), (s_1, w_1), ..., the point x moves past the j-th where
     x >= s_j - (w_0 + ... + w_{j-1}).
     """
+    if len(positive) == len(offsets) - 1 == offsets[-1] and (np.diff(offsets) == 1).all():
+        # One each, as where every event is a request: nothing to sort or search.
+        start, weight = proposal.stretch(positive)
+        return point + np.where(point >= start[:, None], weight[:, None], 0)
     owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     start, weight = proposal.stretch(positive[np.lexsort((positive, owner))])
     before = offsets_of(weight)

@@ -123,15 +123,42 @@ def test_resume_in_mid_epoch_equals_an_uninterrupted_run(data):
             assert equal(expected, batch)
 
 
-def test_resume_on_fewer_ranks_keeps_batch_order(data):
-    before = train(data, world_size=2)
-    iterator = iter(before)
-    for _ in range(3):
-        next(iterator)
-    after = train(data)
-    after.load_state_dict(before.state_dict())
-    whole = list(train(data).epoch(0))
-    assert equal(next(iter(after)), whole[3])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (3, 8), (8, 5), (5, 4), (4, 2)])
+def test_resume_on_another_number_of_ranks_keeps_batch_order_event_by_event(data, before, after):
+    whole = [by_user(batch) for batch in train(data).epoch(0)]
+    states = []
+    for rank in range(before):
+        stopped = train(data, rank=rank, world_size=before)
+        for _, batch in zip(range(3), stopped, strict=False):
+            assert batch is not None
+        states.append(stopped.state_dict())
+    assert all(state == states[0] for state in states)
+    resumed = [train(data, rank=rank, world_size=after) for rank in range(after)]
+    for loader in resumed:
+        loader.load_state_dict(json.loads(json.dumps(states[0])))
+    iterators = [iter(loader) for loader in resumed]
+    for expected in whole[3:]:
+        parts = [by_user(next(iterator)) for iterator in iterators]
+        assert {user: found for part in parts for user, found in part.items()} == expected
+        assert sum(map(len, parts)) == len(expected)
+
+
+def test_what_later_ingests_brought_is_read_in_its_place(data, prepare, write_log, random_log, tmp_path):
+    write_log(random_log(num_users=30, seed=5), "log/day2.parquet")
+    prepare(tmp_path / "log", tmp_path / "out", columns=FULL, buckets=4, row_group_events=40)
+    grown = Shards.open(data.path)
+    assert max(len(grown.files_of(bucket)) for bucket in grown.buckets) == 2
+    prepare(tmp_path / "log", tmp_path / "at-once", columns=FULL, buckets=4, row_group_events=40)
+    raw = [
+        {
+            shards.index.user_id[user].as_py(): shards.vocabulary.raw(np.array(items[0])).to_pylist()
+            for batch in train(shards).epoch(0)
+            for user, (items, _) in by_user(batch).items()
+        }
+        for shards in (grown, Shards.open(str(tmp_path / "at-once")))
+    ]
+    assert raw[0] == raw[1]
+    assert len(raw[0]) > 20
 
 
 def test_epochs_differ_and_seeds_differ(data):
