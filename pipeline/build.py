@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
 
+_TASKS_A_CORE = 8
 _BYTES_PER_EVENT = 250
 """Most that building a bucket takes, above what a worker takes idle (measured on 4 M events, string ids)."""
 
@@ -106,7 +107,8 @@ def prepare(
     require_disk(plan)
     with staging_directory(out) as staging:
         stage = functools.partial(ingest.stage_part, plan=plan, staging=staging)
-        staged = _map(stage, plan.parts(), stage="read", report=report) if plan.inputs else []
+        # Starting a task takes as long as staging 200,000 events: a task has several of the smaller files.
+        staged = _map(stage, plan.parts(), stage="read", report=report, tasks=_TASKS_A_CORE * _num_cores())
         staged.sort(key=lambda result: result["part"])
         counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
         if plan.inputs:
@@ -242,9 +244,10 @@ def _tasks_at_once(buckets: list[dict[str, Any]], *, plan: Plan, memory_gib: flo
 
 
 def _map(
-    function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress, at_once: int | None = None
-) -> list[dict]:
-    """Apply a function to every row in Ray tasks, at most `at_once` at a time.
+    function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress, at_once: int | None = None,
+    tasks: int = 1_000,
+) -> list[dict]:  # fmt: skip
+    """Apply a function to every row in at most so many Ray tasks, of which at most `at_once` run at a time.
 
     A DataError of a task is raised here as it was.
     """
@@ -256,14 +259,21 @@ def _map(
     results = []
     with _quiet_ray_data():
         encoded: list[Any] = [{"row": json.dumps(row)} for row in rows]
-        dataset = ray.data.from_items(encoded, override_num_blocks=min(len(rows), 1_000))
-        tasks = ray.data.TaskPoolStrategy(size=at_once)
-        for answer in _rows(dataset.map(functools.partial(_run, function), compute=tasks)):
+        dataset = ray.data.from_items(encoded, override_num_blocks=min(len(rows), tasks))
+        # More at a time than there are rows is warned of.
+        pool = ray.data.TaskPoolStrategy(size=at_once if at_once and at_once < len(rows) else None)
+        for answer in _rows(dataset.map(functools.partial(_run, function), compute=pool)):
             if answer["error"]:
                 raise DataError(answer["error"])
             results.append(json.loads(answer["result"]))
             report(stage, len(results), len(rows))
     return results
+
+
+def _num_cores() -> int:
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1))) if ray.is_initialized() else 1
 
 
 def _run(function: Callable[[dict], dict], row: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pipeline.events import DataError, EventColumns, Reason
 from pipeline.inspection import digest, verify
 from pipeline.manifest import current_manifest
 from pipeline.shards import Shards, bucket_of
+from tests.serial import without_ray
 
 FULL = EventColumns(action="action", label="label", request_id="request_id")
 
@@ -73,10 +74,7 @@ def test_any_split_into_ingests_in_any_order_has_the_same_digest(
         columns=FULL, buckets=3, max_rejected_ratio=0.9, row_group_events=7, late_days=late_days, max_deltas=max_deltas
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            build, "_map", lambda function, rows, *, stage, report, at_once=None: [function(row) for row in rows]
-        )
-        patch.setattr(build, "_require_ray", lambda: None)
+        without_ray(patch.setattr)
         # Days so small would all be worth reading: here the days of late_days are read alone.
         patch.setattr(event_keys, "_WORTH_READING", 0)
         (root / "whole").mkdir()
@@ -328,9 +326,9 @@ def test_tasks_share_the_memory(monkeypatch, prepare, write_log, random_log, tmp
     write_log(random_log())
     asked, original = [], build._map
 
-    def spy(function, rows, *, stage, report, at_once=None):
+    def spy(function, rows, *, stage, report, at_once=None, **named):
         asked.append((stage, at_once))
-        return original(function, rows, stage=stage, report=report, at_once=at_once)
+        return original(function, rows, stage=stage, report=report, at_once=at_once, **named)
 
     monkeypatch.setattr(build, "_map", spy)
     manifest = prepare(tmp_path / "log", tmp_path / "out", buckets=2, memory_gib=1.0).manifest
