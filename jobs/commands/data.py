@@ -145,23 +145,13 @@ def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
 def compact(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.upkeep import compact_shards
 
-    parser = _shards_parser("compact")
-    parsed = parse(parser, arguments)
-    cluster = instantiate(parser, parsed)["cluster"]
-    capture(console, parsed.workspace, "compact", verbose=verbose)
-    compact_shards(parsed.directory, console, cluster=cluster, verbose=verbose)
-    return 0
+    return _on_shards("compact", compact_shards, arguments, console, verbose=verbose)
 
 
 def migrate(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.upkeep import migrate_shards
 
-    parser = _shards_parser("migrate")
-    parsed = parse(parser, arguments)
-    cluster = instantiate(parser, parsed)["cluster"]
-    capture(console, parsed.workspace, "migrate", verbose=verbose)
-    migrate_shards(parsed.directory, console, cluster=cluster, verbose=verbose)
-    return 0
+    return _on_shards("migrate", migrate_shards, arguments, console, verbose=verbose)
 
 
 def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -194,6 +184,17 @@ def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
     if parsed.keep < 1:
         raise usage_error("gc", f"--keep is {parsed.keep}: it must be at least 1")
     collect_garbage(parsed.directory, console, keep=parsed.keep)
+    return 0
+
+
+def _on_shards(
+    command: str, work: Callable[..., None], arguments: list[str], console: Console, *, verbose: bool
+) -> int:
+    parser = _shards_parser(command)
+    parsed = parse(parser, arguments)
+    cluster = instantiate(parser, parsed)["cluster"]
+    capture(console, parsed.workspace, command, verbose=verbose)
+    work(parsed.directory, console, cluster=cluster, verbose=verbose)
     return 0
 
 
