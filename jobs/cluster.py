@@ -73,8 +73,12 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
-    finally:
+    except Exception:
         ray.shutdown()
+        raise
+    # On an interruption another thread (Ray Train's, Ray Data's) may be waiting in Ray's C++ code, and a shutdown under
+    # it crashes (seen: SIGSEGV). The process is about to end, and a local Ray ends with it.
+    ray.shutdown()
 
 
 def _start(*, num_cpus: int, level: int) -> None:

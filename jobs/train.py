@@ -23,7 +23,7 @@ from jobs.training.loop import TrainJob
 from jobs.training.model import build_tower, model_settings, table_specs, user_features
 from jobs.training.results import primary_metric
 from jobs.training.run_lock import sole_command, wait_for_workers
-from jobs.workers import Interrupted, run_workers
+from jobs.workers import run_workers
 from pipeline.build import index_requests
 from pipeline.manifest import current_manifest
 from pipeline.request_index import RequestCounts
@@ -91,7 +91,7 @@ def _train(config: RunConfig, shards: Shards, console: Console, previous: dict[s
             arguments = {"job": train_job(config, shards, facts=facts)}
             run_workers(_train_worker, arguments, config=config, name="train", on_rows=follow, stoppable=True)
         status = "FINISHED"
-    except (Interrupted, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:

@@ -19,8 +19,8 @@ STOP_SECONDS = 300.0
 """After a first signal the running step, validation and checkpoint get this long; then the command ends without."""
 
 
-class Interrupted(Exception):
-    """The run stopped on Ctrl-C or SIGTERM, after a checkpoint."""
+class Interrupted(KeyboardInterrupt):
+    """The run stopped on Ctrl-C or SIGTERM, after a checkpoint where there was anything to keep."""
 
 
 class WorkerFailure(Exception):
