@@ -85,6 +85,8 @@ def prepare_shards(
             f"{_found(prepared.reused)}{_events_line(counts)}; {manifest.users:,} users, "
             f"{manifest.items:,} items in {prepared.path}"
         )
+    for day in prepared.left_out:
+        console.line(f"{'':<12} left out: {day}")
     return prepared
 
 

@@ -156,7 +156,7 @@ def _check_resources(parallel: ParallelConfig) -> None:
             )
 
 
-def _explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, name: str) -> Exception:
+def _explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, name: str) -> BaseException:
     """The error of `fit` as one that is told in a line: of all workers' errors the one that caused the others."""
     from ray.exceptions import RayActorError
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline import compaction, forgetting, garbage, ingest, manifest, request_index, shards
+from pipeline.daily import DailyLog
 from pipeline.events import DataError, EventColumns
 from pipeline.manifest import Manifest
 from pipeline.plan import Plan, make_plan, require_disk
@@ -46,6 +47,8 @@ class PrepareConfig:
     """Which column plays which part; None = those with the canonical names."""
     files: FileFormat = dataclasses.field(default_factory=FileFormat)
     """How the event files are written."""
+    daily: DailyLog = dataclasses.field(default_factory=DailyLog)
+    """Logs with a folder a day: which days are taken."""
     buckets: int | None = None
     """Parts that users are dealt to; None = as the data set has them, else one for each 4 M rows, at least 16."""
     memory_gib: float = 6.0
@@ -82,6 +85,8 @@ class Prepared:
     manifest: Manifest
     reused: bool
     """Everything was there already."""
+    left_out: Sequence[str]
+    """Days of the log that are not whole yet, and why."""
 
 
 def prepare(
@@ -98,12 +103,12 @@ def prepare(
     _require_ray()
     report = progress or (lambda stage, done, total: None)
     plan = make_plan(
-        events, out, columns=config.columns, files=config.files, items=items, users_table=users,
+        events, out, columns=config.columns, files=config.files, daily=config.daily, items=items, users_table=users,
         settings={"buckets": config.buckets, "row_group_events": config.row_group_events},
     )  # fmt: skip
     if plan.is_done:
         assert plan.parent is not None
-        return Prepared(path=out, manifest=plan.parent, reused=True)
+        return Prepared(path=out, manifest=plan.parent, reused=True, left_out=plan.left_out)
     require_disk(plan)
     with staging_directory(out) as staging:
         stage = functools.partial(ingest.stage_part, plan=plan, staging=staging)
@@ -140,7 +145,7 @@ def prepare(
         manifest.commit(out, committed)
     if crowded := compaction.crowded(shards.Shards(out, committed), max_deltas=config.max_deltas):
         committed = compact(out, buckets=crowded, progress=progress)
-    return Prepared(path=out, manifest=committed, reused=False)
+    return Prepared(path=out, manifest=committed, reused=False, left_out=plan.left_out)
 
 
 def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progress | None = None) -> Manifest:

@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from pipeline import readers, users
+from pipeline.daily import DailyLog, whole_days
 from pipeline.events import DataError, EventColumns
 from pipeline.manifest import Manifest, current_manifest, flatten
 from pipeline.readers import FileFormat, Input
@@ -47,6 +48,8 @@ class Plan:
     """The users table, when it is new, or when there are new events: users who are new may be in it."""
     users_are_new: bool
     """False = the table was ingested before; what is known of earlier users stays as it is."""
+    left_out: list[str]
+    """Days that are not whole yet, and why."""
 
     @property
     def is_done(self) -> bool:
@@ -79,16 +82,19 @@ class Plan:
 
 
 def make_plan(
-    events: str, out: str, *, columns: EventColumns | None, files: FileFormat, settings: dict[str, Any],
-    items: str | None, users_table: str | None,
+    events: str, out: str, *, columns: EventColumns | None, files: FileFormat, daily: DailyLog,
+    settings: dict[str, Any], items: str | None, users_table: str | None,
 ) -> Plan:  # fmt: skip
     """Compare the inputs and the configuration with what the data set holds already. DataError when they disagree.
 
     `items` and `users_table` are by default the log's own, where they are.
     """
-    found = readers.find_inputs(events, options=files)
+    found, left_out = whole_days(readers.find_inputs(events, options=files), events=events, daily=daily)
     _refuse_foreign(out)
     parent = current_manifest(out)
+    if not found and parent is None:
+        why = left_out[-1] if left_out else f"the log begins after {daily.until}"
+        raise DataError(f"{events}: no day is whole yet ({why}); wait, or see daily.marker and daily.until")
     if columns is None:
         columns = _canonical_columns(found[0], files) if parent is None else EventColumns(**parent.config["columns"])
     if settings["buckets"] is None:
@@ -109,6 +115,7 @@ def make_plan(
         out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
         items=items_file if items_file is not None and items_file[1] not in checksums else None,
         users=users_file if users_are_new or new else None, users_are_new=users_are_new,
+        left_out=left_out,
     )  # fmt: skip
 
 

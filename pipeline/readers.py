@@ -103,11 +103,13 @@ def find_inputs(path: str, *, options: FileFormat) -> list[Input]:
     for file in found:
         leaf = file.rsplit("/", 1)[-1]
         file_format = _format_of(leaf) if options.format == "auto" or not single else options.format
-        if not single and (file_format is None or leaf.startswith((".", "_")) or leaf in _NOT_EVENTS):
+        name = file[len(base.rpartition("/")[0]) :].lstrip("/") if base else file
+        # Spark and others keep what is not whole yet in folders like _temporary.
+        is_hidden = any(part.startswith((".", "_")) for part in name.split("/")[1:])
+        if not single and (file_format is None or is_hidden or leaf in _NOT_EVENTS):
             continue
         if file_format is None:
             raise DataError(f"{path}: cannot tell its format from its name; set format to parquet, csv or jsonl")
-        name = file[len(base.rpartition("/")[0]) :].lstrip("/") if base else file
         inputs.append(
             Input(name=name, url=fs.unstrip_protocol(file), bytes=int(fs.info(file)["size"]), format=file_format)
         )

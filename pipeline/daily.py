@@ -1,0 +1,116 @@
+"""Logs with a folder a day: which days are whole, so that a day that is still being written is left for later."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import zoneinfo
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.events import DataError
+from pipeline.readers import Input
+from pipeline.storage import Store
+
+_REQUESTS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DailyLog:
+    """Where a log keeps its days, and when one of them is whole."""
+
+    folder: str | None = None
+    """Folder of a day below the log as strftime writes it: dt=%Y-%m-%d, %Y/%m/%d; None = the log is not by day."""
+    marker: str | None = None
+    """File that stands in a day's folder once it is whole, as _SUCCESS; None = a day is whole when it is over."""
+    time_zone: str = "UTC"
+    """Zone of the days, by its IANA name."""
+    cut_off: str = "00:00"
+    """Local time at which a day ends and the next begins: with 04:00, day D goes from 04:00 to 04:00 of D + 1."""
+    until: str | None = None
+    """The last day to take, as 2026-11-21; None = the latest that is whole."""
+
+    def __post_init__(self) -> None:
+        day = datetime.date(2026, 11, 22)
+        if self.folder is None and (self.marker or self.until):
+            raise ValueError(f"daily.folder is not set: {'marker' if self.marker else 'until'} needs it, as dt=%Y-%m-%d")
+        if self.folder is not None and _parsed(day.strftime(self.folder), self.folder) != day:
+            raise ValueError(f"daily.folder is {self.folder!r}: it must give year, month and day, as dt=%Y-%m-%d")
+        if self.marker is not None and (not self.marker or "/" in self.marker):
+            raise ValueError(f"daily.marker is {self.marker!r}: it must be the name of a file, as _SUCCESS")
+        try:
+            zoneinfo.ZoneInfo(self.time_zone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"daily.time_zone is {self.time_zone!r}: it must be an IANA name, as Europe/Berlin") from None
+        for name, example, parse in (
+            ("cut_off", "04:00", datetime.time.fromisoformat), ("until", "2026-11-21", datetime.date.fromisoformat),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            try:
+                _ = value is None or parse(value)
+            except ValueError:
+                raise ValueError(f"daily.{name} is {value!r}: it must be as {example}") from None
+
+    def bounds(self, day: datetime.date) -> tuple[datetime.datetime, datetime.datetime]:
+        """When the day begins, and when it ends and the next begins."""
+        time, zone = datetime.time.fromisoformat(self.cut_off), zoneinfo.ZoneInfo(self.time_zone)
+        begin, end = (datetime.datetime.combine(d, time, zone) for d in (day, day + datetime.timedelta(days=1)))
+        return begin, end
+
+    def folder_of(self, day: datetime.date) -> str:
+        assert self.folder is not None
+        return day.strftime(self.folder)
+
+
+def whole_days(found: list[Input], *, events: str, daily: DailyLog) -> tuple[list[Input], list[str]]:
+    """The files of whole days, and a line for each day that is left out, with the reason.
+
+    `events` is the log's directory, under which `found` lie. DataError: a file lies in no day's folder.
+    """
+    if daily.folder is None:
+        return found, []
+    by_day: dict[datetime.date, list[Input]] = {}
+    for file in found:
+        by_day.setdefault(_day_of(file, daily.folder, events=events), []).append(file)
+    until = datetime.date.fromisoformat(daily.until) if daily.until else max(by_day)
+    first, days = min(by_day), sorted(day for day in by_day if day <= until)
+    every = [first + datetime.timedelta(days=n) for n in range((until - first).days + 1)]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        unfinished = dict(zip(days, pool.map(lambda day: _why_unfinished(day, events, daily), days), strict=True))
+    left_out = []
+    for day in every:
+        why = unfinished[day] if day in by_day else f"no files in {daily.folder_of(day)}"
+        if why:
+            left_out.append(f"{day}: {why}")
+    return [file for day in days if not unfinished[day] for file in by_day[day]], left_out
+
+
+def _why_unfinished(day: datetime.date, events: str, daily: DailyLog) -> str | None:
+    if daily.marker is not None:
+        there = Store(events).exists(f"{daily.folder_of(day)}/{daily.marker}")
+        return None if there else f"no {daily.marker} in {daily.folder_of(day)}"
+    end = daily.bounds(day)[1]
+    return None if end <= _now() else f"it ends at {end:%Y-%m-%d %H:%M %Z}"
+
+
+def _day_of(file: Input, folder: str, *, events: str) -> datetime.date:
+    # A name starts with the log's own directory.
+    parts = file.name.split("/")[1:-1]
+    day = _parsed("/".join(parts[: folder.count("/") + 1]), folder)
+    if day is None:
+        raise DataError(
+            f"{file.name}: lies in no folder {folder!r} of {events}; move it away, or set daily.folder to what days "
+            "are called"
+        )
+    return day
+
+
+def _parsed(name: str, folder: str) -> datetime.date | None:
+    try:
+        day = datetime.datetime.strptime(name, folder).date()
+    except ValueError:
+        return None
+    return day if day.strftime(folder) == name else None
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
