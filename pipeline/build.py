@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
 
-_TASKS_A_CORE = 8
+_TASKS_A_CORE, _TASK_EVENTS = 8, 1_000_000
 _BYTES_PER_EVENT = 250
 """Most that building a bucket takes, above what a worker takes idle (measured on 4 M events, string ids)."""
 
@@ -136,7 +136,9 @@ def prepare(
             latest=time_range[1] if time_range else None,
         )  # fmt: skip
         at_once = _tasks_at_once(buckets, plan=plan, memory_gib=config.memory_gib)
-        built = _map(build, buckets, stage="build", report=report, at_once=at_once)
+        # As many tasks as there are buckets of a good size; a day's small ones go several to a task.
+        tasks = max(_TASKS_A_CORE * _num_cores(), counts["valid"] // _TASK_EVENTS)
+        built = _map(build, buckets, stage="build", report=report, at_once=at_once, tasks=tasks)
         built.sort(key=lambda result: result["bucket"])
         committed = ingest.finish(
             built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,

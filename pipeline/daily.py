@@ -32,7 +32,9 @@ class DailyLog:
     def __post_init__(self) -> None:
         day = datetime.date(2026, 11, 22)
         if self.folder is None and (self.marker or self.until):
-            raise ValueError(f"daily.folder is not set: {'marker' if self.marker else 'until'} needs it, as dt=%Y-%m-%d")
+            raise ValueError(
+                f"daily.folder is not set: {'marker' if self.marker else 'until'} needs it, as dt=%Y-%m-%d"
+            )
         if self.folder is not None and _parsed(day.strftime(self.folder), self.folder) != day:
             raise ValueError(f"daily.folder is {self.folder!r}: it must give year, month and day, as dt=%Y-%m-%d")
         if self.marker is not None and (not self.marker or "/" in self.marker):
@@ -40,7 +42,9 @@ class DailyLog:
         try:
             zoneinfo.ZoneInfo(self.time_zone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"daily.time_zone is {self.time_zone!r}: it must be an IANA name, as Europe/Berlin") from None
+            raise ValueError(
+                f"daily.time_zone is {self.time_zone!r}: it must be an IANA name, as Europe/Berlin"
+            ) from None
         for name, example, parse in (
             ("cut_off", "04:00", datetime.time.fromisoformat), ("until", "2026-11-21", datetime.date.fromisoformat),
         ):  # fmt: skip

@@ -36,6 +36,8 @@ from pipeline.tombstones import Tombstones
 from pipeline.user_columns import encode_values
 from pipeline.vocabulary import Vocabulary
 
+_FILES_AT_ONCE = 16
+
 
 def stage_part(part: dict[str, Any], *, plan: Plan, staging: str) -> dict[str, Any]:
     """Read and validate one part; write its events by bucket, its distinct items and its rejected rows.
@@ -148,9 +150,8 @@ def grow_vocabulary(
     """The data set's vocabulary with the new items, actions, item features and values of user features."""
     store, parent = Store(staging), plan.parent
     vocabulary = Shards(plan.out, parent).vocabulary if parent else Vocabulary.empty(plan.schema["id_types"]["item_id"])
-    names = [s["items"] for s in staged if "items" in s]
-    if names:
-        raw = pl.concat([read_table(store, name)["item_id"] for name in names]).unique()
+    if names := [s["items"] for s in staged if "items" in s]:
+        raw = _distinct_items(names, store)
         vocabulary = vocabulary.grow(raw, {action for s in staged for action in s["actions"]})
     if plan.items:
         vocabulary = vocabulary.with_features(read_items(plan.items[0], vocabulary))
@@ -175,10 +176,8 @@ def build_bucket(
     """
     store, bucket, names = Store(staging), row["bucket"], _load_vocabulary(plan.out, vocabulary)
     known, num_groups = _known_users(plan, bucket), 0
-    staged, num_read = UserRows.encode(plan.empty_events(), names), 0
-    if row["fragments"]:
-        events = pl.concat(read_fragments(store, row["fragments"]))
-        staged, num_read = UserRows.encode(sequences.build_sequences(events), names), events.height
+    events = pl.concat([plan.empty_events(), *read_fragments(store, row["fragments"])])
+    staged, num_read = UserRows.encode(sequences.build_sequences(events), names), events.height
     keys = EventKeys.of(staged)
     found = np.full(staged.num_events, Found.NEW)
     if plan.shards and plan.shards.files_of(bucket):
@@ -246,6 +245,15 @@ def finish(
 @functools.lru_cache(maxsize=1)
 def _load_vocabulary(out: str, name: str) -> Vocabulary:
     return Vocabulary.from_bytes(Store(out).read(name), name=name)
+
+
+def _distinct_items(names: list[str], store: Store) -> pl.Series:
+    """What files of distinct items hold together: some at a time, since each has most of what is popular."""
+    found = read_table(store, names[0])["item_id"]
+    for first in range(1, len(names), _FILES_AT_ONCE):
+        several = [read_table(store, name)["item_id"] for name in names[first : first + _FILES_AT_ONCE]]
+        found = pl.concat([found, *several]).unique()
+    return found
 
 
 def _known_users(plan: Plan, bucket: int) -> pl.DataFrame:

@@ -28,6 +28,8 @@ from pipeline.events import DataError
 NUM_RESERVED = 2
 """Rows 0 (padding) and 1 (unknown) stand for no real value."""
 UNKNOWN = 1
+_FEW = 8
+"""Ids are searched for one by one where the vocabulary has so many times as many; else through a hash table."""
 
 
 def capacity_for(size: int) -> int:
@@ -107,8 +109,27 @@ class Vocabulary:
 
     def rows(self, raw_ids: pa.Array | pl.Series | np.ndarray | Iterable) -> np.ndarray:
         """int64 table rows of raw ids; 1 (unknown) for an id, or null, that is not here."""
-        places = pc.index_in(_as_items(raw_ids, self.items.type), value_set=self.items)  # type: ignore[attr-defined]
+        ids = _as_items(raw_ids, self.items.type)
+        if len(ids) < len(self.items) // _FEW and self._searchable is not None:
+            return self._rows_of_few(ids, *self._searchable)
+        places = pc.index_in(ids, value_set=self.items)  # type: ignore[attr-defined]
         return np.asarray(pc.fill_null(places, UNKNOWN - NUM_RESERVED)).astype(np.int64) + NUM_RESERVED  # type: ignore[attr-defined]
+
+    def _rows_of_few(self, ids: pa.Array, keys: np.ndarray, places: np.ndarray) -> np.ndarray:
+        found = places[np.minimum(np.searchsorted(keys, _keys(ids)), len(keys) - 1)]
+        is_same = pc.fill_null(pc.equal(self.items.take(pa.array(found)), ids), False)  # type: ignore[attr-defined]
+        return np.where(np.asarray(is_same), found + NUM_RESERVED, UNKNOWN)
+
+    @functools.cached_property
+    def _searchable(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Sorted keys of the items and the items' places: made once, where a hash table of all is made for each call.
+
+        None where two items share a key.
+        """
+        keys = _keys(self.items)
+        places = np.argsort(keys, kind="stable")
+        keys = keys[places]
+        return None if (keys[1:] == keys[:-1]).any() else (keys, places)
 
     def raw(self, rows: np.ndarray) -> pa.Array:
         """Raw ids of table rows; null for padding, unknown and unused rows."""
@@ -262,6 +283,13 @@ def _as_items(raw_ids: pa.Array | pl.Series | np.ndarray | Iterable, item_type: 
         number = text.cast(pl.Int64, strict=False)
         return number.set(number.cast(pl.String) != text, None).to_arrow()
     return ids.cast(item_type)
+
+
+def _keys(ids: pa.Array) -> np.ndarray:
+    """A number for each id, the same one for the same id in this process; any for a null."""
+    if ids.type == pa.int64():
+        return np.asarray(ids.fill_null(0))
+    return pl.Series(ids, dtype=pl.String).hash().to_numpy()
 
 
 def _replace_values(old: Feature, rows: np.ndarray, raw: pl.Series) -> Feature:

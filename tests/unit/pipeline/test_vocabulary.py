@@ -23,6 +23,26 @@ def test_rows_are_dense_and_never_move(batches):
         assert vocabulary.raw(np.array(list(seen.values()), np.int64)).to_pylist() == list(seen)
 
 
+@pytest.mark.parametrize("item_type", ["int64", "string"])
+def test_few_ids_are_found_as_many_are(item_type):
+    rng = np.random.default_rng(0)
+    numbers = [int(n) for n in rng.permutation(5_000) - 2_500]
+    named = numbers if item_type == "int64" else [f"item {n}" for n in numbers]
+    vocabulary = Vocabulary.empty(item_type).grow(named[:1_000]).grow(named[1_000:4_000])
+    row_of = dict(zip(vocabulary.items.to_pylist(), range(2, 4_002), strict=True))
+    # Each a call of its own, as when few are asked for, then all at once.
+    few = [vocabulary.rows(named[first : first + 10] + [None]).tolist() for first in range(0, 5_000, 10)]
+    assert few == [[row_of.get(raw, 1) for raw in named[first : first + 10]] + [1] for first in range(0, 5_000, 10)]
+    assert vocabulary.rows(named).tolist() == [row_of.get(raw, 1) for raw in named]
+
+
+def test_items_of_one_key_are_still_told_apart(monkeypatch):
+    vocabulary = Vocabulary.empty("string").grow([f"item {n}" for n in range(100)])
+    monkeypatch.setattr("pipeline.vocabulary._keys", lambda ids: np.zeros(len(ids), np.uint64))
+    rows = vocabulary.rows(["item 7", "item 70", "item 700"])
+    assert vocabulary.raw(rows).to_pylist() == ["item 7", "item 70", None]
+
+
 def test_padding_unknown_and_unused_rows_stand_for_nothing():
     vocabulary = Vocabulary.empty("string").grow(["b", "a"])
     assert vocabulary.rows(["a", "b", "c", None]).tolist() == [2, 3, 1, 1]
