@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import polars as pl
-import xxhash
+import polars_hash
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -27,7 +27,5 @@ def mix(state: np.ndarray) -> np.ndarray:
 
 def hash_text(values: pl.Series) -> np.ndarray:
     """[n] uint64: xxh64 (seed 0) of each value's decimal or string form; 0 for a null."""
-    distinct = values.unique().drop_nulls()
-    hashes = [xxhash.xxh64_intdigest(text.encode()) for text in distinct.cast(pl.String).to_list()]
-    found = values.replace_strict(distinct, pl.Series(hashes, dtype=pl.UInt64), default=0, return_dtype=pl.UInt64)
-    return found.to_numpy()
+    text = values.rename("text").cast(pl.String).to_frame()
+    return text.select(polars_hash.col("text").nchash.xxhash64().fill_null(0)).to_series().to_numpy()

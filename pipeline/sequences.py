@@ -16,13 +16,75 @@ import polars as pl
 
 from pipeline.events import identity, total_order
 
+_LARGEST = 2**63
+_PLACE = "place"
+"""No name of an event's column."""
+
 
 def build_sequences(events: pl.DataFrame) -> pl.DataFrame:
     """The distinct events by user and, within a user, in total order; of equal ones the first in that order stays."""
-    columns = events.columns
+    key = _user_and_time(events)
+    if key is None:
+        return _sorted_distinct(events, events.columns)
+    # One number a row sorts several times as fast as all columns; these decide where a user's times are equal.
+    order = np.argsort(key)
+    key = key[order]
+    is_equal = key[1:] == key[:-1]
+    is_tied = np.append(is_equal, False) | np.append(False, is_equal)
+    if is_tied.any():
+        tied = events[order[is_tied]].with_columns(pl.Series(_PLACE, order[is_tied]))
+        settled = _sorted_distinct(tied, events.columns)[_PLACE].to_numpy()
+        order = _put_back(order, settled, key=key, is_tied=is_tied)
+    return events[order]
+
+
+def _sorted_distinct(events: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
     # Nulls (no action, no request) stand first; both keys together make the result independent of the row order.
     ordered = events.sort("user_id", *total_order(columns), nulls_last=False)
     return ordered.unique(identity(columns), keep="first", maintain_order=True)
+
+
+def _user_and_time(events: pl.DataFrame) -> np.ndarray | None:
+    """[n] int64 that is in the order of user and first column of the total order; None where 64 bits are too few."""
+    user, first = events["user_id"], events[total_order(events.columns)[0]]
+    if events.is_empty() or not first.dtype.is_integer() or first.null_count():
+        return None
+    time, (earliest, num_times) = first.to_numpy(), _span(first.to_numpy())
+    number, (lowest, num_users) = time, (0, _LARGEST)
+    if user.dtype.is_integer():
+        number, (lowest, num_users) = user.to_numpy(), _span(user.to_numpy())
+    if num_users * num_times >= _LARGEST:
+        distinct = user.unique().sort()
+        lowest, num_users = 0, len(distinct)
+        number = user.replace_strict(distinct, np.arange(num_users), return_dtype=pl.Int64).to_numpy()
+    if num_users * num_times >= _LARGEST:
+        return None
+    return (number - lowest) * num_times + (time - earliest)
+
+
+def _span(numbers: np.ndarray) -> tuple[int, int]:
+    """The least of them, and how many whole numbers there are from it to the largest."""
+    least = int(numbers.min())
+    return least, int(numbers.max()) - least + 1
+
+
+def _put_back(order: np.ndarray, settled: np.ndarray, *, key: np.ndarray, is_tied: np.ndarray) -> np.ndarray:
+    """`order` with its tied rows replaced by the settled ones, of which each run of equal keys may have fewer.
+
+    `key` is in the order of `order`; `settled` goes through the same runs.
+    """
+    places = np.flatnonzero(is_tied)
+    starts = places[np.append(True, key[places][1:] != key[places][:-1])]
+    key_of = np.empty(len(order), np.int64)
+    key_of[order] = key
+    run_key = key_of[settled]
+    run_starts = np.flatnonzero(np.append(True, run_key[1:] != run_key[:-1]))
+    lengths = np.diff(np.append(run_starts, len(settled)))
+    filled = ranges(starts, lengths)
+    order, is_kept = order.copy(), ~is_tied
+    order[filled] = settled
+    is_kept[filled] = True
+    return order[is_kept]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

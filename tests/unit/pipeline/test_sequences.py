@@ -27,10 +27,17 @@ def naive(found):
     return sorted(kept.values(), key=key)
 
 
-@settings(max_examples=100, deadline=None)
-@given(found=tables)
-def test_sequences_are_sorted_and_distinct(found):
-    assert build_sequences(frame(found)).rows() == naive(found)
+FAR = 2**62
+"""From one such id or time to another, no 64-bit number tells users and times apart."""
+
+
+@settings(max_examples=200, deadline=None)
+@given(found=tables, user_type=st.sampled_from(["small", "far", "text"]), far_times=st.booleans())
+def test_sequences_are_sorted_and_distinct(found, user_type, far_times):
+    user_of = {"small": lambda n: n, "far": lambda n: (n - 1) * FAR, "text": lambda n: f"user {n}"}[user_type]
+    found = [(user_of(user), item, FAR * time // 2 if far_times else time, *rest) for user, item, time, *rest in found]
+    events = frame(found) if user_type != "text" else pl.DataFrame(found, SCHEMA | {"user_id": pl.String}, orient="row")
+    assert build_sequences(events).rows() == naive(found)
 
 
 def test_ranges_and_offsets():

@@ -31,7 +31,7 @@ def test_few_ids_are_found_as_many_are(item_type):
     vocabulary = Vocabulary.empty(item_type).grow(named[:1_000]).grow(named[1_000:4_000])
     row_of = dict(zip(vocabulary.items.to_pylist(), range(2, 4_002), strict=True))
     # Each a call of its own, as when few are asked for, then all at once.
-    few = [vocabulary.rows(named[first : first + 10] + [None]).tolist() for first in range(0, 5_000, 10)]
+    few = [vocabulary.rows([*named[first : first + 10], None]).tolist() for first in range(0, 5_000, 10)]
     assert few == [[row_of.get(raw, 1) for raw in named[first : first + 10]] + [1] for first in range(0, 5_000, 10)]
     assert vocabulary.rows(named).tolist() == [row_of.get(raw, 1) for raw in named]
 
