@@ -45,6 +45,9 @@ DEFAULT_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }
 
+WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
+"""For workers alone: tasks share out the cores; threads of each for all of them cost a quarter (prepare, 2 cores)."""
+
 
 def quiet_environment() -> None:
     """Settings that libraries read when they are imported; nothing of ours phones home."""
@@ -85,7 +88,10 @@ def _start(*, num_cpus: int, level: int) -> None:
     """A Ray of this command alone; ConnectionError where the machine is too busy to start one."""
     import ray
 
+    here = dict(os.environ)
     try:
+        # What Ray starts inherits it; this process stays as it was.
+        os.environ.update(WORKER_ENVIRONMENT | here)
         ray.init(
             address="local",
             num_cpus=max(num_cpus, psutil.cpu_count() or 1),
@@ -101,6 +107,9 @@ def _start(*, num_cpus: int, level: int) -> None:
         raise ConnectionError(
             "Ray did not start within 30 s, this machine is too busy (or out of memory): end something and try again"
         ) from error
+    finally:
+        for name in WORKER_ENVIRONMENT.keys() - here.keys():
+            del os.environ[name]
 
 
 def _join(address: str, *, named: str, level: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
+from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT, WORKER_ENVIRONMENT
 from jobs.config import ConfigError, redacted
 from jobs.ray_jobs import STOP_GRACE_VARIABLE, Cluster
 from jobs.recipes import recipe_names
@@ -100,7 +100,7 @@ def submit(
     python = python or (sys.executable if here else "python")
     environment = {
         **FIXED_ENVIRONMENT,
-        **{key: os.environ.get(key, value) for key, value in DEFAULT_ENVIRONMENT.items()},
+        **{key: os.environ.get(key, value) for key, value in (DEFAULT_ENVIRONMENT | WORKER_ENVIRONMENT).items()},
         GIT_COMMIT_VARIABLE: git_commit(),
         STOP_GRACE_VARIABLE: str(stop_grace_seconds),
     }
