@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.console import Stage
 from jobs.tracking import TrackedRun
+from jobs.training.clock import PARTS
+
+_STEPS_SHOWN = 20
+"""Latest steps whose speed stands beside the bar."""
+_SUMMED = ("seconds", "events", *(f"{name}_seconds" for name in PARTS))
+_PREFIXES = {"step": "train", "valid": "valid", "cost": "cost"}
+"""Of MLflow's names, by kind of row."""
 
 
 class Follower:
@@ -19,6 +28,10 @@ class Follower:
         self._step, self._num_steps, self._share = 0, 0, 0.0
         self._loss, self._best = float("nan"), float("nan")
         self._starts = 0
+        self._began, self._began_share = 0.0, 0.0
+        self._latest: collections.deque[dict[str, Any]] = collections.deque(maxlen=_STEPS_SHOWN)
+        self._sums: collections.Counter[str] = collections.Counter()
+        self._cost = ""
         self._doing = f"starting {num_workers} workers"
 
     def __call__(self, rows: list[dict[str, Any]]) -> None:
@@ -33,28 +46,47 @@ class Follower:
             elif row["kind"] == "start":
                 self._starts += 1
                 self._step, self._num_steps, self._share = row["step"], row["num_steps"], row["share"]
+                self._began, self._began_share = row["time"], row["share"]
                 self._doing = "first batch"
             elif row["kind"] == "step":
                 self._step, self._loss, self._share = row["step"], row["loss"], row["share"]
+                self._latest.append(row)
+                self._sums.update({key: row[key] for key in _SUMMED if key in row})
             elif row["kind"] == "valid":
                 value = row[self._primary]
                 self._best = max(value, self._best) if self._best == self._best else value
+            elif row["kind"] == "cost":
+                self._cost = cost_text(row)
         parts = [f"step {self._step}/{self._num_steps}"] if self._num_steps else []
         parts += [f"loss {self._loss:.4f}"] if self._loss == self._loss else []
         parts += [f"best {self._primary} {self._best:.4f}"] if self._best == self._best else []
         parts += [f"restarts {self._starts - 1}"] if self._starts > 1 else []
-        self._stage.result = "  ".join(parts)
+        self._stage.result = "  ".join([*parts, *speed_texts(self._sums), self._cost]).rstrip()
+        recent: collections.Counter[str] = collections.Counter()
+        for row in self._latest:
+            recent.update({key: row[key] for key in _SUMMED if key in row})
+        parts += speed_texts(recent)
+        if self._latest:
+            last = self._latest[-1]
+            parts += [f"{last['memory_gib']:.1f} GiB"] if "memory_gib" in last else []
+            parts += self._time_left(last)
         self._stage.update(
             self._share, 1.0 if self._num_steps else None, "  ".join([*parts, self._doing] if self._doing else parts)
         )
+
+    def _time_left(self, last: dict[str, Any]) -> list[str]:
+        done = last["share"] - self._began_share
+        if not 0 < done < 1 or last["share"] >= 1:
+            return []
+        left = (last["time"] - self._began) * (1 - last["share"]) / done
+        return [f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"]
 
     def _record(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             if row["kind"] == "start":
                 drop_superseded(self._log, after_step=row["step"])
             self._append(json.dumps(row) + "\n")
-            if row["kind"] in ("step", "valid"):
-                prefix = {"step": "train", "valid": "valid"}[row["kind"]]
+            if prefix := _PREFIXES.get(row["kind"]):
                 values = {f"{prefix}/{key}": row[key] for key in row if key not in ("kind", "time", "step", "share")}
                 self._run.metrics(values, step=row["step"], time_seconds=row["time"])
 
@@ -64,6 +96,22 @@ class Follower:
                 stream.write(line)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._log)) from error
+
+
+def speed_texts(sums: Mapping[str, float]) -> list[str]:
+    """Events a second, and how the time of so many steps splits; nothing where nothing is known."""
+    if not sums.get("seconds") or not sums.get("events"):
+        return []
+    split = ", ".join(f"{name.replace('_', '-')} {sums[f'{name}_seconds'] / sums['seconds']:.0%}" for name in PARTS)
+    return [f"{sums['events'] / sums['seconds']:,.0f} events/s ({split})"]
+
+
+def cost_text(row: Mapping[str, Any]) -> str:
+    """The cost of a run, as its workers told it."""
+    text = f"{row['core_seconds'] / 3600:.2f} core-hours"
+    if "read_bytes" in row:
+        text += f", {row['read_bytes'] / 2**30:.1f} GiB read, {row['written_bytes'] / 2**30:.1f} GiB written"
+    return text
 
 
 def read_rows(log: Path) -> list[dict[str, Any]]:

@@ -147,10 +147,16 @@ class TrainLoader:
             window = carried(eligible, num_users=len(users), part="train", config=self._requests)
             chosen = sample(eligible, user_rows=users, seed=self._seed, epoch=epoch, config=self._requests)
             log_q = None
-            if self._requests.task == "next_item" and self._requests.negatives != "in_batch":
+            if self._draws_negatives:
                 chosen, log_q = self._with_negatives(chosen, events, users, epoch)
             batch = _batch(users, events, chosen, *window, num_global_requests=int(plan.num_requests[number]))
             yield dataclasses.replace(batch, epoch=epoch, candidate_log_q=log_q)
+
+    @property
+    def _draws_negatives(self) -> bool:
+        config = self._requests
+        drawn_here = config.task == "next_item" and config.negatives != "in_batch"
+        return drawn_here and config.num_negatives + config.history_negatives > 0
 
     def _with_negatives(
         self, chosen: Requests, events: UserEvents, users: np.ndarray, epoch: int

@@ -159,9 +159,13 @@ class Requests:
 
     def take(self, places: np.ndarray) -> Requests:
         """The requests at these places, in this order (a mask works too)."""
-        places = np.flatnonzero(places) if places.dtype == bool else places
-        lengths = np.diff(self.offsets)[places]
-        candidates = ranges(self.offsets[places], lengths)
+        if places.dtype == bool:
+            if places.all():
+                return self
+            places = np.flatnonzero(places)
+        sizes = np.diff(self.offsets)
+        lengths = sizes[places]
+        candidates = places if (sizes == 1).all() else ranges(self.offsets[places], lengths)
         return Requests(
             user=self.user[places],
             position=self.position[places],
@@ -179,17 +183,17 @@ def list_requests(events: UserEvents, config: RequestConfig) -> Requests:
     lengths = np.diff(events.offsets)
     user = np.repeat(np.arange(events.num_users), lengths)
     place = np.arange(len(user)) - events.offsets[:-1][user]
-    first = _first_of_equal(events, user)
-    asks_at_event = False
+    request: Any
+    member: Any
     if config.task == "impressions":
         request, member, offsets, label = _grouped(events, user, *_shown_together(events, user, config))
     elif config.group == "request":
-        request, member, offsets, label = _grouped(events, user, *_asked_together(events, first))
+        request, member, offsets, label = _grouped(events, user, *_asked_together(events, user))
     else:
-        asks_at_event = config.split == "leave_one_out"
-        request = member = np.arange(len(user))
+        request = member = slice(None)
         offsets, label = np.arange(len(user) + 1), np.ones(len(user), np.float32)
-    position = place[request] if asks_at_event else place[first[request]]
+    asks_at_event = config.task == "next_item" and config.group == "event" and config.split == "leave_one_out"
+    position = place[request] if asks_at_event else place[_first_of_equal(events, user)[request]]
     part = _split(user[request], events.time[request], config)
     return Requests(
         user=user[request],
@@ -209,11 +213,14 @@ def of_part(requests: Requests, part: str, config: RequestConfig) -> Requests:
     Training keeps requests within the user's latest `max_history` events (see `carried`), evaluation those that are not
     `too_short`.
     """
-    chosen = requests.take((requests.part == PARTS.index(part)) & ~too_short(requests, config))
+    wanted = requests.part == PARTS.index(part)
     if part != "train":
-        return chosen
-    starts, _ = carried(chosen, num_users=int(requests.user.max(initial=-1)) + 1, part=part, config=config)
-    return chosen.take(chosen.position >= starts[chosen.user])
+        return requests.take(wanted & ~too_short(requests, config))
+    num_users = int(requests.user.max(initial=-1)) + 1
+    starts = np.maximum(
+        _last_position(requests.user[wanted], requests.position[wanted], num_users) - config.max_history, 0
+    )
+    return requests.take(wanted & (requests.position >= starts[requests.user]) if starts.any() else wanted)
 
 
 def too_short(requests: Requests, config: RequestConfig) -> np.ndarray:
@@ -229,12 +236,19 @@ def carried(requests: Requests, *, num_users: int, part: str, config: RequestCon
     Training: the latest max_history events before the last request. Evaluation: from max_history events before the
     first request on, so that no history is shorter than it may be. A user without requests carries nothing.
     """
-    last = np.zeros(num_users, np.int64)
-    np.maximum.at(last, requests.user, requests.position)
-    earliest = last.copy()
+    last = _last_position(requests.user, requests.position, num_users)
+    earliest = last
     if part != "train":
-        np.minimum.at(earliest, requests.user, requests.position)
+        earliest = _last_position(requests.user[::-1], requests.position[::-1], num_users)
     return np.maximum(earliest - config.max_history, 0), last
+
+
+def _last_position(user: np.ndarray, position: np.ndarray, num_users: int) -> np.ndarray:
+    """[num_users] position of the last request of each user in this order, 0 for a user without."""
+    last = np.zeros(num_users, np.int64)
+    # Of an index that stands several times the last value stays.
+    last[user] = position
+    return last
 
 
 def _first_of_equal(events: UserEvents, user: np.ndarray) -> np.ndarray:
@@ -257,11 +271,11 @@ def _shown_together(
     return np.cumsum(starts), number, events.label
 
 
-def _asked_together(events: UserEvents, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _asked_together(events: UserEvents, user: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """next_item: the same of requests with several positives; an event of no request is one of its own."""
-    number = np.arange(len(first))
+    number = np.arange(len(user))
     if events.request is None:
-        group = first
+        group = _first_of_equal(events, user)
     else:
         group = np.where(events.request >= 0, events.request, number + events.request.max(initial=0) + 1)
     return group, number, np.ones(len(number), np.float32)
@@ -294,10 +308,10 @@ def _split(user: np.ndarray, time: np.ndarray, config: RequestConfig) -> np.ndar
     """[B] int8 place in PARTS; requests are sorted by user and, within a user, by time."""
     if config.split == "temporal":
         return np.searchsorted(np.array(config.bounds), time, side="right").astype(np.int8)
-    counts = np.bincount(user)[user] if len(user) else user
-    from_end = offsets_of(np.bincount(user))[1:][user] - 1 - np.arange(len(user)) if len(user) else user
-    part = np.where(from_end == 0, 2, np.where(from_end == 1, 1, 0))
-    return np.where(counts >= _MIN_REQUESTS_TO_SPLIT, part, 0).astype(np.int8)
+    part, counts = np.zeros(len(user), np.int8), np.bincount(user)
+    ends = np.cumsum(counts)[counts >= _MIN_REQUESTS_TO_SPLIT]
+    part[ends - 1], part[ends - 2] = PARTS.index("test"), PARTS.index("valid")
+    return part
 
 
 def _milliseconds(name: str, value: str | int | None) -> int:

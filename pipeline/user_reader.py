@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.sequences import UserCodes, UserEvents, offsets_of
+from pipeline.sequences import UserCodes, UserEvents, offsets_of, ranges
 from pipeline.shards import Shards
 
 
@@ -20,12 +20,44 @@ class UserReader:
     def read(self, users: np.ndarray) -> UserEvents:
         """The sequences of these users, in this order."""
         group, row = self._data.index.group[users], self._data.index.row[users]
-        distinct = np.unique(group)
-        parts = [self._group(int(g)).take(row[group == g]) for g in distinct]
-        joined = _concatenate(parts) if parts else _no_users(self._data)
-        back = np.empty(len(users), np.int64)
-        back[np.argsort(group, kind="stable")] = np.arange(len(users))
-        return joined.take(back)
+        found = [(np.flatnonzero(group == g), self._group(int(g))) for g in np.unique(group)]
+        if not found:
+            return _no_users(self._data)
+        if len(found) == 1:
+            return found[0][1].take(row)
+        lengths, parts = np.empty(len(users), np.int64), []
+        for places, events in found:
+            first = events.offsets[row[places]]
+            lengths[places] = events.offsets[row[places] + 1] - first
+            parts.append((first, places, events))
+        offsets = offsets_of(lengths)
+        # (source, from there, to here): every event is copied once.
+        copies = [
+            (events, ranges(first, lengths[places]), ranges(offsets[places], lengths[places]))
+            for first, places, events in parts
+        ]
+
+        def joined(name: str) -> Any:
+            sources = [getattr(events, name) for events, _, _ in copies]
+            if sources[0] is None:
+                return None
+            values = np.empty(offsets[-1], sources[0].dtype)
+            for source, (_, here, there) in zip(sources, copies, strict=True):
+                values[there] = source[here]
+            return values
+
+        columns, nothing = self._data.manifest.schema["columns"], np.zeros(offsets[-1], np.int64)
+        time = joined("time") if "timestamp" in columns else nothing
+        return UserEvents(
+            offsets=offsets,
+            item=joined("item"),
+            time=time,
+            before=time if "timestamp" in columns else joined("before"),
+            action=joined("action") if "action" in columns else nothing,
+            label=joined("label"),
+            request=joined("request"),
+            codes=_joined_codes([(places, events.codes, row[places]) for places, events in found]),
+        )
 
     def _group(self, group: int) -> UserEvents:
         events = self._groups.pop(group, None) or self._data.read(group)
@@ -35,24 +67,15 @@ class UserReader:
         return events
 
 
-def _concatenate(parts: list[UserEvents]) -> UserEvents:
-    if len(parts) == 1:
-        return parts[0]
-
-    def join(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else np.concatenate(values)
-
-    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-    names = ("item", "time", "before", "action", "label", "request")
-    codes = [part.codes for part in parts if part.codes is not None]
-    joined = None
-    if codes:
-        joined = UserCodes(
-            lengths=np.concatenate([part.lengths for part in codes]),
-            values=np.concatenate([part.values for part in codes]),
-        )
-    return UserEvents(offsets=offsets_of(lengths), codes=joined, **{name: join(name) for name in names})
+def _joined_codes(found: list[tuple[np.ndarray, UserCodes | None, np.ndarray]]) -> UserCodes | None:
+    """(places in the result, codes of a group, rows of the group) of each group."""
+    parts = [codes.take(rows) for _, codes, rows in found if codes is not None]
+    if not parts:
+        return None
+    together = UserCodes(
+        lengths=np.concatenate([part.lengths for part in parts]), values=np.concatenate([part.values for part in parts])
+    )
+    return together.take(np.argsort(np.concatenate([places for places, _, _ in found])))
 
 
 def _no_users(data: Shards) -> UserEvents:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import resource
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -27,6 +29,7 @@ from jobs.training.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
+from jobs.training.clock import StepClock, cost_of_process
 from jobs.training.dense_state import restore_dense_state
 from jobs.training.evaluation import evaluate
 from jobs.training.in_batch import InBatchNegatives
@@ -46,7 +49,7 @@ from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.results import primary_metric
 from jobs.training.tables import ShardedTables
 from jobs.training.telemetry import Reporter, said_by_rank_0
-from models.interface import Recommender, refuse_bad_rows
+from models.interface import ModelInput, Recommender, refuse_bad_rows
 from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
 from models.repeats import SeenItems
 from pipeline.batch import Batch
@@ -54,6 +57,10 @@ from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 from pipeline.vocabulary import NUM_RESERVED
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss is no number any more: nothing was updated with it; one line says of which users the batch was."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,13 +162,14 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
 
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
     complete = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
-    batches = iter(loader)
+    batches, clock, num_items = iter(loader), StepClock(), shards.vocabulary.size
     while state.step < num_steps:
         started = time.perf_counter()
-        batch = complete(next(batches))
-        losses = train_step(job, batch, tables, engine, num_items=shards.vocabulary.size, step=state.step, share=share)
+        with clock.part("data"):
+            batch = complete(next(batches))
+        figures = train_step(job, batch, tables, engine, num_items=num_items, step=state.step, share=share, clock=clock)
         state.step += 1
-        state.events += int(losses.pop("events"))
+        state.events += int(figures["events"])
         state.loader = loader.state_dict()
         seconds = time.perf_counter() - started
         state.train_seconds += seconds
@@ -169,7 +177,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             # One clock for all ranks: rates and the end follow it.
             state.train_seconds = said_by_rank_0(state.train_seconds)
         share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
-        reporter.row("step", step=state.step, seconds=seconds, share=share, **losses)
+        reporter.row("step", step=state.step, seconds=seconds, share=share, **clock.take(), **figures)
 
         out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
         validated = state.step in last_steps or out_of_time
@@ -186,14 +194,23 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             reporter.row("checkpoint", step=state.step, path=str(path))
         if stop or state.finished:
             break
+    reporter.row("cost", step=state.step, **_cost())
     return state
 
 
 def train_step(
-    job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, num_items: int, step: int, share: float
+    job: TrainJob,
+    batch: Batch,
+    tables: ShardedTables,
+    engine: Any,
+    *,
+    num_items: int,
+    step: int,
+    share: float,
+    clock: StepClock,
 ) -> dict[str, float]:
-    """One optimizer step of both halves on one global batch; returns its mean losses and its events (all ranks join).
-    `step` were made before it, `share` of the training is done.
+    """One optimizer step of both halves on one global batch; returns its mean losses, its events and the resident
+    memory of all ranks (all ranks join). `step` were made before it, `share` of the training is done. NonFiniteLoss.
 
     TorchRec and DeepSpeed both average over ranks, so the local loss is world size x local sum / global count: then
     one rank and many ranks follow the same gradient, however unevenly requests fall.
@@ -204,15 +221,48 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = job.optimizer.dense_lr * lr_share
 
-    loss = _loss(job.training, job.requests, batch, tables, engine, num_items=num_items)
-    engine.backward(loss.total * (world_size / count))
-    engine.step()
-    tables.end_step()
+    loss = _loss(job.training, job.requests, batch, tables, engine, num_items=num_items, clock=clock)
+    figures = _global_figures(loss, batch, count=count)
+    if not math.isfinite(figures["loss"]):
+        _refuse_non_finite(Path(job.run_dir), batch, loss=figures["loss"], step=step)
+    with clock.part("dense"):
+        engine.backward(loss.total * (world_size / count))
+    with clock.part("optimizer"):
+        engine.step()
+        tables.end_step()
+    return figures
 
-    sums = torch.stack([part.detach().double() for part in (loss.total, loss.pointwise, loss.setwise)])
-    sums = torch.cat([sums / count, sums.new_tensor([batch.num_events])])
+
+def _global_figures(loss: RequestLoss, batch: Batch, *, count: int) -> dict[str, float]:
+    """Mean losses over the requests of the global batch; its events; GiB. A collective."""
+    sums = torch.stack([part.detach().double() for part in (loss.total, loss.pointwise, loss.setwise)]) / count
+    sums = torch.cat([sums, sums.new_tensor([batch.num_events, psutil.Process().memory_info().rss / 2**30])])
     dist.all_reduce(sums)
-    return dict(zip(("loss", "pointwise_loss", "setwise_loss", "events"), sums.tolist(), strict=True))
+    return dict(zip(("loss", "pointwise_loss", "setwise_loss", "events", "memory_gib"), sums.tolist(), strict=True))
+
+
+def _refuse_non_finite(run_dir: Path, batch: Batch, *, loss: float, step: int) -> None:
+    """Leave the rows of the global batch's users beside the checkpoints and raise NonFiniteLoss. All ranks join."""
+    rows: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rows, batch.user.tolist())
+    users = sorted(row for of_rank in rows for row in of_rank)
+    found = {"step": step, "epoch": batch.epoch, "loss": str(loss), "user_rows": users}
+    if dist.get_rank() == 0:
+        (run_dir / "non-finite.json").write_text(json.dumps(found) + "\n")
+    shown = ", ".join(map(str, users[:5])) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
+    latest = latest_checkpoint(run_dir)
+    raise NonFiniteLoss(
+        f"the loss of step {step + 1} is {loss}, of user rows {shown} ({run_dir / 'non-finite.json'}); the latest "
+        f"checkpoint is {latest.name if latest else 'none yet'}: lower optimizer.dense_lr or sparse_lr in a new run"
+    )
+
+
+def _cost() -> dict[str, float]:
+    """Of all ranks together. A collective."""
+    cost = cost_of_process()
+    sums = torch.tensor(list(cost.values()), dtype=torch.float64)
+    dist.all_reduce(sums)
+    return dict(zip(cost, sums.tolist(), strict=True))
 
 
 def _loss(
@@ -223,12 +273,24 @@ def _loss(
     engine: Any,
     *,
     num_items: int,
+    clock: StepClock,
 ) -> RequestLoss:
     """Of this rank's requests; one look-up and one forward."""
+    with clock.part("look_up"):
+        if training.loss == "catalogue":
+            rows = tables.look_up_with_users(torch.arange(num_items), user_codes(batch))
+            refuse_bad_rows(*rows[:2])
+            inputs = catalogue_input(batch, *rows)
+        else:
+            inputs = training_input(batch, tables)
+    with clock.part("dense"):
+        return _loss_of_inputs(training, requests, batch, inputs, engine, num_items=num_items)
+
+
+def _loss_of_inputs(
+    training: TrainingConfig, requests: RequestConfig, batch: Batch, inputs: ModelInput, engine: Any, *, num_items: int
+) -> RequestLoss:
     if training.loss == "catalogue":
-        rows = tables.look_up_with_users(torch.arange(num_items), user_codes(batch))
-        refuse_bad_rows(*rows[:2])
-        inputs = catalogue_input(batch, *rows)
         state_BD, vector_ID, repeat_1 = engine(inputs, vectors=True)
         device = state_BD.device
         known = batch.candidate_item >= NUM_RESERVED
@@ -242,7 +304,7 @@ def _loss(
             repeat_1=repeat_1,
             seen=None if repeat_1 is None else SeenItems.of_requests(inputs, first_item=NUM_RESERVED),
         )
-    logits_M = engine(training_input(batch, tables))
+    logits_M = engine(inputs)
     log_q_M = batch.candidate_log_q if training.log_q else None
     return request_loss(
         logits_M,

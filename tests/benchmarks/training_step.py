@@ -23,6 +23,7 @@ import torch
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from jobs.training.clock import StepClock
 from jobs.training.loop import TrainingConfig, TrainJob, train_step
 from jobs.training.model import MODELS, build_tower
 from jobs.training.optimizers import OptimizerConfig
@@ -82,7 +83,7 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
     torch.manual_seed(1)
     engine = dense_engine(build_tower(settings, num_features=0), optimizer=job.optimizer, parallel=job.parallel)
     batches = [batch(events, options, seed=seed) for seed in range(options.steps)]
-    train_step(job, batches[0], tables, engine, num_items=ITEMS, step=0, share=0.0)
+    train_step(job, batches[0], tables, engine, num_items=ITEMS, step=0, share=0.0, clock=StepClock())
     clocks: dict[str, float] = defaultdict(float)
     with contextlib.ExitStack() as stack:
         for name, owner, function in parts(options.model):
@@ -91,7 +92,7 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
         stack.enter_context(clocked(clocks, "optimizer of the tower", engine, "step"))
         started = time.perf_counter()
         for step, each in enumerate(batches):
-            train_step(job, each, tables, engine, num_items=ITEMS, step=step, share=0.0)
+            train_step(job, each, tables, engine, num_items=ITEMS, step=step, share=0.0, clock=StepClock())
         seconds = (time.perf_counter() - started) / len(batches)
     clocks = {name: total / len(batches) for name, total in clocks.items()}
     inside = sum(clocks.get(name, 0.0) for name in ("Gram, backward", "running sums, backward", "eigh, backward"))

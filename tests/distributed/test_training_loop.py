@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from jobs.training import checkpoint as checkpoint_module
+from jobs.training import loop as loop_module
 from jobs.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -22,14 +24,14 @@ from jobs.training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from jobs.training.loop import TrainingConfig, TrainJob, train
+from jobs.training.loop import NonFiniteLoss, TrainingConfig, TrainJob, train
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
 from jobs.training.run_lock import RunInUse, sole_group
 from jobs.training.telemetry import Reporter
 from models.solar import SolarConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
-from pipeline.loader import LoaderConfig
+from pipeline.loader import LoaderConfig, TrainLoader
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 from tests.distributed.ranks import run_ranks
@@ -246,6 +248,52 @@ def run_on_a_full_disk(job: TrainJob) -> list[str]:
             checkpoint_module.save_file = written
     dist.barrier()
     return said
+
+
+def run_to_a_loss_that_is_no_number(job: TrainJob) -> tuple[str, list[dict[str, Any]]]:
+    """Train until the loss of step 7 is not finite on rank 1; what the error says, and the rows."""
+    computed, calls = loop_module.request_loss, []
+
+    def request_loss(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        loss = computed(*arguments, **named)
+        broken = len(calls) == 7 and dist.get_rank() == 1
+        return dataclasses.replace(loss, total=loss.total * float("nan")) if broken else loss
+
+    loop_module.request_loss = request_loss
+    reporter = RecordingReporter(None)
+    try:
+        train(job, reporter=reporter)
+    except NonFiniteLoss as error:
+        return str(error), reporter.rows
+    raise AssertionError("trained on")
+
+
+def test_loss_that_is_no_number_ends_the_run_before_it_is_learned_from(shards_dir, tmp_path):
+    job = make_job(shards_dir, tmp_path / "nan", checkpoint=CheckpointConfig(every_steps=6))
+    (first, rows), (second, _) = run_ranks(run_to_a_loss_that_is_no_number, 2, job)
+    assert first == second
+    assert "the loss of step 7 is nan, of user rows " in first
+    assert "the latest checkpoint is step-00000006" in first
+    found = json.loads((tmp_path / "nan/non-finite.json").read_text())
+    loader = TrainLoader(Shards.open(shards_dir), requests=job.requests, loader=job.loader, seed=job.seed)
+    batches = [next(iterator) for iterator in [iter(loader)] for _ in range(7)]
+    assert (found["step"], found["user_rows"]) == (6, sorted(batches[-1].user.tolist()))
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "nan").values())
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_tell_where_time_and_memory_went(two_rank_runs):
+    _, (rows, *_) = two_rank_runs
+    for row in (row for row in rows if row["kind"] == "step"):
+        parts = [row[f"{name}_seconds"] for name in ("data", "look_up", "dense", "optimizer")]
+        assert all(seconds > 0 for seconds in parts)
+        assert sum(parts) <= row["seconds"]
+        assert row["events"] > 0
+        assert 0.2 < row["memory_gib"] < 20
+    (cost,) = [row for row in rows if row["kind"] == "cost"]
+    assert cost["core_seconds"] > sum(row["dense_seconds"] for row in rows if row["kind"] == "step")
+    assert min(cost["read_bytes"], cost["written_bytes"]) > 0
 
 
 def test_full_disk_ends_the_run_on_every_rank_and_leaves_the_earlier_checkpoint(shards_dir, tmp_path):

@@ -96,3 +96,18 @@ def test_progress_is_shown_and_not_kept(follow, run, stage, log):
     assert "restarts 1" in stage.note
     assert "progress" not in log.read_text()
     assert run.points == [(1, {"train/loss": 0.5}), (1, {"valid/ndcg@10": 0.25}), (2, {"train/loss": 0.5})]
+
+
+def test_speed_split_memory_and_time_left_stand_beside_the_bar_and_the_cost_at_the_end(follow, run, stage):
+    split = {"data_seconds": 0.02, "look_up_seconds": 0.2, "dense_seconds": 1.6, "optimizer_seconds": 0.1}
+    step = {"loss": 0.5, "seconds": 2.0, "events": 3000.0, "memory_gib": 1.25, **split}
+    follow([row("start", step=0, num_steps=400, share=0.0) | {"time": 100.0}])
+    follow([row("step", step=1, **step) | {"share": 0.25, "time": 160.0}])
+    speed = "1,500 events/s (data 1%, look-up 10%, dense 80%, optimizer 5%)"
+    assert stage.note == f"step 1/400  loss 0.5000  {speed}  1.2 GiB  3 min left"
+    follow([row("cost", step=1, core_seconds=1800.0, read_bytes=2.0**31, written_bytes=2.0**30)])
+    assert stage.result == f"step 1/400  loss 0.5000  {speed}  0.50 core-hours, 2.0 GiB read, 1.0 GiB written"
+    assert run.points[-1] == (
+        1,
+        {"cost/core_seconds": 1800.0, "cost/read_bytes": 2.0**31, "cost/written_bytes": 2.0**30},
+    )
