@@ -96,8 +96,12 @@ def orphans(family: list[psutil.Process], *, within: float = 10.0) -> list[str]:
     Ray's two agents of a node look for their raylet once a minute and write nothing: they are not counted.
     """
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    _, alive = psutil.wait_procs(family, timeout=within)
-    return [title for title in map(_title, alive) if title and title not in agents]
+    deadline = time.monotonic() + within
+    while True:
+        _, alive = psutil.wait_procs(family, timeout=0.2)
+        left = [title for title in map(_title, alive) if title and title not in agents]
+        if not left or time.monotonic() > deadline:
+            return left
 
 
 def learned(run_dir: Path) -> dict[str, Any]:
