@@ -106,9 +106,17 @@ def prepare(
         events, out, columns=config.columns, files=config.files, daily=config.daily, items=items, users_table=users,
         settings={"buckets": config.buckets, "row_group_events": config.row_group_events},
     )  # fmt: skip
-    if plan.is_done:
-        assert plan.parent is not None
-        return Prepared(path=out, manifest=plan.parent, reused=True, left_out=plan.left_out)
+    committed = _ingest(plan, config=config, report=report) if not plan.is_done else plan.parent
+    assert committed is not None
+    # Also where nothing is new: an earlier run may have died after its ingest.
+    if crowded := compaction.crowded(shards.Shards(out, committed), max_deltas=config.max_deltas):
+        committed = compact(out, buckets=crowded, progress=progress)
+    return Prepared(path=out, manifest=committed, reused=plan.is_done, left_out=plan.left_out)
+
+
+def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
+    """Stage, build and commit what the plan found; the new manifest."""
+    out = plan.out
     require_disk(plan)
     with staging_directory(out) as staging:
         stage = functools.partial(ingest.stage_part, plan=plan, staging=staging)
@@ -145,9 +153,7 @@ def prepare(
             time_range=time_range,
         )  # fmt: skip
         manifest.commit(out, committed)
-    if crowded := compaction.crowded(shards.Shards(out, committed), max_deltas=config.max_deltas):
-        committed = compact(out, buckets=crowded, progress=progress)
-    return Prepared(path=out, manifest=committed, reused=False, left_out=plan.left_out)
+    return committed
 
 
 def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progress | None = None) -> Manifest:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import build
 from pipeline.events import DataError, EventColumns
 from pipeline.inspection import verify
 from pipeline.manifest import current_manifest
@@ -82,7 +81,6 @@ def check_and_repeat(prepare, root, out):
     assert state(out).number in (1, 2, 3)
     assert verify(str(out)) == []
     prepare(root / "log", out, **CONFIG)
-    build.compact(str(out))
     assert content(out) == content(root / "undisturbed")
     assert not [name for name in os.listdir(out) if name.startswith("staging")]
 
