@@ -158,23 +158,31 @@ def _check_resources(parallel: ParallelConfig) -> None:
 
 def _explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, name: str) -> BaseException:
     """The error of `fit` as one that is told in a line: of all workers' errors the one that caused the others."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
     failures = getattr(error, "worker_failures", None) or {None: error}
     causes = {rank: _root(failure) for rank, failure in failures.items()}
     for cause in causes.values():
         if isinstance(cause, DataError | CheckpointError):
             return cause
-    died = sorted(rank for rank, cause in causes.items() if isinstance(cause, RayActorError) and rank is not None)
+    died, full = (
+        ", ".join(str(rank) for rank, cause in sorted(causes.items()) if rank is not None and isinstance(cause, kind))
+        for kind in (RayActorError, OutOfMemoryError)
+    )
     # A signal to the whole process group ends workers too.
     if asked_to_stop and died:
         return Interrupted(name)
+    if full:
+        return WorkerFailure(
+            f"rank {full} of {config.parallel.num_workers} was ended by Ray, its machine's memory is full: lower "
+            "data.loader.batch_events or parallel.num_workers, or take a larger machine"
+        )
     if died:
         again = "run the same command again (`solar train` with --resume)"
         if config.cluster.max_failures == 0:
             again += ", or let Ray restart workers with --cluster.max_failures 3"
         return WorkerFailure(
-            f"rank {', '.join(map(str, died))} of {config.parallel.num_workers} died "
+            f"rank {died} of {config.parallel.num_workers} died "
             f"(killed from outside, out of memory, or crashed): {again}"
         )
     # When a rank ends, the others lose their connection to it: what they say tells nothing.

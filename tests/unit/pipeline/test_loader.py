@@ -10,8 +10,10 @@ import torch
 from pipeline import loader as loader_module
 from pipeline.events import DataError, EventColumns
 from pipeline.loader import EvaluationLoader, LoaderConfig, TrainLoader, training_item_counts
+from pipeline.request_index import request_counts
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
+from pipeline.user_reader import UserReader
 
 REQUESTS = RequestConfig(max_history=12, max_requests=5, num_negatives=3)
 LOADER = LoaderConfig(batch_events=90, window_row_groups=2)
@@ -141,6 +143,31 @@ def test_resume_on_another_number_of_ranks_keeps_batch_order_event_by_event(data
         parts = [by_user(next(iterator)) for iterator in iterators]
         assert {user: found for part in parts for user, found in part.items()} == expected
         assert sum(map(len, parts)) == len(expected)
+
+
+def test_evaluation_reads_each_row_group_once_and_training_a_window_of_them(data, monkeypatch):
+    read, held = [], []
+
+    def counted(shards, group, original=Shards.read):
+        read.append(group)
+        return original(shards, group)
+
+    def watched(reader, users, original=UserReader.read):
+        events = original(reader, users)
+        held.append(len(reader._groups))
+        return events
+
+    request_counts(data, REQUESTS)
+    monkeypatch.setattr(Shards, "read", counted)
+    monkeypatch.setattr(UserReader, "read", watched)
+    assert list(EvaluationLoader(data, requests=REQUESTS, part="test", batch_events=90))
+    asked = {group for group, events in zip(data.index.group.tolist(), data.index.events, strict=True) if events >= 3}
+    assert data.num_groups > 6
+    assert sorted(read) == sorted(asked)
+    assert max(held) <= 2
+    held.clear()
+    assert list(train(data).epoch(0))
+    assert max(held) <= 2 * LOADER.window_row_groups
 
 
 def test_what_later_ingests_brought_is_read_in_its_place(data, prepare, write_log, random_log, tmp_path):
