@@ -87,7 +87,7 @@ def losses_of_one_rank() -> list[float]:
     return run_ranks(train_each, 1, [(0, "fp32")])[0][0]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_losses_do_not_depend_on_ranks_or_zero_stage(losses_of_one_rank, world_size):
     for losses in run_ranks(train_each, world_size, [(stage, "fp32") for stage in range(4)])[0]:
         # fp32 sums in another order: a few ulp a step, amplified by twelve updates.
