@@ -32,7 +32,7 @@ solar COMMAND ... [-v]
   gc DIR --keep N       shards: all but the latest N states removed
   migrate DIR           shards of the previous format made readable
   inspect DIR           what is in a shard directory or a checkpoint (--verify, --digest)
-  train RECIPE          shards -> checkpoints and an MLflow run (--resume)
+  train RECIPE          shards -> checkpoints and an MLflow run (--resume; --from-previous: past a damaged checkpoint)
   evaluate SUBJECT      a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)
   register RECIPE       the run's best checkpoint -> MLflow registry
   score MODEL_URI       a registered model on Parquet requests -> scores and rankings

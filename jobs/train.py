@@ -18,7 +18,13 @@ from jobs.follower import Follower
 from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, read_record, run_facts
 from jobs.run_record import read_json as read_json
 from jobs.run_record import write_json as write_json
-from jobs.training.checkpoint import checkpoint_bytes, committed_checkpoints, latest_checkpoint, read_state
+from jobs.training.checkpoint import (
+    checkpoint_bytes,
+    committed_checkpoints,
+    latest_checkpoint,
+    read_state,
+    set_aside_damaged,
+)
 from jobs.training.loop import TrainJob
 from jobs.training.model import build_tower, model_settings, table_specs, user_features
 from jobs.training.results import primary_metric
@@ -42,12 +48,17 @@ class Trained:
     reused: bool
 
 
-def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = False) -> Trained:
-    """Train to the end. A finished run of the same configuration is reused; an unfinished one needs `resume`."""
+def train(
+    config: RunConfig, console: Console, *, resume: bool, from_previous: bool = False, verbose: bool = False
+) -> Trained:
+    """Train to the end. A finished run of the same configuration is reused; an unfinished one needs `resume`, or
+    `from_previous`, which goes on from the latest checkpoint that is whole."""
     shards, present = run_shards(config), open_shards(config).manifest.number
     _check_model(config, shards)
     with sole_command(config.run_dir):
         previous = previous_run(config, shards)
+        for line in set_aside_damaged(config.run_dir) if from_previous else ():
+            console.line(f"{'train':<12} {line}")
         latest = latest_checkpoint(config.run_dir)
         if latest is not None:
             document = read_state(latest, checksums=True)
@@ -58,7 +69,7 @@ def train(config: RunConfig, console: Console, *, resume: bool, verbose: bool = 
                         f"manifest {present}: choose another --name"
                     )
                 return _finished_before(config, run_facts(config, shards), previous)
-            if not resume:
+            if not (resume or from_previous):
                 raise ConfigError(
                     f"{config.run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW"
                 )

@@ -72,12 +72,12 @@ def _board_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 def train(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.train import train as train_run
 
-    resume = "--resume" in arguments
-    config = recipe_config("train", [argument for argument in arguments if argument != "--resume"])
+    flags = {"resume": "--resume" in arguments, "from_previous": "--from-previous" in arguments}
+    config = recipe_config("train", [each for each in arguments if each not in ("--resume", "--from-previous")])
     if config is None:
         return 0
     capture(console, config.workspace, "train", verbose=verbose)
-    trained = train_run(config, console, resume=resume, verbose=verbose)
+    trained = train_run(config, console, **flags, verbose=verbose)
     console.line(f"{'already there: ' if trained.reused else ''}{trained.checkpoint}")
     return 0
 

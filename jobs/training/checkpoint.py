@@ -164,6 +164,26 @@ def read_state(path: Path, *, checksums: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'state.json'}: not valid JSON: {_way_on(path)}") from error
 
 
+def set_aside_damaged(run_dir: Path) -> list[str]:
+    """Rename the latest checkpoints to damaged-step-XXXXXXXX until one has every checksum right; a line for each.
+
+    CheckpointError, with nothing renamed, where none has.
+    """
+    damaged = []
+    for path in reversed(committed_checkpoints(run_dir)):
+        if not (problems := verify_checkpoint(path)):
+            break
+        damaged.append((path, problems[0]))
+    else:
+        if damaged:
+            raise CheckpointError(f"{damaged[0][1]}; no checkpoint of {run_dir} is whole: start again with --name NEW")
+    for path, _ in damaged:
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return [f"{problem}: {path.name} is now damaged-{path.name}" for path, problem in damaged]
+
+
 def checkpoint_key(path: Path) -> str:
     """Sixteen hex digits that two different checkpoints never share: a hash over all checksums."""
     return hashlib.sha256((path / "COMMIT").read_bytes()).hexdigest()[:16]
@@ -244,7 +264,11 @@ def _agreed(path: Path, write: Callable[[], T], *, first_rank_only: bool = False
 def _way_on(path: Path) -> str:
     """What the user can do about a damaged checkpoint."""
     before = [other.name for other in committed_checkpoints(path.parent) if other.name < path.name]
-    return f"remove {path} to go on from {before[-1]}" if before else f"remove {path}: there is none before it"
+    return (
+        f"remove {path} to go on from {before[-1]} (`solar train` with --from-previous does)"
+        if before
+        else f"remove {path}: there is none before it"
+    )
 
 
 def _committed_files(path: Path) -> list[dict[str, Any]]:

@@ -197,9 +197,7 @@ def test_checkpoint_of_two_ranks_continues_on_others_with_the_same_batches(
 ):
     _, (_, _, straight, *_) = two_rank_runs
     shutil.copytree(stopped_run, tmp_path / "run")
-    job = make_job(
-        shards_dir, tmp_path / "run", model=WITHOUT_DROPOUT, parallel=ParallelConfig(zero_stage=zero_stage)
-    )
+    job = make_job(shards_dir, tmp_path / "run", model=WITHOUT_DROPOUT, parallel=ParallelConfig(zero_stage=zero_stage))
     resumed = run_ranks(run_each, world_size, [(job, [None])])[0][0]
     assert [row["step"] for row in resumed if row["kind"] == "step"] == [6, 7, 8]
     # Optimizer rows and moments, batches and rates came along, or these would differ by more than the order of sums.

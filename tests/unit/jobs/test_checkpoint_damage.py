@@ -20,6 +20,7 @@ from jobs.training.checkpoint import (
     discard_unfinished,
     latest_checkpoint,
     read_state,
+    set_aside_damaged,
     verify_checkpoint,
 )
 
@@ -79,11 +80,24 @@ def test_damage_is_refused_by_name_and_removing_the_directory_leads_to_the_one_b
     with pytest.raises(CheckpointError) as refused:
         read_state(latest, checksums=True)
     assert named in str(refused.value)
-    assert str(refused.value).endswith(f"remove {latest} to go on from step-00000004")
-    discard_checkpoint(latest)
+    assert f"remove {latest} to go on from step-00000004" in str(refused.value)
+    (line,) = set_aside_damaged(run_dir)
+    assert named in line
+    assert line.endswith(": step-00000008 is now damaged-step-00000008")
+    assert set_aside_damaged(run_dir) == []
     found = latest_checkpoint(run_dir)
     assert found is not None
     assert read_state(found, checksums=True)["train_state"]["step"] == 4
+
+
+def test_nothing_is_set_aside_where_no_checkpoint_is_whole(run_dir):
+    for path in committed_checkpoints(run_dir):
+        flip(path)
+    with pytest.raises(
+        CheckpointError, match=r"checksum differs; no checkpoint of .* is whole: start again with --name"
+    ):
+        set_aside_damaged(run_dir)
+    assert len(committed_checkpoints(run_dir)) == 2
 
 
 def test_damage_of_the_only_checkpoint_does_not_promise_an_earlier_one(run_dir):
