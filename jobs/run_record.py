@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import ConfigError, RunConfig, redacted
+from jobs.spool import NAME as SPOOL
 from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.run_lock import LOCK_FILES
@@ -74,7 +75,13 @@ def open_tracked_run(config: RunConfig, facts: dict[str, Any], previous: dict[st
     from mlflow.exceptions import MlflowException
 
     try:
-        run = open_run(config.tracking, config.workspace, name=config.name, run_id=previous.get("mlflow_run_id"))
+        run = open_run(
+            config.tracking,
+            config.workspace,
+            name=config.name,
+            run_id=previous.get("mlflow_run_id"),
+            spool=config.run_dir / SPOOL,
+        )
     except MlflowException as error:
         raise ConfigError(f"tracking.uri={redacted(config.tracking.uri)}: {redacted(str(error))}") from error
     config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,10 +92,15 @@ def open_tracked_run(config: RunConfig, facts: dict[str, Any], previous: dict[st
     return run
 
 
-def close_tracked_run(config: RunConfig, run: TrackedRun, *, status: str) -> None:
-    """End the MLflow run (FINISHED, FAILED, KILLED) and note it, so that a command that died before is made good."""
-    run.close(status=status)
+def close_tracked_run(config: RunConfig, run: TrackedRun, *, status: str) -> bool:
+    """End the MLflow run (FINISHED, FAILED, KILLED) and note it, so that a command that died before is made good.
+
+    False where MLflow is away: the next command that opens the run makes it good.
+    """
+    if not run.close(status=status):
+        return False
     write_json(config.run_dir / RECORD, {**read_json(config.run_dir / RECORD), "mlflow_status": status})
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

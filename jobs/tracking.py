@@ -5,24 +5,31 @@ The default store is SQLite under the workspace; any tracking URI works by confi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from jobs.spool import Point, Spool, impatient, is_away
+
 METRICS_PER_REQUEST = 1000
 """MLflow's limit of one log_batch call."""
 PARAM_LENGTH = 6000
 """MLflow's limit of a parameter's value."""
 FLUSH_SECONDS = 5.0
+AWAY_SECONDS = 30.0
+"""After MLflow did not answer: until it is asked again."""
+CLOSE_SECONDS = 60.0
+"""How long the end of a run waits for an MLflow that is away."""
 GIT_COMMIT_VARIABLE = "SOLAR_GIT_COMMIT"
 """Environment variable that tells a job which commit its code was uploaded from."""
 
@@ -51,28 +58,50 @@ def tracking_uri(config: TrackingConfig, workspace: str) -> str:
 class TrackedRun:
     """One MLflow run: opened by `open_run`, fed by rows, closed with a status."""
 
-    def __init__(self, client: Any, run_id: str) -> None:
+    def __init__(self, client: Any, run_id: str, *, spool: Path | None = None) -> None:
+        """`spool`: file of what MLflow has not taken yet, so that neither its absence nor a killed command loses any;
+        None = its absence is an error."""
         self.run_id = run_id
         self._client = client
-        self._metrics: list[Any] = []
+        self._spool = Spool(spool) if spool else None
+        self._waiting = self._spool.read() if self._spool else []
         self._flushed = time.monotonic()
+        self._ask_again = 0.0
 
     def metrics(self, values: Mapping[str, float], *, step: int, time_seconds: float | None = None) -> None:
         """Queue metrics; sent in batches. MLflow has no `@` in names: `ndcg@10` is recorded as `ndcg_at_10`."""
-        from mlflow.entities import Metric
-
         stamp = int((time_seconds or time.time()) * 1000)
-        for key, value in values.items():
-            if not math.isnan(value):
-                self._metrics.append(Metric(metric_name(key), value, stamp, step))
-        if len(self._metrics) >= METRICS_PER_REQUEST or time.monotonic() - self._flushed > FLUSH_SECONDS:
+        points = [Point(metric_name(key), value, stamp, step) for key, value in values.items() if not math.isnan(value)]
+        self._waiting += points
+        if self._spool:
+            self._spool.append(points)
+        if len(self._waiting) >= METRICS_PER_REQUEST or time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
-    def flush(self) -> None:
-        """Send what is queued."""
-        for first in range(0, len(self._metrics), METRICS_PER_REQUEST):
-            self._client.log_batch(self.run_id, metrics=self._metrics[first : first + METRICS_PER_REQUEST])
-        self._metrics, self._flushed = [], time.monotonic()
+    def flush(self) -> bool:
+        """Send what is queued. False where MLflow is away: then it goes on waiting."""
+        if time.monotonic() < self._ask_again:
+            return False
+        try:
+            with impatient() if self._spool else contextlib.nullcontext():
+                self._send(self._waiting)
+        except Exception as error:
+            if self._spool is None or not is_away(error):
+                raise
+            self._ask_again = time.monotonic() + AWAY_SECONDS
+            return False
+        self._waiting, self._flushed = [], time.monotonic()
+        if self._spool:
+            self._spool.clear()
+        return True
+
+    def _send(self, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        for first in range(0, len(points), METRICS_PER_REQUEST):
+            some = points[first : first + METRICS_PER_REQUEST]
+            metrics = [Metric(point.key, point.value, point.timestamp, point.step) for point in some]
+            self._client.log_batch(self.run_id, metrics=metrics)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Flattened parameters (dots between levels)."""
@@ -94,21 +123,34 @@ class TrackedRun:
         """Keep a file with the run."""
         self._client.log_artifact(self.run_id, str(file))
 
-    def close(self, *, status: str = "FINISHED") -> None:
-        """Flush and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again)."""
-        self.flush()
+    def close(self, *, status: str = "FINISHED") -> bool:
+        """Flush and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again).
+
+        False where MLflow stayed away: the spool has what it lacks, and the run stays open there.
+        """
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while True:
+            self._ask_again = 0.0
+            if self.flush():
+                break
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(CLOSE_SECONDS / 10)
         self._client.set_terminated(self.run_id, status)
+        return True
 
 
-def open_run(config: TrackingConfig, workspace: str, *, name: str, run_id: str | None = None) -> TrackedRun:
-    """A new run, or the run `run_id` again if the store still has it."""
+def open_run(
+    config: TrackingConfig, workspace: str, *, name: str, run_id: str | None = None, spool: Path | None = None
+) -> TrackedRun:
+    """A new run, or the run `run_id` again if the store still has it. `spool` as in TrackedRun."""
     from mlflow.tracking import MlflowClient
 
     uri = tracking_uri(config, workspace)
     client = MlflowClient(uri, registry_uri=uri)
     if run_id and _has_run(client, run_id):
         client.update_run(run_id, status="RUNNING")
-        return TrackedRun(client, run_id)
+        return TrackedRun(client, run_id, spool=spool)
     experiment = client.get_experiment_by_name(config.experiment)
     if experiment is None:
         artifacts = None if config.uri else (Path(workspace).absolute() / "mlflow" / "artifacts").as_uri()
@@ -118,7 +160,7 @@ def open_run(config: TrackingConfig, workspace: str, *, name: str, run_id: str |
     run = client.create_run(experiment_id, run_name=name)
     if run_id:
         client.set_tag(run.info.run_id, "solar.replaces_run", run_id)
-    return TrackedRun(client, run.info.run_id)
+    return TrackedRun(client, run.info.run_id, spool=spool)
 
 
 def metric_name(key: str) -> str:

@@ -18,6 +18,7 @@ from jobs.follower import Follower
 from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, read_record, run_facts
 from jobs.run_record import read_json as read_json
 from jobs.run_record import write_json as write_json
+from jobs.spool import NAME as SPOOL
 from jobs.training.checkpoint import (
     checkpoint_bytes,
     committed_checkpoints,
@@ -106,7 +107,10 @@ def _train(config: RunConfig, shards: Shards, console: Console, previous: dict[s
         status = "KILLED"
         raise
     finally:
-        close_tracked_run(config, run, status=status)
+        if not close_tracked_run(config, run, status=status):
+            console.line(
+                f"{'train':<12} MLflow is away: its points wait in {config.run_dir / SPOOL} for the same command again"
+            )
     return run.run_id
 
 
