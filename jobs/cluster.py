@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 import psutil
 
+from jobs.signals import noted_signals
+
 OBJECT_STORE_BYTES = 512 << 20
 """Enough for a local run: events travel through files, not through the object store."""
 
@@ -69,10 +71,14 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
         return
     level = logging.INFO if verbose else logging.ERROR
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        _start(num_cpus=num_cpus, level=level)
-    else:
-        _join(address, named=f"{'cluster.address' if config.address else 'RAY_ADDRESS'}={address}", level=level)
+    # What Ray's C++ makes at its start waits for ever in its destructors when a signal interrupts it (seen: Ctrl-C).
+    with noted_signals(second=lambda: os._exit(130)) as signalled:
+        if address == "local":
+            _start(num_cpus=num_cpus, level=level)
+        else:
+            _join(address, named=f"{'cluster.address' if config.address else 'RAY_ADDRESS'}={address}", level=level)
+    if signalled():
+        raise KeyboardInterrupt
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield

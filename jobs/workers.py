@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from jobs.config import ConfigError, RunConfig
+from jobs.signals import noted_signals
 from jobs.training.checkpoint import CheckpointError
 from jobs.training.parallel import ParallelConfig
 from pipeline.events import DataError
@@ -78,7 +77,7 @@ def run_workers(
 
     thread = threading.Thread(target=fit, daemon=True)
     asked: float | None = None
-    with _signals() as signalled:
+    with noted_signals() as signalled:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -119,27 +118,6 @@ def _start_worker(arguments: dict[str, Any]) -> None:
     torch.set_num_threads(parallel.threads_per_worker)
     quiet_libraries()
     arguments["function"](arguments | {"reporter": Reporter(arguments["telemetry"])})
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM arrived in the block; a second one raises KeyboardInterrupt."""
-    seen: list[int] = []
-
-    def handle(number: int, _frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _check_resources(parallel: ParallelConfig) -> None:
