@@ -20,44 +20,12 @@ class UserReader:
     def read(self, users: np.ndarray) -> UserEvents:
         """The sequences of these users, in this order."""
         group, row = self._data.index.group[users], self._data.index.row[users]
-        found = [(np.flatnonzero(group == g), self._group(int(g))) for g in np.unique(group)]
+        found = [(self._group(int(g)), np.flatnonzero(group == g)) for g in np.unique(group)]
         if not found:
             return _no_users(self._data)
         if len(found) == 1:
-            return found[0][1].take(row)
-        lengths, parts = np.empty(len(users), np.int64), []
-        for places, events in found:
-            first = events.offsets[row[places]]
-            lengths[places] = events.offsets[row[places] + 1] - first
-            parts.append((first, places, events))
-        offsets = offsets_of(lengths)
-        # (source, from there, to here): every event is copied once.
-        copies = [
-            (events, ranges(first, lengths[places]), ranges(offsets[places], lengths[places]))
-            for first, places, events in parts
-        ]
-
-        def joined(name: str) -> Any:
-            sources = [getattr(events, name) for events, _, _ in copies]
-            if sources[0] is None:
-                return None
-            values = np.empty(offsets[-1], sources[0].dtype)
-            for source, (_, here, there) in zip(sources, copies, strict=True):
-                values[there] = source[here]
-            return values
-
-        columns, nothing = self._data.manifest.schema["columns"], np.zeros(offsets[-1], np.int64)
-        time = joined("time") if "timestamp" in columns else nothing
-        return UserEvents(
-            offsets=offsets,
-            item=joined("item"),
-            time=time,
-            before=time if "timestamp" in columns else joined("before"),
-            action=joined("action") if "action" in columns else nothing,
-            label=joined("label"),
-            request=joined("request"),
-            codes=_joined_codes([(places, events.codes, row[places]) for places, events in found]),
-        )
+            return found[0][0].take(row)
+        return _taken_together(found, row, columns=self._data.manifest.schema["columns"])
 
     def _group(self, group: int) -> UserEvents:
         events = self._groups.pop(group, None) or self._data.read(group)
@@ -67,15 +35,51 @@ class UserReader:
         return events
 
 
-def _joined_codes(found: list[tuple[np.ndarray, UserCodes | None, np.ndarray]]) -> UserCodes | None:
-    """(places in the result, codes of a group, rows of the group) of each group."""
-    parts = [codes.take(rows) for _, codes, rows in found if codes is not None]
-    if not parts:
-        return None
-    together = UserCodes(
-        lengths=np.concatenate([part.lengths for part in parts]), values=np.concatenate([part.values for part in parts])
+def _taken_together(found: list[tuple[UserEvents, np.ndarray]], row: np.ndarray, *, columns: list[str]) -> UserEvents:
+    """The users at `row` [U] of the groups `found`: (a group, which of the U users are its). Each event is copied once.
+
+    `columns`: of the log; those that it has not are nothing but zeros.
+    """
+    lengths = np.empty(len(row), np.int64)
+    for events, users in found:
+        lengths[users] = np.diff(events.offsets)[row[users]]
+    offsets = offsets_of(lengths)
+    moves = [
+        (events, ranges(events.offsets[row[users]], lengths[users]), ranges(offsets[users], lengths[users]))
+        for events, users in found
+    ]
+
+    def moved(name: str) -> Any:
+        sources = [getattr(events, name) for events, _, _ in moves]
+        if sources[0] is None:
+            return None
+        values = np.empty(offsets[-1], sources[0].dtype)
+        for source, (_, here, there) in zip(sources, moves, strict=True):
+            values[there] = source[here]
+        return values
+
+    zeros = np.zeros(offsets[-1], np.int64)
+    time = moved("time") if "timestamp" in columns else zeros
+    codes = [(events.codes.take(row[users]), users) for events, users in found if events.codes is not None]
+    return UserEvents(
+        offsets=offsets,
+        item=moved("item"),
+        time=time,
+        before=time if "timestamp" in columns else moved("before"),
+        action=moved("action") if "action" in columns else zeros,
+        label=moved("label"),
+        request=moved("request"),
+        codes=_joined_codes(codes) if codes else None,
     )
-    return together.take(np.argsort(np.concatenate([places for places, _, _ in found])))
+
+
+def _joined_codes(parts: list[tuple[UserCodes, np.ndarray]]) -> UserCodes:
+    """The codes of users that are told apart, put back in their order."""
+    joined = UserCodes(
+        lengths=np.concatenate([codes.lengths for codes, _ in parts]),
+        values=np.concatenate([codes.values for codes, _ in parts]),
+    )
+    return joined.take(np.argsort(np.concatenate([users for _, users in parts])))
 
 
 def _no_users(data: Shards) -> UserEvents:
