@@ -4,7 +4,7 @@ Row-wise Adagrad, width 64, a table of that many million rows over the ranks, on
 and the most memory that a rank held while the table was made and filled, a step (50,000 distinct random rows looked up
 by each rank, a small tower, backward with the fused update, both optimizers), a checkpoint written (bytes/s of all
 ranks) and read back. "its rows" is what a rank's rows and their optimizer state take: the memory beside it shows
-whether anybody holds a whole table.
+whether anybody holds a whole table. While it is read back the mapped file counts too.
 """
 
 from __future__ import annotations
