@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import psutil
 
+from jobs.environment import environment
 from jobs.signals import noted_signals
 
 OBJECT_STORE_BYTES = 512 << 20
@@ -94,18 +95,18 @@ def _start(*, num_cpus: int, level: int) -> None:
     """A Ray of this command alone; ConnectionError where the machine is too busy to start one."""
     import ray
 
-    here = dict(os.environ)
+    # What Ray starts inherits it; what a user set stays.
+    inherited = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     try:
-        # What Ray starts inherits it; this process stays as it was.
-        os.environ.update(WORKER_ENVIRONMENT | here)
-        ray.init(
-            address="local",
-            num_cpus=max(num_cpus, psutil.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            logging_level=level,
-            log_to_driver=level == logging.INFO,
-        )
+        with environment(inherited):
+            ray.init(
+                address="local",
+                num_cpus=max(num_cpus, psutil.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=level,
+                log_to_driver=level == logging.INFO,
+            )
     # Ray raises the base class here, after a limit that it cannot be told to change.
     except Exception as error:
         if "timed out during startup" not in str(error):
@@ -113,9 +114,6 @@ def _start(*, num_cpus: int, level: int) -> None:
         raise ConnectionError(
             "Ray did not start within 30 s, this machine is too busy (or out of memory): end something and try again"
         ) from error
-    finally:
-        for name in WORKER_ENVIRONMENT.keys() - here.keys():
-            del os.environ[name]
 
 
 def _join(address: str, *, named: str, level: int) -> None:

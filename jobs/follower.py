@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.console import Stage
+from jobs.json_lines import read_rows
 from jobs.tracking import TrackedRun
 from jobs.training.clock import PARTS
 
@@ -51,7 +52,7 @@ class Follower:
             elif row["kind"] == "step":
                 self._step, self._loss, self._share = row["step"], row["loss"], row["share"]
                 self._latest.append(row)
-                self._sums.update({key: row[key] for key in _SUMMED if key in row})
+                self._sums.update(_summed(row))
             elif row["kind"] == "valid":
                 value = row[self._primary]
                 self._best = max(value, self._best) if self._best == self._best else value
@@ -64,7 +65,7 @@ class Follower:
         self._stage.result = "  ".join([*parts, *speed_texts(self._sums), self._cost]).rstrip()
         recent: collections.Counter[str] = collections.Counter()
         for row in self._latest:
-            recent.update({key: row[key] for key in _SUMMED if key in row})
+            recent.update(_summed(row))
         parts += speed_texts(recent)
         if self._latest:
             last = self._latest[-1]
@@ -98,6 +99,11 @@ class Follower:
             raise OSError(error.errno, error.strerror, str(self._log)) from error
 
 
+def _summed(step: Mapping[str, Any]) -> dict[str, float]:
+    """What of a step's row adds up over steps."""
+    return {name: step[name] for name in _SUMMED if name in step}
+
+
 def speed_texts(sums: Mapping[str, float]) -> list[str]:
     """Events a second, and how the time of so many steps splits; nothing where nothing is known."""
     if not sums.get("seconds") or not sums.get("events"):
@@ -112,17 +118,6 @@ def cost_text(row: Mapping[str, Any]) -> str:
     if "read_bytes" in row:
         text += f", {row['read_bytes'] / 2**30:.1f} GiB read, {row['written_bytes'] / 2**30:.1f} GiB written"
     return text
-
-
-def read_rows(log: Path) -> list[dict[str, Any]]:
-    """The rows of a telemetry.jsonl, without half a line of a killed driver; none where there is no file."""
-    rows = []
-    for line in log.read_text().splitlines() if log.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def drop_superseded(log: Path, *, after_step: int) -> None:

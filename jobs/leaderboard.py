@@ -18,8 +18,8 @@ from jobs.cluster import ray_session
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
-from jobs.follower import read_rows
 from jobs.ingest import import_missing, prepare_shards
+from jobs.json_lines import read_rows
 from jobs.plots import plot_curves
 from jobs.run_record import read_json, write_json
 from jobs.tracking import TrackedRun, open_run

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.json_lines import read_rows
+
 NAME = "mlflow-unsent.jsonl"
-_IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""MLflow's client tries for minutes, and whoever follows a run would stand still as long."""
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""Environment in which MLflow's client gives up soon: it tries for minutes, and who follows a run would stand still."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +39,7 @@ class Spool:
 
     def read(self) -> list[Point]:
         """All points; half a line of a killed process is not one."""
-        points = []
-        for line in self.file.read_text().splitlines() if self.file.exists() else ():
-            try:
-                points.append(Point(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue
-        return points
+        return [Point(**row) for row in read_rows(self.file)]
 
     def clear(self) -> None:
         self.file.unlink(missing_ok=True)
@@ -55,18 +49,3 @@ def is_away(error: Exception) -> bool:
     """Whether the store did not answer or failed, as opposed to refusing what it was sent."""
     status: Any = getattr(error, "get_http_status_code", lambda: 500)()
     return status >= 500 or status in (408, 429)
-
-
-@contextmanager
-def impatient() -> Iterator[None]:
-    """MLflow's requests in this block give up soon."""
-    before = {name: os.environ.get(name) for name in _IMPATIENT}
-    os.environ.update(_IMPATIENT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

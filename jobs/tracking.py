@@ -5,7 +5,6 @@ The default store is SQLite under the workspace; any tracking URI works by confi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -19,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from jobs.spool import Point, Spool, impatient, is_away
+from jobs.environment import environment
+from jobs.spool import IMPATIENT, Point, Spool, is_away
 
 METRICS_PER_REQUEST = 1000
 """MLflow's limit of one log_batch call."""
@@ -83,7 +83,7 @@ class TrackedRun:
         if time.monotonic() < self._ask_again:
             return False
         try:
-            with impatient() if self._spool else contextlib.nullcontext():
+            with environment(IMPATIENT if self._spool else {}):
                 self._send(self._waiting)
         except Exception as error:
             if self._spool is None or not is_away(error):

@@ -54,11 +54,10 @@ class DailyLog:
             except ValueError:
                 raise ValueError(f"daily.{name} is {value!r}: it must be as {example}") from None
 
-    def bounds(self, day: datetime.date) -> tuple[datetime.datetime, datetime.datetime]:
-        """When the day begins, and when it ends and the next begins."""
+    def end_of(self, day: datetime.date) -> datetime.datetime:
+        """When the day ends and the next begins."""
         time, zone = datetime.time.fromisoformat(self.cut_off), zoneinfo.ZoneInfo(self.time_zone)
-        begin, end = (datetime.datetime.combine(d, time, zone) for d in (day, day + datetime.timedelta(days=1)))
-        return begin, end
+        return datetime.datetime.combine(day + datetime.timedelta(days=1), time, zone)
 
     def folder_of(self, day: datetime.date) -> str:
         assert self.folder is not None
@@ -92,7 +91,7 @@ def _why_unfinished(day: datetime.date, events: str, daily: DailyLog) -> str | N
     if daily.marker is not None:
         there = Store(events).exists(f"{daily.folder_of(day)}/{daily.marker}")
         return None if there else f"no {daily.marker} in {daily.folder_of(day)}"
-    end = daily.bounds(day)[1]
+    end = daily.end_of(day)
     return None if end <= _now() else f"it ends at {end:%Y-%m-%d %H:%M %Z}"
 
 

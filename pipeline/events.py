@@ -153,18 +153,12 @@ def _read_id(block: pl.DataFrame, name: str, columns: EventColumns, id_types: di
     dtype = block.schema[name]
     if not dtype.is_integer() and not isinstance(dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise _wrong_type(name, columns, dtype, "integers or strings")
-    if dtype.is_integer() and wanted == "int64":
-        value = raw.cast(pl.Int64, strict=False)
-        return _checked_id(name, value, missing=raw.is_null())
     text = raw.cast(pl.String)
-    missing = text.is_null() | (text == "")
+    # The text of a number is never empty, and making it would be most of validation's work.
+    missing = raw.is_null() if dtype.is_integer() else text.is_null() | (text == "")
     value = raw.cast(pl.Int64, strict=False) if wanted == "int64" else text
     if isinstance(dtype, (pl.Categorical, pl.Enum)) and wanted == "int64":
         value = text.cast(pl.Int64, strict=False)
-    return _checked_id(name, value, missing=missing)
-
-
-def _checked_id(name: str, value: pl.Expr, *, missing: pl.Expr) -> _Column:
     invalid = ~missing & value.is_null()
     if name == "request_id":
         return pl.when(~missing).then(value), [(Reason.INVALID_REQUEST, invalid)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from jobs.json_lines import read_rows
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from tests.commands import SOLAR
 
@@ -68,6 +68,16 @@ class Command:
         else:
             self._process.send_signal(number)
 
+    def end(self, victim: str) -> None:
+        """kill -9 of the `command` alone or of `everything` it started, or a signal by its name: SIGINT as a terminal's
+        Ctrl-C reaches the whole group, SIGTERM, as `kill` or a container sends it, only the command."""
+        if victim == "command":
+            self.send(signal.SIGKILL)
+        elif victim == "everything":
+            self.kill_all()
+        else:
+            self.send(SIGNALS[victim], group=victim == "SIGINT")
+
     def kill_all(self) -> None:
         """kill -9 of the command and of everything it started, at once."""
         for process in reversed(self.family()):
@@ -85,9 +95,7 @@ def latest_step(run_dir: Path) -> int:
 
 def telemetry(run_dir: Path) -> list[dict[str, Any]]:
     """The whole lines of telemetry.jsonl."""
-    file = run_dir / "telemetry.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    return read_rows(run_dir / "telemetry.jsonl")
 
 
 def orphans(family: list[psutil.Process], *, within: float = 10.0) -> list[str]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from prepare_scale import write_day
 
 from pipeline.inspection import verify
 from pipeline.manifest import current_manifest
-from tests.interruptions import SIGNALS, Command, orphans
+from tests.interruptions import Command, orphans
 
 VICTIMS = ("command", "everything", "SIGINT", "SIGTERM")
 DAY_EVENTS = 1_000_000
@@ -89,14 +88,8 @@ def end(command: Command, victim: str, *, after: float) -> int:
     while time.monotonic() < deadline and not command.ended():
         time.sleep(0.01)
     family = command.family()
-    if command.ended():
-        pass
-    elif victim == "command":
-        command.send(signal.SIGKILL)
-    elif victim == "everything":
-        command.kill_all()
-    else:
-        command.send(SIGNALS[victim], group=victim == "SIGINT")
+    if not command.ended():
+        command.end(victim)
     code = command.finish()[0]
     assert not orphans(family, within=60), orphans(family)
     return code

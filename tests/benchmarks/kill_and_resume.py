@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.commands import SOLAR
-from tests.interruptions import SIGNALS, Command, differences, latest_step, learned, orphans
+from tests.interruptions import Command, differences, latest_step, learned, orphans
 from tests.tiny import write_tiny_log, write_tiny_recipe
 
 VICTIMS = ("command", "worker", "worker, restarted", "everything", "SIGINT", "SIGTERM")
@@ -89,15 +89,10 @@ def disturb(
         at = str(command.wait_for_step(run_dir, max(1, step)))
     assert not command.ended(), f"{victim} at {at}: ended by itself: {command.finish()}"
     family, ended_at = command.family(), time.monotonic()
-    if victim == "command":
-        family[0].kill()
-    elif victim.startswith("worker"):
+    if victim.startswith("worker"):
         chance.choice(command.workers()).kill()
-    elif victim == "everything":
-        command.kill_all()
     else:
-        # As a terminal's Ctrl-C reaches the whole group, and `kill` or a container's end only the command.
-        command.send(SIGNALS[victim], group=victim == "SIGINT")
+        command.end(victim)
     code, _, errors = command.finish()
     ending = time.monotonic() - ended_at
     wanted = {"command": -9, "worker": 1, "worker, restarted": 0, "everything": -9}.get(victim, 130)
