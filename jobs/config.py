@@ -17,7 +17,7 @@ from typing import Any
 from jobs.cluster import ClusterConfig
 from jobs.tracking import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
-from jobs.training.loop import TrainingConfig
+from jobs.training.job import TrainingConfig
 from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig

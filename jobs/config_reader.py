@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs.config import SECTIONS, ConfigError, RunConfig
 from jobs.recipes import RECIPES, board_names, recipe_names
-from jobs.training.loop import TrainingConfig
+from jobs.training.job import TrainingConfig
 from jobs.training.model import MODELS
 from models.sequence_tower import SequenceModel
 from pipeline.requests import RequestConfig

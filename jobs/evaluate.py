@@ -22,7 +22,7 @@ from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
 from jobs.train import Trained, read_json, run_shards, train_job, write_json
 from jobs.training.checkpoint import checkpoint_key
-from jobs.training.loop import TrainJob
+from jobs.training.job import TrainJob
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from jobs.workers import run_workers
 from models.metrics import bootstrap_ratio_interval

@@ -26,7 +26,7 @@ from jobs.training.checkpoint import (
     read_state,
     set_aside_damaged,
 )
-from jobs.training.loop import TrainJob
+from jobs.training.job import TrainJob
 from jobs.training.model import build_tower, model_settings, table_specs, user_features
 from jobs.training.results import primary_metric
 from jobs.training.run_lock import sole_command, wait_for_workers

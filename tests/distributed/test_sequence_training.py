@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.training.checkpoint import latest_checkpoint, read_state
-from jobs.training.loop import TrainingConfig, TrainJob
+from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig

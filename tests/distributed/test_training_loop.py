@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from jobs.training import checkpoint as checkpoint_module
-from jobs.training import loop as loop_module
+from jobs.training import step as step_module
 from jobs.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -25,10 +25,12 @@ from jobs.training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from jobs.training.loop import NonFiniteLoss, TrainingConfig, TrainJob, train
+from jobs.training.job import TrainingConfig, TrainJob
+from jobs.training.loop import train
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
 from jobs.training.run_lock import RunInUse, sole_group
+from jobs.training.step import NonFiniteLoss
 from jobs.training.telemetry import Reporter
 from models.solar import SolarConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
@@ -274,7 +276,7 @@ def run_on_a_full_disk(job: TrainJob) -> list[str]:
 
 def run_to_a_loss_that_is_no_number(job: TrainJob) -> tuple[str, list[dict[str, Any]]]:
     """Train until the loss of step 7 is not finite on rank 1; what the error says, and the rows."""
-    computed, calls = loop_module.request_loss, []
+    computed, calls = step_module.request_loss, []
 
     def request_loss(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
@@ -282,7 +284,7 @@ def run_to_a_loss_that_is_no_number(job: TrainJob) -> tuple[str, list[dict[str, 
         broken = len(calls) == 7 and dist.get_rank() == 1
         return dataclasses.replace(loss, total=loss.total * float("nan")) if broken else loss
 
-    loop_module.request_loss = request_loss
+    step_module.request_loss = request_loss
     reporter = RecordingReporter(None)
     try:
         train(job, reporter=reporter)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from torch import nn
 
-from jobs.training.loop import TrainingConfig
+from jobs.training.job import TrainingConfig
 from jobs.training.optimizers import OptimizerConfig
 
 
