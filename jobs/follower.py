@@ -17,8 +17,9 @@ from jobs.training.clock import PARTS
 _STEPS_SHOWN = 20
 """Latest steps whose speed stands beside the bar."""
 _SUMMED = ("seconds", "events", *(f"{name}_seconds" for name in PARTS))
-_PREFIXES = {"step": "train", "valid": "valid", "cost": "cost"}
+_PREFIXES = {"step": "train", "valid": "valid", "checkpoint": "checkpoint", "cost": "cost"}
 """Of MLflow's names, by kind of row."""
+_NO_METRICS = ("kind", "time", "step", "share", "path")
 
 
 class Follower:
@@ -88,7 +89,7 @@ class Follower:
                 drop_superseded(self._log, after_step=row["step"])
             self._append(json.dumps(row) + "\n")
             if prefix := _PREFIXES.get(row["kind"]):
-                values = {f"{prefix}/{key}": row[key] for key in row if key not in ("kind", "time", "step", "share")}
+                values = {f"{prefix}/{key}": row[key] for key in row if key not in _NO_METRICS}
                 self._run.metrics(values, step=row["step"], time_seconds=row["time"])
 
     def _append(self, line: str) -> None:

@@ -7,7 +7,7 @@
       state.json                            counters, loader state, random states, config, fingerprints, plan
       COMMIT                                size and checksum of every file above; created last, exclusively
 
-Without COMMIT a directory is not a checkpoint. No pickle anywhere.
+Without COMMIT a directory is not a checkpoint. No pickle anywhere. checkpoint_writer.py writes them.
 """
 
 from __future__ import annotations
@@ -16,24 +16,20 @@ import base64
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.training.dense_state import gather_dense_state
-from jobs.training.tables import ShardedTables, TableShard
-
-T = TypeVar("T")
+from jobs.training.tables import TableShard
 
 
 class CheckpointError(ValueError):
@@ -48,6 +44,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 = at every evaluation and at the end only."""
     keep: int = 2
     """Latest checkpoints kept beside the best one."""
+    asynchronous: bool = True
+    """Training goes on while a copy of each worker's tables in its memory is written; without it steps wait."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -78,45 +76,6 @@ class TrainState:
     """Most memory that the ranks had together, each at its own peak, at the last validation."""
     finished: bool = False
     """All epochs are done."""
-
-
-def save_checkpoint(
-    run_dir: Path, state: TrainState, *, tables: ShardedTables, engine: Any, facts: dict[str, Any], keep: int
-) -> Path:
-    """Write `step-XXXXXXXX`, then collect old ones; `facts` (config, fingerprints) go into state.json. Collective.
-
-    CheckpointError on every rank, with nothing left of the new directory, where a disk refuses on any of them.
-    """
-    path = run_dir / f"step-{state.step:08d}"
-
-    def begin() -> None:
-        discard_checkpoint(path)
-        path.mkdir(parents=True)
-
-    def write_tables() -> tuple[list[dict[str, Any]], str]:
-        files = [_save_table(path, shard) for shard in tables.shards() if shard.weight.shape[0]]
-        return files, base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-
-    def finish() -> None:
-        document = {
-            **facts,
-            "train_state": dataclasses.asdict(state),
-            "world_size": dist.get_world_size(),
-            "random_states": [random_state for _, random_state in written],
-            "tables": [dataclasses.asdict(spec) for spec in tables.specs],
-            "sharding_plan": str(tables.plan),
-        }
-        save_file(dense, path / "dense.safetensors")
-        (path / "state.json").write_text(json.dumps(document, indent=1, sort_keys=True))
-        files = [file for part, _ in written for file in part]
-        _commit(path, [*files, _describe(path / "dense.safetensors"), _describe(path / "state.json")])
-        _collect(run_dir, keep=keep, protected={state.best_step, state.step})
-
-    _agreed(path, begin, first_rank_only=True)
-    written = _agreed(path, write_tables)
-    dense = dict(gather_dense_state(engine))
-    _agreed(path, finish, first_rank_only=True)
-    return path
 
 
 def discard_checkpoint(path: Path) -> None:
@@ -201,7 +160,7 @@ def verify_checkpoint(path: Path, *, checksums: bool = True) -> list[str]:
             problems.append(f"{file}: missing")
         elif file.stat().st_size != size:
             problems.append(f"{file}: {file.stat().st_size} bytes instead of {size}")
-        elif checksums and _checksum(file) != checksum:
+        elif checksums and checksum_of(file) != checksum:
             problems.append(f"{file}: checksum differs")
     return problems
 
@@ -240,27 +199,6 @@ def restore_random_state(document: dict[str, Any]) -> None:
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
 
 
-def _agreed(path: Path, write: Callable[[], T], *, first_rank_only: bool = False) -> list[T]:
-    """What `write` returned on every rank. What one rank cannot write ends the checkpoint on all. Collective."""
-    result, problem = None, None
-    try:
-        if dist.get_rank() == 0 or not first_rank_only:
-            result = write()
-    except (OSError, SafetensorError) as error:
-        problem = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (result, problem))
-    found = next((text for _, text in gathered if text), None)
-    if found is None:
-        return [each for each, _ in gathered]
-    if dist.get_rank() == 0 and not (path / "COMMIT").exists():
-        shutil.rmtree(path, ignore_errors=True)
-    raise CheckpointError(
-        f"{path}: not written: {found}: make room (or make it writable) and continue with --resume; "
-        "the checkpoints before it are whole"
-    )
-
-
 def _way_on(path: Path) -> str:
     """What the user can do about a damaged checkpoint."""
     before = [other.name for other in committed_checkpoints(path.parent) if other.name < path.name]
@@ -275,51 +213,16 @@ def _committed_files(path: Path) -> list[dict[str, Any]]:
     return json.loads((path / "COMMIT").read_text())["files"]
 
 
-def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
-    file = path / f"table-{shard.table}-{shard.first_row:012d}.safetensors"
-    tensors = {"weight": shard.weight, **shard.state}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    return _describe(file)
-
-
 def _first_row(file: Path) -> int:
     match = re.fullmatch(r"table-.*-(\d{12})", file.stem)
     assert match, file
     return int(match[1])
 
 
-def _describe(file: Path) -> dict[str, Any]:
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    return {"name": file.name, "bytes": file.stat().st_size, "xxh64": _checksum(file)}
-
-
-def _checksum(file: Path) -> str:
+def checksum_of(file: Path) -> str:
+    """xxh64 of a file, in hex."""
     digest = xxhash.xxh64()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _commit(path: Path, files: list[dict[str, Any]]) -> None:
-    """COMMIT appears whole or not at all: written under another name, synced, then linked."""
-    staged = path / ".COMMIT.tmp"
-    with staged.open("w") as stream:
-        json.dump({"format_version": 1, "files": sorted(files, key=lambda file: file["name"])}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.link(staged, path / "COMMIT")
-    staged.unlink()
-    # The directory's own entry as well: older checkpoints are removed in the belief that this one is there.
-    for directory in (path, path.parent):
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _collect(run_dir: Path, *, keep: int, protected: set[int]) -> None:
-    for path in committed_checkpoints(run_dir)[:-keep]:
-        if int(path.name.removeprefix("step-")) not in protected:
-            discard_checkpoint(path)

@@ -1,12 +1,13 @@
 """Read and write the tower's weights and AdamW moments through a DeepSpeed engine, whatever its ZeRO stage.
 
 ZeRO keeps fp32 weights and moments in flat partitions. The functions here speak of whole named parameters instead, so
-that a checkpoint written at one stage and world size loads at any other. Every function is a collective.
+that a checkpoint written at one stage and world size loads at any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,27 +17,76 @@ from torch import Tensor
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather_dense_state(engine: Any) -> Iterator[tuple[str, Tensor]]:
-    """(key, fp32 tensor) of every parameter and its moments, one parameter at a time; keys `NAME` and `NAME/exp_avg`.
+@dataclasses.dataclass(frozen=True)
+class DenseFragment:
+    """What this rank has of one tensor."""
+
+    key: str
+    """`NAME` of a parameter, or `NAME/exp_avg`."""
+    shape: torch.Size
+    """Of the whole tensor."""
+    start: int
+    """Where `values` stand in it, flattened."""
+    values: Tensor
+    """[any number] fp32 on the CPU, a copy."""
+
+
+def local_dense_state(engine: Any) -> list[DenseFragment]:
+    """This rank's part of every parameter and its moments, in one order on all ranks. Not a collective.
 
     Needs at least one optimizer step behind it.
     """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
     _link_moments(engine)
-    for name, parameter in engine.module.named_parameters():
-        if engine.zero_optimization():
-            yield name, _cpu(safe_get_full_fp32_param(parameter), parameter)
-            for moment in MOMENTS:
-                yield f"{name}/{moment}", _cpu(safe_get_full_optimizer_state(parameter, moment), parameter)
+    return [
+        DenseFragment(key, getattr(parameter, "ds_shape", parameter.shape), start, _copied(values))
+        for name, parameter in engine.module.named_parameters()
+        for key, start, values in _parts(engine, name, parameter)
+    ]
+
+
+def gather_dense_state(
+    fragments: Iterable[DenseFragment], *, group: dist.ProcessGroup | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """(key, fp32 tensor) of what the ranks have together, one at a time, on every rank. A collective of `group`."""
+    for fragment in fragments:
+        whole = torch.zeros(fragment.shape.numel())
+        whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
+        dist.all_reduce(whole, group=group)
+        yield fragment.key, whole.reshape(fragment.shape)
+
+
+def _parts(engine: Any, name: str, parameter: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+    """(key, start, values) of a parameter and its moments on this rank."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    stage = engine.zero_optimization_stage() if engine.zero_optimization() else 0
+    for moment in (None, *MOMENTS):
+        key = f"{name}/{moment}" if moment else name
+        if stage == 3:
+            values = (
+                safe_get_local_optimizer_state(parameter, moment) if moment else safe_get_local_fp32_param(parameter)
+            ).flatten()
+            start = values.numel() * dist.get_rank()
+            # The last ranks' partitions are padded.
+            yield key, start, values[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+        elif stage in (1, 2):
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                yield key, 0, torch.zeros(0)
+            else:
+                yield key, mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment)
+        elif dist.get_rank() == 0:
+            yield key, 0, (engine.optimizer.state[parameter][moment] if moment else parameter).flatten()
         else:
-            yield name, _cpu(parameter.detach(), parameter)
-            for moment in MOMENTS:
-                yield f"{name}/{moment}", _cpu(engine.optimizer.state[parameter][moment], parameter)
+            yield key, 0, torch.zeros(0)
+
+
+def _copied(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", torch.float32, copy=True)
 
 
 def restore_dense_state(engine: Any, state: Mapping[str, Tensor], *, num_steps: int) -> None:
-    """Put back what `gather_dense_state` yielded after `num_steps` optimizer steps.
+    """Put back what `gather_dense_state` yielded after `num_steps` optimizer steps. A collective.
 
     The module's own (possibly bf16) weights must have been loaded before `deepspeed.initialize`.
     """
@@ -100,9 +150,3 @@ def _restore_partition(parameter: Tensor, name: str, state: Mapping[str, Tensor]
     safe_set_local_fp32_param(parameter, partition(name))
     for moment in MOMENTS:
         safe_set_local_optimizer_state(parameter, partition(f"{name}/{moment}"), moment)
-
-
-def _cpu(tensor: Tensor | None, parameter: Tensor) -> Tensor:
-    assert tensor is not None
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return tensor.detach().to("cpu", torch.float32, copy=True).reshape(shape).contiguous()

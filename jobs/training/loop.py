@@ -5,6 +5,7 @@ Runs inside every worker of a Ray Train job (jobs/train.py starts it); every ran
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import resource
@@ -23,8 +24,8 @@ from jobs.training.checkpoint import (
     load_tables,
     read_state,
     restore_random_state,
-    save_checkpoint,
 )
+from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.clock import StepClock, cost_of_process
 from jobs.training.dense_state import restore_dense_state
 from jobs.training.evaluation import evaluate
@@ -40,7 +41,7 @@ from jobs.training.model import (
 )
 from jobs.training.parallel import dense_engine
 from jobs.training.results import primary_metric
-from jobs.training.step import train_step
+from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
 from jobs.training.telemetry import Reporter, said_by_rank_0
 from models.interface import Recommender
@@ -75,39 +76,69 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
     complete = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
     batches, clock, num_items = iter(loader), StepClock(), shards.vocabulary.size
-    while state.step < num_steps:
-        started = time.perf_counter()
+
+    def read_and_ask() -> AskedBatch:
         with clock.part("data"):
             batch = complete(next(batches))
-        figures = train_step(job, batch, tables, engine, num_items=num_items, step=state.step, share=share, clock=clock)
-        state.step += 1
-        state.events += int(figures["events"])
-        state.loader = loader.state_dict()
-        seconds = time.perf_counter() - started
-        state.train_seconds += seconds
-        if training.max_seconds:
-            # One clock for all ranks: rates and the end follow it.
-            state.train_seconds = said_by_rank_0(state.train_seconds)
-        share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
-        reporter.row("step", step=state.step, seconds=seconds, share=share, **clock.take(), **figures)
+        with clock.part("look_up"):
+            return ask(job, batch, tables, num_items=num_items, loader_state=loader.state_dict())
 
-        out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
-        validated = state.step in last_steps or out_of_time
-        if validated:
-            _validate(job, shards, catalogue, state, tables, engine, reporter)
-        stop = reporter.should_stop()
-        no_better = bool(training.patience) and state.validations_since_best >= training.patience
-        state.finished = state.step == num_steps or out_of_time or no_better
-        due = job.checkpoint.every_steps and state.step % job.checkpoint.every_steps == 0
-        if due or stop or validated:
-            path = save_checkpoint(
-                run_dir, state, tables=tables, engine=engine, facts=job.facts, keep=job.checkpoint.keep
-            )
-            reporter.row("checkpoint", step=state.step, path=str(path))
-        if stop or state.finished:
-            break
+    def ask_next() -> AskedBatch | None:
+        return read_and_ask() if job.parallel.overlap and state.step + 1 < num_steps else None
+
+    checkpoints = CheckpointWriter(
+        run_dir, tables=tables, engine=engine, facts=job.facts, config=job.checkpoint,
+        tell=functools.partial(reporter.row, "checkpoint"),
+    )  # fmt: skip
+    asked: AskedBatch | None = None
+    with checkpoints:
+        while state.step < num_steps:
+            started = time.perf_counter()
+            asked = asked or read_and_ask()
+            state.loader = asked.loader_state
+            try:
+                figures, asked = train_step(
+                    job, asked, tables, engine,
+                    num_items=num_items, step=state.step, share=share, clock=clock, ask_next=ask_next,
+                )  # fmt: skip
+            except NonFiniteLoss as error:
+                checkpoints.settle(wait=True)
+                raise _with_way_on(error, run_dir) from None
+            state.step += 1
+            state.events += int(figures["events"])
+            seconds = time.perf_counter() - started
+            state.train_seconds += seconds
+            if training.max_seconds:
+                # One clock for all ranks: rates and the end follow it.
+                state.train_seconds = said_by_rank_0(state.train_seconds)
+            share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
+            reporter.row("step", step=state.step, seconds=seconds, share=share, **clock.take(), **figures)
+
+            checkpoints.settle()
+            out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
+            validated = state.step in last_steps or out_of_time
+            if validated:
+                _validate(job, shards, catalogue, state, tables, engine, reporter)
+            stop = reporter.should_stop()
+            no_better = bool(training.patience) and state.validations_since_best >= training.patience
+            state.finished = state.step == num_steps or out_of_time or no_better
+            due = job.checkpoint.every_steps and state.step % job.checkpoint.every_steps == 0
+            if due or stop or validated:
+                checkpoints.begin(state, last=stop or state.finished)
+            if stop or state.finished:
+                break
+    if asked is not None:
+        asked.rows.send().wait()
     reporter.row("cost", step=state.step, **_cost())
     return state
+
+
+def _with_way_on(error: NonFiniteLoss, run_dir: Path) -> NonFiniteLoss:
+    latest = latest_checkpoint(run_dir)
+    return NonFiniteLoss(
+        f"{error}; the latest checkpoint is {latest.name if latest else 'none yet'}: "
+        "lower optimizer.dense_lr or sparse_lr in a new run"
+    )
 
 
 def _cost() -> dict[str, float]:

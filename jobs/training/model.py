@@ -97,28 +97,52 @@ def item_features(vocabulary: Vocabulary) -> list[ItemFeature]:
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class WantedItems:
+    """The items of a batch, each once."""
+
+    rows_I: Tensor
+    """Their rows, ascending."""
+    event_item_N: Tensor
+    """Places in `rows_I`."""
+    candidate_item_M: Tensor
+    """Places in `rows_I`."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> WantedItems:
+        """ValueError: a request without candidates."""
+        empty = torch.nonzero(batch.candidate_offsets.diff() == 0)
+        if empty.numel():
+            raise ValueError(
+                f"request {int(empty[0])} of the batch has no candidates: there is nothing to rank; leave it out"
+            )
+        rows, index = torch.unique(torch.cat([batch.event_item, batch.candidate_item]), return_inverse=True)
+        return cls(rows, index[: batch.num_events], index[batch.num_events :])
+
+
 def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
     """Look every distinct item of the batch up once, and its users with them. Joined by every rank, also with an empty
     batch.
 
     ValueError: a request without candidates, or what models/interface.py refuses.
     """
-    empty = torch.nonzero(batch.candidate_offsets.diff() == 0)
-    if empty.numel():
-        raise ValueError(
-            f"request {int(empty[0])} of the batch has no candidates: there is nothing to rank; leave it out"
-        )
-    rows, index = torch.unique(torch.cat([batch.event_item, batch.candidate_item]), return_inverse=True)
-    item_IC, features_IFC, user_features_UGC = tables.look_up_with_users(rows, user_codes(batch))
+    wanted = WantedItems.of(batch)
+    return wanted_input(batch, wanted, *tables.look_up_with_users(wanted.rows_I, user_codes(batch)))
+
+
+def wanted_input(
+    batch: Batch, wanted: WantedItems, item_IC: Tensor, features_IFC: Tensor, user_features_UGC: Tensor
+) -> ModelInput:
+    """The batch beside the rows of its wanted items. ValueError: what models/interface.py refuses."""
     refuse_bad_rows(item_IC, features_IFC)
     return model_input(
         batch,
         item_IC=item_IC,
         features_IFC=features_IFC,
         user_features_UGC=user_features_UGC,
-        event_item_N=index[: batch.num_events],
-        candidate_item_M=index[batch.num_events :],
-        num_reserved=int((rows < NUM_RESERVED).sum()),
+        event_item_N=wanted.event_item_N,
+        candidate_item_M=wanted.candidate_item_M,
+        num_reserved=int((wanted.rows_I < NUM_RESERVED).sum()),
     )
 
 

@@ -35,6 +35,9 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage of the tower: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."""
     precision: str = "fp32"
     """fp32, or bf16 for the tower (stages 1-3). Tables, decompositions and losses stay in fp32 or above."""
+    overlap: bool = True
+    """Read the next batch and send its ids to the ranks that own their rows while the tower computes; the losses are
+    the same without."""
 
     @property
     def num_cpus(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from jobs.training.checkpoint import latest_checkpoint
 from jobs.training.clock import StepClock
 from jobs.training.job import TrainingConfig, TrainJob
-from jobs.training.model import catalogue_input, training_input, user_codes
-from jobs.training.tables import ShardedTables
+from jobs.training.model import WantedItems, catalogue_input, user_codes, wanted_input
+from jobs.training.tables import AskedRows, ShardedTables
 from models.interface import ModelInput, refuse_bad_rows
 from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
 from models.repeats import SeenItems
@@ -28,9 +29,30 @@ class NonFiniteLoss(ArithmeticError):
     """The loss is no number any more: nothing was updated with it; one line says of which users the batch was."""
 
 
+@dataclasses.dataclass(frozen=True)
+class AskedBatch:
+    """A batch whose ids are on their way."""
+
+    batch: Batch
+    wanted: WantedItems | None
+    """None: the whole catalogue."""
+    rows: AskedRows
+    loader_state: dict[str, Any]
+    """Of the loader after this batch."""
+
+
+def ask(
+    job: TrainJob, batch: Batch, tables: ShardedTables, *, num_items: int, loader_state: dict[str, Any] | None = None
+) -> AskedBatch:
+    """Begin the look-up of a batch. All ranks join."""
+    wanted = None if job.training.loss == "catalogue" else WantedItems.of(batch)
+    rows = tables.ask(torch.arange(num_items) if wanted is None else wanted.rows_I, user_codes(batch))
+    return AskedBatch(batch, wanted, rows, loader_state or {})
+
+
 def train_step(
     job: TrainJob,
-    batch: Batch,
+    asked: AskedBatch,
     tables: ShardedTables,
     engine: Any,
     *,
@@ -38,20 +60,33 @@ def train_step(
     step: int,
     share: float,
     clock: StepClock,
-) -> dict[str, float]:
+    ask_next: Callable[[], AskedBatch | None] = lambda: None,
+) -> tuple[dict[str, float], AskedBatch | None]:
     """One optimizer step of both halves on one global batch; returns its mean losses, its events and the resident
-    memory of all ranks (all ranks join). `step` were made before it, `share` of the training is done. NonFiniteLoss.
+    memory of all ranks (all ranks join), and the next batch. `step` were made before it, `share` of the training is
+    done. NonFiniteLoss.
+
+    The next batch is read before the tower computes, and its ids travel meanwhile. Its rows do not: this step's update
+    is still to change them.
 
     TorchRec and DeepSpeed both average over ranks, so the local loss is world size x local sum / global count: then
     one rank and many ranks follow the same gradient, however unevenly requests fall.
     """
+    batch = asked.batch
     world_size, count = dist.get_world_size(), max(1, batch.num_global_requests)
     lr_share = job.optimizer.lr_share_at(step, share_done=share)
     tables.begin_step(job.optimizer.sparse_lr * lr_share)
     for group in engine.optimizer.param_groups:
         group["lr"] = job.optimizer.dense_lr * lr_share
 
-    loss = _loss(job.training, job.requests, batch, tables, engine, num_items=num_items, clock=clock)
+    with clock.part("look_up"):
+        inputs = _answered(asked, tables)
+    following = ask_next()
+    with clock.part("dense"):
+        loss = _loss(job.training, job.requests, batch, inputs, engine, num_items=num_items)
+    with clock.part("look_up"):
+        if following is not None:
+            following.rows.send()
     figures = _global_figures(loss, batch, count=count)
     if not math.isfinite(figures["loss"]):
         _refuse_non_finite(Path(job.run_dir), batch, loss=figures["loss"], step=step)
@@ -60,7 +95,15 @@ def train_step(
     with clock.part("optimizer"):
         engine.step()
         tables.end_step()
-    return figures
+    return figures, following
+
+
+def _answered(asked: AskedBatch, tables: ShardedTables) -> ModelInput:
+    rows = tables.answer(asked.rows)
+    if asked.wanted is not None:
+        return wanted_input(asked.batch, asked.wanted, *rows)
+    refuse_bad_rows(*rows[:2])
+    return catalogue_input(asked.batch, *rows)
 
 
 def _global_figures(loss: RequestLoss, batch: Batch, *, count: int) -> dict[str, float]:
@@ -80,38 +123,13 @@ def _refuse_non_finite(run_dir: Path, batch: Batch, *, loss: float, step: int) -
     if dist.get_rank() == 0:
         (run_dir / "non-finite.json").write_text(json.dumps(found) + "\n")
     shown = ", ".join(map(str, users[:5])) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
-    latest = latest_checkpoint(run_dir)
-    raise NonFiniteLoss(
-        f"the loss of step {step + 1} is {loss}, of user rows {shown} ({run_dir / 'non-finite.json'}); the latest "
-        f"checkpoint is {latest.name if latest else 'none yet'}: lower optimizer.dense_lr or sparse_lr in a new run"
-    )
+    raise NonFiniteLoss(f"the loss of step {step + 1} is {loss}, of user rows {shown} ({run_dir / 'non-finite.json'})")
 
 
 def _loss(
-    training: TrainingConfig,
-    requests: RequestConfig,
-    batch: Batch,
-    tables: ShardedTables,
-    engine: Any,
-    *,
-    num_items: int,
-    clock: StepClock,
-) -> RequestLoss:
-    """Of this rank's requests; one look-up and one forward."""
-    with clock.part("look_up"):
-        if training.loss == "catalogue":
-            rows = tables.look_up_with_users(torch.arange(num_items), user_codes(batch))
-            refuse_bad_rows(*rows[:2])
-            inputs = catalogue_input(batch, *rows)
-        else:
-            inputs = training_input(batch, tables)
-    with clock.part("dense"):
-        return _loss_of_inputs(training, requests, batch, inputs, engine, num_items=num_items)
-
-
-def _loss_of_inputs(
     training: TrainingConfig, requests: RequestConfig, batch: Batch, inputs: ModelInput, engine: Any, *, num_items: int
 ) -> RequestLoss:
+    """Of this rank's requests; one forward."""
     if training.loss == "catalogue":
         state_BD, vector_ID, repeat_1 = engine(inputs, vectors=True)
         device = state_BD.device

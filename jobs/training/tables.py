@@ -111,17 +111,33 @@ class ShardedTables:
 
         All ranks join, also with no item and no user. Codes that no table is for are ignored: G is 0 then.
         """
-        num_items = item_rows_I.numel()
+        return self.answer(self.ask(item_rows_I, users))
+
+    def ask(self, item_rows_I: Tensor, users: UserCodes) -> AskedRows:
+        """Begin `look_up_with_users`: the ids start on their way to the ranks that own them."""
         # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
-        asked = item_rows_I if num_items else item_rows_I.new_zeros(1)
+        asked = item_rows_I if item_rows_I.numel() else item_rows_I.new_zeros(1)
         ids = look_up_ids(asked, self.features, user_tables=self.user_tables, users=users).to(self.device)
-        rows = self.module(ids)
+        context = self._collection.create_context()
+        return AskedRows(
+            item_rows_I.numel(), users.lengths_UG.shape[0], context, self._collection.input_dist(context, ids)
+        )
+
+    def answer(self, asked: AskedRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Finish `look_up_with_users`, with the rows as the updates before it left them."""
+        ids = asked.send().wait()
+        rows = self._collection.compute_and_output_dist(asked.context, ids).wait()
         item_IC, features_IFC = pool_features(rows, self.features)
         if self.user_tables:
             users_UGC = pool_user_features(rows, self.user_tables)
         else:
-            users_UGC = item_IC.new_zeros(users.lengths_UG.shape[0], 0, item_IC.shape[1])
-        return item_IC[:num_items], features_IFC[:num_items], users_UGC
+            users_UGC = item_IC.new_zeros(asked.num_users, 0, item_IC.shape[1])
+        return item_IC[: asked.num_items], features_IFC[: asked.num_items], users_UGC
+
+    @property
+    def _collection(self) -> Any:
+        """TorchRec's sharded collection."""
+        return self.module.module
 
     def begin_step(self, rate: float) -> None:
         """Before the look-up of an update: its learning rate. Not a collective."""
@@ -189,6 +205,20 @@ class ShardedTables:
             if key.endswith(".momentum1")
             for local in tensor.local_shards()
         }
+
+
+class AskedRows:
+    """A look-up under way: first the ranks hear how many ids come, then the ids travel."""
+
+    def __init__(self, num_items: int, num_users: int, context: Any, announced: Any) -> None:
+        self.num_items, self.num_users, self.context = num_items, num_users, context
+        self._announced, self._sent = announced, None
+
+    def send(self) -> Any:
+        """Wait for the numbers and send the ids; what it returns waits for them. A collective, once; then free."""
+        if self._sent is None:
+            self._sent = self._announced.wait()
+        return self._sent
 
 
 class _Adam:

@@ -25,7 +25,8 @@ import torch.distributed as dist
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.training.checkpoint import TrainState, load_tables, save_checkpoint
+from jobs.training.checkpoint import CheckpointConfig, TrainState, latest_checkpoint, load_tables
+from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.tables import ShardedTables
@@ -77,9 +78,13 @@ def measure(rows: int, directory: str) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
     found["step"] = (statistics.median(seconds), found["step"][1])
     with phase(found, "write"):
-        state = TrainState(step=STEPS)
-        path = save_checkpoint(Path(directory), state, tables=tables, engine=engine, facts={}, keep=1)
+        config = CheckpointConfig(asynchronous=False)
+        CheckpointWriter(Path(directory), tables=tables, engine=engine, facts={}, config=config).begin(
+            TrainState(step=STEPS)
+        )
     with phase(found, "read"):
+        path = latest_checkpoint(Path(directory))
+        assert path is not None
         load_tables(path, tables.shards())
     parts = [part for shard in tables.shards() for part in (shard.weight, *shard.state.values())]
     return found | {"own": sum(part.numel() * part.element_size() for part in parts) / 2**30}

@@ -28,7 +28,7 @@ from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.model import MODELS, build_tower
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine, quiet_libraries
-from jobs.training.step import train_step
+from jobs.training.step import ask, train_step
 from jobs.training.tables import ShardedTables
 from models import prefixes, svd_attention
 from models.embeddings import ITEM_TABLE, TableSpec
@@ -84,7 +84,7 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
     torch.manual_seed(1)
     engine = dense_engine(build_tower(settings, num_features=0), optimizer=job.optimizer, parallel=job.parallel)
     batches = [batch(events, options, seed=seed) for seed in range(options.steps)]
-    train_step(job, batches[0], tables, engine, num_items=ITEMS, step=0, share=0.0, clock=StepClock())
+    one_step(job, batches[0], tables, engine, step=0)
     clocks: dict[str, float] = defaultdict(float)
     with contextlib.ExitStack() as stack:
         for name, owner, function in parts(options.model):
@@ -93,7 +93,7 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
         stack.enter_context(clocked(clocks, "optimizer of the tower", engine, "step"))
         started = time.perf_counter()
         for step, each in enumerate(batches):
-            train_step(job, each, tables, engine, num_items=ITEMS, step=step, share=0.0, clock=StepClock())
+            one_step(job, each, tables, engine, step=step)
         seconds = (time.perf_counter() - started) / len(batches)
     clocks = {name: total / len(batches) for name, total in clocks.items()}
     inside = sum(clocks.get(name, 0.0) for name in ("Gram, backward", "running sums, backward", "eigh, backward"))
@@ -115,8 +115,14 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
             print(f"  {name:<28} {1e3 * spent:>8.1f} ms {spent / seconds:>6.1%}")
 
 
+def one_step(job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, step: int) -> None:
+    asked = ask(job, batch, tables, num_items=ITEMS)
+    train_step(job, asked, tables, engine, num_items=ITEMS, step=step, share=0.0, clock=StepClock())
+
+
 def parts(model: str) -> Iterator[tuple[str, Any, str]]:
-    yield "look-up", ShardedTables, "look_up_with_users"
+    yield "look-up, ids", ShardedTables, "ask"
+    yield "look-up, rows", ShardedTables, "answer"
     yield "tower", MODELS[model][1], "forward"
     yield "Gram, forward", prefixes.Prefixes, "outer_sums"
     yield "Gram, backward", prefixes._LongProducts, "backward"

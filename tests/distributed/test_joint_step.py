@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from jobs.training.dense_state import gather_dense_state, restore_dense_state
+from jobs.training.dense_state import gather_dense_state, local_dense_state, restore_dense_state
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.tables import ShardedTables
@@ -212,7 +212,7 @@ def interrupted(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for number in range(3):
         step(tables, engine, uneven_rows(number, rank, world_size)[0], count=40)
-    dense = dict(gather_dense_state(engine))
+    dense = dict(gather_dense_state(local_dense_state(engine)))
     sparse = [{"weight": shard.weight.clone(), **clones(shard.state)} for shard in tables.shards()]
     straight = [step(tables, engine, uneven_rows(number, rank, world_size)[0], count=40) for number in range(3, 6)]
 

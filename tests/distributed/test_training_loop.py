@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from jobs.training import checkpoint as checkpoint_module
+from jobs.training import checkpoint_writer
 from jobs.training import step as step_module
 from jobs.training.checkpoint import (
     CheckpointConfig,
@@ -74,6 +75,10 @@ def make_job(shards_dir: str, run_dir: Path, **changes: Any) -> TrainJob:
     return dataclasses.replace(job, **changes)
 
 
+def without_overlap(job: TrainJob) -> TrainJob:
+    return dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, overlap=False))
+
+
 def in_batch_job(shards_dir: str, run_dir: Path) -> TrainJob:
     return make_job(
         shards_dir,
@@ -99,7 +104,8 @@ class RecordingReporter(Reporter):
 
     def row(self, kind: str, **values: Any) -> None:
         self.rows.append({"kind": kind, **values})
-        self._step = values.get("step", self._step)
+        if kind == "step":
+            self._step = values["step"]
 
     def should_stop(self) -> bool:
         return self._step == self._stop_at
@@ -143,6 +149,7 @@ def two_rank_runs(shards_dir, tmp_path_factory) -> tuple[Path, list[list[dict[st
         ),
         (in_batch_job(shards_dir, directory / "in-batch"), [None]),
         (in_batch_job(shards_dir, directory / "in-batch-resumed"), [5, None]),
+        (without_overlap(in_batch_job(shards_dir, directory / "in-batch-without-overlap")), [None]),
     ]
     return directory, run_ranks(run_each, 2, jobs)[0]
 
@@ -157,12 +164,19 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(two_ra
 
 
 def test_in_batch_negatives_are_the_same_ones_after_a_resume(two_rank_runs):
-    *_, straight, resumed = two_rank_runs[1]
+    *_, straight, resumed, _ = two_rank_runs[1]
     assert losses(resumed) == losses(straight)
 
 
+def test_sending_the_next_ids_ahead_changes_nothing(two_rank_runs):
+    directory, (*_, ahead, _, without) = two_rank_runs
+    assert losses(ahead) == losses(without)
+    expected, found = weights(directory / "in-batch-without-overlap"), weights(directory / "in-batch")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_one_and_two_ranks_give_the_same_losses_and_validation(two_rank_runs, shards_dir, tmp_path):
-    _, (_, _, two_ranks, _, in_batch, _) = two_rank_runs
+    _, (_, _, two_ranks, _, in_batch, *_) = two_rank_runs
     jobs = [
         (make_job(shards_dir, tmp_path / "one", model=WITHOUT_DROPOUT), [None]),
         (in_batch_job(shards_dir, tmp_path / "one-in-batch"), [None]),
@@ -247,7 +261,7 @@ def run_on_a_full_disk(job: TrainJob) -> list[str]:
 
     Returns what the two refused attempts said.
     """
-    written = checkpoint_module.save_file
+    written = checkpoint_writer.save_file
 
     def refuse(names: tuple[str, ...], rank: int):
         def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -262,16 +276,95 @@ def run_on_a_full_disk(job: TrainJob) -> list[str]:
         train(job, reporter=RecordingReporter(5))
     said = []
     for names, rank in ((("table-",), 1), (("dense",), 0)):
-        checkpoint_module.save_file = refuse(names, rank)
+        checkpoint_writer.save_file = refuse(names, rank)
         try:
             with sole_group(Path(job.run_dir)):
                 train(job, reporter=RecordingReporter(7))
         except CheckpointError as error:
             said.append(str(error))
         finally:
-            checkpoint_module.save_file = written
+            checkpoint_writer.save_file = written
     dist.barrier()
     return said
+
+
+class SignallingReporter(RecordingReporter):
+    """Tells a thread when a step was made."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(None)
+        self._awaited, self.made = step, threading.Event()
+
+    def row(self, kind: str, **values: Any) -> None:
+        super().row(kind, **values)
+        if kind == "step" and values["step"] == self._awaited:
+            self.made.set()
+
+
+def run_beside_a_slow_disk(asynchronous: TrainJob, waiting: TrainJob) -> list[dict[str, Any]]:
+    """The first job, whose first checkpoint, after step 2, is on rank 1's disk only after step 3 was made; its rows."""
+    written, reporter = checkpoint_writer.save_file, SignallingReporter(3)
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if dist.get_rank() == 1 and path.parent.name == "step-00000002":
+            assert reporter.made.wait(60), "training waited for the disk"
+        written(tensors, path)
+
+    checkpoint_writer.save_file = save_file
+    train(asynchronous, reporter=reporter)
+    checkpoint_writer.save_file = written
+    train(waiting, reporter=RecordingReporter(None))
+    dist.barrier()
+    return reporter.rows
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_when_it_began(shards_dir, tmp_path):
+    each_second = CheckpointConfig(every_steps=2, keep=9)
+    beside = make_job(shards_dir, tmp_path / "beside", checkpoint=each_second)
+    waiting = make_job(
+        shards_dir, tmp_path / "waiting", checkpoint=dataclasses.replace(each_second, asynchronous=False)
+    )
+    rows = run_ranks(run_beside_a_slow_disk, 2, beside, waiting)[0]
+    order = [(row["kind"], row["step"]) for row in rows if row["kind"] in ("step", "checkpoint")]
+    assert order.index(("step", 3)) < order.index(("checkpoint", 2)) < order.index(("checkpoint", 4))
+    names = [path.name for path in committed_checkpoints(tmp_path / "beside")]
+    assert names == [f"step-0000000{step}" for step in (2, 4, 6, 8)]
+    for name in names:
+        for file in sorted((tmp_path / "waiting" / name).glob("*.safetensors")):
+            assert (tmp_path / "beside" / name / file.name).read_bytes() == file.read_bytes(), file
+    told = next(row for row in rows if row["kind"] == "checkpoint")
+    files = (tmp_path / "beside" / names[0]).iterdir()
+    assert told["bytes"] == sum(file.stat().st_size for file in files if file.name != "COMMIT")
+    assert told["stall_seconds"] > 0
+
+
+def run_beside_a_full_disk(job: TrainJob) -> tuple[str, int]:
+    """Every second step's checkpoint is refused by rank 1's disk: (what the error says, the last step made)."""
+    written, reporter = checkpoint_writer.save_file, RecordingReporter(None)
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if dist.get_rank() == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(tensors, path)
+
+    checkpoint_writer.save_file = save_file
+    try:
+        train(job, reporter=reporter)
+    except CheckpointError as error:
+        return str(error), reporter.rows[-1]["step"]
+    finally:
+        checkpoint_writer.save_file = written
+    raise AssertionError("trained on")
+
+
+def test_disk_that_refuses_beside_training_ends_it_on_every_rank_before_the_next_checkpoint(shards_dir, tmp_path):
+    job = make_job(shards_dir, tmp_path / "run", checkpoint=CheckpointConfig(every_steps=2))
+    first, second = run_ranks(run_beside_a_full_disk, 2, job)
+    assert first == second
+    assert "step-00000002: not written: No space left on device" in first[0]
+    assert first[1] <= 4
+    assert committed_checkpoints(tmp_path / "run") == []
+    assert not (tmp_path / "run/step-00000002").exists()
 
 
 def run_to_a_loss_that_is_no_number(job: TrainJob) -> tuple[str, list[dict[str, Any]]]:
@@ -309,9 +402,11 @@ def test_loss_that_is_no_number_ends_the_run_before_it_is_learned_from(shards_di
 
 def test_rows_tell_where_time_and_memory_went(two_rank_runs):
     _, (rows, *_) = two_rank_runs
-    for row in (row for row in rows if row["kind"] == "step"):
+    *steps, last = (row for row in rows if row["kind"] == "step")
+    for row in (*steps, last):
         parts = [row[f"{name}_seconds"] for name in ("data", "look_up", "dense", "optimizer")]
-        assert all(seconds > 0 for seconds in parts)
+        # The last step has no next batch to read.
+        assert all(seconds > 0 for seconds in (parts[1:] if row is last else parts))
         assert sum(parts) <= row["seconds"]
         assert row["events"] > 0
         assert 0.2 < row["memory_gib"] < 20

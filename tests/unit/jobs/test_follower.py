@@ -61,7 +61,7 @@ def rows_of(log: Path) -> list[tuple[str, int, float | None]]:
 
 def test_steps_of_a_restart_supersede_the_lost_ones(follow, run, log):
     follow([row("start", step=0, num_steps=4), *(row("step", step=step, loss=1.0) for step in (1, 2, 3))])
-    follow([row("checkpoint", step=2, path="x")])
+    follow([row("checkpoint", step=2, path="x", stall_seconds=0.1)])
     follow([row("start", step=2, num_steps=4), *(row("step", step=step, loss=2.0) for step in (3, 4))])
     assert rows_of(log) == [
         ("start", 0, None),
@@ -72,7 +72,8 @@ def test_steps_of_a_restart_supersede_the_lost_ones(follow, run, log):
         ("step", 3, 2.0),
         ("step", 4, 2.0),
     ]
-    assert [step for step, _ in run.points] == [1, 2, 3, 3, 4]
+    assert [step for step, _ in run.points] == [1, 2, 3, 2, 3, 4]
+    assert run.points[3] == (2, {"checkpoint/stall_seconds": 0.1})
     assert run.points[0][1] == {"train/loss": 1.0}
 
 

@@ -1,0 +1,255 @@
+"""Checkpoints are written beside training: a step waits for a copy in memory, threads bring it to the disk.
+
+    begin    all ranks: each copies its rows and its part of the dense state
+    write    a thread of every rank: its tables; the dense state is gathered, one parameter at a time; then rank 0's:
+             dense.safetensors, state.json, COMMIT, and old checkpoints go
+    settle   all ranks: is it written, or what went wrong
+
+The threads agree through a process group of their own: their collectives never meet those of the steps.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jobs.training.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    TrainState,
+    checksum_of,
+    committed_checkpoints,
+    discard_checkpoint,
+)
+from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
+from jobs.training.tables import ShardedTables, TableShard
+from jobs.training.telemetry import said_by_rank_0
+
+T = TypeVar("T")
+
+SLOWEST_DISK = datetime.timedelta(hours=12)
+"""How long the writing threads wait for one another; a rank that died is known at once."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Copied:
+    """What one rank has to write; nothing of it changes while training goes on."""
+
+    path: Path
+    train_state: Mapping[str, Any]
+    shards: list[TableShard]
+    random_state: str
+    dense: list[DenseFragment]
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time; a context that all ranks enter and leave.
+
+    The constructor, `begin` and `settle` are collectives. A checkpoint that any rank cannot write ends in the same
+    CheckpointError on all of them, with nothing left of its directory: in `settle`, or in the next `begin`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tables: ShardedTables,
+        engine: Any,
+        facts: Mapping[str, Any],
+        config: CheckpointConfig,
+        tell: Callable[..., None] = lambda **figures: None,
+    ) -> None:
+        """`facts` (config, fingerprints) go into every state.json; `tell(step=, path=, stall_seconds=, write_seconds=,
+        bytes=)` hears of each checkpoint once it is committed."""
+        self._run_dir, self._tables, self._engine = run_dir, tables, engine
+        self._facts, self._config, self._tell = facts, config, tell
+        self._group: Any = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)
+        self._buffers: dict[tuple[str, int, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._figures: dict[str, Any] = {}
+        self._error: BaseException | None = None
+        if config.asynchronous:
+            self._require_memory()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # The run directory is this group's until its threads are through.
+        if self._thread is not None:
+            self._thread.join()
+
+    def begin(self, state: TrainState, *, last: bool = False) -> None:
+        """Begin `step-XXXXXXXX` once the one before it is written; the `last` one, after which nothing is trained, is
+        written at once and without a copy."""
+        started = time.perf_counter()
+        self.settle(wait=True)
+        direct = last or not self._config.asynchronous
+        copied = _Copied(
+            path=self._run_dir / f"step-{state.step:08d}",
+            train_state=dataclasses.asdict(state),
+            shards=[shard if direct else self._copy(shard) for shard in self._tables.shards() if len(shard.weight)],
+            random_state=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            dense=local_dense_state(self._engine),
+        )
+        self._thread = threading.Thread(target=self._work, args=(copied,), name="solar-checkpoint", daemon=True)
+        self._thread.start()
+        self._figures = {"step": state.step, "path": str(copied.path)}
+        if direct:
+            self._thread.join()
+        self._figures["stall_seconds"] = time.perf_counter() - started
+        if direct:
+            self.settle(wait=True)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Tell of the checkpoint that is being written, if it is written now; `wait` for it. CheckpointError."""
+        if self._thread is None or not (wait or said_by_rank_0(not self._thread.is_alive())):
+            return
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            raise self._error
+        self._tell(**self._figures)
+
+    def _copy(self, shard: TableShard) -> TableShard:
+        """The shard in memory that is kept from checkpoint to checkpoint."""
+
+        def copy(name: str, tensor: Tensor) -> Tensor:
+            key = shard.table, shard.first_row, name
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            return self._buffers[key].copy_(tensor)
+
+        state = {name: copy(name, tensor) for name, tensor in shard.state.items()}
+        return dataclasses.replace(shard, weight=copy("weight", shard.weight), state=state)
+
+    def _require_memory(self) -> None:
+        """Refuse to begin where the copies of this machine's ranks do not fit beside what is there. A collective."""
+        parts = [part for shard in self._tables.shards() for part in (shard.weight, *shard.state.values())]
+        ours = sum(part.numel() * part.element_size() for part in parts)
+        needed = ours * int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        missing = torch.tensor(max(0, needed - psutil.virtual_memory().available) >> 20)
+        dist.all_reduce(missing, op=dist.ReduceOp.MAX)
+        if missing:
+            raise CheckpointError(
+                f"checkpoint.asynchronous=true: a machine is {missing} MiB short of memory for the copy of its tables: "
+                "set --checkpoint.asynchronous false, or spread the tables over more machines"
+            )
+
+    def _work(self, copied: _Copied) -> None:
+        started = time.perf_counter()
+        try:
+            written = self._write(copied)
+        except BaseException as error:  # raised by `settle`, on the thread that trains
+            self._error = error
+        else:
+            self._figures |= {"write_seconds": time.perf_counter() - started, "bytes": written}
+
+    def _write(self, copied: _Copied) -> int:
+        """Returns the bytes of all ranks."""
+        path = copied.path
+
+        def begin() -> None:
+            discard_checkpoint(path)
+            path.mkdir(parents=True)
+
+        def write_tables() -> tuple[list[dict[str, Any]], str]:
+            return [_save_table(path, shard) for shard in copied.shards], copied.random_state
+
+        def finish() -> int:
+            document = {
+                **self._facts,
+                "train_state": copied.train_state,
+                "world_size": dist.get_world_size(),
+                "random_states": [random_state for _, random_state in written],
+                "tables": [dataclasses.asdict(spec) for spec in self._tables.specs],
+                "sharding_plan": str(self._tables.plan),
+            }
+            save_file(dense, path / "dense.safetensors")
+            (path / "state.json").write_text(json.dumps(document, indent=1, sort_keys=True))
+            files = [file for part, _ in written for file in part]
+            files += [_describe(path / "dense.safetensors"), _describe(path / "state.json")]
+            _commit(path, files)
+            _collect(
+                self._run_dir,
+                keep=self._config.keep,
+                protected={copied.train_state["best_step"], copied.train_state["step"]},
+            )
+            return sum(file["bytes"] for file in files)
+
+        self._agreed(path, begin, first_rank_only=True)
+        written = self._agreed(path, write_tables)
+        dense = dict(gather_dense_state(copied.dense, group=self._group))
+        return self._agreed(path, finish, first_rank_only=True)[0]
+
+    def _agreed(self, path: Path, write: Callable[[], T], *, first_rank_only: bool = False) -> list[T]:
+        """What `write` returned on every rank. What one rank cannot write ends the checkpoint on all. Collective."""
+        result, problem = None, None
+        try:
+            if dist.get_rank() == 0 or not first_rank_only:
+                result = write()
+        except Exception as error:  # whatever it is: the other ranks wait to hear of it
+            problem = " ".join((getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").split())
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (result, problem), group=self._group)
+        found = next((text for _, text in gathered if text), None)
+        if found is None:
+            return [each for each, _ in gathered]
+        if dist.get_rank() == 0 and not (path / "COMMIT").exists():
+            shutil.rmtree(path, ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: not written: {found}: make room (or make it writable) and continue with --resume; "
+            "the checkpoints before it are whole"
+        )
+
+
+def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
+    file = path / f"table-{shard.table}-{shard.first_row:012d}.safetensors"
+    tensors = {"weight": shard.weight, **shard.state}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return _describe(file)
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    """A file's entry in COMMIT, once its bytes are on the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return {"name": file.name, "bytes": file.stat().st_size, "xxh64": checksum_of(file)}
+
+
+def _commit(path: Path, files: list[dict[str, Any]]) -> None:
+    """COMMIT appears whole or not at all: written under another name, synced, then linked."""
+    staged = path / ".COMMIT.tmp"
+    with staged.open("w") as stream:
+        json.dump({"format_version": 1, "files": sorted(files, key=lambda file: file["name"])}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.link(staged, path / "COMMIT")
+    staged.unlink()
+    # The directory's own entry as well: older checkpoints are removed in the belief that this one is there.
+    for directory in (path, path.parent):
+        descriptor = os.open(directory, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _collect(run_dir: Path, *, keep: int, protected: set[int]) -> None:
+    for path in committed_checkpoints(run_dir)[:-keep]:
+        if int(path.name.removeprefix("step-")) not in protected:
+            discard_checkpoint(path)
