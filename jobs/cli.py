@@ -83,13 +83,14 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
 
     from jobs.config import ConfigError
     from jobs.training.checkpoint import CheckpointError
+    from jobs.training.plan import TablesDoNotFit
     from jobs.workers import Interrupted, WorkerFailure
     from pipeline.events import DataError
 
     console = Console()
     try:
         return command(arguments, console, verbose=verbose)
-    except (ConfigError, DataError, CheckpointError, ArgumentError, ConnectionError) as error:
+    except (ConfigError, DataError, CheckpointError, TablesDoNotFit, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {one_line(error)}")
         return 2
     except Interrupted:

@@ -116,6 +116,10 @@ class Stage:
         assert self._task is not None
         self._progress.update(self._task, completed=done, total=total, note=note)
 
+    def tell(self, text: str) -> None:
+        """A line above the bar, which stays."""
+        self._console.print(f"{self._title:<12} {text}", markup=False)
+
     def end(self, result: str) -> None:
         if self._progress is not None:
             self._progress.stop()

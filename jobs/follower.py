@@ -11,8 +11,10 @@ from typing import Any
 
 from jobs.console import Stage
 from jobs.json_lines import read_rows
+from jobs.run_record import write_json
 from jobs.tracking import TrackedRun
 from jobs.training.clock import PARTS
+from jobs.training.plan import PLAN_FILE
 
 _STEPS_SHOWN = 20
 """Latest steps whose speed stands beside the bar."""
@@ -59,6 +61,8 @@ class Follower:
                 self._best = max(value, self._best) if self._best == self._best else value
             elif row["kind"] == "cost":
                 self._cost = cost_text(row)
+            elif row["kind"] == "plan":
+                self._stage.tell(plan_text(row))
         parts = [f"step {self._step}/{self._num_steps}"] if self._num_steps else []
         parts += [f"loss {self._loss:.4f}"] if self._loss == self._loss else []
         parts += [f"best {self._primary} {self._best:.4f}"] if self._best == self._best else []
@@ -88,6 +92,8 @@ class Follower:
             if row["kind"] == "start":
                 drop_superseded(self._log, after_step=row["step"])
             self._append(json.dumps(row) + "\n")
+            if row["kind"] == "plan":
+                write_json(self._log.with_name(PLAN_FILE), row)
             if prefix := _PREFIXES.get(row["kind"]):
                 values = {f"{prefix}/{key}": row[key] for key in row if key not in _NO_METRICS}
                 self._run.metrics(values, step=row["step"], time_seconds=row["time"])
@@ -111,6 +117,23 @@ def speed_texts(sums: Mapping[str, float]) -> list[str]:
         return []
     split = ", ".join(f"{name.replace('_', '-')} {sums[f'{name}_seconds'] / sums['seconds']:.0%}" for name in PARTS)
     return [f"{sums['events'] / sums['seconds']:,.0f} events/s ({split})"]
+
+
+def plan_text(row: Mapping[str, Any]) -> str:
+    """Where the tables lie, in a line."""
+    tables = ", ".join(f"{table['name']} {table['rows']:,} x {table['width']}" for table in row["tables"])
+    kernels = " and ".join(sorted({table["kernel"] for table in row["tables"]}))
+    each = sum(table["mib_per_worker"] for table in row["tables"])
+    room = f"{row['memory_gib']:.1f} GiB of the machine"
+    if row["device_memory_gib"]:
+        room += f" and {row['device_memory_gib']:.1f} GiB of a GPU"
+    speed = f"memory {row['memory_gib_per_second']:.1f} GiB/s"
+    if row["network_gib_per_second"]:
+        speed += f", network {row['network_gib_per_second']:.2f} GiB/s"
+    return (
+        f"tables {tables}: by rows over {row['workers']} workers ({kernels}), {each:,.1f} MiB each, "
+        f"which may take {room}; {speed}"
+    )
 
 
 def cost_text(row: Mapping[str, Any]) -> str:

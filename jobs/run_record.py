@@ -11,6 +11,7 @@ from jobs.config import ConfigError, RunConfig, redacted
 from jobs.spool import NAME as SPOOL
 from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
 from jobs.training.checkpoint import latest_checkpoint, read_state
+from jobs.training.plan import PLAN_FILE
 from jobs.training.run_lock import LOCK_FILES
 from pipeline.shards import Shards
 
@@ -97,7 +98,8 @@ def close_tracked_run(config: RunConfig, run: TrackedRun, *, status: str) -> boo
 
     False where MLflow is away: the next command that opens the run makes it good.
     """
-    if not run.close(status=status):
+    plan = config.run_dir / PLAN_FILE
+    if not run.close(status=status, files=[plan] if plan.exists() else []):
         return False
     write_json(config.run_dir / RECORD, {**read_json(config.run_dir / RECORD), "mlflow_status": status})
     return True

@@ -123,8 +123,8 @@ class TrackedRun:
         """Keep a file with the run."""
         self._client.log_artifact(self.run_id, str(file))
 
-    def close(self, *, status: str = "FINISHED") -> bool:
-        """Flush and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again).
+    def close(self, *, status: str = "FINISHED", files: Sequence[Path] = ()) -> bool:
+        """Flush, keep these files and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again).
 
         False where MLflow stayed away: the spool has what it lacks, and the run stays open there.
         """
@@ -136,6 +136,8 @@ class TrackedRun:
             if time.monotonic() > deadline:
                 return False
             time.sleep(CLOSE_SECONDS / 10)
+        for file in files:
+            self.artifact(file)
         self._client.set_terminated(self.run_id, status)
         return True
 

@@ -201,6 +201,11 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
             f"model.time_features=true: {config.shards_dir} has an order only, no time stamps: "
             "set --model.time_features false"
         )
+    if config.optimizer.sparse == "adam" and config.parallel.table_memory == "cached":
+        raise ConfigError(
+            "optimizer.sparse=adam with parallel.table_memory=cached: it writes rows beside the GPU's cache: set "
+            "--parallel.table_memory host, or --optimizer.sparse rowwise_adagrad"
+        )
 
 
 def _check_parts(config: RunConfig, counts: RequestCounts) -> None:

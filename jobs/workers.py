@@ -11,6 +11,7 @@ from jobs.config import ConfigError, RunConfig
 from jobs.signals import noted_signals
 from jobs.training.checkpoint import CheckpointError
 from jobs.training.parallel import ParallelConfig
+from jobs.training.plan import TablesDoNotFit
 from pipeline.events import DataError
 
 POLL_SECONDS = 0.5
@@ -141,7 +142,7 @@ def _explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, 
     failures = getattr(error, "worker_failures", None) or {None: error}
     causes = {rank: _root(failure) for rank, failure in failures.items()}
     for cause in causes.values():
-        if isinstance(cause, DataError | CheckpointError):
+        if isinstance(cause, DataError | CheckpointError | TablesDoNotFit):
             return cause
     died, full = (
         ", ".join(str(rank) for rank, cause in sorted(causes.items()) if rank is not None and isinstance(cause, kind))

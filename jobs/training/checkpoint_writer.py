@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -37,6 +36,7 @@ from jobs.training.checkpoint import (
     discard_checkpoint,
 )
 from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
+from jobs.training.plan import available_memory
 from jobs.training.tables import ShardedTables, TableShard
 from jobs.training.telemetry import said_by_rank_0
 
@@ -143,7 +143,7 @@ class CheckpointWriter:
         parts = [part for shard in self._tables.shards() for part in (shard.weight, *shard.state.values())]
         ours = sum(part.numel() * part.element_size() for part in parts)
         needed = ours * int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-        missing = torch.tensor(max(0, needed - psutil.virtual_memory().available) >> 20)
+        missing = torch.tensor(max(0, needed - available_memory()) >> 20)
         dist.all_reduce(missing, op=dist.ReduceOp.MAX)
         if missing:
             raise CheckpointError(

@@ -72,6 +72,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     last_steps.add(num_steps)
     share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
     reporter.row("start", step=state.step, num_steps=num_steps, share=share)
+    reporter.row("plan", **tables.described_plan)
 
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
     complete = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
@@ -158,6 +159,8 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
         user_tables=user_tables(job.model, vocabulary),
         optimizer=job.optimizer,
         device=job.parallel.device,
+        memory=job.parallel.table_memory,
+        cache=job.parallel.table_cache,
     )
     tables.initialize(seed=job.seed, std=job.training.embedding_std)
     # Here and not earlier: sharding the tables draws random numbers, more or fewer of them by world size.

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jobs.training.optimizers import OptimizerConfig
+from jobs.training.plan import KERNELS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,6 +36,11 @@ class ParallelConfig:
     """DeepSpeed ZeRO stage of the tower: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."""
     precision: str = "fp32"
     """fp32, or bf16 for the tower (stages 1-3). Tables, decompositions and losses stay in fp32 or above."""
+    table_memory: str = "device"
+    """Where table rows lie. cuda: device (the GPU's memory), host (the machine's, read by the GPU through UVM) or
+    cached (host, with the rows in use on the GPU); cpu: device alone."""
+    table_cache: float = 0.2
+    """cached: share of the rows that the GPU's cache holds."""
     overlap: bool = True
     """Read the next batch and send its ids to the ranks that own their rows while the tower computes; the losses are
     the same without."""
@@ -53,6 +59,12 @@ class ParallelConfig:
             raise ValueError(f"device={self.device!r}: must be cpu or cuda")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
+        if self.table_memory not in KERNELS:
+            raise ValueError(f"table_memory={self.table_memory!r}: must be {', '.join(KERNELS)}")
+        if self.table_memory != "device" and self.device == "cpu":
+            raise ValueError(f"table_memory={self.table_memory}: must be device where parallel.device is cpu")
+        if not 0 < self.table_cache <= 1:
+            raise ValueError(f"table_cache={self.table_cache}: must be above 0, and 1 at most")
         if self.precision == "fp16":
             raise ValueError("precision=fp16: loss scaling would leak into the fused table updates; use bf16 or fp32")
         if self.precision not in PRECISIONS:

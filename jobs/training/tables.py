@@ -12,16 +12,14 @@ large beside the row lose no digit of a gradient that matters: 6e-8 of it, or 6e
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from jobs.training.optimizers import OptimizerConfig
+from jobs.training.plan import plan_tables
 from models.embeddings import (
     ItemFeature,
     TableSpec,
@@ -66,8 +64,11 @@ class ShardedTables:
         user_tables: Sequence[str] = (),
         optimizer: OptimizerConfig,
         device: str,
+        memory: str = "device",
+        cache: float = 0.2,
     ) -> None:
-        """`user_tables`: those of `tables` that hold the values of user features, in the order of users' codes."""
+        """`user_tables`: those of `tables` that hold the values of user features, in the order of users' codes.
+        `memory` and `cache`: ParallelConfig's table_memory and table_cache. TablesDoNotFit."""
         from torchrec.distributed.embedding import EmbeddingCollectionSharder
         from torchrec.distributed.model_parallel import DistributedModelParallel
         from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -86,9 +87,9 @@ class ShardedTables:
                 RowWiseAdagrad, collection.parameters(), {"lr": optimizer.sparse_lr, "eps": optimizer.sparse_eps}
             )
         sharder: Any = EmbeddingCollectionSharder()
-        group = dist.group.WORLD
-        assert group is not None
-        self.plan = _planner(tables, device=device).collective_plan(collection, [sharder], group)
+        self.plan, self.described_plan = plan_tables(
+            tables, collection, sharder, device=device, memory=memory, cache=cache, sparse=optimizer.sparse
+        )
         self.module = DistributedModelParallel(
             collection,
             device=self.device,
@@ -246,22 +247,3 @@ class _Adam:
         self._before_RC.grad = (self._before_RC - self._weight_RC) / CARRIER_RATE
         self._optimizer.step()
         self._weight_RC.copy_(self._before_RC)
-
-
-def _planner(tables: Sequence[TableSpec], *, device: str) -> Any:
-    """Row-wise sharding for every table, planned against this machine's memory and not the library's example host."""
-    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-    from torchrec.distributed.planner.types import ParameterConstraints
-
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    topology = Topology(
-        world_size=dist.get_world_size(),
-        local_world_size=local_world_size,
-        compute_device=device,
-        hbm_cap=torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0,
-        ddr_cap=psutil.virtual_memory().total // local_world_size,
-    )
-    constraints = {
-        table.name: ParameterConstraints(sharding_types=["row_wise"], compute_kernels=["fused"]) for table in tables
-    }
-    return EmbeddingShardingPlanner(topology=topology, constraints=constraints)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jobs.training import plan
 from jobs.training.dense_state import gather_dense_state, local_dense_state, restore_dense_state
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
+from jobs.training.plan import TablesDoNotFit
 from jobs.training.tables import ShardedTables
 from models.embeddings import ItemFeature, TableSpec, UserCodes, initial_rows
 from tests.distributed.ranks import run_ranks
@@ -115,6 +118,32 @@ def test_embedding_shards_differ_between_ranks_and_equal_the_seeded_rows():
         assert not torch.equal(weight, other_weight)
         whole = initial_rows(table, seed=1, first=0, num_rows=2 * weight.shape[0], width=WIDTH, std=0.1)
         assert torch.equal(torch.cat([weight, other_weight]), whole)
+
+
+def plan_on_a_small_machine() -> tuple[dict[str, Any], str]:
+    """(the plan, what is said where rank 1's machine has 2,000 bytes left for both)."""
+    described = make_tables().described_plan
+    measured = plan.available_memory
+    plan.available_memory = lambda: 2000 if dist.get_rank() == 1 else measured()
+    try:
+        make_tables()
+    except TablesDoNotFit as error:
+        return described, str(error)
+    finally:
+        plan.available_memory = measured
+    raise AssertionError("planned")
+
+
+def test_plan_is_made_of_what_machines_have_and_refuses_tables_that_do_not_fit():
+    (described, said), (also, also_said) = run_ranks(plan_on_a_small_machine, 2)
+    assert described == also
+    assert said == also_said
+    item, genres = described["tables"]
+    assert (item["rows_per_worker"], item["kernel"], item["sharding"]) == ([64, 64], "fused", "row_wise")
+    assert item["mib_per_worker"] == 64 * (WIDTH + 1) * 4 / 2**20
+    assert genres["rows_per_worker"] == [4, 4]
+    assert 0 < described["network_gib_per_second"] < described["memory_gib_per_second"] < 1000
+    assert said.startswith("parallel.num_workers=2: the tables need 0.00 GiB a worker")
 
 
 def learning_rate_of_tables() -> list[float]:

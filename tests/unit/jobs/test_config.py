@@ -65,6 +65,11 @@ def test_value_of_the_wrong_type_names_key_and_value():
         (["--model.rank", "65"], "model.rank = 65 must not exceed width = 64"),
         (["--parallel.precision", "fp16"], "parallel.precision=fp16: loss scaling would leak"),
         (["--parallel.num_workers", "0"], "parallel.num_workers=0: must be 1 or more"),
+        (["--parallel.table_memory", "uvm"], "parallel.table_memory='uvm': must be device, host, cached"),
+        (
+            ["--parallel.table_memory", "host"],
+            "parallel.table_memory=host: must be device where parallel.device is cpu",
+        ),
         (["--parallel.precision", "bf16", "--parallel.zero_stage", "0"], "parallel.precision=bf16 with zero_stage=0"),
         (
             ["--data.requests.negatives", "popularity", "--data.requests.popularity_power", "2"],

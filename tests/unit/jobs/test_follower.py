@@ -16,6 +16,10 @@ class FakeStage:
 
     def __init__(self) -> None:
         self.note = ""
+        self.told: list[str] = []
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
 
     def update(self, done: float, total: float | None, note: str = "") -> None:
         self.note = note
@@ -112,3 +116,20 @@ def test_speed_split_memory_and_time_left_stand_beside_the_bar_and_the_cost_at_t
         1,
         {"cost/core_seconds": 1800.0, "cost/read_bytes": 2.0**31, "cost/written_bytes": 2.0**30},
     )
+
+
+def test_plan_of_the_tables_is_told_and_kept(follow, stage, log):
+    plan = {
+        "workers": 2, "memory_gib": 11.25, "device_memory_gib": 0.0,
+        "memory_gib_per_second": 8.5, "network_gib_per_second": 1.25,
+        "tables": [
+            {"name": "item", "rows": 2048, "width": 64, "kernel": "fused", "mib_per_worker": 0.25},
+            {"name": "genres", "rows": 32, "width": 8, "kernel": "fused", "mib_per_worker": 0.25},
+        ],
+    }  # fmt: skip
+    follow([row("plan", **plan)])
+    assert stage.told == [
+        "tables item 2,048 x 64, genres 32 x 8: by rows over 2 workers (fused), 0.5 MiB each, which may take 11.2 GiB "
+        "of the machine; memory 8.5 GiB/s, network 1.25 GiB/s"
+    ]
+    assert json.loads(log.with_name("plan.json").read_text())["tables"] == plan["tables"]
