@@ -81,6 +81,11 @@ class Batch:
     def num_candidates(self) -> int:
         return self.candidate_item.numel()
 
+    def pinned(self) -> Batch:
+        """The same in page-locked memory, from which a GPU copies while it computes."""
+        tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
     def without_history(self) -> Batch:
         """The same requests as if their users had done nothing before: the ablation of evaluation."""
         return dataclasses.replace(self, request_position=torch.zeros_like(self.request_position))

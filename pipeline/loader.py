@@ -56,10 +56,11 @@ class TrainLoader:
 
     def __init__(
         self, data: Shards, *, requests: RequestConfig, loader: LoaderConfig, seed: int, rank: int = 0,
-        world_size: int = 1, item_counts: np.ndarray | None = None,
+        world_size: int = 1, item_counts: np.ndarray | None = None, pin: bool = False,
     ) -> None:  # fmt: skip
-        """`item_counts`: those of `training_item_counts` for negatives by popularity, counted here where not given."""
-        self._data, self._requests, self._loader = data, requests, loader
+        """`item_counts`: those of `training_item_counts` for negatives by popularity, counted here where not given.
+        `pin`: the thread that builds ahead leaves batches in page-locked memory, for a GPU."""
+        self._data, self._requests, self._loader, self._pin = data, requests, loader, pin
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._counts = request_counts(data, requests).train
         self._cost = _training_cost(self._counts, requests)
@@ -150,7 +151,8 @@ class TrainLoader:
             if self._draws_negatives:
                 chosen, log_q = self._with_negatives(chosen, events, users, epoch)
             batch = _batch(users, events, chosen, *window, num_global_requests=int(plan.num_requests[number]))
-            yield dataclasses.replace(batch, epoch=epoch, candidate_log_q=log_q)
+            batch = dataclasses.replace(batch, epoch=epoch, candidate_log_q=log_q)
+            yield batch.pinned() if self._pin else batch
 
     @property
     def _draws_negatives(self) -> bool:

@@ -62,6 +62,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         item_counts=counts,
+        pin=job.parallel.device == "cuda",
     )
     batches_per_epoch = [loader.num_batches(epoch) for epoch in range(training.epochs)]
     num_steps = sum(batches_per_epoch)
@@ -129,7 +130,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             if stop or state.finished:
                 break
     if asked is not None:
-        asked.rows.send().wait()
+        asked.rows.receive()
     reporter.row("cost", step=state.step, **_cost())
     return state
 

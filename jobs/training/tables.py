@@ -78,6 +78,7 @@ class ShardedTables:
         self.features = list(features)
         self.user_tables = list(user_tables)
         self.device = torch.device(device if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
+        self._stream = torch.cuda.Stream(self.device) if device == "cuda" else None
         self._adam = optimizer.sparse == "adam"
         collection = embedding_collection(tables)
         if self._adam:
@@ -118,15 +119,15 @@ class ShardedTables:
         """Begin `look_up_with_users`: the ids start on their way to the ranks that own them."""
         # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
         asked = item_rows_I if item_rows_I.numel() else item_rows_I.new_zeros(1)
-        ids = look_up_ids(asked, self.features, user_tables=self.user_tables, users=users).to(self.device)
+        ids = look_up_ids(asked, self.features, user_tables=self.user_tables, users=users)
         context = self._collection.create_context()
-        return AskedRows(
-            item_rows_I.numel(), users.lengths_UG.shape[0], context, self._collection.input_dist(context, ids)
-        )
+        with torch.cuda.stream(self._stream):
+            announced = self._collection.input_dist(context, ids.to(self.device, non_blocking=True))
+        return AskedRows(item_rows_I.numel(), users.lengths_UG.shape[0], context, announced, self._stream)
 
     def answer(self, asked: AskedRows) -> tuple[Tensor, Tensor, Tensor]:
         """Finish `look_up_with_users`, with the rows as the updates before it left them."""
-        ids = asked.send().wait()
+        ids = asked.receive()
         rows = self._collection.compute_and_output_dist(asked.context, ids).wait()
         item_IC, features_IFC = pool_features(rows, self.features)
         if self.user_tables:
@@ -211,15 +212,28 @@ class ShardedTables:
 class AskedRows:
     """A look-up under way: first the ranks hear how many ids come, then the ids travel."""
 
-    def __init__(self, num_items: int, num_users: int, context: Any, announced: Any) -> None:
+    def __init__(self, num_items: int, num_users: int, context: Any, announced: Any, stream: Any) -> None:
         self.num_items, self.num_users, self.context = num_items, num_users, context
-        self._announced, self._sent = announced, None
+        self._announced, self._sent, self._stream = announced, None, stream
 
-    def send(self) -> Any:
-        """Wait for the numbers and send the ids; what it returns waits for them. A collective, once; then free."""
+    def send(self) -> None:
+        """Wait for the numbers and send the ids. A collective the first time."""
         if self._sent is None:
-            self._sent = self._announced.wait()
-        return self._sent
+            with torch.cuda.stream(self._stream):
+                self._sent = self._announced.wait()
+
+    def receive(self) -> Any:
+        """The ids that this rank has the rows of."""
+        self.send()
+        assert self._sent is not None
+        with torch.cuda.stream(self._stream):
+            ids = self._sent.wait()
+        if self._stream is not None:
+            computing = torch.cuda.current_stream()
+            computing.wait_stream(self._stream)
+            ids.record_stream(computing)
+            self.context.record_stream(computing)
+        return ids
 
 
 class _Adam:
