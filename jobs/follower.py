@@ -124,16 +124,14 @@ def plan_text(row: Mapping[str, Any]) -> str:
     tables = ", ".join(f"{table['name']} {table['rows']:,} x {table['width']}" for table in row["tables"])
     kernels = " and ".join(sorted({table["kernel"] for table in row["tables"]}))
     each = sum(table["mib_per_worker"] for table in row["tables"])
-    room = f"{row['memory_gib']:.1f} GiB of the machine"
+    size = f"{each:,.0f} MiB" if each >= 10 else f"{each * 1024:,.0f} KiB"
+    room = f"{row['memory_gib']:.1f} GiB"
     if row["device_memory_gib"]:
         room += f" and {row['device_memory_gib']:.1f} GiB of a GPU"
     speed = f"memory {row['memory_gib_per_second']:.1f} GiB/s"
     if row["network_gib_per_second"]:
         speed += f", network {row['network_gib_per_second']:.2f} GiB/s"
-    return (
-        f"tables {tables}: by rows over {row['workers']} workers ({kernels}), {each:,.1f} MiB each, "
-        f"which may take {room}; {speed}"
-    )
+    return f"tables by rows over {row['workers']} workers ({kernels}): {tables}: {size} each of {room}; {speed}"
 
 
 def cost_text(row: Mapping[str, Any]) -> str:

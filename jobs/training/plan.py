@@ -23,7 +23,8 @@ KERNELS = {"device": "fused", "host": "fused_uvm", "cached": "fused_uvm_caching"
 """parallel.table_memory -> TorchRec's compute kernel."""
 STATE_FLOATS = {"rowwise_adagrad": lambda width: 1, "adam": lambda width: 3 * width}
 """optimizer.sparse -> what it keeps of a row beside its weights, in memory."""
-_PROBE_BYTES = 1 << 24
+_COPIED_BYTES, _SENT_BYTES = 1 << 26, 1 << 24
+"""To measure bandwidths with: more than caches hold; what an exchange of rows may be."""
 _PROBES = 3
 
 
@@ -55,17 +56,17 @@ def plan_tables(
 
 def _measured(device: str) -> dict[str, float]:
     """What this rank may take of its machine's memory, in bytes, and bandwidths in bytes/s. All ranks join."""
-    source, target = torch.zeros(_PROBE_BYTES // 4), torch.zeros(_PROBE_BYTES // 4)
+    source, target = torch.zeros(_COPIED_BYTES // 4), torch.zeros(_COPIED_BYTES // 4)
     found = {
         "memory": available_memory() / _local_world_size(),
-        "memory_bandwidth": 2 * _PROBE_BYTES / _best_seconds(lambda: target.copy_(source)),
+        "memory_bandwidth": 2 * _COPIED_BYTES / _best_seconds(lambda: target.copy_(source)),
         "device_memory": float(torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else 0.0,
         "network_bandwidth": float("inf"),
     }
     ranks = dist.get_world_size()
     if ranks > 1:
         where = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
-        sent = torch.zeros(_PROBE_BYTES // 4 // ranks * ranks, device=where)
+        sent = torch.zeros(_SENT_BYTES // 4 // ranks * ranks, device=where)
         received = torch.zeros_like(sent)
 
         def exchange() -> None:
@@ -73,7 +74,7 @@ def _measured(device: str) -> dict[str, float]:
             if device == "cuda":
                 torch.cuda.synchronize()
 
-        found["network_bandwidth"] = _PROBE_BYTES * (ranks - 1) / ranks / _best_seconds(exchange)
+        found["network_bandwidth"] = _SENT_BYTES * (ranks - 1) / ranks / _best_seconds(exchange)
     return found
 
 

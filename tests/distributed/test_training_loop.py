@@ -75,6 +75,10 @@ def make_job(shards_dir: str, run_dir: Path, **changes: Any) -> TrainJob:
     return dataclasses.replace(job, **changes)
 
 
+def in_bf16(job: TrainJob, stage: int) -> TrainJob:
+    return dataclasses.replace(job, parallel=ParallelConfig(zero_stage=stage, precision="bf16"))
+
+
 def without_overlap(job: TrainJob) -> TrainJob:
     return dataclasses.replace(job, parallel=dataclasses.replace(job.parallel, overlap=False))
 
@@ -89,6 +93,7 @@ def in_batch_job(shards_dir: str, run_dir: Path) -> TrainJob:
     )
 
 
+BF16_STAGES = (1, 2, 3)
 SMALL: dict[str, Any] = {"width": 16, "rank": 4, "recent_window": 8, "checkpoint_every": 4}
 WITHOUT_DROPOUT = {"name": "solar", **dataclasses.asdict(SolarConfig(**SMALL, dropout=0.0))}
 
@@ -149,6 +154,10 @@ def two_rank_runs(shards_dir, tmp_path_factory) -> tuple[Path, list[list[dict[st
         ),
         (in_batch_job(shards_dir, directory / "in-batch"), [None]),
         (in_batch_job(shards_dir, directory / "in-batch-resumed"), [5, None]),
+        *(
+            (in_bf16(make_job(shards_dir, directory / f"bf16-{stage}", model=WITHOUT_DROPOUT), stage), [None])
+            for stage in BF16_STAGES
+        ),
         (without_overlap(in_batch_job(shards_dir, directory / "in-batch-without-overlap")), [None]),
     ]
     return directory, run_ranks(run_each, 2, jobs)[0]
@@ -164,12 +173,12 @@ def test_interrupted_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(two_ra
 
 
 def test_in_batch_negatives_are_the_same_ones_after_a_resume(two_rank_runs):
-    *_, straight, resumed, _ = two_rank_runs[1]
+    _, _, _, _, straight, resumed, *_ = two_rank_runs[1]
     assert losses(resumed) == losses(straight)
 
 
 def test_sending_the_next_ids_ahead_changes_nothing(two_rank_runs):
-    directory, (*_, ahead, _, without) = two_rank_runs
+    directory, (_, _, _, _, ahead, *_, without) = two_rank_runs
     assert losses(ahead) == losses(without)
     expected, found = weights(directory / "in-batch-without-overlap"), weights(directory / "in-batch")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -197,6 +206,14 @@ def test_zero_stage_3_trains_and_evaluates_like_stage_1(two_rank_runs):
     # fp32 sums in another order, the bound of the project's contract.
     assert losses(stage_3) == pytest.approx(losses(stage_1), rel=1e-4)
     assert [row["requests"] for row in stage_3 if row["kind"] == "valid"] == [40.0, 40.0]
+
+
+def test_bf16_tower_trains_like_fp32_at_every_stage(two_rank_runs):
+    _, (_, _, fp32, _, _, _, *bf16, _) = two_rank_runs
+    assert len(bf16) == len(BF16_STAGES)
+    for rows in bf16:
+        # 8 bits of mantissa: the bound of the project's contract.
+        assert losses(rows) == pytest.approx(losses(fp32), rel=3e-2)
 
 
 @pytest.fixture(scope="module")

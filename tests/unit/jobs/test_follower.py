@@ -129,7 +129,7 @@ def test_plan_of_the_tables_is_told_and_kept(follow, stage, log):
     }  # fmt: skip
     follow([row("plan", **plan)])
     assert stage.told == [
-        "tables item 2,048 x 64, genres 32 x 8: by rows over 2 workers (fused), 0.5 MiB each, which may take 11.2 GiB "
-        "of the machine; memory 8.5 GiB/s, network 1.25 GiB/s"
+        "tables by rows over 2 workers (fused): item 2,048 x 64, genres 32 x 8: 512 KiB each of 11.2 GiB; "
+        "memory 8.5 GiB/s, network 1.25 GiB/s"
     ]
     assert json.loads(log.with_name("plan.json").read_text())["tables"] == plan["tables"]
