@@ -41,7 +41,9 @@ class CheckpointConfig:
     """When to write and what to keep."""
 
     every_steps: int = 0
-    """Steps between checkpoints; 0 = at every evaluation and at the end only."""
+    """Steps between checkpoints, besides those at every evaluation and at the end; 0 = none."""
+    every_minutes: float = 10.0
+    """Minutes after the latest checkpoint until another one is due; 0 = none."""
     keep: int = 2
     """Latest checkpoints kept beside the best one."""
     asynchronous: bool = True
@@ -50,6 +52,8 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 0:
             raise ValueError(f"every_steps={self.every_steps}: must be 0 or more")
+        if not self.every_minutes >= 0:
+            raise ValueError(f"every_minutes={self.every_minutes}: must be 0 or more")
         if self.keep < 1:
             raise ValueError(f"keep={self.keep}: must be 1 or more")
 

@@ -60,7 +60,7 @@ class _Copied:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time; a context that all ranks enter and leave.
 
-    The constructor, `begin` and `settle` are collectives. A checkpoint that any rank cannot write ends in the same
+    The constructor and all methods are collectives. A checkpoint that any rank cannot write ends in the same
     CheckpointError on all of them, with nothing left of its directory: in `settle`, or in the next `begin`.
     """
 
@@ -83,6 +83,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._figures: dict[str, Any] = {}
         self._error: BaseException | None = None
+        self._latest = time.monotonic()
         if config.asynchronous:
             self._require_memory()
 
@@ -93,6 +94,13 @@ class CheckpointWriter:
         # The run directory is this group's until its threads are through.
         if self._thread is not None:
             self._thread.join()
+
+    def due(self, step: int) -> bool:
+        """Whether the configuration asks for a checkpoint after this step, by rank 0's clock. All ranks join."""
+        if self._config.every_steps and step % self._config.every_steps == 0:
+            return True
+        minutes = self._config.every_minutes
+        return bool(minutes and said_by_rank_0(time.monotonic() - self._latest >= 60 * minutes))
 
     def begin(self, state: TrainState, *, last: bool = False) -> None:
         """Begin `step-XXXXXXXX` once the one before it is written; the `last` one, after which nothing is trained, is
@@ -113,6 +121,7 @@ class CheckpointWriter:
         if direct:
             self._thread.join()
         self._figures["stall_seconds"] = time.perf_counter() - started
+        self._latest = time.monotonic()
         if direct:
             self.settle(wait=True)
 

@@ -124,8 +124,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             stop = reporter.should_stop()
             no_better = bool(training.patience) and state.validations_since_best >= training.patience
             state.finished = state.step == num_steps or out_of_time or no_better
-            due = job.checkpoint.every_steps and state.step % job.checkpoint.every_steps == 0
-            if due or stop or validated:
+            if stop or validated or checkpoints.due(state.step):
                 checkpoints.begin(state, last=stop or state.finished)
             if stop or state.finished:
                 break

@@ -355,6 +355,12 @@ def test_training_goes_on_while_a_checkpoint_is_written_of_what_was_when_it_bega
     assert told["stall_seconds"] > 0
 
 
+def test_checkpoints_by_the_clock_come_between_those_of_evaluations(shards_dir, tmp_path):
+    job = make_job(shards_dir, tmp_path / "run", checkpoint=CheckpointConfig(every_minutes=1e-9, keep=9))
+    run_ranks(run_each, 2, [(job, [None])])
+    assert [path.name for path in committed_checkpoints(tmp_path / "run")] == [f"step-{n:08d}" for n in range(1, 9)]
+
+
 def run_beside_a_full_disk(job: TrainJob) -> tuple[str, int]:
     """Every second step's checkpoint is refused by rank 1's disk: (what the error says, the last step made)."""
     written, reporter = checkpoint_writer.save_file, RecordingReporter(None)
