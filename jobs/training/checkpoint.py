@@ -196,11 +196,24 @@ def load_dense(path: Path) -> dict[str, Tensor]:
     return load_file(path / "dense.safetensors")
 
 
+def random_state() -> dict[str, str]:
+    """This rank's random state: of the CPU, and of its GPU where it uses one."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
 def restore_random_state(document: dict[str, Any]) -> None:
     """Set this rank's random state. At another world size there is none to restore: ranks keep their seeds."""
-    if document["world_size"] == dist.get_world_size():
-        raw = bytearray(base64.b64decode(document["random_states"][dist.get_rank()]))
-        torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
+    if document["world_size"] != dist.get_world_size():
+        return
+    for name, encoded in document["random_states"][dist.get_rank()].items():
+        state = torch.frombuffer(bytearray(base64.b64decode(encoded)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(state)
 
 
 def _way_on(path: Path) -> str:

@@ -10,7 +10,6 @@ The threads agree through a process group of their own: their collectives never 
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import datetime
 import json
@@ -34,6 +33,7 @@ from jobs.training.checkpoint import (
     checksum_of,
     committed_checkpoints,
     discard_checkpoint,
+    random_state,
 )
 from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
 from jobs.training.plan import available_memory
@@ -53,7 +53,7 @@ class _Copied:
     path: Path
     train_state: Mapping[str, Any]
     shards: list[TableShard]
-    random_state: str
+    random_state: dict[str, str]
     dense: list[DenseFragment]
 
 
@@ -112,7 +112,7 @@ class CheckpointWriter:
             path=self._run_dir / f"step-{state.step:08d}",
             train_state=dataclasses.asdict(state),
             shards=[shard if direct else self._copy(shard) for shard in self._tables.shards() if len(shard.weight)],
-            random_state=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            random_state=random_state(),
             dense=local_dense_state(self._engine),
         )
         self._thread = threading.Thread(target=self._work, args=(copied,), name="solar-checkpoint", daemon=True)
@@ -177,7 +177,7 @@ class CheckpointWriter:
             discard_checkpoint(path)
             path.mkdir(parents=True)
 
-        def write_tables() -> tuple[list[dict[str, Any]], str]:
+        def write_tables() -> tuple[list[dict[str, Any]], dict[str, str]]:
             return [_save_table(path, shard) for shard in copied.shards], copied.random_state
 
         def finish() -> int:
@@ -185,7 +185,7 @@ class CheckpointWriter:
                 **self._facts,
                 "train_state": copied.train_state,
                 "world_size": dist.get_world_size(),
-                "random_states": [random_state for _, random_state in written],
+                "random_states": [drawn for _, drawn in written],
                 "tables": [dataclasses.asdict(spec) for spec in self._tables.specs],
                 "sharding_plan": str(self._tables.plan),
             }
