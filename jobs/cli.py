@@ -33,6 +33,7 @@ solar COMMAND ... [-v]
   migrate DIR           shards of the previous format made readable
   inspect DIR           what is in a shard directory or a checkpoint (--verify, --digest)
   train RECIPE          shards -> checkpoints and an MLflow run (--resume; --from-previous: past a damaged checkpoint)
+  grow CHECKPOINT       the same checkpoint with tables as large as the vocabulary of --shards DIR now (--out DIR)
   evaluate SUBJECT      a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)
   register RECIPE       the run's best checkpoint -> MLflow registry
   score MODEL_URI       a registered model on Parquet requests -> scores and rankings
@@ -135,6 +136,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "gc": data.gc,
     "migrate": data.migrate,
     "train": training.train,
+    "grow": training.grow,
     "evaluate": training.evaluate,
     "register": training.register,
     "score": serving.score,

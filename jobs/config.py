@@ -141,16 +141,20 @@ class RunConfig:
         common, theirs = ({field.name for field in dataclasses.fields(each)} for each in (TowerConfig, config_class))
         kept = {key: value for key, value in self.model.items() if key in common & theirs}
         model = {"name": name, **dataclasses.asdict(config_class(**kept))}
-        return dataclasses.replace(self, name=f"{self.name}-{name}", model=model, compare=())
+        # A checkpoint is of one model.
+        training = dataclasses.replace(self.training, warm_start=None)
+        return dataclasses.replace(self, name=f"{self.name}-{name}", model=model, training=training, compare=())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, secrets in URIs redacted: what is printed, stored and logged."""
         return redacted(json.loads(json.dumps(dataclasses.asdict(self))))
 
     def identity(self) -> dict[str, Any]:
-        """What decides the trained weights: a run directory belongs to one identity."""
+        """What decides the trained weights, but for the content of training.warm_start, which stands in the run's
+        record: a run directory belongs to one identity."""
         whole = self.as_dict()
         parts = {key: whole[key] for key in ("seed", "model", "training", "optimizer")}
+        parts["training"] = {key: value for key, value in whole["training"].items() if key != "warm_start"}
         loader = {key: value for key, value in whole["data"]["loader"].items() if key != "prefetch"}
         parts["data"] = {"requests": whole["data"]["requests"], "loader": loader}
         parts["precision"] = self.parallel.precision

@@ -10,23 +10,26 @@ from typing import Any
 from jobs.config import ConfigError, RunConfig, redacted
 from jobs.spool import NAME as SPOOL
 from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
-from jobs.training.checkpoint import latest_checkpoint, read_state
+from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_state
 from jobs.training.plan import PLAN_FILE
 from jobs.training.run_lock import LOCK_FILES
+from jobs.warm_start import find_checkpoint
 from pipeline.shards import Shards
 
 RECORD = "run.json"
-FACTS = ("config", "fingerprint", "manifest", "manifest_fingerprint", "git_commit")
+FACTS = ("config", "fingerprint", "manifest", "manifest_fingerprint", "git_commit", "warm_start")
 
 
-def run_facts(config: RunConfig, shards: Shards) -> dict[str, Any]:
-    """What run.json and every checkpoint say about how the run came about."""
+def run_facts(config: RunConfig, shards: Shards, *, warm_start: str | None = None) -> dict[str, Any]:
+    """What run.json and every checkpoint say about how the run came about; `warm_start` is the key of the checkpoint
+    that it began from."""
     return {
         "config": config.as_dict(),
         "fingerprint": config.fingerprint(),
         "manifest": shards.manifest.number,
         "manifest_fingerprint": shards.manifest.fingerprint,
         "git_commit": git_commit(),
+        "warm_start": warm_start,
     }
 
 
@@ -41,6 +44,7 @@ def previous_run(config: RunConfig, shards: Shards) -> dict[str, Any]:
             f"{config.run_dir}: belongs to another configuration ({key} is {there} there, {here} here): "
             "choose another --name, or remove the directory"
         )
+    _refuse_other_beginning(config, previous)
     manifest = shards.manifest
     if previous["manifest_fingerprint"] != manifest.fingerprint:
         raise ConfigError(
@@ -64,7 +68,7 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     latest = latest_checkpoint(run_dir)
     if latest is not None:
         document = read_state(latest)
-        return {key: document[key] for key in FACTS}
+        return {key: document.get(key) for key in FACTS}
     ours = {*LOCK_FILES, Path(RECORD).with_suffix(".tmp").name}
     if run_dir.exists() and any(path.name not in ours for path in run_dir.iterdir()):
         raise ConfigError(f"{run_dir}: not empty and not a run: choose another --name or --workspace")
@@ -89,7 +93,8 @@ def open_tracked_run(config: RunConfig, facts: dict[str, Any], previous: dict[st
     write_json(config.run_dir / RECORD, {**facts, "mlflow_run_id": run.run_id, "mlflow_status": "RUNNING"})
     if run.run_id != previous.get("mlflow_run_id"):
         run.params(facts["config"])
-        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in facts.items() if key != "config"}})
+        told = {key: value for key, value in facts.items() if key != "config" and value is not None}
+        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in told.items()}})
     return run
 
 
@@ -121,6 +126,24 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     except OSError as error:
         staged.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _refuse_other_beginning(config: RunConfig, previous: dict[str, Any]) -> None:
+    """The run began from a certain checkpoint, or from the seed. One that is gone by now is not needed any more."""
+    begun, asked = previous.get("warm_start"), config.training.warm_start
+    if begun and asked and not Path(asked).exists():
+        return
+    here = checkpoint_key(find_checkpoint(asked)) if asked else None
+    if begun != here:
+        there = previous["config"]["training"].get("warm_start")
+        raise ConfigError(
+            f"{config.run_dir}: belongs to another configuration (training.warm_start is {_beginning(there, begun)} "
+            f"there, {_beginning(asked, here)} here): choose another --name, or remove the directory"
+        )
+
+
+def _beginning(path: str | None, key: str | None) -> str:
+    return f"{path} with content {key}" if key else "null"
 
 
 def _first_difference(there: dict[str, Any], here: dict[str, Any], identity: dict[str, Any]) -> tuple[str, Any, Any]:

@@ -20,6 +20,7 @@ from jobs.run_record import read_json as read_json
 from jobs.run_record import write_json as write_json
 from jobs.spool import NAME as SPOOL
 from jobs.training.checkpoint import (
+    CheckpointError,
     checkpoint_bytes,
     committed_checkpoints,
     latest_checkpoint,
@@ -30,12 +31,14 @@ from jobs.training.job import TrainJob
 from jobs.training.model import build_tower, model_settings, table_specs, user_features
 from jobs.training.results import primary_metric
 from jobs.training.run_lock import sole_command, wait_for_workers
+from jobs.warm_start import Begun, begin_from, best_of
 from jobs.workers import run_workers
 from pipeline.build import index_requests
 from pipeline.manifest import current_manifest
 from pipeline.request_index import RequestCounts
 from pipeline.shards import Shards
 from pipeline.storage import absolute
+from pipeline.vocabulary_growth import beginnings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,8 @@ def train(
                         f"{config.run_dir}: was trained on manifest {shards.manifest.number}, the shards are now at "
                         f"manifest {present}: choose another --name"
                     )
-                return _finished_before(config, run_facts(config, shards), previous)
+                facts = run_facts(config, shards, warm_start=previous.get("warm_start"))
+                return _finished_before(config, facts, previous)
             if not (resume or from_previous):
                 raise ConfigError(
                     f"{config.run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW"
@@ -78,17 +82,34 @@ def train(
             console.line(
                 f"{'train':<12} continues on manifest {shards.manifest.number}; the shards are at {present} now"
             )
+        begun = _begin(config, shards, previous, console) if latest is None else None
         _require_disk(config, shards)
         wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
         with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
             _check_parts(config, index_requests(shards, config=config.data.requests))
-            run_id = _train(config, shards, console, previous)
+            run_id = _train(config, shards, console, previous, begun=begun)
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 
 
-def _train(config: RunConfig, shards: Shards, console: Console, previous: dict[str, Any]) -> str:
+def _begin(config: RunConfig, shards: Shards, previous: dict[str, Any], console: Console) -> Begun | None:
+    """The checkpoint that the run begins from, None = the seed."""
+    if config.training.warm_start is None:
+        return None
+    try:
+        begun = begin_from(
+            config.training.warm_start, model=config.model, sparse=config.optimizer.sparse, shards=shards
+        )
+    except CheckpointError as error:
+        raise ConfigError(f"training.warm_start={config.training.warm_start}: {error}") from error
+    console.line(f"{'train':<12} begins from {begun.path} ({begun.key})")
+    return begun
+
+
+def _train(
+    config: RunConfig, shards: Shards, console: Console, previous: dict[str, Any], *, begun: Begun | None
+) -> str:
     """Start the workers, follow them to the end, and record the outcome; returns the MLflow run's id."""
-    facts = run_facts(config, shards)
+    facts = run_facts(config, shards, warm_start=begun.key if begun else previous.get("warm_start"))
     run = open_tracked_run(config, facts, previous)
     status = "FAILED"
     try:
@@ -100,7 +121,8 @@ def _train(config: RunConfig, shards: Shards, console: Console, previous: dict[s
                 primary=primary_metric(config.data.requests),
                 num_workers=config.parallel.num_workers,
             )
-            arguments = {"job": train_job(config, shards, facts=facts)}
+            stored = {**facts, "vocabulary": beginnings_of(shards.vocabulary)}
+            arguments = {"job": train_job(config, shards, facts=stored, begun=begun)}
             run_workers(_train_worker, arguments, config=config, name="train", on_rows=follow, stoppable=True)
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
@@ -151,7 +173,9 @@ def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
     return Shards.open(path, number=number)
 
 
-def train_job(config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None = None) -> TrainJob:
+def train_job(
+    config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None = None, begun: Begun | None = None
+) -> TrainJob:
     """What the workers get to know of a config."""
     return TrainJob(
         run_dir=str(config.run_dir.absolute()),
@@ -166,16 +190,15 @@ def train_job(config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None
         parallel=config.parallel,
         checkpoint=config.checkpoint,
         facts=facts or {},
+        warm_start=str(begun.path.absolute()) if begun else None,
     )
 
 
 def best_checkpoint(run_dir: Path) -> Path:
     """The checkpoint with the best validation metric so far, with all its checksums right."""
-    latest = latest_checkpoint(run_dir)
-    if latest is None:
+    if latest_checkpoint(run_dir) is None:
         raise ConfigError(f"{run_dir}: no checkpoint there: run `solar train` first")
-    best = run_dir / f"step-{read_state(latest)['train_state']['best_step']:08d}"
-    chosen = best if best in committed_checkpoints(run_dir) else latest
+    chosen = best_of(run_dir)
     read_state(chosen, checksums=True)
     return chosen
 

@@ -200,19 +200,27 @@ class Vocabulary:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()[:32]
 
+    def entries(self) -> dict[str, pa.Array]:
+        """{kind: raw values in row order, large_string}: "item" (decimal or string form), "action", "value:<item
+        feature>", "user:<user feature>"."""
+        return {
+            "item": self.items.cast(pa.large_string()),
+            "action": pa.array(self.actions, pa.large_string()),
+            **{f"value:{n}": pa.array(f.names, pa.large_string()) for n, f in sorted(self.features.items())},
+            **{f"user:{n}": pa.array(v, pa.large_string()) for n, v in self.user_features.items()},
+        }
+
     def to_bytes(self) -> bytes:
         """The Parquet file: one line an item, action or feature value, in row order of its kind.
 
-        kind ("item", "action", "value:<item feature>", "user:<user feature>"), raw (decimal or string form), and a list
-        of value rows for each item feature, "feature:<feature>", filled for items. The metadata name the user features.
+        kind and raw as in `entries`, and a list of value rows for each item feature, "feature:<feature>", filled for
+        items. The metadata name the user features.
         """
-        kinds = [("item", self.items.cast(pa.large_string())), ("action", pa.array(self.actions, pa.large_string()))]
-        kinds += [(f"value:{n}", pa.array(f.names, pa.large_string())) for n, f in sorted(self.features.items())]
-        kinds += [(f"user:{n}", pa.array(v, pa.large_string())) for n, v in self.user_features.items()]
-        total = sum(len(raw) for _, raw in kinds)
+        kinds = self.entries()
+        total = sum(map(len, kinds.values()))
         columns: dict[str, pa.Array] = {
-            "kind": pa.array(np.repeat([kind for kind, _ in kinds], [len(raw) for _, raw in kinds]), pa.string()),
-            "raw": pa.concat_arrays([raw for _, raw in kinds]),
+            "kind": pa.array(np.repeat(list(kinds), [len(raw) for raw in kinds.values()]), pa.string()),
+            "raw": pa.concat_arrays(list(kinds.values())),
         }
         for name, feature in sorted(self.features.items()):
             offsets = feature.offsets[NUM_RESERVED:]

@@ -1,4 +1,5 @@
-"""run, leaderboard, train, evaluate, register: the commands that take a recipe or a board of them."""
+"""run, leaderboard, train, evaluate, register: the commands that take a recipe or a board of them; grow, which takes
+what they wrote."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jobs.commands.arguments import capture, recipe_config, usage_error
+from jobs.commands.arguments import capture, parse, recipe_config, usage_error
 from jobs.console import Console
 
 
@@ -79,6 +80,21 @@ def train(arguments: list[str], console: Console, *, verbose: bool) -> int:
     capture(console, config.workspace, "train", verbose=verbose)
     trained = train_run(config, console, **flags, verbose=verbose)
     console.line(f"{'already there: ' if trained.reused else ''}{trained.checkpoint}")
+    return 0
+
+
+def grow(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jsonargparse import ArgumentParser
+
+    from jobs.grow import grow as grow_checkpoint
+
+    parser = ArgumentParser(prog="solar grow", exit_on_error=False)
+    parser.add_argument("checkpoint", type=str, help="a committed checkpoint, or a run's directory: its best one")
+    parser.add_argument("--shards", type=str, required=True, help="sequence shards whose vocabulary has grown")
+    parser.add_argument("--out", type=str, required=True, help="directory of the new checkpoint; must not be there")
+    parsed = parse(parser, arguments)
+    grown = grow_checkpoint(parsed.checkpoint, console, shards_dir=parsed.shards, out=parsed.out)
+    console.line(f"{grown}")
     return 0
 
 

@@ -16,6 +16,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -76,10 +77,17 @@ class TrainState:
     """Time spent in steps, over all restarts."""
     events: int = 0
     """Events of all histories read in steps, over all ranks and restarts."""
+    steps_before: int = 0
+    """Optimizer steps of the checkpoint that the run began from: the optimizers' own counts go on from there."""
     peak_gib: float = 0.0
     """Most memory that the ranks had together, each at its own peak, at the last validation."""
     finished: bool = False
     """All epochs are done."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that the weights have behind them."""
+        return self.steps_before + self.step
 
 
 def discard_checkpoint(path: Path) -> None:
@@ -164,7 +172,7 @@ def verify_checkpoint(path: Path, *, checksums: bool = True) -> list[str]:
             problems.append(f"{file}: missing")
         elif file.stat().st_size != size:
             problems.append(f"{file}: {file.stat().st_size} bytes instead of {size}")
-        elif checksums and checksum_of(file) != checksum:
+        elif checksums and _checksum(file) != checksum:
             problems.append(f"{file}: checksum differs")
     return problems
 
@@ -236,8 +244,31 @@ def _first_row(file: Path) -> int:
     return int(match[1])
 
 
-def checksum_of(file: Path) -> str:
-    """xxh64 of a file, in hex."""
+def describe_file(file: Path) -> dict[str, Any]:
+    """A file's entry in COMMIT, once its bytes are on the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    return {"name": file.name, "bytes": file.stat().st_size, "xxh64": _checksum(file)}
+
+
+def commit_files(path: Path, files: list[dict[str, Any]]) -> None:
+    """COMMIT appears whole or not at all: written under another name, synced, then linked."""
+    staged = path / ".COMMIT.tmp"
+    with staged.open("w") as stream:
+        json.dump({"format_version": 1, "files": sorted(files, key=lambda file: file["name"])}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.link(staged, path / "COMMIT")
+    staged.unlink()
+    # The directory's own entry as well: older checkpoints are removed in the belief that this one is there.
+    for directory in (path, path.parent):
+        descriptor = os.open(directory, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _checksum(file: Path) -> str:
     digest = xxhash.xxh64()
     with file.open("rb") as stream:
         while block := stream.read(1 << 22):

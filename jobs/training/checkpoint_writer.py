@@ -30,8 +30,9 @@ from jobs.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
     TrainState,
-    checksum_of,
+    commit_files,
     committed_checkpoints,
+    describe_file,
     discard_checkpoint,
     random_state,
 )
@@ -192,8 +193,8 @@ class CheckpointWriter:
             save_file(dense, path / "dense.safetensors")
             (path / "state.json").write_text(json.dumps(document, indent=1, sort_keys=True))
             files = [file for part, _ in written for file in part]
-            files += [_describe(path / "dense.safetensors"), _describe(path / "state.json")]
-            _commit(path, files)
+            files += [describe_file(path / "dense.safetensors"), describe_file(path / "state.json")]
+            commit_files(path, files)
             _collect(
                 self._run_dir,
                 keep=self._config.keep,
@@ -231,31 +232,7 @@ def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
     file = path / f"table-{shard.table}-{shard.first_row:012d}.safetensors"
     tensors = {"weight": shard.weight, **shard.state}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
-    return _describe(file)
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    """A file's entry in COMMIT, once its bytes are on the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-    return {"name": file.name, "bytes": file.stat().st_size, "xxh64": checksum_of(file)}
-
-
-def _commit(path: Path, files: list[dict[str, Any]]) -> None:
-    """COMMIT appears whole or not at all: written under another name, synced, then linked."""
-    staged = path / ".COMMIT.tmp"
-    with staged.open("w") as stream:
-        json.dump({"format_version": 1, "files": sorted(files, key=lambda file: file["name"])}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.link(staged, path / "COMMIT")
-    staged.unlink()
-    # The directory's own entry as well: older checkpoints are removed in the belief that this one is there.
-    for directory in (path, path.parent):
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    return describe_file(file)
 
 
 def _collect(run_dir: Path, *, keep: int, protected: set[int]) -> None:

@@ -41,6 +41,9 @@ class TrainingConfig:
     max_seconds: float = 0.0
     """Seconds of training steps, over all restarts, after which training ends with a validation; 0 = no limit. The
     learning rates end their fall there where this comes before the last step."""
+    warm_start: str | None = None
+    """A checkpoint, or a run's directory (its best checkpoint), that a new run begins from instead of from the seed:
+    weights and optimizer state; steps, learning rates and data begin anew. Rows it lacks are drawn from the seed."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every_epochs"):
@@ -83,3 +86,5 @@ class TrainJob:
     checkpoint: CheckpointConfig
     facts: dict[str, Any]
     """Stored with every checkpoint: the resolved config and the fingerprints."""
+    warm_start: str | None = None
+    """The checkpoint that a run without one of its own begins from; None = it begins from the seed."""

@@ -174,7 +174,8 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
 
 
 def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tuple[TrainState, ShardedTables, Any]:
-    checkpoint = latest_checkpoint(Path(job.run_dir))
+    own = latest_checkpoint(Path(job.run_dir))
+    checkpoint = own or (Path(job.warm_start) if job.warm_start else None)
     tables, tower = build_model(job, shards, checkpoint=checkpoint)
     engine = dense_engine(tower, optimizer=job.optimizer, parallel=job.parallel)
     # The weights above were drawn alike on every rank; dropout is not.
@@ -183,8 +184,10 @@ def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tu
         return TrainState(), tables, engine
     document = read_state(checkpoint)
     state = TrainState(**document["train_state"])
-    restore_dense_state(engine, load_dense(checkpoint), num_steps=state.step)
-    tables.restore_step(state.step)
+    restore_dense_state(engine, load_dense(checkpoint), num_steps=state.updates)
+    tables.restore_step(state.updates)
+    if own is None:
+        return TrainState(steps_before=state.updates), tables, engine
     loader.load_state_dict(state.loader)
     restore_random_state(document)
     return state, tables, engine

@@ -33,13 +33,15 @@ class RunInUse(CheckpointError):
 
 
 @contextlib.contextmanager
-def sole_command(run_dir: Path) -> Iterator[None]:
-    """Hold RUN/lock; RunInUse if another command does. A directory that stayed empty is removed afterwards."""
+def sole_command(run_dir: Path, *, otherwise: str = "choose another --name") -> Iterator[None]:
+    """Hold RUN/lock; RunInUse if another command does. A directory that stayed empty is removed afterwards.
+
+    `otherwise`: what a user can do but wait."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "lock"
     descriptor = _try_lock(path, fcntl.LOCK_EX)
     if descriptor is None:
-        raise RunInUse(f"{run_dir}: {_holder(path)} is working on this run: wait for it, or choose another --name")
+        raise RunInUse(f"{run_dir}: {_holder(path)} is working there: wait for it, or {otherwise}")
     _sign(descriptor)
     try:
         yield

@@ -1,0 +1,155 @@
+"""What a checkpoint brings to a new run: which one a path names, and whether it fits the model and the data.
+
+A vocabulary only grows and its rows never move, so a table trained yesterday is the first rows of today's. That this is
+so is looked up, not believed: a checkpoint carries sizes and digests of what its rows stand for. The rows themselves
+are brought by jobs/training/loop.py, or by `solar grow` (jobs/grow.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from jobs.training.checkpoint import (
+    CheckpointError,
+    checkpoint_key,
+    committed_checkpoints,
+    read_state,
+    table_files,
+)
+from jobs.training.model import build_tower, model_settings, table_specs, user_features
+from models.embeddings import TableSpec
+from pipeline.events import DataError
+from pipeline.shards import Shards
+from pipeline.vocabulary_growth import beginnings_of, first_difference
+
+WAY_ON = "a run on these shards begins from the seed"
+OPTIMIZER_ROWS = {"rowwise_adagrad": {"accumulator"}, "adam": {"exp_avg", "exp_avg_sq"}}
+"""What `optimizer.sparse` keeps beside the weights of a table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Begun:
+    """The checkpoint that a run begins from."""
+
+    path: Path
+    key: str
+    """Its content's; the same path with other content is another beginning."""
+
+
+def find_checkpoint(text: str) -> Path:
+    """The committed checkpoint that a path names: itself, or the best one of a run's directory. CheckpointError."""
+    path = Path(text)
+    if (path / "COMMIT").exists():
+        return path
+    if committed_checkpoints(path):
+        return best_of(path)
+    raise CheckpointError(
+        f"{path}: no checkpoint there: give a committed step-XXXXXXXX directory, or the directory of a run that has one"
+    )
+
+
+def best_of(run_dir: Path) -> Path:
+    """The checkpoint with the best validation metric so far; the latest where that one is gone. There must be one."""
+    committed = committed_checkpoints(run_dir)
+    best = run_dir / f"step-{read_state(committed[-1])['train_state']['best_step']:08d}"
+    return best if best in committed else committed[-1]
+
+
+def begin_from(text: str, *, model: Mapping[str, Any], sparse: str, shards: Shards) -> Begun:
+    """The checkpoint that a path names, read whole and fitting. CheckpointError says in one line what does not."""
+    path = find_checkpoint(text)
+    document = read_state(path, checksums=True)
+    if problem := misfit(path, document, model=model, sparse=sparse, shards=shards):
+        raise CheckpointError(f"{path}: {problem}")
+    return Begun(path=path, key=checkpoint_key(path))
+
+
+def misfit(
+    checkpoint: Path, document: Mapping[str, Any], *, model: Mapping[str, Any], sparse: str, shards: Shards
+) -> str | None:
+    """Why a checkpoint (`document` is its state.json) cannot go on as this model on these shards; None: it can."""
+    vocabulary = shards.vocabulary
+    if (name := document["config"]["model"]["name"]) != model["name"]:
+        return f"is of model {name}, not of {model['name']}: choose a checkpoint of that model"
+    specs = table_specs(vocabulary, width=model["width"], user_features=user_features(model, vocabulary))
+    return (
+        _other_tables(document, specs)
+        or _other_optimizer(checkpoint, specs, sparse=sparse)
+        or _other_vocabulary(document, shards)
+        or _other_tower(checkpoint, model, shards)
+    )
+
+
+def stored_shapes(file: Path) -> dict[str, list[int]]:
+    """{name: shape} of the tensors in a safetensors file, none of which is read."""
+    with safe_open(file, framework="pt") as tensors:
+        names = tensors.keys()
+        return {name: list(tensors.get_slice(name).get_shape()) for name in names}
+
+
+def _other_tables(document: Mapping[str, Any], specs: Sequence[TableSpec]) -> str | None:
+    there = {each["name"]: TableSpec(**each) for each in document["tables"]}
+    for spec in specs:
+        old = there.pop(spec.name, None)
+        if old is None:
+            return f"has no table {spec.name}, which came with later data or settings: {WAY_ON}"
+        if old.width != spec.width:
+            return f"table {spec.name} has width {old.width}, this model's has {spec.width}: set --model.width back"
+        if old.capacity > spec.capacity:
+            return f"table {spec.name} has {old.capacity} rows, more than the {spec.capacity} of these shards: {WAY_ON}"
+    if there:
+        return f"has a table {next(iter(there))}, this model reads none: {WAY_ON}"
+    return None
+
+
+def _other_optimizer(checkpoint: Path, specs: Sequence[TableSpec], *, sparse: str) -> str | None:
+    for spec in specs:
+        for file in table_files(checkpoint, spec.name):
+            kept = set(stored_shapes(file)) - {"weight"}
+            if kept != OPTIMIZER_ROWS[sparse]:
+                return (
+                    f"{file.name} has {', '.join(sorted(kept))} and not what optimizer.sparse={sparse} keeps: "
+                    "set --optimizer.sparse to that of the checkpoint"
+                )
+    return None
+
+
+def _other_vocabulary(document: Mapping[str, Any], shards: Shards) -> str | None:
+    beginnings = document.get("vocabulary")
+    if beginnings is None:
+        # Of a version that noted no digests: its manifest may still be there.
+        try:
+            then = Shards.open(shards.path, number=document["manifest"])
+        except DataError:
+            then = None
+        if then is None or then.manifest.fingerprint != document["manifest_fingerprint"]:
+            return (
+                f"does not say what its rows stand for, and its manifest {document['manifest']} "
+                f"({document['manifest_fingerprint']}) is not among those of {shards.path}: {WAY_ON}"
+            )
+        beginnings = beginnings_of(then.vocabulary)
+    difference = first_difference(beginnings, shards.vocabulary)
+    if difference is None:
+        return None
+    return f"its vocabulary is not the beginning of that of {shards.path} ({difference}): {WAY_ON}"
+
+
+def _other_tower(checkpoint: Path, model: Mapping[str, Any], shards: Shards) -> str | None:
+    vocabulary = shards.vocabulary
+    tower = build_tower(model_settings(model, vocabulary), num_features=len(vocabulary.features))
+    here = {name: list(parameter.shape) for name, parameter in tower.named_parameters()}
+    # NAME/exp_avg is the optimizer's.
+    there = {name: shape for name, shape in stored_shapes(checkpoint / "dense.safetensors").items() if "/" not in name}
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
+            sides = [str(side.get(name, "absent")) for side in (there, here)]
+            return (
+                f"parameter {name} is {sides[0]} there and {sides[1]} here: choose a checkpoint with the model's "
+                f"settings, actions and features; otherwise {WAY_ON}"
+            )
+    return None
