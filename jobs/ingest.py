@@ -133,6 +133,11 @@ def _print_checkpoint(path: Path, console: Console) -> None:
     console.line(f"step          {state['step']} (best {state['best_step']}: {state['best_metric']})")
     console.line(f"trained on    {document['world_size']} ranks, manifest {document['manifest']}")
     console.line(f"tables        {', '.join('{name} {capacity} x {width}'.format(**t) for t in document['tables'])}")
+    if grown := document.get("grown_from"):
+        console.line(f"grown from    {grown['checkpoint']} ({grown['key']}), manifest {grown['manifest']}")
+    if document.get("warm_start"):
+        path = document["config"]["training"]["warm_start"]
+        console.line(f"began from    {path} ({document['warm_start']}), {state['steps_before']} steps before its own")
     for entry in json.loads((path / "COMMIT").read_text())["files"]:
         console.line(f"file          {entry['name']}  {entry['bytes']:,} bytes  {entry['xxh64']}")
 
