@@ -224,26 +224,6 @@ def restore_random_state(document: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(state)
 
 
-def _way_on(path: Path) -> str:
-    """What the user can do about a damaged checkpoint."""
-    before = [other.name for other in committed_checkpoints(path.parent) if other.name < path.name]
-    return (
-        f"remove {path} to go on from {before[-1]} (`solar train` with --from-previous does)"
-        if before
-        else f"remove {path}: there is none before it"
-    )
-
-
-def _committed_files(path: Path) -> list[dict[str, Any]]:
-    return json.loads((path / "COMMIT").read_text())["files"]
-
-
-def _first_row(file: Path) -> int:
-    match = re.fullmatch(r"table-.*-(\d{12})", file.stem)
-    assert match, file
-    return int(match[1])
-
-
 def describe_file(file: Path) -> dict[str, Any]:
     """A file's entry in COMMIT, once its bytes are on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
@@ -266,6 +246,26 @@ def commit_files(path: Path, files: list[dict[str, Any]]) -> None:
         descriptor = os.open(directory, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def _way_on(path: Path) -> str:
+    """What the user can do about a damaged checkpoint."""
+    before = [other.name for other in committed_checkpoints(path.parent) if other.name < path.name]
+    return (
+        f"remove {path} to go on from {before[-1]} (`solar train` with --from-previous does)"
+        if before
+        else f"remove {path}: there is none before it"
+    )
+
+
+def _committed_files(path: Path) -> list[dict[str, Any]]:
+    return json.loads((path / "COMMIT").read_text())["files"]
+
+
+def _first_row(file: Path) -> int:
+    match = re.fullmatch(r"table-.*-(\d{12})", file.stem)
+    assert match, file
+    return int(match[1])
 
 
 def _checksum(file: Path) -> str:
