@@ -36,7 +36,7 @@ from jobs.training.checkpoint import (
     read_state,
     table_files,
 )
-from jobs.training.model import table_specs, user_features
+from jobs.training.model import model_tables
 from jobs.training.run_lock import sole_command
 from jobs.warm_start import find_checkpoint, misfit, stored_shapes
 from models.embeddings import TableSpec, initial_rows
@@ -57,9 +57,7 @@ def grow(text: str, console: Console, *, shards_dir: str, out: str) -> Path:
     shards = Shards.open(absolute(shards_dir))
     if problem := misfit(checkpoint, document, model=config.model, sparse=config.optimizer.sparse, shards=shards):
         raise ConfigError(f"{checkpoint}: {problem}")
-    vocabulary = shards.vocabulary
-    users = user_features(config.model, vocabulary)
-    specs = table_specs(vocabulary, width=config.model["width"], user_features=users)
+    specs = model_tables(config.model, shards.vocabulary)
     capacities = {each["name"]: each["capacity"] for each in document["tables"]}
     with _staged(target) as staging, console.stage("grow") as stage:
         files = _link_tables(checkpoint, staging)

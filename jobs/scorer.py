@@ -85,7 +85,12 @@ class Scorer(PythonModel):
         self.item_IC: Tensor = load_file(directory / "table-item.safetensors")["weight"]
         """[item rows, C]."""
         features = [
-            _mean_rows(load_file(directory / f"table-{name}.safetensors")["weight"], items[name].to_pylist(), first)
+            _mean_rows(
+                load_file(directory / f"table-{name}.safetensors")["weight"],
+                items[name].to_pylist(),
+                first,
+                width=self.item_IC.shape[1],
+            )
             for name in self.settings["features"]
         ]
         empty = torch.zeros(len(self.item_IC), 0, self.item_IC.shape[1])
@@ -248,12 +253,14 @@ def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recomm
     return build_tower(settings, num_features=num_features)
 
 
-def _mean_rows(weight: Tensor, values: list[list[int]], first_item_row: int) -> Tensor:
-    """[item rows, C]: the mean of each item's feature rows; zero for items without any (padding and unknown too)."""
+def _mean_rows(weight: Tensor, values: list[list[int]], first_item_row: int, *, width: int) -> Tensor:
+    """[item rows, C]: the mean of each item's feature rows; zero for items without any (padding and unknown too), and
+    in the last columns where the feature's table is narrower than C = `width`."""
     lengths = torch.tensor([0] * first_item_row + [len(value) for value in values])
     flat = torch.tensor([row for value in values for row in value], dtype=torch.int64)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    total = torch.zeros(len(lengths), weight.shape[1]).index_add(0, owner, weight[flat])
+    total = torch.zeros(len(lengths), width)
+    total[:, : weight.shape[1]].index_add_(0, owner, weight[flat])
     return total / lengths.clamp(min=1).unsqueeze(1)
 
 
@@ -263,8 +270,8 @@ def user_vectors(tables: list[Tensor], users: tuple[UserFeature, ...], *, num_us
     for place, (table, feature) in enumerate(zip(tables, users, strict=True)):
         lengths = torch.from_numpy(feature.lengths)
         owner = torch.repeat_interleave(torch.arange(num_users), lengths)
-        total = like.new_zeros(num_users, like.shape[1]).index_add(0, owner, table[torch.from_numpy(feature.row)])
-        found[:, place] = total / lengths.clamp(min=1).unsqueeze(1)
+        total = like.new_zeros(num_users, table.shape[1]).index_add(0, owner, table[torch.from_numpy(feature.row)])
+        found[:, place, : table.shape[1]] = total / lengths.clamp(min=1).unsqueeze(1)
     return found
 
 

@@ -28,7 +28,7 @@ from jobs.training.checkpoint import (
     set_aside_damaged,
 )
 from jobs.training.job import TrainJob
-from jobs.training.model import build_tower, model_settings, table_specs, user_features
+from jobs.training.model import build_tower, model_settings, model_tables
 from jobs.training.results import primary_metric
 from jobs.training.run_lock import sole_command, wait_for_workers
 from jobs.warm_start import Begun, begin_from, best_of
@@ -229,6 +229,13 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
             "optimizer.sparse=adam with parallel.table_memory=cached: it writes rows beside the GPU's cache: set "
             "--parallel.table_memory host, or --optimizer.sparse rowwise_adagrad"
         )
+    widths = config.model.get("feature_width")
+    features = [*shards.vocabulary.features, *shards.vocabulary.user_features]
+    if isinstance(widths, dict) and (unknown := sorted(set(widths) - set(features))):
+        raise ConfigError(
+            f"model.feature_width: {config.shards_dir} has no feature {unknown[0]!r}: it has "
+            f"{', '.join(features) or 'none'}; take it out"
+        )
 
 
 def _check_parts(config: RunConfig, counts: RequestCounts) -> None:
@@ -247,10 +254,8 @@ def _require_disk(config: RunConfig, shards: Shards) -> None:
     """Refuse to begin where the checkpoints would not fit: those kept, the best one and the one being written."""
     vocabulary = shards.vocabulary
     tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
-    users = user_features(config.model, vocabulary)
-    specs = table_specs(vocabulary, width=config.model["width"], user_features=users)
     each = checkpoint_bytes(
-        ((spec.capacity, spec.width) for spec in specs),
+        ((spec.capacity, spec.width) for spec in model_tables(config.model, vocabulary)),
         sparse=config.optimizer.sparse,
         dense_parameters=sum(parameter.numel() for parameter in tower.parameters()),
     )

@@ -21,8 +21,8 @@ from jobs.training.checkpoint import (
     read_state,
     table_files,
 )
-from jobs.training.model import build_tower, model_settings, table_specs, user_features
-from models.embeddings import TableSpec
+from jobs.training.model import build_tower, model_settings, model_tables
+from models.embeddings import ITEM_TABLE, TableSpec
 from pipeline.events import DataError
 from pipeline.shards import Shards
 from pipeline.vocabulary_growth import beginnings_of, first_difference
@@ -73,10 +73,9 @@ def misfit(
     checkpoint: Path, document: Mapping[str, Any], *, model: Mapping[str, Any], sparse: str, shards: Shards
 ) -> str | None:
     """Why a checkpoint (`document` is its state.json) cannot go on as this model on these shards; None: it can."""
-    vocabulary = shards.vocabulary
     if (name := document["config"]["model"]["name"]) != model["name"]:
         return f"is of model {name}, not of {model['name']}: choose a checkpoint of that model"
-    specs = table_specs(vocabulary, width=model["width"], user_features=user_features(model, vocabulary))
+    specs = model_tables(model, shards.vocabulary)
     return (
         _other_tables(document, specs)
         or _other_optimizer(checkpoint, specs, sparse=sparse)
@@ -99,7 +98,8 @@ def _other_tables(document: Mapping[str, Any], specs: Sequence[TableSpec]) -> st
         if old is None:
             return f"has no table {spec.name}, which came with later data or settings: {WAY_ON}"
         if old.width != spec.width:
-            return f"table {spec.name} has width {old.width}, this model's has {spec.width}: set --model.width back"
+            key = "width" if spec.name == ITEM_TABLE else "feature_width"
+            return f"table {spec.name} has width {old.width}, this model's has {spec.width}: set --model.{key} back"
         if old.capacity > spec.capacity:
             return f"table {spec.name} has {old.capacity} rows, more than the {spec.capacity} of these shards: {WAY_ON}"
     if there:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows, start_as_similarity
 from models.history import NUM_GAP_BUCKETS, EventEncoder, ItemEncoder, recent_events
-from models.interface import ModelInput, Recommender
+from models.interface import ModelInput, Recommender, refuse_feature_width
 from models.repeats import RepeatScore
 from models.request_features import RequestEncoder, RequestShift
 
@@ -31,6 +31,9 @@ class TowerConfig:
 
     width: int = 64
     """D, of the model and of the embedding tables."""
+    feature_width: int | dict[str, int] | None = None
+    """Width of the tables of item and user features, a multiple of 4 up to `width`: one for all, or {feature: width}
+    with `width` for the others; null = `width`. A row is read as if zeros followed it."""
     num_heads: int = 2
     """Heads of every attention; divides `width`."""
     recent_window: int = 50
@@ -85,6 +88,7 @@ class TowerConfig:
     def __post_init__(self) -> None:
         for name in ("width", "num_heads", "num_actions"):
             self._refuse_below(name, 1)
+        refuse_feature_width(self.feature_width, width=self.width)
         for name in ("recent_window", "head_width", "num_user_features"):
             self._refuse_below(name, 0)
         if self.width % self.num_heads:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torchrec.modules.embedding_modules import EmbeddingCollection
@@ -100,6 +101,26 @@ def embedding_collection(tables: Sequence[TableSpec], *, device: str = "meta") -
     return EmbeddingCollection(tables=configs, device=torch.device(device))
 
 
+class EmbeddingCollections(nn.Module):
+    """Unsharded tables of any widths: a TorchRec collection, whose tables have one width, for each width."""
+
+    def __init__(self, tables: Sequence[TableSpec], *, device: str = "meta") -> None:
+        super().__init__()
+        self._of_width: dict[str, list[TableSpec]] = {}
+        for table in tables:
+            self._of_width.setdefault(str(table.width), []).append(table)
+        self.collections = nn.ModuleDict(
+            {width: embedding_collection(those, device=device) for width, those in self._of_width.items()}
+        )
+
+    def parts(self, ids: KeyedJaggedTensor) -> Iterator[tuple[Any, KeyedJaggedTensor]]:
+        """(a collection, or what it was sharded into; the ids of its tables) for each."""
+        places = {table: place for place, table in enumerate(ids.keys())}
+        for width, those in self._of_width.items():
+            mine = [places[table.name] for table in those]
+            yield self.collections[width], ids if len(mine) == len(places) else ids.permute(mine)
+
+
 def look_up_ids(
     item_rows_I: Tensor,
     features: Sequence[ItemFeature],
@@ -129,7 +150,10 @@ def look_up_ids(
 
 
 def pool_features(rows: Mapping[str, JaggedTensor], features: Sequence[ItemFeature]) -> tuple[Tensor, Tensor]:
-    """(item_IC, features_IFC) of a finished look-up: feature rows averaged per item, zero where there are none."""
+    """(item_IC, features_IFC) of a finished look-up: feature rows averaged per item, zero where there are none.
+
+    Rows of a table that is narrower than C end in zeros: a tower's linear map of them is that of the narrow row.
+    """
     item_IC = rows[ITEM_TABLE].values()
     num_items = item_IC.shape[0]
     return item_IC, _mean_rows(rows, [f.name for f in features], first=0, num=num_items, like=item_IC)
@@ -152,8 +176,9 @@ def _mean_rows(
     for table in tables:
         lengths = rows[table].lengths()[first : first + num]
         owner = torch.repeat_interleave(torch.arange(num, device=lengths.device), lengths)
-        total = like.new_zeros(num, like.shape[1]).index_add(0, owner, rows[table].values())
-        pooled.append(total / lengths.clamp(min=1).unsqueeze(1))
+        values = rows[table].values()
+        total = like.new_zeros(num, values.shape[1]).index_add(0, owner, values)
+        pooled.append(F.pad(total / lengths.clamp(min=1).unsqueeze(1), (0, like.shape[1] - values.shape[1])))
     return torch.stack(pooled, dim=1)
 
 

@@ -30,7 +30,8 @@ class ModelInput:
     item_IC: Tensor
     """[I, C] embedding rows of the distinct items of this batch, with the gradient of the look-up."""
     features_IFC: Tensor
-    """[I, F, C] one vector per item feature: the mean of its values' rows, zero where an item has none."""
+    """[I, F, C] one vector per item feature: the mean of its values' rows, zero where an item has none, and in the
+    last columns where the feature's table is narrower than C."""
     user_features_UGC: Tensor
     """[U, G, C] one vector per user feature, as features_IFC has it of items; G may be 0."""
     event_offsets_U1: Tensor
@@ -121,6 +122,17 @@ def refuse_bad_rows(item_IC: Tensor, features_IFC: Tensor) -> None:
             f"{name} row {torch.nonzero(~finite_I)[:1].flatten().tolist()} of the batch is not finite: training "
             "diverged; go back to an earlier checkpoint and lower the learning rate",
         )
+
+
+def refuse_feature_width(feature_width: int | dict[str, int] | None, *, width: int) -> None:
+    """ValueError for a width above `width`, or for one that fbgemm has no tables of."""
+    of_feature = feature_width if isinstance(feature_width, dict) else {"": feature_width}
+    for name, value in of_feature.items():
+        if value is not None and (not 4 <= value <= width or value % 4):
+            where = f" of {name}" if name else ""
+            raise ValueError(
+                f"feature_width = {feature_width}: the width{where} must be a multiple of 4, from 4 to width = {width}"
+            )
 
 
 def _refuse(mistake: bool, line: str) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.interface import ModelInput, Recommender
+from models.interface import ModelInput, Recommender, refuse_feature_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,15 @@ class MeanPoolingConfig:
 
     width: int = 64
     """C, of the embedding tables and of the pooled vector."""
+    feature_width: int | dict[str, int] | None = None
+    """Width of the tables of item features, as attention towers have it."""
     dropout: float = 0.1
     """Probability that a unit of the pooled vector is zeroed in training."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
             raise ValueError(f"width = {self.width} must be at least 1")
+        refuse_feature_width(self.feature_width, width=self.width)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
 

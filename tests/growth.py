@@ -16,7 +16,7 @@ from jobs.config import RunConfig
 from jobs.config_reader import load_config
 from jobs.run_record import run_facts
 from jobs.training.checkpoint import commit_files, describe_file
-from jobs.training.model import build_tower, model_settings, table_specs, user_features
+from jobs.training.model import build_tower, model_settings, model_tables, user_features
 from models.embeddings import TableSpec, initial_rows
 from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.requests import RequestConfig
@@ -80,8 +80,7 @@ def facts_of(config: RunConfig, shards: Shards, **more: Any) -> dict[str, Any]:
 
 
 def specs_of(config: RunConfig, shards: Shards) -> list[TableSpec]:
-    users = user_features(config.model, shards.vocabulary)
-    return table_specs(shards.vocabulary, width=config.model["width"], user_features=users)
+    return model_tables(config.model, shards.vocabulary)
 
 
 def sizes_of(config: RunConfig, shards: Shards) -> dict[str, int]:

@@ -35,8 +35,7 @@ from jobs.training.model import (
     build_tower,
     item_features,
     model_settings,
-    table_specs,
-    user_features,
+    model_tables,
     user_tables,
 )
 from jobs.training.parallel import dense_engine
@@ -154,7 +153,7 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
     """Sharded tables and an unwrapped tower: fresh from the seed, or with a checkpoint's weights. All ranks join."""
     vocabulary = shards.vocabulary
     tables = ShardedTables(
-        table_specs(vocabulary, width=job.model["width"], user_features=user_features(job.model, vocabulary)),
+        model_tables(job.model, vocabulary),
         item_features(vocabulary),
         user_tables=user_tables(job.model, vocabulary),
         optimizer=job.optimizer,

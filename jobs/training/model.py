@@ -78,14 +78,38 @@ def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommende
     return tower_class(config, num_features=num_features)
 
 
-def table_specs(vocabulary: Vocabulary, *, width: int, user_features: Sequence[str] = ()) -> list[TableSpec]:
-    """One table for items, one per item feature and one for each of these user features, each of its capacity."""
+def model_tables(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[TableSpec]:
+    """The tables that a model trains: `table_specs` as its settings have them."""
+    return table_specs(
+        vocabulary,
+        width=settings["width"],
+        user_features=user_features(settings, vocabulary),
+        feature_width=settings.get("feature_width"),
+    )
+
+
+def table_specs(
+    vocabulary: Vocabulary,
+    *,
+    width: int,
+    user_features: Sequence[str] = (),
+    feature_width: int | Mapping[str, int] | None = None,
+) -> list[TableSpec]:
+    """One table for items, one per item feature and one for each of these user features, each of its capacity.
+
+    `feature_width`: of the features' tables, all of them or by name; None or a name that is absent = `width`.
+    """
+
+    def width_of(feature: str) -> int:
+        wanted = feature_width.get(feature) if isinstance(feature_width, Mapping) else feature_width
+        return width if wanted is None else wanted
+
     specs = [TableSpec(name=ITEM_TABLE, capacity=vocabulary.capacity, width=width)]
     for name, feature in vocabulary.features.items():
-        specs.append(TableSpec(name=name, capacity=feature.capacity, width=width))
+        specs.append(TableSpec(name=name, capacity=feature.capacity, width=width_of(name)))
     for name in user_features:
         capacity = capacity_for(len(vocabulary.user_features[name]) + NUM_RESERVED)
-        specs.append(TableSpec(name=f"{USER_TABLE}{name}", capacity=capacity, width=width))
+        specs.append(TableSpec(name=f"{USER_TABLE}{name}", capacity=capacity, width=width_of(name)))
     return specs
 
 

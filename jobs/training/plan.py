@@ -143,7 +143,7 @@ def _planner(
 
 
 def _described(tables: Sequence[TableSpec], plan: Any, ranks: list[dict[str, float]], *, sparse: str) -> dict[str, Any]:
-    placed = plan.plan[""]
+    placed = {name: place for collection in plan.plan.values() for name, place in collection.items()}
     return {
         "workers": len(ranks),
         "memory_gib": min(rank["memory"] for rank in ranks) / 2**30,

@@ -21,10 +21,10 @@ from torch import Tensor
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.plan import plan_tables
 from models.embeddings import (
+    EmbeddingCollections,
     ItemFeature,
     TableSpec,
     UserCodes,
-    embedding_collection,
     initial_rows,
     look_up_ids,
     pool_features,
@@ -80,7 +80,7 @@ class ShardedTables:
         self.device = torch.device(device if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
         self._stream = torch.cuda.Stream(self.device) if device == "cuda" else None
         self._adam = optimizer.sparse == "adam"
-        collection = embedding_collection(tables)
+        collection = EmbeddingCollections(tables)
         if self._adam:
             apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": CARRIER_RATE})
         else:
@@ -120,15 +120,18 @@ class ShardedTables:
         # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
         asked = item_rows_I if item_rows_I.numel() else item_rows_I.new_zeros(1)
         ids = look_up_ids(asked, self.features, user_tables=self.user_tables, users=users)
-        context = self._collection.create_context()
         with torch.cuda.stream(self._stream):
-            announced = self._collection.input_dist(context, ids.to(self.device, non_blocking=True))
-        return AskedRows(item_rows_I.numel(), users.lengths_UG.shape[0], context, announced, self._stream)
+            parts = []
+            for collection, part in self._collections.parts(ids.to(self.device, non_blocking=True)):
+                context = collection.create_context()
+                parts.append((collection, context, collection.input_dist(context, part)))
+        return AskedRows(item_rows_I.numel(), users.lengths_UG.shape[0], parts, self._stream)
 
     def answer(self, asked: AskedRows) -> tuple[Tensor, Tensor, Tensor]:
         """Finish `look_up_with_users`, with the rows as the updates before it left them."""
-        ids = asked.receive()
-        rows = self._collection.compute_and_output_dist(asked.context, ids).wait()
+        # All widths are on their way before the first is waited for.
+        found = [collection.compute_and_output_dist(context, ids) for collection, context, ids in asked.receive()]
+        rows = {table: part for each in found for table, part in each.wait().items()}
         item_IC, features_IFC = pool_features(rows, self.features)
         if self.user_tables:
             users_UGC = pool_user_features(rows, self.user_tables)
@@ -137,9 +140,11 @@ class ShardedTables:
         return item_IC[: asked.num_items], features_IFC[: asked.num_items], users_UGC
 
     @property
-    def _collection(self) -> Any:
-        """TorchRec's sharded collection."""
-        return self.module.module
+    def _collections(self) -> EmbeddingCollections:
+        """TorchRec's sharded collections, one a width."""
+        collections = self.module.module
+        assert isinstance(collections, EmbeddingCollections)
+        return collections
 
     def begin_step(self, rate: float) -> None:
         """Before the look-up of an update: its learning rate. Not a collective."""
@@ -195,7 +200,8 @@ class ShardedTables:
         """(table, first row, rows) of this rank's shards."""
         weights = self.module.state_dict()
         for spec in self.specs:
-            for local in weights[f"embeddings.{spec.name}.weight"].local_shards():
+            key = f"collections.{spec.width}.embeddings.{spec.name}.weight"
+            for local in weights[key].local_shards():
                 yield spec.name, local.metadata.shard_offsets[0], local.tensor.detach()
 
     def _accumulators(self) -> dict[tuple[str, int], Tensor]:
@@ -212,28 +218,34 @@ class ShardedTables:
 class AskedRows:
     """A look-up under way: first the ranks hear how many ids come, then the ids travel."""
 
-    def __init__(self, num_items: int, num_users: int, context: Any, announced: Any, stream: Any) -> None:
-        self.num_items, self.num_users, self.context = num_items, num_users, context
-        self._announced, self._sent, self._stream = announced, None, stream
+    def __init__(self, num_items: int, num_users: int, parts: Sequence[tuple[Any, Any, Any]], stream: Any) -> None:
+        """`parts`: (collection, its context, what its `input_dist` announced) of every width."""
+        self.num_items, self.num_users = num_items, num_users
+        self._parts, self._stream = parts, stream
+        self._sent: list[Any] | None = None
 
     def send(self) -> None:
         """Wait for the numbers and send the ids. A collective the first time."""
         if self._sent is None:
             with torch.cuda.stream(self._stream):
-                self._sent = self._announced.wait()
+                self._sent = [announced.wait() for _, _, announced in self._parts]
 
-    def receive(self) -> Any:
-        """The ids that this rank has the rows of."""
+    def receive(self) -> list[tuple[Any, Any, Any]]:
+        """(collection, its context, the ids that this rank has the rows of) of every width."""
         self.send()
         assert self._sent is not None
         with torch.cuda.stream(self._stream):
-            ids = self._sent.wait()
+            received = [sent.wait() for sent in self._sent]
+        found = [
+            (collection, context, ids) for (collection, context, _), ids in zip(self._parts, received, strict=True)
+        ]
         if self._stream is not None:
             computing = torch.cuda.current_stream()
             computing.wait_stream(self._stream)
-            ids.record_stream(computing)
-            self.context.record_stream(computing)
-        return ids
+            for _, context, ids in found:
+                ids.record_stream(computing)
+                context.record_stream(computing)
+        return found
 
 
 class _Adam:

@@ -11,7 +11,7 @@ import torch
 
 from jobs.register import write_export
 from jobs.registry import RegisteredModel
-from jobs.training.model import build_tower, model_settings, table_specs, user_features
+from jobs.training.model import build_tower, model_settings, model_tables
 from models.solar import SolarConfig
 from pipeline.events import EventColumns
 from pipeline.requests import RequestConfig
@@ -59,10 +59,8 @@ def export(tmp_path):
         tower = randomise(
             build_tower(model_settings(whole, data.vocabulary), num_features=len(data.vocabulary.features))
         )
-        users = user_features(whole, data.vocabulary)
-        specs = table_specs(data.vocabulary, width=WIDTH, user_features=users)
-        sizes = {spec.name: spec.capacity for spec in specs}
-        tables = {table: torch.randn(size, WIDTH) for table, size in sizes.items()}
+        specs = model_tables(whole, data.vocabulary)
+        tables = {spec.name: torch.randn(spec.capacity, spec.width) for spec in specs}
         directory = Path(tmp_path) / name
         write_export(
             directory, shards=data, config={}, model=whole, requests=RequestConfig(max_history=max_history),

@@ -20,12 +20,11 @@ from jobs.score import ScoreConfig, best_first, score
 from jobs.training.model import (
     build_tower,
     item_features,
-    table_specs,
+    model_tables,
     training_input,
-    user_features,
     user_tables,
 )
-from models.embeddings import embedding_collection, look_up_ids, pool_features, pool_user_features
+from models.embeddings import EmbeddingCollections, look_up_ids, pool_features, pool_user_features
 from pipeline.events import DataError, EventColumns
 from pipeline.loader import EvaluationLoader
 from pipeline.requests import RequestConfig
@@ -38,18 +37,17 @@ class TrainingTables:
 
     def __init__(self, model, vocabulary):
         settings = model.settings["model"]
-        specs = table_specs(vocabulary, width=16, user_features=user_features(settings, vocabulary))
         self.user_tables = user_tables(settings, vocabulary)
         self.features = item_features(vocabulary)
-        self.module = embedding_collection(specs, device="cpu")
+        self.module = EmbeddingCollections(model_tables(settings, vocabulary), device="cpu")
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
-                weight = load_file(model.directory / f"table-{name.split('.')[1]}.safetensors")["weight"]
+                weight = load_file(model.directory / f"table-{name.split('.')[-2]}.safetensors")["weight"]
                 parameter[: len(weight)] = weight
 
     def look_up_with_users(self, rows, users):
         ids = look_up_ids(rows, self.features, user_tables=self.user_tables, users=users)
-        found = self.module(ids)
+        found = {table: rows for collection, part in self.module.parts(ids) for table, rows in collection(part).items()}
         return (*pool_features(found, self.features), pool_user_features(found, self.user_tables))
 
 
@@ -110,9 +108,17 @@ def differences(rows, expected):
     return np.array(found)
 
 
-@pytest.mark.parametrize("set_attention", [False, True])
-def test_scores_equal_those_of_evaluation_from_shards_and_from_given_histories(data, export, tmp_path, set_attention):
-    model = export(data, max_history=MAX_HISTORY, set_attention=set_attention)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"set_attention": False},
+        {"set_attention": True},
+        {"feature_width": 8},
+        {"feature_width": {"genre": 4, "hobbies": 8}},
+    ],
+)
+def test_scores_equal_those_of_evaluation_from_shards_and_from_given_histories(data, export, tmp_path, settings):
+    model = export(data, max_history=MAX_HISTORY, **settings)
     requests = RequestConfig(task="impressions", max_history=MAX_HISTORY, min_history=0)
     expected = evaluated(model, data, requests)
     users = list(expected)
@@ -136,7 +142,7 @@ def test_scores_equal_those_of_evaluation_from_shards_and_from_given_histories(d
         assert np.quantile(differences(rows, expected), 0.99) <= 1e-4
     without, _ = run(model, tmp_path, given.drop("gender", "hobbies").to_arrow())
     assert differences(without, expected).max() > 1e-2
-    other = export(data, max_history=MAX_HISTORY + 1, set_attention=set_attention, name="longer")
+    other = export(data, max_history=MAX_HISTORY + 1, **settings, name="longer")
     longer, _ = run(other, tmp_path, asked.to_arrow(), shards=data.path)
     assert differences(longer, expected).max() > 1e-2
 

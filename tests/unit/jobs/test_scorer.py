@@ -208,8 +208,9 @@ def test_exported_source_imports_few_packages_and_repeats_no_name(model):
     assert roots - sys.stdlib_module_names == {"mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch"}
 
 
-def test_exported_source_scores_the_same(data, export):
-    registered = export(data)
+@pytest.mark.parametrize("feature_width", [None, {"genre": 8, "gender": 4}])
+def test_exported_source_scores_the_same(data, export, feature_width):
+    registered = export(data, feature_width=feature_width)
     module = type(sys)("exported_scorer")
     sys.modules["exported_scorer"] = module
     try:
