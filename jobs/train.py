@@ -229,6 +229,8 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
             "optimizer.sparse=adam with parallel.table_memory=cached: it writes rows beside the GPU's cache: set "
             "--parallel.table_memory host, or --optimizer.sparse rowwise_adagrad"
         )
+    if config.model["width"] % 4:
+        raise ConfigError(f"model.width={config.model['width']}: must be a multiple of 4, as tables are stored")
     widths = config.model.get("feature_width")
     features = [*shards.vocabulary.features, *shards.vocabulary.user_features]
     if isinstance(widths, dict) and (unknown := sorted(set(widths) - set(features))):
