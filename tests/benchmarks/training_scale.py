@@ -1,7 +1,7 @@
 """python tests/benchmarks/training_scale.py [--events 1000 10000] [--ranks 2] [--rows 1 5]: what more ranks bring.
 
 SOLAR of width 64 with a table of 100,000 items, random users with 64 requests of 17 candidates each, real gloo ranks of
-one thread, ZeRO stage 1. Beside each other, in one run:
+one thread in the environment of a job's workers, ZeRO stage 1. Beside each other, in one run:
 
     joint   Solar's step: rows over the ranks (TorchRec), the tower's optimizer too (DeepSpeed), the next batch's ids
             sent while the tower computes; "without overlap" asks for each batch just before its step
@@ -39,6 +39,7 @@ import torch.distributed as dist
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from jobs.cluster import quiet_environment
 from jobs.training.clock import PARTS, StepClock
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.model import build_tower
@@ -71,6 +72,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help=f"of {BATCHES} steps, for each variant")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 5], help="millions, of the tables of part 3")
     options = parser.parse_args()
+    # What workers of a job get: above all malloc's settings, which ranks read at their start.
+    quiet_environment()
     for events in options.events:
         show_steps(events, ranks=options.ranks, turns=options.turns)
     show_balance(ranks=options.ranks, turns=options.turns)
