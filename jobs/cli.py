@@ -83,9 +83,9 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     from jsonargparse import ArgumentError
 
     from jobs.config import ConfigError
+    from jobs.failures import Interrupted, WorkerFailure
     from jobs.training.checkpoint import CheckpointError
     from jobs.training.plan import TablesDoNotFit
-    from jobs.workers import Interrupted, WorkerFailure
     from pipeline.events import DataError
 
     console = Console()

@@ -17,6 +17,10 @@ OBJECT_STORE_BYTES = 512 << 20
 """Enough for a local run: events travel through files, not through the object store."""
 
 
+ELASTIC_RESTARTS = 3
+"""Of a group that may lose a node: enough for nodes, few for an error that comes again every time."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Where the job runs."""
@@ -24,11 +28,18 @@ class ClusterConfig:
     address: str | None = None
     """Ray address (`auto`, `ray://host:10001`, `host:6379`, or `local` for a Ray that lives as long as the command);
     unset = RAY_ADDRESS, which Ray sets inside a submitted job, else `local`."""
-    max_failures: int = 0
-    """Restarts of the worker group by Ray Train after a worker died; each continues from the latest checkpoint."""
+    max_failures: int | None = None
+    """Restarts of the worker group by Ray Train after a worker died; each continues from the latest checkpoint.
+    Unset = 0, and 3 where parallel.num_workers is a range."""
+
+    def restarts(self, *, elastic: bool) -> int:
+        """`max_failures`, or what stands for it; -1: no limit."""
+        if self.max_failures is None:
+            return ELASTIC_RESTARTS if elastic else 0
+        return self.max_failures
 
     def __post_init__(self) -> None:
-        if self.max_failures < -1:
+        if self.max_failures is not None and self.max_failures < -1:
             raise ValueError(f"max_failures={self.max_failures}: must be -1 (no limit), 0 or more")
 
 
@@ -42,6 +53,8 @@ DEFAULT_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray Train waits so long for a failed group to leave its process group; a rank that hangs never does.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # Keep freed tensors in the process: giving them back page by page costs a step 20 to 30 % on a CPU
     # (MovieLens-100K, 1 and 2 ranks). Workers of a local Ray inherit it, those of a job get it from `solar submit`.
     "MALLOC_MMAP_MAX_": "0",

@@ -111,6 +111,8 @@ def evaluate(
             for row in rows:
                 if row["kind"] == "progress":
                     stage.update(finished + row["done"] / max(1, row["total"]), num_systems, row["stage"])
+                elif row["kind"] == "failure":
+                    stage.tell(row["text"])
                 else:
                     finished = row["done"]
                     stage.update(finished, num_systems, row["system"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jobs.tracking import TrackedRun
 from jobs.training.clock import PARTS
 from jobs.training.plan import PLAN_FILE
 
+QUIET_SECONDS = 60.0
+"""Without a row after which the bar says so; rows come with every step, and from validations as they go."""
 _STEPS_SHOWN = 20
 """Latest steps whose speed stands beside the bar."""
 _SUMMED = ("seconds", "events", *(f"{name}_seconds" for name in PARTS))
@@ -27,7 +30,17 @@ _NO_METRICS = ("kind", "time", "step", "share", "path")
 class Follower:
     """Called with every batch of rows. Each step stands once in telemetry.jsonl, however often it was trained."""
 
-    def __init__(self, run: TrackedRun, stage: Stage, log: Path, *, primary: str, num_workers: int) -> None:
+    def __init__(
+        self,
+        run: TrackedRun,
+        stage: Stage,
+        log: Path,
+        *,
+        primary: str,
+        workers: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`workers`: as the bar names them while they start; `clock`: seconds."""
         self._run, self._stage, self._log, self._primary = run, stage, log, primary
         self._step, self._num_steps, self._share = 0, 0, 0.0
         self._loss, self._best = float("nan"), float("nan")
@@ -36,11 +49,15 @@ class Follower:
         self._latest: collections.deque[dict[str, Any]] = collections.deque(maxlen=_STEPS_SHOWN)
         self._sums: collections.Counter[str] = collections.Counter()
         self._cost = ""
-        self._doing = f"starting {num_workers} workers"
+        self._doing = f"starting {workers}"
+        self._clock, self._heard = clock, clock()
+        self._failure = ""
 
     def __call__(self, rows: list[dict[str, Any]]) -> None:
+        if rows:
+            self._heard = self._clock()
         self._show(rows)
-        self._record([row for row in rows if row["kind"] != "progress"])
+        self._record([row for row in rows if row["kind"] not in ("progress", "waiting")])
 
     def _show(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -49,6 +66,7 @@ class Follower:
                 self._doing = f"{row['stage']} {row['done']}/{row['total']}"
             elif row["kind"] == "start":
                 self._starts += 1
+                self._tell_restart(row)
                 self._step, self._num_steps, self._share = row["step"], row["num_steps"], row["share"]
                 self._began, self._began_share = row["time"], row["share"]
                 self._doing = "first batch"
@@ -61,6 +79,11 @@ class Follower:
                 self._best = max(value, self._best) if self._best == self._best else value
             elif row["kind"] == "cost":
                 self._cost = cost_text(row)
+            elif row["kind"] == "waiting":
+                self._doing = row["text"]
+            elif row["kind"] == "failure":
+                self._failure = row["text"]
+                self._doing = "restarting the workers"
             elif row["kind"] == "plan":
                 self._stage.tell(plan_text(row))
         parts = [f"step {self._step}/{self._num_steps}"] if self._num_steps else []
@@ -76,9 +99,18 @@ class Follower:
             last = self._latest[-1]
             parts += [f"{last['memory_gib']:.1f} GiB"] if "memory_gib" in last else []
             parts += self._time_left(last)
-        self._stage.update(
-            self._share, 1.0 if self._num_steps else None, "  ".join([*parts, self._doing] if self._doing else parts)
-        )
+        parts += [self._doing] if self._doing else []
+        quiet = self._clock() - self._heard
+        parts += [f"no news from the workers for {quiet:.0f} s"] if quiet >= QUIET_SECONDS else []
+        self._stage.update(self._share, 1.0 if self._num_steps else None, "  ".join(parts))
+
+    def _tell_restart(self, start: dict[str, Any]) -> None:
+        """A line of its own, which stays: the bar is overwritten."""
+        if self._starts > 1:
+            why = self._failure or "the cluster has room for another number of workers"
+            workers = f"{start['workers']} worker{'s' * (start['workers'] != 1)}"
+            self._stage.tell(f"{why}; goes on with {workers} from step {start['step']}")
+        self._failure = ""
 
     def _time_left(self, last: dict[str, Any]) -> list[str]:
         done = last["share"] - self._began_share

@@ -58,7 +58,7 @@ def evaluate_runs(
 
 
 def _train(config: RunConfig, console: Console, *, verbose: bool) -> Trained:
-    console.line(f"{'train':<12} {config.model['name']} on {config.parallel.num_workers} workers -> {config.run_dir}")
+    console.line(f"{'train':<12} {config.model['name']} on {config.parallel.workers_text} -> {config.run_dir}")
     trained = train(config, console, resume=True, verbose=verbose)
     if trained.reused:
         console.line(f"{'train':<12} already there: {trained.checkpoint}")

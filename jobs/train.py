@@ -119,7 +119,7 @@ def _train(
                 stage,
                 config.run_dir / "telemetry.jsonl",
                 primary=primary_metric(config.data.requests),
-                num_workers=config.parallel.num_workers,
+                workers=config.parallel.workers_text,
             )
             stored = {**facts, "vocabulary": beginnings_of(shards.vocabulary)}
             arguments = {"job": train_job(config, shards, facts=stored, begun=begun)}
@@ -210,12 +210,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     from jobs.training.loop import train as train_loop
     from jobs.training.run_lock import sole_group
 
-    run_dir = Path(arguments["job"].run_dir)
-    with sole_group(run_dir):
+    run_dir, reporter = Path(arguments["job"].run_dir), arguments["reporter"]
+    with sole_group(run_dir, tell=lambda text: reporter.row("waiting", text=text)):
         if dist.get_rank() == 0:
             discard_unfinished(run_dir)
         dist.barrier()
-        train_loop(arguments["job"], reporter=arguments["reporter"])
+        train_loop(arguments["job"], reporter=reporter)
 
 
 def _check_model(config: RunConfig, shards: Shards) -> None:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from jobs.config import ConfigError, RunConfig
+from jobs.environment import environment
+from jobs.failures import Interrupted, WorkerFailure, explained
 from jobs.signals import noted_signals
-from jobs.training.checkpoint import CheckpointError
 from jobs.training.parallel import ParallelConfig
-from jobs.training.plan import TablesDoNotFit
-from pipeline.events import DataError
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 300.0
 """After a first signal the running step, validation and checkpoint get this long; then the command ends without."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run stopped on Ctrl-C or SIGTERM, after a checkpoint where there was anything to keep."""
-
-
-class WorkerFailure(Exception):
-    """A worker died or raised; the message says which one and what to do, in one line."""
+RESERVE_SECONDS = 10.0
+"""A range of workers: a group that cannot be placed for so long is sized anew. Ray counts a dead node's room for some
+15 s more, and would wait a minute for it; where the room is there it is reserved within one."""
+LATER_SECONDS = 10.0
+"""Ranks wait in a step that much longer than Ray for an answer: a stopped process is found first, and by its rank."""
 
 
 def run_workers(
@@ -44,18 +41,25 @@ def run_workers(
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from jobs.failure_callback import FailureCallback
     from jobs.training.telemetry import Telemetry
 
     parallel = config.parallel
     _check_resources(parallel)
-    telemetry = ray.remote(num_cpus=0)(Telemetry).remote()
+    # Beside the driver and Ray Train's controller: the loss of another node must not take it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    telemetry = ray.remote(num_cpus=0)(Telemetry).options(scheduling_strategy=here).remote()
     trainer = TorchTrainer(
         _start_worker,
         train_loop_config={**arguments, "function": function, "telemetry": telemetry, "parallel": parallel},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if parallel.device == "cuda" else "gloo"),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if parallel.device == "cuda" else "gloo",
+            timeout_s=math.ceil(parallel.stall_seconds + LATER_SECONDS),
+        ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=parallel.num_workers,
+            num_workers=(parallel.min_workers, parallel.max_workers) if parallel.elastic else parallel.min_workers,
             use_gpu=parallel.device == "cuda",
             resources_per_worker={
                 "CPU": parallel.threads_per_worker,
@@ -65,7 +69,8 @@ def run_workers(
         run_config=ray.train.RunConfig(
             name=f"{name}-{int(time.time())}",
             storage_path=str((config.run_dir / "ray").absolute()),
-            failure_config=ray.train.FailureConfig(max_failures=config.cluster.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=config.cluster.restarts(elastic=parallel.elastic)),
+            callbacks=[FailureCallback(telemetry, parallel)],
         ),
     )
     failure: list[BaseException] = []
@@ -78,7 +83,7 @@ def run_workers(
 
     thread = threading.Thread(target=fit, daemon=True)
     asked: float | None = None
-    with noted_signals() as signalled:
+    with environment(_controller_settings(parallel)), noted_signals() as signalled:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -92,9 +97,17 @@ def run_workers(
                 raise Interrupted(name)
     on_rows(_answer(telemetry.drain.remote()))
     if failure:
-        raise _explained(failure[0], asked_to_stop=asked is not None, config=config, name=name) from failure[0]
+        raise explained(failure[0], asked_to_stop=asked is not None, config=config, name=name) from failure[0]
     if asked is not None:
         raise Interrupted(name)
+
+
+def _controller_settings(parallel: ParallelConfig) -> dict[str, str]:
+    """What Ray Train's controller takes from the driver's environment."""
+    settings = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(parallel.stall_seconds)}
+    if parallel.elastic:
+        settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(RESERVE_SECONDS)
+    return settings
 
 
 def _answer(reference: Any) -> Any:
@@ -126,61 +139,14 @@ def _check_resources(parallel: ParallelConfig) -> None:
     import ray
 
     there = ray.cluster_resources()
-    needed = {"CPU": parallel.num_cpus, "GPU": parallel.num_workers if parallel.device == "cuda" else 0}
+    needed = {
+        "CPU": parallel.min_workers * parallel.threads_per_worker,
+        "GPU": parallel.min_workers if parallel.device == "cuda" else 0,
+    }
     for kind, count in needed.items():
         if there.get(kind, 0) < count:
+            asked = [parallel.min_workers, parallel.max_workers] if parallel.elastic else parallel.num_workers
             raise ConfigError(
-                f"parallel.num_workers={parallel.num_workers}, device={parallel.device}: needs {count} {kind}, "
+                f"parallel.num_workers={asked}, device={parallel.device}: needs {count} {kind}, "
                 f"this Ray has {there.get(kind, 0):.0f}: lower parallel.num_workers or set parallel.device"
             )
-
-
-def _explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, name: str) -> BaseException:
-    """The error of `fit` as one that is told in a line: of all workers' errors the one that caused the others."""
-    from ray.exceptions import OutOfMemoryError, RayActorError
-
-    failures = getattr(error, "worker_failures", None) or {None: error}
-    causes = {rank: _root(failure) for rank, failure in failures.items()}
-    for cause in causes.values():
-        if isinstance(cause, DataError | CheckpointError | TablesDoNotFit):
-            return cause
-    died, full = (
-        ", ".join(str(rank) for rank, cause in sorted(causes.items()) if rank is not None and isinstance(cause, kind))
-        for kind in (RayActorError, OutOfMemoryError)
-    )
-    # A signal to the whole process group ends workers too.
-    if asked_to_stop and died:
-        return Interrupted(name)
-    if full:
-        return WorkerFailure(
-            f"rank {full} of {config.parallel.num_workers} was ended by Ray, its machine's memory is full: lower "
-            "data.loader.batch_events or parallel.num_workers, or take a larger machine"
-        )
-    if died:
-        again = "run the same command again (`solar train` with --resume)"
-        if config.cluster.max_failures == 0:
-            again += ", or let Ray restart workers with --cluster.max_failures 3"
-        return WorkerFailure(
-            f"rank {died} of {config.parallel.num_workers} died "
-            f"(killed from outside, out of memory, or crashed): {again}"
-        )
-    # When a rank ends, the others lose their connection to it: what they say tells nothing.
-    rank, cause = min(causes.items(), key=lambda item: "gloo" in str(item[1]))
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    where = "" if rank is None else f"rank {rank}: "
-    return WorkerFailure(f"{where}{type(cause).__name__}: {lines[-1] if lines else ''}")
-
-
-def _root(error: BaseException) -> BaseException:
-    """The worker's own error, out of Ray's wrappers."""
-    cause: Any = error
-    while True:
-        inner = (
-            getattr(cause, "cause", None)
-            or getattr(cause, "health_check_failure", None)
-            or getattr(cause, "controller_failure", None)
-            or cause.__cause__
-        )
-        if inner is None:
-            return cause
-        cause = inner

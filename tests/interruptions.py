@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,17 @@ WAIT_SECONDS = 600.0
 class Command:
     """`solar ...` in a process group of its own."""
 
-    def __init__(self, *arguments: str | Path, cwd: Path) -> None:
+    def __init__(
+        self,
+        *arguments: str | Path,
+        cwd: Path,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`environment`: instead of this process's; `prefix` goes before the command."""
         self._process = psutil.Popen(
-            [SOLAR, *map(str, arguments)],
-            cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            [*prefix, SOLAR, *map(str, arguments)],
+            cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
     @property

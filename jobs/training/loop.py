@@ -71,7 +71,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     last_steps = set(epoch_ends[training.eval_every_epochs - 1 :: training.eval_every_epochs])
     last_steps.add(num_steps)
     share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
-    reporter.row("start", step=state.step, num_steps=num_steps, share=share)
+    reporter.row("start", step=state.step, num_steps=num_steps, share=share, workers=dist.get_world_size())
     reporter.row("plan", **tables.described_plan)
 
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)

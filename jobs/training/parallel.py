@@ -20,14 +20,17 @@ from jobs.training.optimizers import OptimizerConfig
 from jobs.training.plan import KERNELS
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIN_STALL_SECONDS = 10.0
+"""Ray asks every 2 seconds, and steps that wait for a busy machine are no stall."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the job is spread."""
 
-    num_workers: int = 2
-    """Training processes; each holds a slice of every table and the whole tower."""
+    num_workers: int | tuple[int, ...] = 2
+    """Training processes; each holds a slice of every table and the whole tower. [MIN, MAX]: as many as the cluster has
+    room for; a group that loses a node goes on with fewer, one that finds room for more is made anew with more."""
     threads_per_worker: int = 1
     """CPU threads of each worker's tensor operations, and the CPUs it reserves in Ray."""
     device: str = "cpu"
@@ -41,18 +44,45 @@ class ParallelConfig:
     cached (host, with the rows in use on the GPU); cpu: device alone."""
     table_cache: float = 0.2
     """cached: share of the rows that the GPU's cache holds."""
+    stall_seconds: float = 600.0
+    """A worker that neither answers nor takes part in a step for this long counts as dead."""
     overlap: bool = True
     """Read the next batch and send its ids to the ranks that own their rows while the tower computes; the losses are
     the same without."""
 
     @property
+    def elastic(self) -> bool:
+        """The number of workers follows the cluster."""
+        return not isinstance(self.num_workers, int)
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def workers_text(self) -> str:
+        """`2 workers` or `1 to 2 workers`."""
+        return f"{self.min_workers} to {self.max_workers} workers" if self.elastic else f"{self.num_workers} workers"
+
+    @property
     def num_cpus(self) -> int:
-        """CPUs that all workers reserve together."""
-        return self.num_workers * self.threads_per_worker
+        """CPUs that all workers reserve together, at most."""
+        return self.max_workers * self.threads_per_worker
 
     def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ValueError(f"num_workers={self.num_workers}: must be 1 or more")
+        if isinstance(self.num_workers, int):
+            if self.num_workers < 1:
+                raise ValueError(f"num_workers={self.num_workers}: must be 1 or more")
+        elif len(self.num_workers) != 2 or not 1 <= self.num_workers[0] <= self.num_workers[1]:
+            raise ValueError(
+                f"num_workers={list(self.num_workers)}: must be one number, or [MIN, MAX] with 1 <= MIN <= MAX"
+            )
+        if self.stall_seconds < MIN_STALL_SECONDS:
+            raise ValueError(f"stall_seconds={self.stall_seconds:g}: must be {MIN_STALL_SECONDS:g} or more")
         if self.threads_per_worker < 1:
             raise ValueError(f"threads_per_worker={self.threads_per_worker}: must be 1 or more")
         if self.device not in ("cpu", "cuda"):

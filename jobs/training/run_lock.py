@@ -25,6 +25,9 @@ from jobs.training.checkpoint import CheckpointError
 LOCK_FILES = ("lock", "workers.lock")
 WAIT_SECONDS = 60.0
 """For the workers of a dead command; Ray ends them about two seconds after their driver (measured on one machine)."""
+GROUP_WAIT_SECONDS = 600.0
+"""For the workers of an earlier group of the same command. A host that was cut off ends its own after a minute without
+Ray's head (gcs_rpc_server_reconnect_timeout_s); a file server lets go of the locks of a dead one in one or two."""
 POLL_SECONDS = 0.2
 
 
@@ -61,21 +64,17 @@ def wait_for_workers(run_dir: Path, *, tell: Callable[[str], None], wait_seconds
 
 
 @contextlib.contextmanager
-def sole_group(run_dir: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold RUN/workers.lock together with the other ranks and with nobody else. Collective."""
+def sole_group(
+    run_dir: Path, *, wait_seconds: float = GROUP_WAIT_SECONDS, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
+    """Hold RUN/workers.lock together with the other ranks and with nobody else. Collective.
+
+    `tell` hears on rank 0, once a second, of a worker of an earlier group that still holds it; RunInUse after
+    `wait_seconds` of that.
+    """
     path = run_dir / "workers.lock"
     run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor, problem = None, [""]
-    if dist.get_rank() == 0:
-        try:
-            descriptor = _wait_for_lock(path, wait_seconds=wait_seconds)
-            _sign(descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        except RunInUse as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise RunInUse(problem[0])
+    descriptor = _lock_of_rank_0(path, wait_seconds=wait_seconds, tell=tell)
     if descriptor is None:
         descriptor = os.open(path, os.O_RDWR)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -83,6 +82,34 @@ def sole_group(run_dir: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_of_rank_0(path: Path, *, wait_seconds: float, tell: Callable[[str], None]) -> int | None:
+    """Rank 0's descriptor, None on the others: they hear of every try, so that a long wait is no stall. Collective."""
+    started, told, descriptor = time.monotonic(), 0.0, None
+    while True:
+        answer: list[str | None] = [None]
+        waited = time.monotonic() - started
+        if dist.get_rank() == 0:
+            try:
+                descriptor = _try_lock(path, fcntl.LOCK_EX)
+            except RunInUse as error:
+                answer = [str(error)]
+            if descriptor is not None:
+                _sign(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                answer = [""]
+            elif waited > wait_seconds:
+                answer = [f"{path.parent}: a worker of an earlier group still writes there ({_holder(path)}): end it"]
+        dist.broadcast_object_list(answer, src=0)
+        if answer[0]:
+            raise RunInUse(answer[0])
+        if answer[0] == "":
+            return descriptor
+        if waited >= told + 1:
+            told = waited
+            tell(f"waiting for the workers of an earlier group to end ({_holder(path)}), {waited:.0f} s")
+        time.sleep(POLL_SECONDS)
 
 
 def _wait_for_lock(path: Path, *, wait_seconds: float, tell: Callable[[str], None] = lambda text: None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jobs.config import ConfigError
-from jobs.config_reader import load_board, load_config
+from jobs.config_reader import load_board, load_config, stored_config
 from jobs.recipes import recipe_names
 
 
@@ -65,6 +65,11 @@ def test_value_of_the_wrong_type_names_key_and_value():
         (["--model.rank", "65"], "model.rank = 65 must not exceed width = 64"),
         (["--parallel.precision", "fp16"], "parallel.precision=fp16: loss scaling would leak"),
         (["--parallel.num_workers", "0"], "parallel.num_workers=0: must be 1 or more"),
+        (["--parallel.num_workers", "[2, 1]"], "parallel.num_workers=[2, 1]: must be one number, or [MIN, MAX] with"),
+        (["--parallel.num_workers", "[0, 1]"], "parallel.num_workers=[0, 1]: must be one number, or [MIN, MAX] with"),
+        (["--parallel.num_workers", "[1, 2, 3]"], "parallel.num_workers=[1, 2, 3]: must be one number, or [MIN, MAX]"),
+        (["--parallel.stall_seconds", "1"], "parallel.stall_seconds=1: must be 10 or more"),
+        (["--cluster.max_failures", "-2"], "cluster.max_failures=-2: must be -1 (no limit), 0 or more"),
         (["--parallel.table_memory", "uvm"], "parallel.table_memory='uvm': must be device, host, cached"),
         (
             ["--parallel.table_memory", "host"],
@@ -139,6 +144,27 @@ def test_identity_follows_what_decides_the_weights_and_nothing_else():
     other = load_config("train", "movielens-100k", ["--model.rank", "8"])
     assert elsewhere.fingerprint() == base.fingerprint()
     assert other.fingerprint() != base.fingerprint()
+
+
+def test_workers_may_be_a_range_which_is_no_part_of_the_identity(tmp_path):
+    file = tmp_path / "range.yaml"
+    file.write_text("parallel: {num_workers: [1, 3], threads_per_worker: 2}\n")
+    base, ranged = (load_config("train", "movielens-100k", each) for each in ([], ["--config", str(file)]))
+    parallel = ranged.parallel
+    assert (parallel.min_workers, parallel.max_workers, parallel.num_cpus) == (1, 3, 6)
+    assert (base.parallel.workers_text, parallel.workers_text) == ("2 workers", "1 to 3 workers")
+    assert (base.parallel.elastic, parallel.elastic) == (False, True)
+    assert ranged.fingerprint() == base.fingerprint()
+    given = load_config("train", "movielens-100k", ["--parallel.num_workers", "[2, 4]"])
+    assert given.as_dict()["parallel"]["num_workers"] == [2, 4]
+    assert stored_config("evaluate", given.as_dict(), "here", []).parallel == given.parallel
+
+
+def test_a_range_of_workers_survives_three_failures_unless_told_otherwise():
+    cluster = load_config("train", "movielens-100k", []).cluster
+    assert (cluster.restarts(elastic=False), cluster.restarts(elastic=True)) == (0, 3)
+    told = load_config("train", "movielens-100k", ["--cluster.max_failures", "0"]).cluster
+    assert (told.restarts(elastic=False), told.restarts(elastic=True)) == (0, 0)
 
 
 def test_comparison_runs_beside_with_the_same_width():

@@ -48,14 +48,27 @@ def log(tmp_path) -> Path:
     return tmp_path / "telemetry.jsonl"
 
 
+class FakeClock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def follow(run, stage, log) -> Follower:
-    return Follower(run, stage, log, primary="ndcg@10", num_workers=2)
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def follow(run, stage, log, clock) -> Follower:
+    return Follower(run, stage, log, primary="ndcg@10", workers="2 workers", clock=clock)
 
 
 def row(kind: str, **values: Any) -> dict[str, Any]:
     share = {"share": 0.5} if kind in ("start", "step") else {}
-    return {"kind": kind, "time": 1.0, **share, **values}
+    workers = {"workers": 2} if kind == "start" else {}
+    return {"kind": kind, "time": 1.0, **share, **workers, **values}
 
 
 def rows_of(log: Path) -> list[tuple[str, int, float | None]]:
@@ -101,6 +114,35 @@ def test_progress_is_shown_and_not_kept(follow, run, stage, log):
     assert "restarts 1" in stage.note
     assert "progress" not in log.read_text()
     assert run.points == [(1, {"train/loss": 0.5}), (1, {"valid/ndcg@10": 0.25}), (2, {"train/loss": 0.5})]
+
+
+def test_restart_is_told_with_its_cause_the_workers_and_the_step(follow, stage, log):
+    follow([row("start", step=0, num_steps=4), row("step", step=1, loss=0.5)])
+    assert stage.told == []
+    follow([row("failure", text="rank 1 is lost with its node")])
+    assert stage.note == "step 1/4  loss 0.5000  restarting the workers"
+    follow([row("waiting", text="waiting for process 7")])
+    assert stage.note == "step 1/4  loss 0.5000  waiting for process 7"
+    follow([row("start", step=0, num_steps=4, workers=1)])
+    follow([row("start", step=1, num_steps=4)])
+    assert stage.told == [
+        "rank 1 is lost with its node; goes on with 1 worker from step 0",
+        "the cluster has room for another number of workers; goes on with 2 workers from step 1",
+    ]
+    kinds = [json.loads(line)["kind"] for line in log.read_text().splitlines()]
+    assert kinds == ["start", "failure", "start", "start"]
+
+
+def test_silence_of_the_workers_stands_beside_the_bar(follow, stage, clock):
+    follow([row("start", step=0, num_steps=4)])
+    clock.now = 59.0
+    follow([])
+    assert stage.note == "step 0/4  first batch"
+    clock.now = 75.0
+    follow([])
+    assert stage.note == "step 0/4  first batch  no news from the workers for 75 s"
+    follow([row("step", step=1, loss=0.5)])
+    assert stage.note == "step 1/4  loss 0.5000"
 
 
 def test_speed_split_memory_and_time_left_stand_beside_the_bar_and_the_cost_at_the_end(follow, run, stage):

@@ -6,21 +6,26 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
-from jobs.workers import Interrupted, WorkerFailure, _explained
+from jobs.cluster import ClusterConfig
+from jobs.failures import Interrupted, WorkerFailure, cause_text
+from jobs.failures import explained as explained_failure
+from jobs.training.parallel import ParallelConfig
 from pipeline.events import DataError
 
 LOST = RuntimeError("gloo: connection closed by peer")
+TIMED_OUT = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 610000ms for recv operation")
 
 
 def explained(failures: dict[int, BaseException], *, asked_to_stop: bool = False, max_failures: int = 0) -> Any:
     error: Any = RuntimeError("the group failed")
     error.worker_failures = failures
     config: Any = SimpleNamespace(
-        parallel=SimpleNamespace(num_workers=2), cluster=SimpleNamespace(max_failures=max_failures)
+        parallel=ParallelConfig(num_workers=2), cluster=ClusterConfig(max_failures=max_failures)
     )
-    return _explained(error, asked_to_stop=asked_to_stop, config=config, name="run")
+    return explained_failure(error, asked_to_stop=asked_to_stop, config=config, name="run")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,15 @@ def explained(failures: dict[int, BaseException], *, asked_to_stop: bool = False
     [
         ({0: LOST, 1: ActorDiedError()}, "rank 1 of 2 died .* with --cluster.max_failures 3"),
         ({0: OutOfMemoryError("long\nadvice"), 1: LOST}, "rank 0 of 2 was ended by Ray, .* lower data.loader.batch_ev"),
+        (
+            {0: TIMED_OUT, 1: WorkerHealthCheckTimeoutError("hanging")},
+            r"rank 1 of 2 did not answer for 600 s \(parallel.stall_seconds\)",
+        ),
+        (
+            {0: TIMED_OUT},
+            "rank 0 of 2 waited for 600 s .* for another one, which stalls .*: run the same command again",
+        ),
+        ({0: LOST, 1: ActorUnavailableError("no route", None)}, r"rank 1 of 2 is lost with its node \(dead, or out of"),
         ({0: LOST, 1: ArithmeticError("the loss of step 7 is nan")}, "^rank 1: ArithmeticError: the loss of step 7"),
     ],
 )
@@ -43,3 +57,10 @@ def test_a_users_mistake_stays_what_it_is_and_a_stop_is_no_failure():
     mistake = DataError("bucket-00001 is damaged; prepare again")
     assert explained({0: LOST, 1: mistake}) is mistake
     assert isinstance(explained({0: ActorDiedError(), 1: LOST}, asked_to_stop=True), Interrupted)
+
+
+def test_cause_of_a_restart_has_no_advice_and_no_number_of_workers_that_changes():
+    failures = {0: LOST, 1: ActorDiedError()}
+    assert cause_text(failures, ParallelConfig(num_workers=(1, 2))) == (
+        "rank 1 died (killed from outside, out of memory, or crashed)"
+    )

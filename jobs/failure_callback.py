@@ -1,0 +1,22 @@
+"""Runs in Ray Train's controller: tells the driver why a group of workers is about to be restarted."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.train import UserCallback
+
+from jobs.failures import cause_text
+from jobs.training.parallel import ParallelConfig
+
+
+class FailureCallback(UserCallback):
+    """Pushes a row `failure` (text) into the telemetry actor."""
+
+    def __init__(self, telemetry: Any, parallel: ParallelConfig) -> None:
+        self._telemetry, self._parallel = telemetry, parallel
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        text = cause_text(worker_exceptions, self._parallel)
+        self._telemetry.push.remote([{"kind": "failure", "time": time.time(), "text": text}])

@@ -1,0 +1,111 @@
+"""Why a group of workers failed, in one line: of all ranks' errors the one that caused the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jobs.config import RunConfig
+from jobs.training.checkpoint import CheckpointError
+from jobs.training.parallel import ParallelConfig
+from jobs.training.plan import TablesDoNotFit
+from pipeline.events import DataError
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run stopped on Ctrl-C or SIGTERM, after a checkpoint where there was anything to keep."""
+
+
+class WorkerFailure(Exception):
+    """A worker died or raised; the message says which one and what to do, in one line."""
+
+
+def explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, name: str) -> BaseException:
+    """The error of Ray Train's `fit` as one that is told in a line."""
+    failures = getattr(error, "worker_failures", None) or {None: error}
+    causes = {rank: _root(failure) for rank, failure in failures.items()}
+    for cause in causes.values():
+        if isinstance(cause, DataError | CheckpointError | TablesDoNotFit):
+            return cause
+    # A signal to the whole process group ends workers too.
+    if asked_to_stop and _ranks(causes, _died):
+        return Interrupted(name)
+    text, advice = _cause(causes, config.parallel)
+    if advice == _AGAIN and config.cluster.restarts(elastic=config.parallel.elastic) == 0:
+        advice += ", or let Ray restart workers with --cluster.max_failures 3"
+    return WorkerFailure(f"{text}: {advice}" if advice else text)
+
+
+def cause_text(failures: Mapping[int, BaseException], parallel: ParallelConfig) -> str:
+    """What happened to a group, without what to do about it."""
+    return _cause({rank: _root(failure) for rank, failure in failures.items()}, parallel)[0]
+
+
+_AGAIN = "run the same command again (`solar train` with --resume)"
+
+
+def _cause(causes: Mapping[Any, BaseException], parallel: ParallelConfig) -> tuple[str, str]:
+    """(what happened, what to do)."""
+    of = "" if parallel.elastic else f" of {parallel.num_workers}"
+    if full := _ranks(causes, _out_of_memory):
+        return (
+            f"rank {full}{of} was ended by Ray, its machine's memory is full",
+            "lower data.loader.batch_events or parallel.num_workers, or take a larger machine",
+        )
+    if lost := _ranks(causes, _lost_with_its_node):
+        return f"rank {lost}{of} is lost with its node (dead, or out of reach)", _AGAIN
+    if died := _ranks(causes, _died):
+        return f"rank {died}{of} died (killed from outside, out of memory, or crashed)", _AGAIN
+    stalls = f"for {parallel.stall_seconds:g} s (parallel.stall_seconds)"
+    if silent := _ranks(causes, _silent):
+        return f"rank {silent}{of} did not answer {stalls}: it is stopped, or its machine hangs", _AGAIN
+    # When a rank ends, the others lose their connection to it: what they say tells nothing.
+    rank, cause = min(causes.items(), key=lambda item: "gloo" in str(item[1]))
+    if "gloo" in str(cause) and "Timed out" in str(cause):
+        return f"rank {rank}{of} waited {stalls} for another one, which stalls (a hanging disk, a dead network)", _AGAIN
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    where = "" if rank is None else f"rank {rank}: "
+    return f"{where}{type(cause).__name__}: {lines[-1] if lines else ''}", ""
+
+
+def _ranks(causes: Mapping[Any, BaseException], holds: Callable[[BaseException], bool]) -> str:
+    return ", ".join(str(rank) for rank, cause in sorted(causes.items()) if rank is not None and holds(cause))
+
+
+def _out_of_memory(cause: BaseException) -> bool:
+    from ray.exceptions import OutOfMemoryError
+
+    return isinstance(cause, OutOfMemoryError)
+
+
+def _died(cause: BaseException) -> bool:
+    from ray.exceptions import RayActorError
+
+    return isinstance(cause, RayActorError)
+
+
+def _lost_with_its_node(cause: BaseException) -> bool:
+    from ray.exceptions import ActorUnavailableError
+
+    return isinstance(cause, ActorUnavailableError) or (_died(cause) and "node has died" in str(cause))
+
+
+def _silent(cause: BaseException) -> bool:
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+
+    return isinstance(cause, WorkerHealthCheckTimeoutError)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The worker's own error, out of Ray's wrappers."""
+    cause: Any = error
+    while True:
+        inner = (
+            getattr(cause, "cause", None)
+            or getattr(cause, "health_check_failure", None)
+            or getattr(cause, "controller_failure", None)
+            or cause.__cause__
+        )
+        if inner is None:
+            return cause
+        cause = inner
