@@ -1,0 +1,97 @@
+"""A worker that stalls and a node that dies: the run goes on from its latest checkpoint and learns the same.
+
+tests/benchmarks/lose_a_host.py does the same with hosts that have networks of their own, one of which is cut off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.build import PrepareConfig, prepare
+from tests.interruptions import Command, differences, learned, telemetry
+from tests.ray_nodes import Nodes
+from tests.tiny import write_tiny_log, write_tiny_recipe
+
+LOSSES = 1e-4
+"""Relative; sums of one and of two workers are rounded differently."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Shards, and the options of a run on them; dropout's draws follow the number of workers, so there is none."""
+
+    directory: Path
+    options: list[str]
+
+    def train(self, name: str, *more: str, environment: dict[str, str] | None = None) -> Command:
+        return Command(
+            "train", "tiny.yaml", "--name", name, *self.options, *more, cwd=self.directory, environment=environment
+        )
+
+    def run_dir(self, name: str) -> Path:
+        return self.directory / "workspace" / "runs" / name
+
+    def steps(self, name: str) -> list[dict[str, Any]]:
+        return rows(self.run_dir(name), "step")
+
+
+def rows(run_dir: Path, kind: str) -> list[dict[str, Any]]:
+    return [row for row in telemetry(run_dir) if row["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, local_ray) -> Place:
+    directory = tmp_path_factory.mktemp("lost")
+    log = write_tiny_log(directory / "raw")
+    write_tiny_recipe(directory / "tiny.yaml", workspace=directory / "workspace", events=log)
+    prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
+    options = ["--data.shards", str(directory / "shards"), "--training.epochs", "40", "--model.dropout", "0"]
+    place = Place(directory, [*options, "--checkpoint.every_steps", "5"])
+    code, _, errors = place.train("undisturbed", "--parallel.num_workers", "2").finish()
+    assert code == 0, errors
+    return place
+
+
+def test_stopped_worker_is_found_and_killed_and_the_run_ends_with_the_same_bits(place):
+    run_dir = place.run_dir("stalled")
+    command = place.train(
+        "stalled", "--parallel.num_workers", "2", "--parallel.stall_seconds", "20", "--cluster.max_failures", "3"
+    )
+    assert command.wait_for_step(run_dir, 15) < 120
+    stopped = command.workers()[1]
+    stopped.send_signal(signal.SIGSTOP)
+    code, output, errors = command.finish()
+    assert code == 0, errors
+    assert not stopped.is_running()
+    told = "of 2 did not answer for 20 s (parallel.stall_seconds): it is stopped, or its machine hangs; goes on with 2"
+    assert told in output
+    assert differences(learned(place.run_dir("undisturbed")), learned(run_dir)) == []
+
+
+def test_run_goes_on_with_fewer_workers_where_a_node_dies_and_its_losses_stay(place):
+    run_dir = place.run_dir("elastic")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with Nodes() as cluster:
+        cluster.head("127.0.0.1", int(address.split(":")[1])).wait_until_started()
+        nodes = [cluster.node(ip, address) for ip in ("127.0.0.2", "127.0.0.3")]
+        for node in nodes:
+            node.wait_until_started()
+        options = ["--parallel.num_workers", "[1, 2]", "--cluster.address", address]
+        command = place.train("elastic", *options, environment=cluster.environment)
+        assert command.wait_for_step(run_dir, 15) < 120
+        nodes[1].kill()
+        code, output, errors = command.finish()
+    assert code == 0, errors
+    assert "is lost with its node (dead, or out of reach); goes on with 1 worker from step " in output
+    workers = [row["workers"] for row in rows(run_dir, "start")]
+    assert (workers[0], workers[-1]) == (2, 1)
+    expected, found = place.steps("undisturbed"), place.steps("elastic")
+    assert [(row["step"], row["events"]) for row in found] == [(row["step"], row["events"]) for row in expected]
+    assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=LOSSES)
