@@ -19,7 +19,8 @@ from tests.ray_nodes import Nodes
 from tests.tiny import write_tiny_log, write_tiny_recipe
 
 LOSSES = 1e-4
-"""Relative; sums of one and of two workers are rounded differently."""
+"""Relative; sums of one and of two workers are rounded differently. With interests the decompositions of this tiny log
+amplify that, from 1e-7 to 5e-3 within 150 steps; without, it stays below 1e-6."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,8 @@ def place(tmp_path_factory, local_ray) -> Place:
     log = write_tiny_log(directory / "raw")
     write_tiny_recipe(directory / "tiny.yaml", workspace=directory / "workspace", events=log)
     prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
-    options = ["--data.shards", str(directory / "shards"), "--training.epochs", "40", "--model.dropout", "0"]
+    options = ["--data.shards", str(directory / "shards"), "--training.epochs", "40"]
+    options += ["--model.dropout", "0", "--model.interests", "false"]
     place = Place(directory, [*options, "--checkpoint.every_steps", "5"])
     code, _, errors = place.train("undisturbed", "--parallel.num_workers", "2").finish()
     assert code == 0, errors
