@@ -27,7 +27,8 @@ WAIT_SECONDS = 60.0
 """For the workers of a dead command; Ray ends them about two seconds after their driver (measured on one machine)."""
 GROUP_WAIT_SECONDS = 600.0
 """For the workers of an earlier group of the same command. A host that was cut off ends its own after a minute without
-Ray's head (gcs_rpc_server_reconnect_timeout_s); a file server lets go of the locks of a dead one in one or two."""
+Ray's head (gcs_rpc_server_reconnect_timeout_s), three minutes after the cut as measured; a file server lets go of the
+locks of a dead one in one or two."""
 POLL_SECONDS = 0.2
 
 

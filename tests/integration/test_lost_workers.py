@@ -18,9 +18,9 @@ from tests.interruptions import Command, differences, learned, telemetry
 from tests.ray_nodes import Nodes
 from tests.tiny import write_tiny_log, write_tiny_recipe
 
-LOSSES = 1e-4
-"""Relative; sums of one and of two workers are rounded differently. With interests the decompositions of this tiny log
-amplify that, from 1e-7 to 5e-3 within 150 steps; without, it stays below 1e-6."""
+LOSSES = 2e-3
+"""Relative; sums of one and of two workers are rounded differently, and training amplifies that: on this tiny log to
+4e-4 within 160 steps, to 9e-3 with the gradient of decompositions. A lost optimizer state differs by far more."""
 
 
 @dataclasses.dataclass(frozen=True)
