@@ -110,7 +110,9 @@ def test_training_ends_after_validations_without_a_better_one_or_out_of_time(sha
     )
     without_better, out_of_time = run_ranks(run_each, 1, [(patient, [None]), (hasty, [None])])[0]
     assert sum(row["kind"] == "valid" for row in without_better) == 3
-    assert [row["kind"] for row in out_of_time] == ["start", "step", "progress", "valid", "checkpoint", "cost"]
+    assert [row["kind"] for row in out_of_time] == [
+        "start", "plan", "step", "progress", "valid", "checkpoint", "cost",
+    ]  # fmt: skip
     for name in ("patience", "hasty"):
         checkpoint = latest_checkpoint(tmp_path / name)
         assert checkpoint is not None
