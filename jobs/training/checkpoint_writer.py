@@ -87,6 +87,11 @@ class CheckpointWriter:
         self._latest = time.monotonic()
         if config.asynchronous:
             self._require_memory()
+            self._buffers = {
+                (shard.table, shard.first_row, name): torch.zeros_like(part, device="cpu", pin_memory=part.is_cuda)
+                for shard in tables.shards()
+                for name, part in {"weight": shard.weight, **shard.state}.items()
+            }
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -137,13 +142,10 @@ class CheckpointWriter:
         self._tell(**self._figures)
 
     def _copy(self, shard: TableShard) -> TableShard:
-        """The shard in memory that is kept from checkpoint to checkpoint."""
+        """The shard in memory that is there since the start: taken in a step, it would cost more than the copy."""
 
         def copy(name: str, tensor: Tensor) -> Tensor:
-            key = shard.table, shard.first_row, name
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            return self._buffers[key].copy_(tensor)
+            return self._buffers[shard.table, shard.first_row, name].copy_(tensor)
 
         state = {name: copy(name, tensor) for name, tensor in shard.state.items()}
         return dataclasses.replace(shard, weight=copy("weight", shard.weight), state=state)

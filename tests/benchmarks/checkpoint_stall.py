@@ -5,7 +5,7 @@ each; a step looks 50,000 random rows up on each rank. For each size, the slowes
 
     copy     the same bytes copied into memory that is there already: what a step has to wait for at least
     waiting  checkpoint.asynchronous false: the step waits until everything is written and synced
-    first    asynchronous, with memory that the copy takes for the first time
+    first    asynchronous
     later    asynchronous, each of the later ones (the median of so many)
     write    from there to COMMIT, beside training, and GiB/s of all ranks
     steps    the median step alone, and while a checkpoint is written
