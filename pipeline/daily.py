@@ -28,13 +28,14 @@ class DailyLog:
     """Local time at which a day ends and the next begins: with 04:00, day D goes from 04:00 to 04:00 of D + 1."""
     until: str | None = None
     """The last day to take, as 2026-11-21; None = the latest that is whole."""
+    days: tuple[str, ...] | None = None
+    """These days alone, as [2026-11-20, 2026-11-21]; None = all up to `until`."""
 
     def __post_init__(self) -> None:
         day = datetime.date(2026, 11, 22)
-        if self.folder is None and (self.marker or self.until):
-            raise ValueError(
-                f"daily.folder is not set: {'marker' if self.marker else 'until'} needs it, as dt=%Y-%m-%d"
-            )
+        needs_folder = [name for name in ("marker", "until", "days") if getattr(self, name) is not None]
+        if self.folder is None and needs_folder:
+            raise ValueError(f"daily.folder is not set: {needs_folder[0]} needs it, as dt=%Y-%m-%d")
         if self.folder is not None and _parsed(day.strftime(self.folder), self.folder) != day:
             raise ValueError(f"daily.folder is {self.folder!r}: it must give year, month and day, as dt=%Y-%m-%d")
         if self.marker is not None and (not self.marker or "/" in self.marker):
@@ -45,10 +46,11 @@ class DailyLog:
             raise ValueError(
                 f"daily.time_zone is {self.time_zone!r}: it must be an IANA name, as Europe/Berlin"
             ) from None
-        for name, example, parse in (
-            ("cut_off", "04:00", datetime.time.fromisoformat), ("until", "2026-11-21", datetime.date.fromisoformat),
+        for name, example, parse, value in (
+            ("cut_off", "04:00", datetime.time.fromisoformat, self.cut_off),
+            ("until", "2026-11-21", datetime.date.fromisoformat, self.until),
+            *(("days", "[2026-11-21]", datetime.date.fromisoformat, day) for day in self.days or ()),
         ):  # fmt: skip
-            value = getattr(self, name)
             try:
                 _ = value is None or parse(value)
             except ValueError:
@@ -71,20 +73,46 @@ def whole_days(found: list[Input], *, events: str, daily: DailyLog) -> tuple[lis
     """
     if daily.folder is None:
         return found, []
+    if not found:
+        return [], []
+    log = log_days(found, events=events, daily=daily)
+    left_out = [f"{day}: {why}" for day, why in log.left_out.items()]
+    return [file for day in sorted(log.files) for file in log.files[day]], left_out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogDays:
+    """A daily log as it stands."""
+
+    files: dict[datetime.date, list[Input]]
+    """Of the days that are whole."""
+    left_out: dict[datetime.date, str]
+    """Why other days are not: not over, no marker, or no files at all."""
+
+
+def log_days(found: list[Input], *, events: str, daily: DailyLog) -> LogDays:
+    """The days that `daily` asks for, from the first that the log has; `found` are its files, at least one.
+
+    DataError: a file lies in no day's folder.
+    """
+    assert daily.folder is not None
     by_day: dict[datetime.date, list[Input]] = {}
     for file in found:
         by_day.setdefault(_day_of(file, daily.folder, events=events), []).append(file)
-    until = datetime.date.fromisoformat(daily.until) if daily.until else max(by_day)
-    first, days = min(by_day), sorted(day for day in by_day if day <= until)
-    every = [first + datetime.timedelta(days=n) for n in range((until - first).days + 1)]
+    if daily.days is not None:
+        every = sorted(map(datetime.date.fromisoformat, daily.days))
+    else:
+        first, until = min(by_day), datetime.date.fromisoformat(daily.until) if daily.until else max(by_day)
+        every = [first + datetime.timedelta(days=n) for n in range((until - first).days + 1)]
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        unfinished = dict(zip(days, pool.map(lambda day: _why_unfinished(day, events, daily), days), strict=True))
-    left_out = []
-    for day in every:
-        why = unfinished[day] if day in by_day else f"no files in {daily.folder_of(day)}"
-        if why:
-            left_out.append(f"{day}: {why}")
-    return [file for day in days if not unfinished[day] for file in by_day[day]], left_out
+        reasons = dict(zip(every, pool.map(lambda day: _why_unfinished(day, events, daily), every), strict=True))
+    left_out = {}
+    for day, why in reasons.items():
+        if day not in by_day:
+            left_out[day] = f"no files in {daily.folder_of(day)}"
+        elif why:
+            left_out[day] = why
+    return LogDays(files={day: by_day[day] for day in every if day not in left_out}, left_out=left_out)
 
 
 def _why_unfinished(day: datetime.date, events: str, daily: DailyLog) -> str | None:

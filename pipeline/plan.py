@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import polars as pl
 
 from pipeline import readers, users
-from pipeline.daily import DailyLog, whole_days
+from pipeline.daily import DailyLog, log_days, whole_days
 from pipeline.events import DataError, EventColumns
 from pipeline.manifest import Manifest, current_manifest, flatten
 from pipeline.readers import FileFormat, Input
@@ -117,6 +118,21 @@ def make_plan(
         users=users_file if users_are_new or new else None, users_are_new=users_are_new,
         left_out=left_out,
     )  # fmt: skip
+
+
+def pending_days(
+    events: str, out: str, *, files: FileFormat, daily: DailyLog
+) -> tuple[list[datetime.date], dict[datetime.date, str]]:
+    """The whole days of a daily log with files that `out` does not hold under their names, or with other sizes; and why
+    the other days are left out.
+
+    One that is refused shows here again until it is mended: each day can be ingested on its own (`daily.days`).
+    """
+    log = log_days(readers.find_inputs(events, options=files), events=events, daily=daily)
+    parent = current_manifest(out)
+    known = {entry["name"]: entry["bytes"] for entry in parent.inputs} if parent else {}
+    pending = [day for day in sorted(log.files) if any(known.get(file.name) != file.bytes for file in log.files[day])]
+    return pending, log.left_out
 
 
 def require_disk(plan: Plan) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.hashing import hash64
 from pipeline.sequences import UserEvents, offsets_of, ranges
 
 PARTS = ("train", "valid", "test")
@@ -41,6 +42,11 @@ class RequestConfig:
     """temporal: first time of validation, ISO 8601 (UTC unless it has a zone) or milliseconds since 1970."""
     test_from: str | int | None = None
     """temporal: first time of the test."""
+    train_from: str | int | None = None
+    """temporal: first time of training; earlier requests are history alone, but for those that are replayed. None = all
+    before valid_from train."""
+    replay_share: float = 0.0
+    """temporal: share of the requests before train_from that train too, drawn anew for each valid_from."""
     max_history: int = 1024
     """Latest events of a user that training carries."""
     max_requests: int = 64
@@ -97,6 +103,21 @@ class RequestConfig:
                 raise ValueError("requests.split is temporal: set requests.valid_from and requests.test_from")
             if self.bounds[0] > self.bounds[1]:
                 raise ValueError(f"requests.valid_from {self.valid_from} is after test_from {self.test_from}: swap")
+        self._check_window()
+
+    def _check_window(self) -> None:
+        if not 0 <= self.replay_share <= 1:
+            raise ValueError(f"requests.replay_share is {self.replay_share}: it must be from 0 to 1")
+        if self.train_from is None:
+            if self.replay_share:
+                raise ValueError(
+                    f"requests.replay_share is {self.replay_share}: without train_from all train already; remove it"
+                )
+            return
+        if self.split != "temporal":
+            raise ValueError("requests.train_from belongs to split temporal: set split or remove it")
+        if _milliseconds("train_from", self.train_from) > self.bounds[0]:
+            raise ValueError(f"requests.train_from {self.train_from} is after valid_from {self.valid_from}: swap")
 
     def _check_negatives(self) -> None:
         if self.negatives not in ("uniform", "popularity", "in_batch"):
@@ -126,6 +147,8 @@ class RequestConfig:
         fields |= {"max_eval_requests": self.max_eval_requests}
         if self.split == "temporal":
             fields |= {"bounds": self.bounds}
+        if self.train_from is not None:
+            fields |= {"train_from": _milliseconds("train_from", self.train_from), "replay_share": self.replay_share}
         if self.task == "impressions":
             fields |= {"session_gap_seconds": self.session_gap_seconds, "min_history": self.min_history}
         else:
@@ -146,7 +169,7 @@ class Requests:
     key: np.ndarray
     """[B] int64: tells a user's requests apart; the place of the request's first event in the user's sequence."""
     part: np.ndarray
-    """[B] int8: place in PARTS."""
+    """[B] int8: place in PARTS; -1 = in none of them."""
     offsets: np.ndarray
     """[B + 1] int64: request b has candidates offsets[b] : offsets[b + 1]."""
     candidate: np.ndarray
@@ -195,6 +218,9 @@ def list_requests(events: UserEvents, config: RequestConfig) -> Requests:
     asks_at_event = config.task == "next_item" and config.group == "event" and config.split == "leave_one_out"
     position = place[request] if asks_at_event else place[_first_of_equal(events, user)[request]]
     part = _split(user[request], events.time[request], config)
+    if config.train_from is not None:
+        first_candidate = events.item[member][offsets[:-1]]
+        part = _windowed(part, events.time[request], place[request], first_candidate, config)
     return Requests(
         user=user[request],
         position=position,
@@ -312,6 +338,17 @@ def _split(user: np.ndarray, time: np.ndarray, config: RequestConfig) -> np.ndar
     ends = np.cumsum(counts)[counts >= _MIN_REQUESTS_TO_SPLIT]
     part[ends - 1], part[ends - 2] = PARTS.index("test"), PARTS.index("valid")
     return part
+
+
+def _windowed(
+    part: np.ndarray, time: np.ndarray, key: np.ndarray, candidate: np.ndarray, config: RequestConfig
+) -> np.ndarray:
+    """[B] the same without the training requests before train_from that are not replayed."""
+    early = (part == PARTS.index("train")) & (time < _milliseconds("train_from", config.train_from))
+    # Told apart by what they ask, so that the draw is the same however users are read.
+    draw = hash64(config.bounds[0], time, key, candidate, np.uint64(4)) >> np.uint64(11)
+    replayed = draw < np.uint64(config.replay_share * 2**53)
+    return np.where(early & ~replayed, np.int8(-1), part)
 
 
 def _milliseconds(name: str, value: str | int | None) -> int:

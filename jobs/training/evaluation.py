@@ -8,6 +8,7 @@ Every rank joins every call: look-ups are collectives, and under ZeRO-3 so is ea
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,9 +37,13 @@ SCORES_PER_FORWARD = 1 << 21
 EVENTS_PER_BATCH = 1 << 14
 LOOK_UP_ROWS = 1 << 16
 TARGETS_PER_RANKING = 64
+RECOMMENDED = 10
+"""Best items of a request that count as recommended."""
 OWN_HALF_LIFE = 100.0
 """Events after which an event weighs half in the baseline of own items."""
 
+_Ranked = tuple[tuple[np.ndarray, ...], np.ndarray]
+"""The columns of some targets, and the recommended items of their requests."""
 Transform = Callable[[Batch], Batch]
 Progress = Callable[[int, int], None]
 """(requests done, requests of the part), both over all ranks, about."""
@@ -62,7 +67,7 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         if requests.task == "next_item":
-            result = _rank_targets(model, tables, batches, catalogue=catalogue, transform=transform)
+            result = _rank_targets(model, tables, batches, catalogue=catalogue, requests=requests, transform=transform)
         else:
             result = _score_impressions(model, tables, batches, loader, transform=transform)
     model.train()
@@ -103,10 +108,11 @@ def evaluate_counts(
         for first in range(0, batch.num_requests, per_chunk):
             chunk = select_requests(batch, first, min(first + per_chunk, batch.num_requests))
             scores_BI = _own_items(chunk, else_I=share_I) if own_items else scores_I
-            results.append(_ranks(chunk, scores_BI.expand(chunk.num_requests, -1), catalogue))
+            results.append(_ranks(chunk, scores_BI.expand(chunk.num_requests, -1), catalogue, requests))
     if requests.task == "impressions":
         return _collect_impressions(results, loader)
-    return _collect_ranks(results)
+    # Counts rank, but they are no logits.
+    return dataclasses.replace(ranked := _collect_ranks(results, catalogue), log_loss=np.full(len(ranked.user), np.nan))
 
 
 def _own_items(batch: Batch, *, else_I: Tensor) -> Tensor:
@@ -130,8 +136,9 @@ def _translated(loader: EvaluationLoader, catalogue: Catalogue, progress: Progre
 
 
 def _rank_targets(
-    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], *, catalogue: Catalogue, transform: Transform
-) -> RankedTargets:
+    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], *, catalogue: Catalogue, requests: RequestConfig,
+    transform: Transform,
+) -> RankedTargets:  # fmt: skip
     item_IC, features_IFC = _look_up_catalogue(tables, catalogue.num_items)
     refuse_bad_rows(item_IC, features_IFC)
     candidates = SCORES_PER_FORWARD if _scores_by_vectors(model) else CANDIDATES_PER_FORWARD
@@ -143,8 +150,8 @@ def _rank_targets(
             last = min(first + per_forward, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
             scores_BI = _catalogue_scores(model, transform(chunk), tables, item_IC, features_IFC)
-            results.append(_ranks(chunk, scores_BI, catalogue))
-    return _collect_ranks(results)
+            results.append(_ranks(chunk, scores_BI, catalogue, requests))
+    return _collect_ranks(results, catalogue)
 
 
 def _score_impressions(
@@ -155,21 +162,26 @@ def _score_impressions(
 
 
 def _impressions(batch: Batch, logits_M: Tensor) -> tuple[np.ndarray, ...]:
-    """(user, history length, logit, label) of every candidate."""
+    """(user, history length, logit, label, item, whether it comes first in its request) of every candidate."""
     size_B = batch.candidate_offsets.diff()
+    owner_M, logits_M = torch.repeat_interleave(size_B), logits_M.detach().float().cpu()
+    best_B = torch.full((len(size_B),), -torch.inf).scatter_reduce(0, owner_M, logits_M, "amax")
     return (
         torch.repeat_interleave(batch.user[batch.request_user], size_B).numpy(),
         torch.repeat_interleave(batch.request_position, size_B).numpy(),
-        logits_M.cpu().numpy(),
+        logits_M.numpy(),
         batch.candidate_label.numpy(),
+        batch.candidate_item.numpy(),
+        (logits_M == best_B[owner_M]).numpy(),
     )
 
 
 def _collect_impressions(results: list[tuple[np.ndarray, ...]], loader: EvaluationLoader) -> ScoredImpressions:
-    user, history, logit, label = _gather_columns(results)
+    user, history, logit, label, item, first = _gather_columns(results)
     return ScoredImpressions(
-        user, history, logit, label, skipped_requests=loader.num_skipped, requests=loader.num_requests
-    )
+        user, history, logit, label, skipped_requests=loader.num_skipped, requests=loader.num_requests,
+        recommended_items=_num_items(item[first]), catalogue_items=_num_items(item),
+    )  # fmt: skip
 
 
 def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor]:
@@ -202,8 +214,8 @@ def _scores_by_vectors(model: nn.Module) -> bool:
     return isinstance(getattr(model, "module", model), SequenceModel)
 
 
-def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.ndarray, ...]:
-    """The columns of RankedTargets for a batch whose only candidates are the targets."""
+def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: RequestConfig) -> _Ranked:
+    """The columns of RankedTargets for a batch whose only candidates are the targets, and the best items."""
     request_T = torch.repeat_interleave(batch.candidate_offsets.diff())
     target_T = batch.candidate_item
     scores_BI = scores_BI.masked_fill(torch.arange(scores_BI.shape[1]) < NUM_RESERVED, -torch.inf)
@@ -215,6 +227,9 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.nd
     targets_BI = torch.zeros_like(seen_BI)
     targets_BI[request_T, target_T] = True
 
+    competing_BI = scores_BI if requests.seen_items == "kept" else scores_BI.masked_fill(seen_BI, -torch.inf)
+    best_BK, item_BK = competing_BI.topk(min(RECOMMENDED, scores_BI.shape[1]), dim=1)
+    log_share_BI = scores_BI.double().log_softmax(1)
     kept, removed = [], []
     for request_t, target_t in zip(
         request_T.split(TARGETS_PER_RANKING), target_T.split(TARGETS_PER_RANKING), strict=True
@@ -226,7 +241,7 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.nd
     rank_T2 = torch.stack([torch.cat(kept), torch.cat(removed)], 1) if kept else torch.zeros(0, 2)
     rank_T2 = rank_T2.masked_fill(unknown_T[:, None], torch.inf)
     count_T = torch.from_numpy(catalogue.training_count)[target_T].masked_fill(unknown_T, -1)
-    return (
+    columns = (
         batch.user[batch.request_user][request_T].numpy(),
         batch.request_key[request_T].numpy(),
         batch.request_position[request_T].numpy(),
@@ -235,7 +250,9 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue) -> tuple[np.nd
         _tied(batch)[request_T].numpy(),
         seen_BI[request_T, target_T].numpy() & ~unknown_T.numpy(),
         count_T.numpy(),
+        -log_share_BI[request_T, target_T].numpy(),
     )
+    return columns, item_BK[best_BK > -torch.inf].numpy()
 
 
 def _tied(batch: Batch) -> Tensor:
@@ -247,10 +264,19 @@ def _tied(batch: Batch) -> Tensor:
     return has_time & (batch.event_time[previous] == batch.request_time)
 
 
-def _collect_ranks(results: list[tuple[np.ndarray, ...]]) -> RankedTargets:
-    columns = _gather_columns(results)
+def _collect_ranks(results: list[_Ranked], catalogue: Catalogue) -> RankedTargets:
+    columns = _gather_columns([columns for columns, _ in results])
+    best = _gather_columns([(np.unique(np.concatenate([items for _, items in results])),)] if results else [])
     order = np.lexsort((columns[1], columns[0]))
-    return RankedTargets(*(column[order] for column in columns))
+    return RankedTargets(
+        *(column[order] for column in columns),
+        recommended_items=_num_items(best[0]), catalogue_items=catalogue.num_items - NUM_RESERVED,
+    )  # fmt: skip
+
+
+def _num_items(rows: np.ndarray) -> int:
+    """Distinct ones that the model knows."""
+    return int((np.unique(rows) >= NUM_RESERVED).sum())
 
 
 def _gather_columns(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:

@@ -43,6 +43,13 @@ class RankedTargets:
     """[T] the target stands in the history: recommending it is recommending something seen."""
     training_count: np.ndarray
     """[T] how often the target is a positive of the model's training requests; -1 where the model does not know it."""
+    log_loss: np.ndarray
+    """[T] -log of the target's share in the softmax over the catalogue; infinite where the model does not know it, nan
+    where scores are no logits."""
+    recommended_items: int
+    """Distinct items among the ten best of all requests."""
+    catalogue_items: int
+    """Items that could be."""
 
     @property
     def weight(self) -> np.ndarray:
@@ -72,6 +79,8 @@ class RankedTargets:
         values["share_repeats"] = _mean(self.repeat, weight)
         values["share_untrained"] = _mean(self.training_count == 0, weight)
         values["share_unknown"] = _mean(self.training_count < 0, weight)
+        values["logloss"] = _mean(self.log_loss, weight, np.isfinite(self.log_loss))
+        values["coverage"] = _share(self.recommended_items, self.catalogue_items)
         return values
 
     def slices(self) -> Mapping[str, np.ndarray]:
@@ -105,6 +114,10 @@ class ScoredImpressions:
     skipped_requests: int
     """Requests left out because their history was shorter than `min_history`."""
     requests: int
+    recommended_items: int
+    """Distinct items that come first in a request."""
+    catalogue_items: int
+    """Distinct items that were shown."""
 
     def metrics(self) -> dict[str, float]:
         by_user = gauc(self.logit, self.label, self.user)
@@ -118,6 +131,7 @@ class ScoredImpressions:
             "gauc_users_skipped": float(by_user.num_users_skipped),
             "logloss": log_loss(self.logit, self.label),
             "calibration": calibration(self.logit, self.label),
+            "coverage": _share(self.recommended_items, self.catalogue_items),
         }
 
     def slices(self) -> Mapping[str, np.ndarray]:
@@ -149,6 +163,10 @@ def _mean(values: np.ndarray, weight: np.ndarray, mask: np.ndarray | None = None
         values, weight = values[mask], weight[mask]
     total = weight.sum()
     return float((values * weight).sum() / total) if total > 0 else float("nan")
+
+
+def _share(count: int, total: int) -> float:
+    return count / total if total else float("nan")
 
 
 def _total(weight: np.ndarray) -> float:

@@ -21,8 +21,10 @@ def ranked(**columns) -> RankedTargets:
         "tied": [False, False, True, False, False],
         "repeat": [False, True, False, False, False],
         "training_count": [5, 1, 0, 9, -1],
+        "log_loss": [1.0, 3.0, 2.0, 4.0, np.inf],
     }
-    return RankedTargets(**{name: np.array(value) for name, value in (values | columns).items()})
+    arrays = {name: np.array(value) for name, value in (values | columns).items()}
+    return RankedTargets(**arrays, recommended_items=12, catalogue_items=48)
 
 
 def test_every_request_counts_once_however_many_targets_it_has():
@@ -32,6 +34,12 @@ def test_every_request_counts_once_however_many_targets_it_has():
     assert (metrics["requests"], metrics["targets"]) == (4, 5)
     assert metrics["hr@10_seen_kept"] == (0.5 + 0.5 + 1) / 4
     assert metrics["ndcg@10_seen_kept"] == pytest.approx((0.5 * 1 + 0.5 / np.log2(5) + 1 / np.log2(3)) / 4)
+
+
+def test_loss_is_of_the_targets_that_the_model_knows_and_coverage_of_its_catalogue():
+    metrics = ranked().metrics()
+    assert metrics["logloss"] == pytest.approx((0.5 * 1 + 0.5 * 3 + 2 + 4) / 3)
+    assert metrics["coverage"] == 0.25
 
 
 def test_with_seen_items_removed_repeated_targets_are_left_out():
@@ -77,7 +85,9 @@ def test_buckets_are_by_powers_of_ten():
 def test_sums_per_user_of_impressions_give_the_gauc():
     rng = np.random.default_rng(0)
     user, label = rng.integers(0, 20, 300), (rng.random(300) < 0.2).astype(np.float32)
-    result = ScoredImpressions(user, user * 10, rng.random(300), label, skipped_requests=0, requests=30)
+    result = ScoredImpressions(
+        user, user * 10, rng.random(300), label, skipped_requests=0, requests=30, recommended_items=3, catalogue_items=4
+    )
     mask = user % 2 == 0
     values, weights = result.per_user(mask)
     assert values.sum() / weights.sum() == pytest.approx(gauc(result.logit[mask], label[mask], user[mask]).value)
