@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from jobs.commands import cluster, data, serving, system, training
+from jobs.commands import cluster, data, nightly, serving, system, training
 from jobs.commands.arguments import one_line
 from jobs.console import Console
 from jobs.recipes import recipe_names
@@ -36,6 +36,8 @@ solar COMMAND ... [-v]
   grow CHECKPOINT       the same checkpoint with tables as large as the vocabulary of --shards DIR now (--out DIR)
   evaluate SUBJECT      a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)
   register RECIPE       the run's best checkpoint -> MLflow registry
+  nightly RECIPE        a day's log -> a better champion or a reasoned refusal (--date D, --catch-up, --dry-run)
+  promote, rollback, history MODEL    who the champion is (--version N --why TEXT), and every night's decision
   score MODEL_URI       a registered model on Parquet requests -> scores and rankings
   submit -- COMMAND     any of these as a job of a Ray cluster, its log followed here
   jobs list|logs|stop   the jobs of a Ray cluster
@@ -139,6 +141,10 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "grow": training.grow,
     "evaluate": training.evaluate,
     "register": training.register,
+    "nightly": nightly.nightly,
+    "promote": nightly.promote,
+    "rollback": nightly.rollback,
+    "history": nightly.history,
     "score": serving.score,
     "submit": cluster.submit,
     "jobs": cluster.jobs,

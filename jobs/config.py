@@ -15,6 +15,7 @@ from types import NoneType
 from typing import Any
 
 from jobs.cluster import ClusterConfig
+from jobs.nightly.config import NightlyConfig
 from jobs.tracking import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.job import TrainingConfig
@@ -122,6 +123,7 @@ class RunConfig:
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     cluster: ClusterConfig
+    nightly: NightlyConfig
 
     @property
     def events_dir(self) -> str:
@@ -130,6 +132,11 @@ class RunConfig:
     @property
     def shards_dir(self) -> str:
         return self.data.shards or str(Path(self.workspace) / "shards" / self.data.name)
+
+    @property
+    def registered_model(self) -> str:
+        """Name in the registry."""
+        return self.tracking.registered_model or f"solar-{self.data.name}"
 
     @property
     def run_dir(self) -> Path:
@@ -174,6 +181,7 @@ SECTIONS: Mapping[str, type] = {
     "checkpoint": CheckpointConfig,
     "tracking": TrackingConfig,
     "cluster": ClusterConfig,
+    "nightly": NightlyConfig,
 }
 
 

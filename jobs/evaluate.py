@@ -72,9 +72,12 @@ def evaluate_run(
 
 def evaluate(
     config: RunConfig, systems: list[System], console: Console, *, shards: Shards, part: str, directory: Path,
-    verbose: bool = False,
+    beside: bool = True, verbose: bool = False,
 ) -> Evaluated:  # fmt: skip
-    """Evaluate the systems (the main one first) on one part of the shards. The same again is reused."""
+    """Evaluate the systems (the main one first) on one part of the shards. The same again is reused.
+
+    `beside`: also what is measured beside the main one: itself without histories, its spectrum, the baselines.
+    """
     subject = {
         "part": part,
         "systems_evaluated": {system.name: system.key for system in systems},
@@ -91,7 +94,8 @@ def evaluate(
     _warn(config, shards, systems[0], console)
     arguments = {
         "systems": systems,
-        "baselines": baselines(config.data.requests),
+        "baselines": baselines(config.data.requests) if beside else [],
+        "beside": beside,
         "shards": shards.path,
         "manifest": shards.manifest.number,
         "requests": config.data.requests,
@@ -103,7 +107,7 @@ def evaluate(
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
         console.stage("evaluate") as stage,
     ):
-        num_systems = len(systems) + 1 + len(arguments["baselines"])
+        num_systems = len(systems) + beside + len(arguments["baselines"])
         finished = 0
 
         def follow(rows: list[dict[str, Any]]) -> None:
@@ -119,7 +123,10 @@ def evaluate(
 
         run_workers(_evaluate_worker, arguments, config=config, name="evaluate", on_rows=follow)
         stage.result = f"{num_systems} systems on the {part} part"
-    summary = subject | _summarise(directory, config, [system.name for system in systems])
+    names = [system.name for system in systems]
+    if beside:
+        names[1:1] = [f"{names[0]}, {EMPTIED}"]
+    summary = subject | _summarise(directory, config, [*names, *arguments["baselines"]])
     write_json(directory / "summary.json", summary)
     return Evaluated(directory, summary, reused=False)
 
@@ -171,7 +178,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
         tower, rows, catalogue = _load_system(system, data, arguments)
         common: dict[str, Any] = {"catalogue": catalogue, **asked}
         record(system.name, evaluate_part(tower, rows, data, progress=progress(system.name), **common))
-        if index == 0:
+        if index == 0 and arguments["beside"]:
             name = f"{system.name}, {EMPTIED}"
             emptied = evaluate_part(
                 tower, rows, data, transform=Batch.without_history, progress=progress(name), **common
@@ -217,18 +224,18 @@ def _write_result(directory: Path, system: str, result: RankedTargets | ScoredIm
     write_json(directory / f"{_file_name(system)}.json", {"system": system, "counts": counts})
 
 
-def _read_result(directory: Path, system: str, *, task: str) -> RankedTargets | ScoredImpressions:
+def read_result(directory: Path, system: str, *, task: str) -> RankedTargets | ScoredImpressions:
+    """What an evaluation measured of one of its systems."""
     table = pq.read_table(directory / f"{_file_name(system)}.parquet")
     columns = {name: table[name].to_numpy() for name in table.column_names}
     counts = read_json(directory / f"{_file_name(system)}.json")["counts"]
     return (ScoredImpressions if task == "impressions" else RankedTargets)(**columns, **counts)
 
 
-def _summarise(directory: Path, config: RunConfig, names: list[str]) -> dict[str, Any]:
+def _summarise(directory: Path, config: RunConfig, systems: list[str]) -> dict[str, Any]:
     """Metrics of every system; intervals over users and ratios of the primary one, also by slice."""
-    main, requests = names[0], config.data.requests
-    systems = [main, f"{main}, {EMPTIED}", *names[1:], *baselines(requests)]
-    results = {system: _read_result(directory, system, task=requests.task) for system in systems}
+    main, requests = systems[0], config.data.requests
+    results = {system: read_result(directory, system, task=requests.task) for system in systems}
 
     def per_user(system: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         result = results[system]

@@ -11,8 +11,9 @@ import dataclasses
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jobs.champions import CHALLENGER, CHAMPION, champion, or_none, promote, registry_client
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.evaluate import Evaluated
@@ -50,22 +52,30 @@ class Registered:
     reused: bool
 
 
-def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console: Console) -> Registered:
-    """Register the run's best checkpoint once; the same checkpoint again is the same version."""
-    import mlflow
-    from mlflow.tracking import MlflowClient
+def register(
+    config: RunConfig,
+    trained: Trained,
+    evaluated: Evaluated,
+    console: Console,
+    *,
+    set_alias: Callable[[Any, str, str], str] | None = None,
+    tags: Mapping[str, str] = MappingProxyType({}),
+) -> Registered:
+    """Register the run's best checkpoint once; the same checkpoint again is the same version.
 
-    uri = tracking_uri(config.tracking, config.workspace)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    client = MlflowClient(uri, registry_uri=uri)
-    name = config.tracking.registered_model or f"solar-{config.data.name}"
+    `set_alias(client, name, version)` decides what the version is called, and returns it; by default the first one is
+    the champion, a later one the challenger. `tags` are the version's, beside its lineage.
+    """
+    import mlflow
+
+    set_alias = set_alias or _first_is_champion
+    client, name = registry_client(tracking_uri(config.tracking, config.workspace)), config.registered_model
     key = checkpoint_key(trained.checkpoint)
     found = _find_version(client, name, key)
     if found is not None:
         # A crash may have come between the version and its alias.
-        aliases = sorted(found.aliases) or [_set_alias(client, name, found.version)]
-        return Registered(name, found.version, ", ".join(aliases), f"models:/{name}/{found.version}", True)
+        alias = ", ".join(sorted(found.aliases)) or set_alias(client, name, str(found.version))
+        return Registered(name, found.version, alias, f"models:/{name}/{found.version}", True)
 
     with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "model"
@@ -83,8 +93,8 @@ def register(config: RunConfig, trained: Trained, evaluated: Evaluated, console:
                 pip_requirements=[f"{package}=={_version(package)}" for package in RUNTIME_PACKAGES],
             )
         stage.update(2, 3, "version")
-        version = _create_version(client, name, info.model_uri, trained, key)
-        alias = _set_alias(client, name, version.version)
+        version = _create_version(client, name, info.model_uri, trained, {**tags, "solar.run_key": key})
+        alias = set_alias(client, name, str(version.version))
         stage.result = f"{name} version {version.version}, alias {alias}"
     return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
 
@@ -249,43 +259,28 @@ def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -
         mlflow.log_artifact(str(plot), "plots")
 
 
-def _create_version(client: Any, name: str, model_uri: str, trained: Trained, key: str) -> Any:
-    if _or_none(lambda: client.get_registered_model(name)) is None:
+def _create_version(client: Any, name: str, model_uri: str, trained: Trained, tags: Mapping[str, str]) -> Any:
+    if or_none(lambda: client.get_registered_model(name)) is None:
         client.create_registered_model(name)
     facts = read_json(trained.run_dir / "run.json")
-    tags = {
-        "solar.run_key": key,
+    lineage = {
         "solar.checkpoint": str(trained.checkpoint.absolute()),
         "solar.manifest": str(facts["manifest"]),
         "solar.manifest_fingerprint": facts["manifest_fingerprint"],
         "solar.git_commit": facts["git_commit"],
     }
-    champion = _champion(client, name)
-    if champion is not None:
-        tags["solar.parent_version"] = champion.version
-    return client.create_model_version(name, source=model_uri, run_id=trained.mlflow_run_id, tags=tags)
+    before = champion(client, name)
+    if before is not None:
+        lineage["solar.parent_version"] = str(before.version)
+    return client.create_model_version(name, source=model_uri, run_id=trained.mlflow_run_id, tags={**lineage, **tags})
 
 
-def _set_alias(client: Any, name: str, version: str) -> str:
-    alias = "champion" if _champion(client, name) is None else "challenger"
-    client.set_registered_model_alias(name, alias, version)
-    return alias
-
-
-def _champion(client: Any, name: str) -> Any | None:
-    return _or_none(lambda: client.get_model_version_by_alias(name, "champion"))
-
-
-def _or_none(look_up: Callable[[], Any]) -> Any | None:
-    """What the registry answers, None if it says that there is none; any other trouble with it is raised."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return look_up()
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
+def _first_is_champion(client: Any, name: str, version: str) -> str:
+    if champion(client, name) is None:
+        promote(client, name, version, expected=None, why="the first version")
+        return CHAMPION
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    return CHALLENGER
 
 
 def _find_version(client: Any, name: str, key: str) -> Any | None:

@@ -40,11 +40,20 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
+
+class StoreAway(ConfigError):
+    """MLflow does not answer; nothing is wrong with what was asked."""
+
+
+class NoStore(ConfigError):
+    """The workspace has no MLflow store of its own yet, and no other was named."""
+
+
 EXPORTED = ("scorer.json", "config.json", "items.parquet", "table-item.safetensors", "model.safetensors")
 """Files of every export; item features have a table-NAME.safetensors each beside them, user features a
 table-user-NAME.safetensors and user-values.parquet."""
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
-_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """A user waits for the first answer: MLflow's own defaults take minutes to say that no server is there."""
 
 
@@ -123,10 +132,16 @@ def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> Regist
 def store_uri(tracking: TrackingConfig, workspace: str) -> str:
     """Where to look models up. ConfigError where it would be the workspace's own store and there is none."""
     if tracking.uri is None and not (Path(workspace) / "mlflow" / "mlflow.db").exists():
-        raise ConfigError(
-            f"{workspace}/mlflow: no MLflow store there; give --workspace DIR of a run or --tracking.uri URI"
-        )
+        raise NoStore(f"{workspace}/mlflow: no MLflow store there; give --workspace DIR of a run or --tracking.uri URI")
     return tracking_uri(tracking, workspace)
+
+
+@contextlib.contextmanager
+def open_registry(tracking: TrackingConfig, workspace: str) -> Iterator[MlflowClient]:
+    """A client of the registry, for commands that change it. ConfigError: no store there, or it does not answer."""
+    store = store_uri(tracking, workspace)
+    with _explained(store):
+        yield _client(store)
 
 
 class RegisteredTables:
@@ -265,8 +280,8 @@ def _complete(directory: Path, *, uri: str) -> Path:
 @contextlib.contextmanager
 def _explained(store: str) -> Iterator[None]:
     """A store that does not answer becomes one line, soon."""
-    before = {key: os.environ.get(key) for key in _PATIENCE}
-    os.environ.update({key: value for key, value in _PATIENCE.items() if before[key] is None})
+    before = {key: os.environ.get(key) for key in PATIENCE}
+    os.environ.update({key: value for key, value in PATIENCE.items() if before[key] is None})
     try:
         yield
     except ConfigError:
@@ -274,7 +289,7 @@ def _explained(store: str) -> Iterator[None]:
     # Whatever the store's driver raises: database, network and missing-driver errors share no class.
     except Exception as error:
         reason = redacted(" ".join(str(error).split()))[:200]
-        raise ConfigError(
+        raise StoreAway(
             f"MLflow at {redacted(store)} does not answer ({type(error).__name__}: {reason}): start it, or set "
             "--tracking.uri"
         ) from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.events import DataError
+from pipeline.manifest import manifest_numbers, read_manifest
 from pipeline.readers import Input
 from pipeline.storage import Store
 
@@ -55,6 +57,13 @@ class DailyLog:
                 _ = value is None or parse(value)
             except ValueError:
                 raise ValueError(f"daily.{name} is {value!r}: it must be as {example}") from None
+
+    def latest_over(self) -> datetime.date:
+        """The last day that is over by the clock."""
+        day = (_now().astimezone(zoneinfo.ZoneInfo(self.time_zone)) + datetime.timedelta(days=1)).date()
+        while self.end_of(day) > _now():
+            day -= datetime.timedelta(days=1)
+        return day
 
     def end_of(self, day: datetime.date) -> datetime.datetime:
         """When the day ends and the next begins."""
@@ -115,6 +124,27 @@ def log_days(found: list[Input], *, events: str, daily: DailyLog) -> LogDays:
     return LogDays(files={day: by_day[day] for day in every if day not in left_out}, left_out=left_out)
 
 
+def day_counts(path: str, *, daily: DailyLog) -> dict[datetime.date, dict[str, int]]:
+    """{day: rows read, accepted, rejected} of the days that were ingested on their own, as far back as the data set's
+    states are kept: of each, when most of it came."""
+    assert daily.folder is not None
+    states = [read_manifest(path, number=number) for number in manifest_numbers(Store(path))]
+    found: dict[datetime.date, dict[str, int]] = {}
+    for before, after in itertools.pairwise(states):
+        known = {entry["name"] for entry in before.inputs}
+        days = {_day_of_name(entry["name"], daily.folder) for entry in after.inputs if entry["name"] not in known}
+        days.discard(None)
+        if len(days) != 1:
+            continue
+        counts = {name: after.counts[name] - before.counts[name] for name in ("read", "accepted")}
+        counts["rejected"] = sum(after.counts["rejected"].values()) - sum(before.counts["rejected"].values())
+        day = days.pop()
+        assert day is not None
+        if counts["read"] > found.get(day, {"read": -1})["read"]:
+            found[day] = counts
+    return found
+
+
 def _why_unfinished(day: datetime.date, events: str, daily: DailyLog) -> str | None:
     if daily.marker is not None:
         there = Store(events).exists(f"{daily.folder_of(day)}/{daily.marker}")
@@ -124,15 +154,19 @@ def _why_unfinished(day: datetime.date, events: str, daily: DailyLog) -> str | N
 
 
 def _day_of(file: Input, folder: str, *, events: str) -> datetime.date:
-    # A name starts with the log's own directory.
-    parts = file.name.split("/")[1:-1]
-    day = _parsed("/".join(parts[: folder.count("/") + 1]), folder)
+    day = _day_of_name(file.name, folder)
     if day is None:
         raise DataError(
             f"{file.name}: lies in no folder {folder!r} of {events}; move it away, or set daily.folder to what days "
             "are called"
         )
     return day
+
+
+def _day_of_name(name: str, folder: str) -> datetime.date | None:
+    # A name starts with the log's own directory.
+    parts = name.split("/")[1:-1]
+    return _parsed("/".join(parts[: folder.count("/") + 1]), folder)
 
 
 def _parsed(name: str, folder: str) -> datetime.date | None:

@@ -26,6 +26,10 @@ class DataError(ValueError):
     """A mistake in the user's data: one line that names the file, column or value, and the fix."""
 
 
+class NotNow(DataError):
+    """Nothing is wrong with the data, and the same again may succeed later: a full disk, another writer."""
+
+
 class Reason(enum.StrEnum):
     """Why a row was rejected; of several reasons the first one here is reported."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pipeline.events import DataError
+from pipeline.events import DataError, NotNow
 from pipeline.manifest import manifest_name, manifest_numbers, read_manifest
 from pipeline.staged import other_runs
 from pipeline.storage import Store
@@ -31,7 +31,7 @@ def collect(path: str, *, keep: int) -> Collected:
     # Listed before anything else is looked at: what a run that starts now writes is not in the list.
     found = {name: store.size(name) for folder in _FOLDERS for name in _files(store, folder)}
     if runs := other_runs(path):
-        raise DataError(f"{path}: {runs[0]} belongs to a run that may still write; wait for its end, or remove it")
+        raise NotNow(f"{path}: {runs[0]} belongs to a run that may still write; wait for its end, or remove it")
     numbers = manifest_numbers(store)
     if not numbers:
         raise DataError(f"{path}: no prepared data set there; check the path")

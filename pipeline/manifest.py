@@ -12,7 +12,7 @@ import hashlib
 import json
 from typing import Any
 
-from pipeline.events import DataError
+from pipeline.events import DataError, NotNow
 from pipeline.storage import Store
 
 FORMAT_VERSION = 2
@@ -116,7 +116,7 @@ def why_removed(path: str, *, number: int) -> str | None:
 def commit(path: str, manifest: Manifest) -> None:
     """Make the data set exist. DataError when another writer took this number first: its state stands."""
     if not Store(path).create(manifest_name(manifest.number), manifest.to_bytes()):
-        raise DataError(
+        raise NotNow(
             f"{path}: another prepare committed manifest {manifest.number} first and stands; "
             "run prepare again to add to it"
         )

@@ -14,7 +14,7 @@ import polars as pl
 
 from pipeline import readers, users
 from pipeline.daily import DailyLog, log_days, whole_days
-from pipeline.events import DataError, EventColumns
+from pipeline.events import DataError, EventColumns, NotNow
 from pipeline.manifest import Manifest, current_manifest, flatten
 from pipeline.readers import FileFormat, Input
 from pipeline.shards import Shards
@@ -141,7 +141,7 @@ def require_disk(plan: Plan) -> None:
     read = [*plan.inputs, *([plan.users] if plan.users else [])]
     needed = _DISK_FACTOR * sum(file.bytes for file, _ in read) + (64 << 20)
     if free is not None and free < needed:
-        raise DataError(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")
+        raise NotNow(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")
 
 
 def _buckets_for(files: list[Input]) -> int:

@@ -30,6 +30,8 @@ class Catalogue:
 
     num_items: int
     """I, rows of the model's vocabulary in use, the reserved ones included."""
+    num_data_items: int
+    """Items of the data, those that the model does not know included."""
     row_of_item: Tensor | None
     """[the data's capacity] int64: the data's row -> the model's row; None where both are the same."""
     code_of_action: Tensor | None
@@ -110,6 +112,7 @@ def catalogue_of(
         user_values = UserValues.between(ours, theirs)
     return Catalogue(
         num_items=theirs.size,
+        num_data_items=ours.size - NUM_RESERVED,
         row_of_item=row_of_item,
         code_of_action=code_of_action,
         user_values=user_values,

@@ -37,6 +37,9 @@ SCORES_PER_FORWARD = 1 << 21
 EVENTS_PER_BATCH = 1 << 14
 LOOK_UP_ROWS = 1 << 16
 TARGETS_PER_RANKING = 64
+EVEN_SHARE = 0.01
+"""Of a model's probability that is spread evenly over all items of the data for its loss: models that know more or
+fewer of them are then compared as what they are, guesses among the same items."""
 RECOMMENDED = 10
 """Best items of a request that count as recommended."""
 OWN_HALF_LIFE = 100.0
@@ -229,7 +232,7 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: Requ
 
     competing_BI = scores_BI if requests.seen_items == "kept" else scores_BI.masked_fill(seen_BI, -torch.inf)
     best_BK, item_BK = competing_BI.topk(min(RECOMMENDED, scores_BI.shape[1]), dim=1)
-    log_share_BI = scores_BI.double().log_softmax(1)
+    share_BI = scores_BI.double().softmax(1)
     kept, removed = [], []
     for request_t, target_t in zip(
         request_T.split(TARGETS_PER_RANKING), target_T.split(TARGETS_PER_RANKING), strict=True
@@ -241,6 +244,7 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: Requ
     rank_T2 = torch.stack([torch.cat(kept), torch.cat(removed)], 1) if kept else torch.zeros(0, 2)
     rank_T2 = rank_T2.masked_fill(unknown_T[:, None], torch.inf)
     count_T = torch.from_numpy(catalogue.training_count)[target_T].masked_fill(unknown_T, -1)
+    share_T = share_BI[request_T, target_T].masked_fill(unknown_T, 0.0)
     columns = (
         batch.user[batch.request_user][request_T].numpy(),
         batch.request_key[request_T].numpy(),
@@ -250,7 +254,7 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: Requ
         _tied(batch)[request_T].numpy(),
         seen_BI[request_T, target_T].numpy() & ~unknown_T.numpy(),
         count_T.numpy(),
-        -log_share_BI[request_T, target_T].numpy(),
+        -np.log((1 - EVEN_SHARE) * share_T.numpy() + EVEN_SHARE / catalogue.num_data_items),
     )
     return columns, item_BK[best_BK > -torch.inf].numpy()
 

@@ -44,8 +44,8 @@ class RankedTargets:
     training_count: np.ndarray
     """[T] how often the target is a positive of the model's training requests; -1 where the model does not know it."""
     log_loss: np.ndarray
-    """[T] -log of the target's share in the softmax over the catalogue; infinite where the model does not know it, nan
-    where scores are no logits."""
+    """[T] -log of the target's probability: its share in the softmax over the model's catalogue, a hundredth of which
+    is spread evenly over all items of the data; nan where scores are no logits."""
     recommended_items: int
     """Distinct items among the ten best of all requests."""
     catalogue_items: int
@@ -79,7 +79,7 @@ class RankedTargets:
         values["share_repeats"] = _mean(self.repeat, weight)
         values["share_untrained"] = _mean(self.training_count == 0, weight)
         values["share_unknown"] = _mean(self.training_count < 0, weight)
-        values["logloss"] = _mean(self.log_loss, weight, np.isfinite(self.log_loss))
+        values["logloss"] = _mean(self.log_loss, weight)
         values["coverage"] = _share(self.recommended_items, self.catalogue_items)
         return values
 

@@ -21,7 +21,7 @@ def ranked(**columns) -> RankedTargets:
         "tied": [False, False, True, False, False],
         "repeat": [False, True, False, False, False],
         "training_count": [5, 1, 0, 9, -1],
-        "log_loss": [1.0, 3.0, 2.0, 4.0, np.inf],
+        "log_loss": [1.0, 3.0, 2.0, 4.0, 9.0],
     }
     arrays = {name: np.array(value) for name, value in (values | columns).items()}
     return RankedTargets(**arrays, recommended_items=12, catalogue_items=48)
@@ -36,9 +36,9 @@ def test_every_request_counts_once_however_many_targets_it_has():
     assert metrics["ndcg@10_seen_kept"] == pytest.approx((0.5 * 1 + 0.5 / np.log2(5) + 1 / np.log2(3)) / 4)
 
 
-def test_loss_is_of_the_targets_that_the_model_knows_and_coverage_of_its_catalogue():
+def test_loss_counts_requests_once_and_coverage_is_of_the_catalogue():
     metrics = ranked().metrics()
-    assert metrics["logloss"] == pytest.approx((0.5 * 1 + 0.5 * 3 + 2 + 4) / 3)
+    assert metrics["logloss"] == pytest.approx((0.5 * 1 + 0.5 * 3 + 2 + 4 + 9) / 4)
     assert metrics["coverage"] == 0.25
 
 

@@ -1,0 +1,150 @@
+"""The challenger of a night: what it trains on, from which weights, and the champion that it has to meet.
+
+Requests by their time, D in the log's own zone and cut-off:
+
+    ... | champion's last training | trained tonight, and a replayed share of before | valid_hours | gate_hours |
+                                                                                                     end of day D
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from typing import Any
+
+from jobs.champions import champion
+from jobs.config import ConfigError
+from jobs.evaluate import evaluate
+from jobs.nightly.context import CHAMPION, NightContext, served
+from jobs.nightly.journal import past_nights
+from jobs.registry import RegisteredModel
+from jobs.train import open_shards, read_json, train
+from jobs.training.checkpoint import CheckpointError, checkpoint_key
+from jobs.warm_start import begin_from
+from pipeline.events import DataError
+from pipeline.requests import RequestConfig
+
+HOUR_MILLISECONDS = 3_600_000
+
+
+def measure_champion(night: NightContext, prepared: dict[str, Any]) -> dict[str, Any]:
+    """The champion on the whole day, before anything is trained on it: version, checkpoint, trained_until, events_then,
+    metrics."""
+    found = champion(night.client, night.name)
+    if found is None:
+        return {"version": None}
+    model = night.fetch(str(found.version))
+    known: dict[str, Any] = {
+        "version": str(found.version),
+        "checkpoint": model.tags.get("solar.checkpoint"),
+        "trained_until": trained_until(model),
+        "events_then": _events_then(night, model),
+        "metrics": None,
+    }
+    day = night.requests(valid_from=night.start, test_from=night.start)
+    if not night.counts(day).test.requests.any():
+        return known
+    measured = evaluate(
+        night.config_with(day, name=f"{night.config.name}-champion"),
+        [served(CHAMPION, model)],
+        night.console,
+        shards=open_shards(night.config, number=prepared["manifest"]),
+        part="test",
+        directory=night.journal.directory / CHAMPION,
+        beside=False,
+        verbose=night.verbose,
+    )
+    return {**known, "metrics": measured.summary["metrics"][CHAMPION], "primary": measured.summary["primary"]}
+
+
+def night_requests(night: NightContext, before: dict[str, Any]) -> RequestConfig:
+    """What is trained on, chosen by, and judged by. `before`: what measure_champion said."""
+    nightly = night.config.nightly
+    gate_from = night.end - round(nightly.gate_hours * HOUR_MILLISECONDS)
+    valid_from = gate_from - round(nightly.valid_hours * HOUR_MILLISECONDS)
+    train_from = before.get("trained_until")
+    if train_from is None:
+        return night.requests(valid_from=valid_from, test_from=gate_from)
+    if train_from >= valid_from:
+        moment = datetime.datetime.fromtimestamp(train_from / 1000, datetime.UTC)
+        raise ConfigError(
+            f"{night.date}: the champion, version {before['version']}, was trained on requests up to "
+            f"{moment:%Y-%m-%d %H:%M} UTC: nothing is new that night; name a later --date"
+        )
+    # Of the older requests so many that they are `replay` of all that train; events stand for requests.
+    now, then = open_shards(night.config).manifest.counts["accepted"], before["events_then"]
+    share = nightly.replay / (1 - nightly.replay) * max(now - then, 0) / max(then, 1)
+    return night.requests(
+        valid_from=valid_from, test_from=gate_from, train_from=train_from, replay_share=round(min(1.0, share), 6)
+    )
+
+
+def lacking(night: NightContext, asked: RequestConfig) -> str | None:
+    """Which of the three parts has no request, in words."""
+    counts = night.counts(asked)
+    for part, what in (("train", "to train on"), ("valid", "to choose by"), ("test", "to judge by")):
+        if not getattr(counts, part).requests.any():
+            return f"no request {what}: nothing was trained, the data accumulate"
+    return None
+
+
+def train_challenger(night: NightContext, before: dict[str, Any], asked: RequestConfig) -> dict[str, Any]:
+    """From the champion's weights where they fit today's data, else from the seed on all requests."""
+    why_cold, training = _why_cold(night, before), night.config.training
+    if why_cold is None:
+        training = dataclasses.replace(training, warm_start=before["checkpoint"], epochs=night.config.nightly.epochs)
+    else:
+        if before["version"] is not None:
+            night.tell(f"begins from the seed: {why_cold}")
+        asked = dataclasses.replace(asked, train_from=None, replay_share=0.0)
+    config = night.training_config(asked, training)
+    trained = train(config, night.console, resume=True, from_previous=True, verbose=night.verbose)
+    state = read_json(trained.checkpoint / "state.json")["train_state"]
+    return {
+        "run_dir": str(trained.run_dir),
+        "checkpoint": str(trained.checkpoint),
+        "key": checkpoint_key(trained.checkpoint),
+        "mlflow_run_id": trained.mlflow_run_id,
+        "why_cold": why_cold,
+        "requests": dataclasses.asdict(asked),
+        "training": dataclasses.asdict(training),
+        "steps": state["step"],
+        "events": state["events"],
+        "train_seconds": state["train_seconds"],
+    }
+
+
+def trained_until(model: RegisteredModel) -> int:
+    """First time, in milliseconds since 1970, whose requests a version was not trained on."""
+    requests = model.config["data"]["requests"]
+    if requests["split"] == "temporal":
+        return RequestConfig(**{key: requests[key] for key in ("split", "valid_from", "test_from")}).bounds[0]
+    return model.settings["time_range"][1] + 1
+
+
+def _why_cold(night: NightContext, before: dict[str, Any]) -> str | None:
+    if before["version"] is None:
+        return "there is no champion"
+    if not before["checkpoint"]:
+        return f"version {before['version']} does not say which checkpoint it is from"
+    config = night.config
+    try:
+        begin_from(before["checkpoint"], model=config.model, sparse=config.optimizer.sparse, shards=open_shards(config))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _events_then(night: NightContext, model: RegisteredModel) -> int:
+    """Events of the data that a version was trained on: by their manifest, else by the journal of its night."""
+    number = model.tags.get("solar.manifest")
+    try:
+        if number is not None:
+            return open_shards(night.config, number=int(number)).manifest.counts["accepted"]
+    except DataError:
+        for past in reversed(past_nights(night.root)):
+            prepared = past.read("prepare")
+            if prepared and str(prepared["manifest"]) == number:
+                return prepared["events"]
+    # Unknown: as if nothing had come since, so that nothing is replayed.
+    return open_shards(night.config).manifest.counts["accepted"]

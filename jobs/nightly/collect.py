@@ -1,0 +1,45 @@
+"""What old nights leave and nobody needs: runs with their checkpoints, evaluations, states of the data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jobs.champions import needed_checkpoints
+from jobs.config import RunConfig
+from jobs.console import Console
+from jobs.nightly.journal import past_nights
+from pipeline.events import DataError
+from pipeline.garbage import collect
+from pipeline.storage import absolute
+
+_STATES_A_NIGHT = 3
+"""Of the data: the ingest of a day, a late one, a compaction."""
+
+
+def collect_old(config: RunConfig, root: Path, client: Any, console: Console) -> None:
+    """Remove what is older than `nightly.keep` nights, but for what the registry refers to."""
+    keep = config.nightly.keep
+    needed = {Path(path).parent.resolve() for path in needed_checkpoints(client, config.registered_model)}
+    for night in past_nights(root)[:-keep]:
+        for folder in ("export", "champion"):
+            remove_tree(night.directory / folder)
+        trained = night.read("train")
+        if trained is None:
+            continue
+        run_dir = Path(trained["run_dir"])
+        if run_dir.resolve() not in needed:
+            remove_tree(run_dir)
+    try:
+        collect(absolute(config.shards_dir), keep=keep * _STATES_A_NIGHT)
+    except DataError as error:
+        console.line(f"{'night':<12} old states of the data stay this time: {error}")
+
+
+def remove_tree(path: Path) -> None:
+    """COMMIT files go first: what is left of an interrupted removal is no checkpoint."""
+    for commit in path.glob("**/COMMIT"):
+        commit.unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,107 @@
+"""A night as its steps see it: the configuration, the day, the journal, the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.champions import registry_client
+from jobs.config import RunConfig
+from jobs.console import Console
+from jobs.evaluate import System
+from jobs.nightly.journal import Journal
+from jobs.registry import RegisteredModel, fetch_model
+from jobs.tracking import tracking_uri
+from jobs.train import open_shards
+from jobs.training.job import TrainingConfig
+from pipeline.build import index_requests
+from pipeline.request_index import RequestCounts
+from pipeline.requests import RequestConfig
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+CHAMPION, REFERENCE = "champion", "reference"
+"""What these systems are called in a night's evaluations; the challenger is called by its model's name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NightContext:
+    """What every step needs."""
+
+    config: RunConfig
+    date: datetime.date
+    root: Path
+    """Where the journals of all nights are."""
+    journal: Journal
+    client: MlflowClient
+    console: Console
+    verbose: bool
+
+    @classmethod
+    def of(cls, config: RunConfig, date: datetime.date, console: Console, *, verbose: bool) -> NightContext:
+        root = nights_directory(config)
+        client = registry_client(tracking_uri(config.tracking, config.workspace))
+        return cls(
+            config=config, date=date, root=root, journal=Journal(root, date), client=client, console=console,
+            verbose=verbose,
+        )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """The registered model's."""
+        return self.config.registered_model
+
+    @property
+    def start(self) -> int:
+        """When the day begins, in milliseconds since 1970."""
+        return self._end_of(self.date - datetime.timedelta(days=1))
+
+    @property
+    def end(self) -> int:
+        """When the day ends."""
+        return self._end_of(self.date)
+
+    def tell(self, text: str) -> None:
+        self.console.line(f"{'night':<12} {self.date} {text}")
+
+    def requests(self, **bounds: Any) -> RequestConfig:
+        """The recipe's requests under a split by time."""
+        plain = {"split": "temporal", "train_from": None, "replay_share": 0.0}
+        return dataclasses.replace(self.config.data.requests, **(plain | bounds))
+
+    def counts(self, requests: RequestConfig) -> RequestCounts:
+        return index_requests(open_shards(self.config), config=requests)
+
+    def config_with(self, requests: RequestConfig, *, name: str) -> RunConfig:
+        data = dataclasses.replace(self.config.data, requests=requests)
+        return dataclasses.replace(self.config, name=name, data=data, compare=())
+
+    def training_config(self, requests: RequestConfig, training: TrainingConfig) -> RunConfig:
+        """The night's run; one that started over has another name."""
+        attempt = self.journal.attempt
+        name = f"{self.config.name}-{self.date}{f'-{attempt}' if attempt > 1 else ''}"
+        return dataclasses.replace(self.config_with(requests, name=name), training=training)
+
+    def trained_config(self, trained: dict[str, Any]) -> RunConfig:
+        """The same out of what the training step left."""
+        return self.training_config(RequestConfig(**trained["requests"]), TrainingConfig(**trained["training"]))
+
+    def fetch(self, version: str) -> RegisteredModel:
+        uri = f"models:/{self.name}/{version}"
+        return fetch_model(uri, tracking=self.config.tracking, workspace=self.config.workspace)
+
+    def _end_of(self, day: datetime.date) -> int:
+        return round(self.config.data.prepare.daily.end_of(day).timestamp() * 1000)
+
+
+def nights_directory(config: RunConfig) -> Path:
+    """Where the journals of a recipe's nights are."""
+    return Path(config.workspace) / "nightly" / config.name
+
+
+def served(name: str, model: RegisteredModel) -> System:
+    """A registered version as a system to evaluate: by the files that serve it."""
+    return System(name=name, key=model.digest, weights=str(model.directory.absolute()), job=None)

@@ -1,0 +1,128 @@
+"""What else a challenger must hold: loss, calibration, coverage, time to score; and what its day must look like."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.nightly.config import GateConfig
+from jobs.nightly.gate import Guard
+from jobs.score_input import UserHistories
+from jobs.scorer import Scorer
+from jobs.scorer_input import NO_TIME
+
+LATENCY_REQUESTS, LATENCY_ROUNDS = 8, 15
+LATENCY_CANDIDATES = 4_000
+_DAYS = 7
+"""Days before that a day is compared with."""
+
+
+def model_guards(
+    challenger: Mapping[str, float], champion: Mapping[str, float], *, latency: tuple[float, float], gate: GateConfig
+) -> list[Guard]:
+    """From the metrics of both on the same requests and their (challenger's, champion's) seconds a request."""
+    guards = []
+    if _known(challenger, champion, "logloss"):
+        most = champion["logloss"] * (1 + gate.max_logloss_rise)
+        guards.append(
+            _at_most("LogLoss", challenger["logloss"], most, "times the champion's", 1 + gate.max_logloss_rise)
+        )
+    if _known(challenger, champion, "calibration"):
+        errors = [abs(math.log(max(each["calibration"], 1e-9))) for each in (challenger, champion)]
+        guards.append(
+            Guard(
+                name="calibration error |ln(sum p / sum y)|",
+                value=errors[0],
+                limit=f"at most the champion's {errors[1]:.4g} + {gate.max_calibration_error:g}",
+                holds=errors[0] <= errors[1] + gate.max_calibration_error,
+            )
+        )
+    if _known(challenger, champion, "coverage"):
+        least = champion["coverage"] * gate.min_coverage
+        guards.append(
+            Guard(
+                name="coverage of the catalogue",
+                value=challenger["coverage"],
+                limit=f"at least {least:.4g} ({gate.min_coverage:g} times the champion's)",
+                holds=challenger["coverage"] >= least,
+            )
+        )
+    guards.append(
+        _at_most(
+            "scoring time in ms",
+            1e3 * latency[0],
+            1e3 * latency[1] * gate.max_latency,
+            "times the champion's",
+            gate.max_latency,
+        )
+    )
+    return guards
+
+
+def day_guards(day: Mapping[str, Any], before: Sequence[Mapping[str, Any]], *, gate: GateConfig) -> list[Guard]:
+    """`day` and those before have accepted, rejected and read, in rows."""
+    before = before[-_DAYS:]
+    if not before:
+        return []
+    low, high = gate.event_range
+    median = statistics.median(each["accepted"] for each in before)
+    usual = statistics.median(_rejected_share(each) for each in before)
+    share, most = _rejected_share(day), usual + gate.max_rejected_rise
+    return [
+        Guard(
+            name="events of the day",
+            value=day["accepted"],
+            limit=f"from {low * median:,.0f} to {high * median:,.0f} ({low:g} to {high:g} times the days before)",
+            holds=low * median <= day["accepted"] <= high * median,
+        ),
+        Guard(
+            name="rejected share of the day's rows",
+            value=share,
+            limit=f"at most {most:.4g} (the median of the days before + {gate.max_rejected_rise:g})",
+            holds=share <= most,
+        ),
+    ]
+
+
+def latencies(challenger: Path, champion: Path, *, shards: str, users: np.ndarray) -> tuple[float, float]:
+    """(challenger's, champion's) median seconds to score one request with its raw history, taken in turn.
+
+    `users`: rows of the shards' index whose histories are scored; both models read the same ones.
+    """
+    models = []
+    for directory in (challenger, champion):
+        scorer = Scorer()
+        scorer.load(directory)
+        histories = UserHistories(shards, scorer).read(users[:LATENCY_REQUESTS])
+        models.append((scorer, histories))
+    candidates = min(LATENCY_CANDIDATES, *(len(scorer.item_ids) for scorer, _ in models))
+    taken: list[list[float]] = [[], []]
+    for turn in range(LATENCY_ROUNDS + 1):
+        for place, (scorer, histories) in enumerate(models):
+            one = histories.take(np.array([turn % len(users[:LATENCY_REQUESTS])]))
+            first = scorer.settings["first_item_row"]
+            started = time.perf_counter()
+            shown, asked = scorer.shown(one, np.array([NO_TIME]))
+            scorer.logits(shown, asked, np.array([0, candidates]), np.arange(first, first + candidates))
+            # The first turn warms both up.
+            if turn:
+                taken[place].append(time.perf_counter() - started)
+    return statistics.median(taken[0]), statistics.median(taken[1])
+
+
+def _rejected_share(day: Mapping[str, Any]) -> float:
+    return day["rejected"] / max(1, day["read"])
+
+
+def _known(challenger: Mapping[str, float], champion: Mapping[str, float], name: str) -> bool:
+    return all(math.isfinite(each.get(name, math.nan)) for each in (challenger, champion))
+
+
+def _at_most(name: str, value: float, most: float, of: str, factor: float) -> Guard:
+    return Guard(name=name, value=value, limit=f"at most {most:.4g} ({factor:g} {of})", holds=value <= most)

@@ -1,0 +1,138 @@
+"""The judgement of a night: challenger and champion on the held-out requests, each as it is served, and the gate."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.champions import champion_at_night
+from jobs.evaluate import System, evaluate, read_result
+from jobs.nightly.collect import remove_tree
+from jobs.nightly.context import CHAMPION, REFERENCE, NightContext, served
+from jobs.nightly.gate import Comparison, Decision, Guard, Pairs, compare, decide, pairs, without_champion
+from jobs.nightly.guards import day_guards, latencies, model_guards
+from jobs.nightly.journal import past_nights
+from jobs.register import export_model
+from jobs.train import open_shards, read_json
+from pipeline.requests import RequestConfig
+from pipeline.storage import absolute
+
+PAIRS = "pairs.npz"
+
+
+def evaluate_challenger(
+    night: NightContext, before: dict[str, Any], trained: dict[str, Any], asked: RequestConfig
+) -> dict[str, Any]:
+    """Challenger, champion and now and then the reference on the held-out requests: directory, reference, latencies."""
+    config = night.trained_config(trained)
+    export = _export(night, trained)
+    systems = [System(name=config.model["name"], key=trained["key"], weights=str(export.absolute()), job=None)]
+    reference = None
+    if before["version"] is not None:
+        systems.append(served(CHAMPION, night.fetch(before["version"])))
+        reference = _reference(night, before["version"])
+    if reference is not None:
+        systems.append(served(REFERENCE, night.fetch(reference)))
+    manifest = read_json(Path(trained["run_dir"]) / "run.json")["manifest"]
+    evaluated = evaluate(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, requests=asked)),
+        systems,
+        night.console,
+        shards=open_shards(config, number=manifest),
+        part="test",
+        directory=config.run_dir / "evaluation",
+        verbose=night.verbose,
+    )
+    times = None
+    if before["version"] is not None:
+        users = np.unique(read_result(evaluated.directory, systems[0].name, task=asked.task).user)
+        times = latencies(export, Path(systems[1].weights), shards=absolute(config.shards_dir), users=users)
+    return {"directory": str(evaluated.directory), "reference": reference, "latencies": times}
+
+
+def judge(
+    night: NightContext, before: dict[str, Any], evaluated: dict[str, Any], asked: RequestConfig,
+    prepared: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The decision with its figures: verdict, reasons, comparisons, guards, primary, metrics."""
+    directory, main = Path(evaluated["directory"]), night.config.model["name"]
+    summary, gate = read_json(directory / "summary.json"), night.config.nightly.gate
+    figures = {"primary": summary["primary"], "metrics": summary["metrics"]}
+    guards = _guards_of_day(night, prepared)
+    if before["version"] is None:
+        return {**_told(without_champion(guards), {}, guards), **figures}
+    results = {name: read_result(directory, name, task=asked.task) for name in (main, CHAMPION)}
+    found = pairs(results[main], results[CHAMPION], requests=asked)
+    np.savez(night.journal.directory / PAIRS, **dataclasses.asdict(found))
+    compared = {"tonight": found, "together": Pairs.joined([found, *_undecided_before(night, before["version"])])}
+    if evaluated["reference"] is not None:
+        other = read_result(directory, REFERENCE, task=asked.task)
+        compared[REFERENCE] = pairs(results[main], other, requests=asked)
+    seed = night.config.seed
+    comparisons = {name: compare(each, margin=gate.margin, seed=seed) for name, each in compared.items()}
+    challenger, champion = evaluated["latencies"]
+    metrics = summary["metrics"]
+    guards += model_guards(metrics[main], metrics[CHAMPION], latency=(challenger, champion), gate=gate)
+    decision = decide(
+        comparisons["tonight"], comparisons["together"], guards, reference=comparisons.get(REFERENCE), gate=gate
+    )
+    return {**_told(decision, comparisons, guards), **figures}
+
+
+def _export(night: NightContext, trained: dict[str, Any]) -> Path:
+    """The challenger as it would be served."""
+    directory = night.journal.directory / "export"
+    # Its last file: what a killed command left lacks it.
+    if not (directory / "config.json").exists():
+        remove_tree(directory)
+        export_model(night.trained_config(trained), Path(trained["checkpoint"]), directory)
+    return directory
+
+
+def _reference(night: NightContext, version: str) -> str | None:
+    """The champion of some time ago, on the nights when it is asked for."""
+    nightly = night.config.nightly
+    if not nightly.reference_every or night.date.toordinal() % nightly.reference_every:
+        return None
+    long_ago = night.date - datetime.timedelta(days=nightly.reference_days)
+    found = champion_at_night(night.client, night.name, long_ago.isoformat())
+    return found if found != version else None
+
+
+def _guards_of_day(night: NightContext, prepared: dict[str, Any]) -> list[Guard]:
+    days, today = prepared["days"], night.date.isoformat()
+    if today not in days:
+        return []
+    before = [days[day] for day in sorted(days) if day < today]
+    return day_guards(days[today], before, gate=night.config.nightly.gate)
+
+
+def _undecided_before(night: NightContext, version: str) -> list[Pairs]:
+    """The users of the undecided nights right before this one, against the same champion."""
+    found = []
+    for past in reversed(past_nights(night.root)):
+        if past.date >= night.date:
+            continue
+        ended = past.ended
+        assert ended is not None, "past nights have ended"
+        if ended["verdict"] == "no_input":
+            continue
+        if ended["verdict"] != "undecided" or ended["champion"] != version:
+            break
+        file = past.directory / PAIRS
+        if file.exists():
+            with np.load(file) as arrays:
+                found.append(Pairs(**{name: arrays[name] for name in arrays.files}))
+    return found
+
+
+def _told(decision: Decision, comparisons: dict[str, Comparison], guards: list[Guard]) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(decision),
+        "comparisons": {name: dataclasses.asdict(each) for name, each in comparisons.items()},
+        "guards": [dataclasses.asdict(guard) for guard in guards],
+    }

@@ -1,0 +1,147 @@
+"""solar nightly RECIPE --date D: the night of a day, and with --catch-up of the days that were missed before it.
+
+One night at a time: a lock says who works, and every step's file is created exclusively, so that a paused holder of the
+lock cannot do a step twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.champions import ChampionChanged, champion
+from jobs.config import ConfigError, RunConfig
+from jobs.console import Console
+from jobs.environment import environment
+from jobs.nightly.context import NightContext, nights_directory
+from jobs.nightly.journal import END, Journal, TryLater, past_nights
+from jobs.nightly.night import run_night
+from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
+from jobs.spool import is_away
+from jobs.training.run_lock import RunInUse, sole_command
+from pipeline.events import NotNow
+from pipeline.plan import pending_days
+from pipeline.storage import absolute
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NightlyOptions:
+    """Which night."""
+
+    date: datetime.date | None
+    """The day of the log; None = the latest that is over."""
+    catch_up: bool
+    """Do the nights since the last one first, in order."""
+
+
+def nightly(
+    config: RunConfig, options: NightlyOptions, console: Console, *, verbose: bool = False
+) -> list[dict[str, Any]]:
+    """Run the night, and with `catch_up` those before it; what each came to.
+
+    TryLater: the day has no input yet, MLflow is away, the disk is full, another night is at work. ConfigError: the
+    recipe has no daily log, or the date is before the last night.
+    """
+    date, root = night_of(config, options), nights_directory(config)
+    ended = []
+    with _later(root), environment(PATIENCE), sole_command(root, otherwise="run it later"):
+        for each in dates(root, date, catch_up=options.catch_up):
+            try:
+                ended.append(_told(run_night(NightContext.of(config, each, console, verbose=verbose)), console))
+            except TryLater as error:
+                if each == date:
+                    raise
+                # A later day is there already: the log of this one enters when it comes.
+                journal = Journal(root, each)
+                if journal.read("prepare") is not None:
+                    raise
+                outcome = {"date": each.isoformat(), "verdict": "no_input", "reasons": [str(error)], "champion": None}
+                ended.append(_told(journal.write(END, outcome), console))
+    return ended
+
+
+def night_of(config: RunConfig, options: NightlyOptions) -> datetime.date:
+    """The day that is meant. ConfigError where the log is not by day."""
+    daily = config.data.prepare.daily
+    if daily.folder is None:
+        raise ConfigError(
+            "data.prepare.daily.folder is not set: a night needs a log with a folder a day, as dt=%Y-%m-%d, and its "
+            "place in data.events"
+        )
+    return options.date or daily.latest_over()
+
+
+def dates(root: Path, date: datetime.date, *, catch_up: bool) -> list[datetime.date]:
+    """The nights to do, in order. ConfigError: the date is before the last one that ended, and was not done."""
+    past = [night.date for night in past_nights(root)]
+    if date in past or not past:
+        return [date]
+    if date < past[-1]:
+        raise ConfigError(
+            f"--date {date}: the night of {past[-1]} is done already: what comes late enters with the next one"
+        )
+    if not catch_up:
+        return [date]
+    return [past[-1] + datetime.timedelta(days=n) for n in range(1, (date - past[-1]).days + 1)]
+
+
+def plan_lines(config: RunConfig, options: NightlyOptions) -> list[str]:
+    """What --dry-run tells: the nights, the days that would come in, the champion, the requests."""
+    date, root = night_of(config, options), nights_directory(config)
+    daily = dataclasses.replace(config.data.prepare.daily, until=date.isoformat())
+    pending, left_out = pending_days(
+        config.events_dir, absolute(config.shards_dir), files=config.data.prepare.files, daily=daily
+    )
+    name, found = config.registered_model, None
+    with contextlib.suppress(NoStore), _later(root), open_registry(config.tracking, config.workspace) as client:
+        found = champion(client, name)
+    end, nightly_config = daily.end_of(date), config.nightly
+    gate = end - datetime.timedelta(hours=nightly_config.gate_hours)
+    valid = gate - datetime.timedelta(hours=nightly_config.valid_hours)
+    journals = [Journal(root, each) for each in dates(root, date, catch_up=options.catch_up)]
+    lines = [f"nights       {', '.join(f'{each.date}{_done(each)}' for each in journals)}"]
+    lines.append(f"log          {config.events_dir} -> {config.shards_dir}")
+    lines.append(f"new days     {', '.join(map(str, pending)) or 'none'}")
+    lines += [f"left out     {day}: {why}" for day, why in left_out.items()]
+    lines.append(f"champion     {f'{name} version {found.version}' if found else f'{name} has none: from the seed'}")
+    lines.append(f"trained      requests before {valid:%Y-%m-%d %H:%M %Z}, chosen by those before {gate:%H:%M}")
+    lines.append(f"judged by    requests from {gate:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M %Z}")
+    lines.append(f"journal      {root}")
+    return lines
+
+
+def _done(journal: Journal) -> str:
+    if (ended := journal.ended) is not None:
+        return f" (done: {ended['verdict']})"
+    return " (begun)" if journal.directory.exists() else ""
+
+
+def _told(outcome: dict[str, Any], console: Console) -> dict[str, Any]:
+    console.line(f"{'night':<12} {outcome['date']} {outcome['verdict']}: {'; '.join(outcome['reasons'])}")
+    if outcome.get("report"):
+        console.line(f"{'report':<12} {outcome['report']}")
+    return outcome
+
+
+@contextlib.contextmanager
+def _later(root: Path) -> Iterator[None]:
+    """What may be otherwise in an hour, as TryLater."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (RunInUse, NotNow, StoreAway, ChampionChanged) as error:
+        raise TryLater(str(error)) from error
+    except MlflowException as error:
+        if is_away(error):
+            raise TryLater(f"MLflow does not answer: {' '.join(str(error).split())[:200]}") from error
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TryLater(f"{error.filename or root}: {error.strerror}: free some disk") from error

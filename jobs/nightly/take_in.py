@@ -1,0 +1,54 @@
+"""The first step of a night: what is new of the log -> sequence shards, each day on its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jobs.ingest import prepare_shards
+from jobs.nightly.context import NightContext
+from jobs.nightly.journal import TryLater
+from jobs.train import open_shards
+from pipeline.daily import day_counts
+from pipeline.events import DataError, NotNow
+from pipeline.manifest import current_manifest
+from pipeline.plan import pending_days
+
+
+def take_in(night: NightContext) -> dict[str, Any]:
+    """Ingest every whole day up to the night's that is new; one that is refused holds up no other, and is tried again
+    by the next nights.
+
+    Returns manifest, fingerprint, events, days {date: read, accepted, rejected}, refused and left_out {date: reason}.
+    TryLater: the night's own day is not there, or refused. DataError: the first ingest of all is refused.
+    """
+    config, date = night.config, night.date.isoformat()
+    options, daily = config.data.prepare, config.data.prepare.daily
+    until = dataclasses.replace(daily, until=date)
+    pending, left_out = pending_days(config.events_dir, config.shards_dir, files=options.files, daily=until)
+    refused: dict[str, str] = {}
+    if current_manifest(config.shards_dir) is None:
+        # A log of years: its days together. Somebody sets this up, and sees what is wrong with it.
+        prepare_shards(config.events_dir, config.shards_dir, dataclasses.replace(options, daily=until), night.console)
+        pending = []
+    for day in map(str, pending):
+        alone = dataclasses.replace(options, daily=dataclasses.replace(daily, days=(day,)))
+        try:
+            prepare_shards(config.events_dir, config.shards_dir, alone, night.console)
+        except NotNow:
+            raise
+        except DataError as error:
+            refused[day] = str(error)
+            night.tell(f"{day} is refused and left out: {error}")
+    reasons = {str(day): why for day, why in left_out.items()}
+    if why := (reasons | refused).get(date):
+        raise TryLater(f"{date}: no input ({why})")
+    manifest = open_shards(config).manifest
+    return {
+        "manifest": manifest.number,
+        "fingerprint": manifest.fingerprint,
+        "events": manifest.counts["accepted"],
+        "days": {str(day): counts for day, counts in day_counts(config.shards_dir, daily=daily).items()},
+        "refused": refused,
+        "left_out": reasons,
+    }
