@@ -53,7 +53,9 @@ def registry_client(uri: str) -> MlflowClient:
 
 def champion(client: MlflowClient, name: str) -> ModelVersion | None:
     """The version that serves, None where there is none yet."""
-    return or_none(lambda: client.get_model_version_by_alias(name, CHAMPION))
+    version = _alias(client, name, CHAMPION)
+    # The answer to an alias lacks the tags in some stores.
+    return client.get_model_version(name, version) if version else None
 
 
 def promote(client: MlflowClient, name: str, version: str, *, expected: str | None, why: str) -> None:
@@ -61,13 +63,9 @@ def promote(client: MlflowClient, name: str, version: str, *, expected: str | No
 
     ChampionChanged: another version is.
     """
-    found = champion(client, name)
-    now = str(found.version) if found else None
+    now = _alias(client, name, CHAMPION)
     if now != version:
-        if now != expected:
-            raise ChampionChanged(
-                f"{name}: the champion is version {now or 'none'}, the decision was made against {expected or 'none'}"
-            )
+        require_champion(client, name, expected)
         client.set_registered_model_alias(name, CHAMPION, version)
     past = changes(client, name)
     # A command may have died between the alias and its note.
@@ -77,6 +75,16 @@ def promote(client: MlflowClient, name: str, version: str, *, expected: str | No
         client.set_registered_model_tag(name, f"{_CHANGE}{at}", json.dumps(dataclasses.asdict(change)))
     if _alias(client, name, CHALLENGER) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
+
+
+def require_champion(client: MlflowClient, name: str, expected: str | None) -> None:
+    """ChampionChanged unless this version (None: nobody) is the champion."""
+    now = _alias(client, name, CHAMPION)
+    if now != expected:
+        raise ChampionChanged(
+            f"{name}: the champion is {f'version {now}' if now else 'nobody'} by now, the decision was made against "
+            f"{f'version {expected}' if expected else 'nobody'}"
+        )
 
 
 def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str) -> Change:

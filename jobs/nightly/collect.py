@@ -21,6 +21,8 @@ _STATES_A_NIGHT = 3
 def collect_old(config: RunConfig, root: Path, client: Any, console: Console) -> None:
     """Remove what is older than `nightly.keep` nights, but for what the registry refers to."""
     keep = config.nightly.keep
+    # What Ray kept beside the evaluation of the champion.
+    remove_tree(Path(config.workspace) / "runs" / f"{config.name}-champion")
     needed = {Path(path).parent.resolve() for path in needed_checkpoints(client, config.registered_model)}
     for night in past_nights(root)[:-keep]:
         for folder in ("export", "champion"):

@@ -121,10 +121,10 @@ def pairs(
 
 def compare(found: Pairs, *, margin: float, seed: int) -> Comparison:
     """The relative difference with its bounds, from 2,000 resamples of the users."""
-    if not len(found.user) or not (found.champion.any() or found.challenger.any()):
-        nothing = float("nan")
+    if not found.champion.any():
+        all_gained = math.inf if found.challenger.any() else math.nan
         return Comparison(
-            users=len(found.user), relative=nothing, low=nothing, high=nothing, power=0.0, users_needed=None
+            users=len(found.user), relative=all_gained, low=all_gained, high=all_gained, power=0.0, users_needed=None
         )
     ratio = bootstrap_ratio_interval(found.challenger, found.champion, seed=seed, level=LEVEL)
     spread = (ratio.high - ratio.low) / (2 * _Z)
@@ -180,7 +180,7 @@ def _judged(found: Comparison, name: str, *, gate: GateConfig) -> tuple[Verdict,
     if found.users < gate.min_users:
         return "undecided", f"against {name}: {found.users:,} users, fewer than {gate.min_users:,} (gate.min_users)"
     if math.isnan(found.low):
-        return "undecided", f"against {name}: neither system finds anything"
+        return "undecided", f"against {name}: the difference cannot be told"
     bounds = f"95 % bounds {found.low:+.2%} and {found.high:+.2%}"
     said = f"against {name}: {found.relative:+.2%} ({bounds}, {found.users:,} users)"
     if found.low > -gate.margin:

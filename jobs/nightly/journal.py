@@ -23,6 +23,10 @@ class TryLater(Exception):
     """Nothing that a user did wrong: the same command may succeed later. One line."""
 
 
+class NoInput(TryLater):
+    """The day's log is not there, or was refused."""
+
+
 class Journal:
     """The steps of one night."""
 

@@ -119,7 +119,7 @@ def _undecided_before(night: NightContext, version: str) -> list[Pairs]:
             continue
         ended = past.ended
         assert ended is not None, "past nights have ended"
-        if ended["verdict"] == "no_input":
+        if ended["verdict"] in ("no_input", "failed"):
             continue
         if ended["verdict"] != "undecided" or ended["champion"] != version:
             break

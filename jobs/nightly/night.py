@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import CHAMPION, note_night, promote
+from jobs.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
 from jobs.cluster import ray_session
 from jobs.evaluate import Evaluated
 from jobs.nightly import context
@@ -53,8 +53,8 @@ def run_night(night: NightContext) -> dict[str, Any]:
         _step(night, "states", lambda: _build_states(night, registered, prepared))
     outcome = {
         "date": night.date.isoformat(),
-        "verdict": decision["verdict"],
-        "reasons": decision["reasons"],
+        "verdict": registered["verdict"],
+        "reasons": registered["reasons"],
         "champion_before": before["version"],
         "champion": registered["champion"],
         "run_dir": trained["run_dir"] if trained else None,
@@ -88,7 +88,8 @@ def _register(
     decision: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """A promoted challenger becomes a version and the champion; of any other only the decision is kept."""
-    told, version = _told_to_registry(night, before, decision), before["version"]
+    decision, version = _still_valid(night, before, decision), before["version"]
+    told = _told_to_registry(night, before, decision)
     tags = {f"solar.night.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
     if trained is not None:
         for key, value in tags.items():
@@ -111,12 +112,25 @@ def _register(
         )
         version = str(registered.version)
     note_night(night.client, night.name, night.date.isoformat(), {**told, "champion": version})
-    return {"champion": version}
+    return {"champion": version, "verdict": decision["verdict"], "reasons": decision["reasons"]}
+
+
+def _still_valid(night: NightContext, before: dict[str, Any], decision: dict[str, Any]) -> dict[str, Any]:
+    """The decision, unless somebody made another version the champion since."""
+    done = champion(night.client, night.name)
+    if decision["verdict"] != "promoted" or (done and done.tags.get("solar.night.date") == night.date.isoformat()):
+        return decision
+    try:
+        require_champion(night.client, night.name, before["version"])
+    except ChampionChanged as error:
+        return {**decision, "verdict": "undecided", "reasons": [str(error)]}
+    return decision
 
 
 def _told_to_registry(night: NightContext, before: dict[str, Any], decision: dict[str, Any]) -> dict[str, Any]:
     """A few figures and reasons: what `solar history` shows."""
     told: dict[str, Any] = {
+        "date": night.date.isoformat(),
         "verdict": decision["verdict"],
         "reasons": [reason[:REASON_LENGTH] for reason in decision["reasons"][:REASONS]],
         "champion_before": before["version"],

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from jobs.champions import ChampionChanged, champion
 from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
 from jobs.environment import environment
+from jobs.failures import WorkerFailure
 from jobs.nightly.context import NightContext, nights_directory
-from jobs.nightly.journal import END, Journal, TryLater, past_nights
+from jobs.nightly.journal import END, Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import run_night
 from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
 from jobs.spool import is_away
+from jobs.training.checkpoint import CheckpointError
 from jobs.training.run_lock import RunInUse, sole_command
-from pipeline.events import NotNow
+from pipeline.events import DataError, NotNow
 from pipeline.plan import pending_days
 from pipeline.storage import absolute
 
@@ -49,20 +52,33 @@ def nightly(
     """
     date, root = night_of(config, options), nights_directory(config)
     ended = []
-    with _later(root), environment(PATIENCE), sole_command(root, otherwise="run it later"):
+    with _later(root), environment(_patience()), sole_command(root, otherwise="run it later"):
         for each in dates(root, date, catch_up=options.catch_up):
             try:
-                ended.append(_told(run_night(NightContext.of(config, each, console, verbose=verbose)), console))
-            except TryLater as error:
+                outcome = run_night(NightContext.of(config, each, console, verbose=verbose))
+            except NoInput as error:
                 if each == date:
                     raise
-                # A later day is there already: the log of this one enters when it comes.
-                journal = Journal(root, each)
-                if journal.read("prepare") is not None:
+                # The log of this day enters with a later night, when it comes.
+                outcome = _given_up(root, each, "no_input", error)
+            except (ConfigError, DataError, CheckpointError, WorkerFailure) as error:
+                if each == date or isinstance(error, (RunInUse, NotNow, StoreAway)):
                     raise
-                outcome = {"date": each.isoformat(), "verdict": "no_input", "reasons": [str(error)], "champion": None}
-                ended.append(_told(journal.write(END, outcome), console))
+                # It had its own night, and the next one trains on its requests too.
+                outcome = _given_up(root, each, "failed", error)
+            ended.append(_told(outcome, console))
     return ended
+
+
+def _given_up(root: Path, date: datetime.date, verdict: str, error: Exception) -> dict[str, Any]:
+    reason = " ".join(str(error).split())
+    outcome = {"date": date.isoformat(), "verdict": verdict, "reasons": [reason], "champion": None}
+    return Journal(root, date).write(END, outcome)
+
+
+def _patience() -> dict[str, str]:
+    """A night that MLflow does not answer is tried again: it need not wait for minutes, unless somebody says so."""
+    return {key: value for key, value in PATIENCE.items() if key not in os.environ}
 
 
 def night_of(config: RunConfig, options: NightlyOptions) -> datetime.date:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.ingest import prepare_shards
 from jobs.nightly.context import NightContext
-from jobs.nightly.journal import TryLater
+from jobs.nightly.journal import NoInput
 from jobs.train import open_shards
 from pipeline.daily import day_counts
 from pipeline.events import DataError, NotNow
@@ -20,7 +20,7 @@ def take_in(night: NightContext) -> dict[str, Any]:
     by the next nights.
 
     Returns manifest, fingerprint, events, days {date: read, accepted, rejected}, refused and left_out {date: reason}.
-    TryLater: the night's own day is not there, or refused. DataError: the first ingest of all is refused.
+    NoInput: the night's own day is not there, or refused. DataError: the first ingest of all is refused.
     """
     config, date = night.config, night.date.isoformat()
     options, daily = config.data.prepare, config.data.prepare.daily
@@ -42,7 +42,7 @@ def take_in(night: NightContext) -> dict[str, Any]:
             night.tell(f"{day} is refused and left out: {error}")
     reasons = {str(day): why for day, why in left_out.items()}
     if why := (reasons | refused).get(date):
-        raise TryLater(f"{date}: no input ({why})")
+        raise NoInput(f"{date}: no input ({why})")
     manifest = open_shards(config).manifest
     return {
         "manifest": manifest.number,

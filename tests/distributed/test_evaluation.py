@@ -220,3 +220,23 @@ def test_items_that_the_model_does_not_know_are_misses_and_others_are_found_by_r
     metrics = result.metrics()
     assert 0.1 < metrics["share_unknown"] < 0.6
     assert metrics["hr@10_seen_kept"] == pytest.approx((result.rank_kept <= 10).mean())
+
+
+def test_loss_and_coverage_equal_brute_force(prepared, last_items):
+    log, shards = prepared
+    row_of = rows_of(shards)
+    losses, recommended = [], set()
+    for _, items in sorted(histories(log).items()):
+        scores = {item: float(score(row, len(items) - 1)) for item, row in row_of.items()}
+        total = sum(np.exp(value) for value in scores.values())
+        losses.append(-np.log(0.99 * np.exp(scores[items[-1]]) / total + 0.01 / len(row_of)))
+        new = [item for item in scores if item not in items[:-1]]
+        recommended |= {row_of[item] for item in sorted(new, key=lambda item: (-scores[item], row_of[item]))[:10]}
+    result = last_items[0]["model"]
+    np.testing.assert_allclose(np.sort(result.log_loss), np.sort(losses), rtol=1e-9)
+    # Equal scores may enter the ten best in another order.
+    assert abs(result.recommended_items - len(recommended)) <= 3
+    assert result.catalogue_items == len(row_of)
+    assert np.isnan(last_items[0]["popularity"].log_loss).all()
+    assert last_items[0]["popularity"].recommended_items < 60
+    assert last_items[0]["model"].recommended_items == last_items[1]["model"].recommended_items

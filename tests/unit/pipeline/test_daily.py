@@ -1,12 +1,15 @@
 """Logs with a folder a day: a day comes in once it is whole, by its marker or by the clock."""
 
+import dataclasses
 import datetime
 
 import pytest
 
 from pipeline import daily as daily_module
-from pipeline.daily import DailyLog
+from pipeline.daily import DailyLog, day_counts
 from pipeline.events import DataError
+from pipeline.plan import pending_days
+from pipeline.readers import FileFormat
 
 DAYS = [datetime.date(2026, 3, day) for day in (27, 28, 29, 30)]
 SPARK = DailyLog(folder="dt=%Y-%m-%d", marker="_SUCCESS")
@@ -120,3 +123,50 @@ def test_wrong_settings_are_named(setting, value, says):
 def test_marker_needs_a_folder():
     with pytest.raises(ValueError, match="folder is not set: marker needs it"):
         DailyLog(marker="_SUCCESS")
+
+
+def test_days_come_in_alone_and_one_that_is_refused_holds_up_no_other(prepare, write_log, write_days, tmp_path):
+    write_days()
+    mark(tmp_path, *DAYS)
+    log, out = str(tmp_path / "log"), str(tmp_path / "out")
+    broken = {"user_id": [1, None], "item_id": [4, None], "timestamp": [1_700_000_000, 1_700_000_000]}
+    write_log(broken, f"log/dt={DAYS[1]}/part-0.parquet")
+
+    def take_in(day):
+        return prepare(log, out, buckets=2, daily=dataclasses.replace(SPARK, days=(str(day),)))
+
+    def pending():
+        return pending_days(log, out, files=FileFormat(), daily=dataclasses.replace(SPARK, until=str(DAYS[2])))
+
+    assert pending() == (DAYS[:3], {})
+    take_in(DAYS[0])
+    with pytest.raises(DataError, match="above max_rejected_ratio"):
+        take_in(DAYS[1])
+    assert take_in(DAYS[2]).manifest.counts["accepted"] == 6
+    assert pending() == ([DAYS[1]], {})
+    write_days(days=[DAYS[1]])
+    assert take_in(DAYS[1]).manifest.counts["accepted"] == 9
+    assert pending() == ([], {})
+    assert day_counts(out, daily=SPARK) == {
+        day: {"read": 3, "accepted": 3, "rejected": 0} for day in (DAYS[2], DAYS[1])
+    }
+
+
+def test_a_file_that_changed_after_its_ingest_is_pending_and_named_when_its_day_is_tried(ingest, write_days, tmp_path):
+    write_days(days=DAYS[:2])
+    mark(tmp_path, *DAYS[:2])
+    ingest(SPARK)
+    (tmp_path / "log" / f"dt={DAYS[0]}" / "part-0.parquet").write_bytes(b"PAR1 cut")
+    log, out = str(tmp_path / "log"), str(tmp_path / "out")
+    assert pending_days(log, out, files=FileFormat(), daily=SPARK) == ([DAYS[0]], {})
+    with pytest.raises(DataError, match="shrank from"):
+        ingest(dataclasses.replace(SPARK, days=(str(DAYS[0]),)))
+    assert ingest(dataclasses.replace(SPARK, days=(str(DAYS[1]),))).reused
+
+
+def test_the_latest_day_that_is_over_follows_zone_and_cut_off(at):
+    daily = DailyLog(folder="%Y-%m-%d", time_zone="Europe/Berlin", cut_off="04:00")
+    at("2026-03-29T01:59:00+00:00")
+    assert daily.latest_over() == datetime.date(2026, 3, 27)
+    at("2026-03-29T02:01:00+00:00")
+    assert daily.latest_over() == datetime.date(2026, 3, 28)

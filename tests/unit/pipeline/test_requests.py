@@ -245,3 +245,55 @@ def test_a_wrong_config_is_refused(change, words):
 def test_bounds_are_utc_unless_they_have_a_zone():
     config = RequestConfig(split="temporal", valid_from="1970-01-02", test_from="1970-01-02T03:00:00+01:00")
     assert config.bounds == (86_400_000, 93_600_000)
+
+
+def test_training_begins_at_train_from_and_earlier_requests_stay_history():
+    config = RequestConfig(
+        split="temporal", train_from=2 * SECOND, valid_from=4 * SECOND, test_from=5 * SECOND, num_negatives=0
+    )
+    events = events_of([(5, 1), (6, 2), (7, 3), (8, 4), (9, 5)])
+    every = list_requests(events, config)
+    assert every.part.tolist() == [-1, 0, 0, 1, 2]
+    train = of_part(every, "train", config)
+    assert train.position.tolist() == [1, 2]
+    first, last = carried(train, num_users=1, part="train", config=config)
+    assert (first.tolist(), last.tolist()) == ([0], [2])
+
+
+def test_replayed_share_of_earlier_requests_is_drawn_by_request_and_anew_for_each_bound():
+    users = [[(int(item), 1 + place) for place, item in enumerate(row)] for row in np.arange(4000).reshape(40, 100)]
+
+    def replayed(valid_from, share, events):
+        config = RequestConfig(
+            split="temporal", train_from=60 * SECOND, valid_from=valid_from * SECOND, test_from=100 * SECOND,
+            replay_share=share,
+        )  # fmt: skip
+        every = list_requests(events, config)
+        early = every.time < 60 * SECOND
+        assert (every.part[~early] >= 0).all()
+        return set(every.candidate[early & (every.part == 0)].tolist()), int(early.sum())
+
+    events = events_of(*users)
+    drawn, early = replayed(80, 0.25, events)
+    # Binomial of 2,360: a standard deviation is 21.
+    assert abs(len(drawn) - 0.25 * early) < 100
+    assert replayed(80, 0.25, events_of(*users[::-1]))[0] == drawn
+    assert drawn < replayed(80, 0.5, events)[0]
+    other = replayed(81, 0.25, events)[0]
+    assert len(other & drawn) < 0.5 * len(drawn)
+    assert replayed(80, 0.0, events)[0] == set()
+    assert len(replayed(80, 1.0, events)[0]) == early
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"train_from": 1}, "train_from belongs to split temporal"),
+        ({"split": "temporal", "valid_from": 5, "test_from": 6, "train_from": 7}, "train_from 7 is after valid_from 5"),
+        ({"split": "temporal", "valid_from": 5, "test_from": 6, "replay_share": 0.1}, "without train_from"),
+        ({"split": "temporal", "valid_from": 5, "test_from": 6, "train_from": 1, "replay_share": 2}, "from 0 to 1"),
+    ],
+)
+def test_windows_that_make_no_sense_are_refused(fields, text):
+    with pytest.raises(ValueError, match=text):
+        RequestConfig(**fields)

@@ -1,0 +1,111 @@
+"""The alias `champion` over its life: promotions, a way back, and nobody sets it against what another did."""
+
+from __future__ import annotations
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from jobs.champions import (
+    ChampionChanged,
+    champion,
+    champion_at_night,
+    changes,
+    needed_checkpoints,
+    nights,
+    note_night,
+    promote,
+    promote_by_hand,
+    require_champion,
+    roll_back,
+)
+from jobs.config import ConfigError
+
+NAME = "shop"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture
+def client(store):
+    """Versions 1 to 5 of a model, none of them the champion."""
+    client = MlflowClient(store, registry_uri=store)
+    client.create_registered_model(NAME)
+    for number in range(1, 6):
+        client.create_model_version(
+            NAME, source=f"file:///m-{number}", tags={"solar.checkpoint": f"/runs/{number}/step"}
+        )
+    yield client
+    client.delete_registered_model(NAME)
+
+
+def serving(client) -> str | None:
+    found = champion(client, NAME)
+    return str(found.version) if found else None
+
+
+def test_promotion_is_noted_once_and_takes_the_challenger_s_alias_away(client):
+    assert champion(client, NAME) is None
+    client.set_registered_model_alias(NAME, "challenger", "1")
+    promote(client, NAME, "1", expected=None, why="first")
+    promote(client, NAME, "1", expected=None, why="first")
+    promote(client, NAME, "2", expected="1", why="better")
+    assert serving(client) == "2"
+    assert [(each.version, each.before, each.why) for each in changes(client, NAME)] == [
+        ("1", None, "first"), ("2", "1", "better"),
+    ]  # fmt: skip
+    assert client.get_registered_model(NAME).aliases == {"champion": 2}
+
+
+def test_promotion_against_another_champion_than_the_decision_was_made_on_is_refused(client):
+    promote(client, NAME, "1", expected=None, why="first")
+    with pytest.raises(ChampionChanged, match="champion is version 1 by now, the decision was made against nobody"):
+        promote(client, NAME, "2", expected=None, why="late")
+    require_champion(client, NAME, "1")
+    with pytest.raises(ChampionChanged, match="against version 3"):
+        require_champion(client, NAME, "3")
+    assert serving(client) == "1"
+
+
+def test_a_command_that_died_between_the_alias_and_its_note_is_made_good(client):
+    promote(client, NAME, "1", expected=None, why="first")
+    client.set_registered_model_alias(NAME, "champion", "2")
+    promote(client, NAME, "2", expected="1", why="better")
+    assert [(each.version, each.before) for each in changes(client, NAME)] == [("1", None), ("2", "1")]
+
+
+def test_rollback_goes_to_the_champion_before_and_promote_to_any_version(client):
+    promote(client, NAME, "1", expected=None, why="first")
+    with pytest.raises(ConfigError, match="solar promote shop --version N"):
+        roll_back(client, NAME, why="bad")
+    promote(client, NAME, "2", expected="1", why="better")
+    assert roll_back(client, NAME, why="bad").version == serving(client) == "1"
+    assert roll_back(client, NAME, why="not that bad").version == serving(client) == "2"
+    assert promote_by_hand(client, NAME, "4", why="asked for").before == "2"
+    for version, text in (("4", "is the champion already"), ("9", "has no version 9; its versions: 1, 2, 3, 4, 5")):
+        with pytest.raises(ConfigError, match=text):
+            promote_by_hand(client, NAME, version, why="x")
+    with pytest.raises(ConfigError, match="no registered model 'shoe': there are shop"):
+        roll_back(client, "shoe", why="x")
+
+
+def test_nights_are_kept_with_the_model_and_tell_the_champion_of_a_date(client):
+    for date, version in (("2026-03-01", "1"), ("2026-03-02", "2"), ("2026-03-04", None), ("2026-03-05", "9")):
+        note_night(client, NAME, date, {"verdict": "promoted", "champion": version})
+        note_night(client, NAME, date, {"verdict": "promoted", "champion": version})
+    assert list(nights(client, NAME)) == ["2026-03-01", "2026-03-02", "2026-03-04", "2026-03-05"]
+    assert champion_at_night(client, NAME, "2026-02-28") is None
+    assert champion_at_night(client, NAME, "2026-03-01") == "1"
+    assert champion_at_night(client, NAME, "2026-03-03") == "2"
+    assert champion_at_night(client, NAME, "2026-03-04") is None
+    # Version 9 is not in the registry any more.
+    assert champion_at_night(client, NAME, "2026-03-06") is None
+
+
+def test_checkpoints_of_aliases_of_the_champion_before_and_of_the_latest_versions_are_needed(client):
+    assert needed_checkpoints(client, "nobody") == set()
+    promote(client, NAME, "1", expected=None, why="first")
+    promote(client, NAME, "2", expected="1", why="better")
+    assert needed_checkpoints(client, NAME, latest=2) == {f"/runs/{number}/step" for number in (1, 2, 4, 5)}
