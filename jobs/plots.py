@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,6 +15,8 @@ from jobs.json_lines import read_rows
 from models.metrics import bootstrap_interval, ndcg
 
 LENGTH_BUCKETS = (0, 20, 50, 100, 200, 500, 1_000, 10_000, 1 << 62)
+Target = TypeVar("Target", Path, BinaryIO)
+"""Where a PNG goes."""
 MIN_BUCKET_USERS = 20
 """Fewer users than this say nothing about a bucket."""
 
@@ -26,13 +28,13 @@ def write_plots(run_dir: Path, *, model: str) -> list[Path]:
     matplotlib.use("Agg")
     directory = run_dir / "plots"
     directory.mkdir(exist_ok=True)
-    written = [_plot_loss(run_dir, directory / "loss.png")]
+    written = [plot_loss(run_dir, directory / "loss.png")]
     results = run_dir / "evaluation" / f"{model}.parquet"
     if results.exists() and "rank_removed" in pq.read_schema(results).names:
         written.append(_plot_history_length(results, directory / "history-length.png"))
     spectrum = run_dir / "evaluation" / "spectrum.json"
     if spectrum.exists():
-        written.append(_plot_spectrum(json.loads(spectrum.read_text()), directory / "spectrum.png"))
+        written.append(plot_spectrum(json.loads(spectrum.read_text()), directory / "spectrum.png"))
     return written
 
 
@@ -41,21 +43,22 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], p
     import matplotlib
 
     matplotlib.use("Agg")
-    figure, axes = _figure(title, "seconds of training steps", "NDCG@10")
+    figure, axes = new_figure(title, "seconds of training steps", "NDCG@10")
     for number, (row, seeds) in enumerate(curves.items()):
         for place, curve in enumerate(seeds):
             axes.plot(*zip(*curve, strict=True), color=f"C{number % 10}", label=row if not place else None)
     if curves:
         axes.legend(fontsize="small")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _plot_loss(run_dir: Path, path: Path) -> Path:
+def plot_loss(run_dir: Path, path: Target) -> Target:
+    """Training loss and the validation's metric, from RUN/telemetry.jsonl."""
     rows = read_rows(run_dir / "telemetry.jsonl")
     steps = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
     valid = {row["step"]: row for row in rows if row["kind"] == "valid"}
     metric = next((key for row in valid.values() for key in ("ndcg@10", "gauc") if key in row), None)
-    figure, axes = _figure("training", "step", "loss")
+    figure, axes = new_figure("training", "step", "loss")
     axes.plot(list(steps), list(steps.values()), linewidth=0.8, label="training loss")
     if metric:
         right = axes.twinx()
@@ -63,10 +66,11 @@ def _plot_loss(run_dir: Path, path: Path) -> Path:
             list(valid), [row[metric] for row in valid.values()], "o-", color="tab:orange", label=f"valid {metric}"
         )
         right.set_ylabel(f"valid {metric}")
-        right.legend(handles=[*axes.get_lines(), *right.get_lines()], loc="center right")
+        # Beside the axes: the two scales leave no corner free for sure.
+        figure.legend(handles=[*axes.get_lines(), *right.get_lines()], loc="outside lower center", ncols=2)
     else:
         axes.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _plot_history_length(results: Path, path: Path) -> Path:
@@ -82,25 +86,28 @@ def _plot_history_length(results: Path, path: Path) -> Path:
         means.append(interval.value)
         low.append(interval.value - interval.low)
         high.append(interval.high - interval.value)
-    figure, axes = _figure("quality by history length", "events in the history (requests)", "NDCG@10, seen removed")
+    figure, axes = new_figure("quality by history length", "events in the history (requests)", "NDCG@10, seen removed")
     axes.errorbar(np.arange(len(means)), means, yerr=[low, high], fmt="o", capsize=4)
     axes.set_xticks(np.arange(len(means)), labels)
     axes.set_ylim(bottom=0)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _plot_spectrum(spectrum: dict[str, Any], path: Path) -> Path:
-    figure, axes = _figure(
+def plot_spectrum(spectrum: dict[str, Any], path: Target) -> Target:
+    """Energy of histories against rank, from RUN/evaluation/spectrum.json."""
+    figure, axes = new_figure(
         f"energy of {spectrum['histories']} real histories", "rank", "share of squared singular values"
     )
     for quantile, shares in spectrum["quantiles"].items():
         axes.plot(spectrum["rank"], shares, "o-", markersize=3, label=f"{float(quantile):.0%} of histories below")
     axes.set_ylim(0, 1.02)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+def new_figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    """(figure, axes) in the look that all plots share."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -112,6 +119,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
+def save_figure(figure: Any, path: Target) -> Target:
+    """As PNG; the same figure is the same bytes."""
+    figure.savefig(path, dpi=110, format="png")
     return path

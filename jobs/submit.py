@@ -29,7 +29,7 @@ from jobs.recipes import recipe_names
 from jobs.tracking import GIT_COMMIT_VARIABLE, git_commit
 
 PACKAGES = ("jobs", "models", "pipeline")
-CODE_SUFFIXES = (".py", ".yaml")
+CODE_SUFFIXES = (".py", ".yaml", ".html")
 """What the packages consist of; anything else that lies in them is not code."""
 UPLOAD_LIMIT_BYTES = 100 << 20
 """Ray's dashboard refuses a larger request (DASHBOARD_CLIENT_MAX_SIZE)."""

@@ -1,11 +1,223 @@
-"""REPORT placeholder to be replaced."""
+"""The page of a night, DATE/report.html: what was decided and why, for a person who was asleep. One file, no scripts.
+
+It reads the journals of this night and those before, and what the night's evaluation left; it shows no user. What is no
+longer there, or was never measured, is said in a sentence: a report never fails a night.
+"""
 
 from __future__ import annotations
 
-import json
+import base64
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from jobs.config import RunConfig
+from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
+from jobs.nightly.journal import Journal, past_nights
+from jobs.nightly.report_plots import (
+    CHAMPION_SYSTEM,
+    REFERENCE_SYSTEM,
+    challenger_of,
+    plot_calibration,
+    plot_cost,
+    plot_history_length,
+    plot_nights,
+    png_of,
+)
+from jobs.plots import plot_loss, plot_spectrum
+from jobs.report import METRIC_NAMES
+from jobs.train import read_json
+from jobs.training.results import ScoredImpressions, primary_metric
+
+LATEST_DAYS = 14
+"""Days of the log that are listed; of days that are left out, twice as many."""
+_METRICS = {
+    "next_item": (
+        "ndcg@10_seen_kept",
+        "ndcg@10",
+        "hr@10_seen_kept",
+        "hr@10",
+        "mrr@10",
+        "logloss",
+        "coverage",
+        "requests",
+    ),
+    "impressions": ("gauc", "auc", "logloss", "calibration", "coverage", "requests"),
+}
+_COMPARISONS = {
+    "tonight": "against the champion, tonight's users",
+    "together": "the same, with the undecided nights before",
+    "reference": "against the reference, a champion of some time ago",
+}
 
 
-def write_report(config, root, journal, outcome):
+def write_report(config: RunConfig, root: Path, journal: Journal, outcome: dict[str, Any]) -> Path:
+    """Write the page of the night beside its journal; `root` holds all nights. The same journals are the same page."""
+    page = _environment().get_template("report.html").render(report_context(config, root, journal, outcome))
     path = journal.directory / "report.html"
-    path.write_text("<pre>" + json.dumps(outcome, indent=1) + "</pre>")
+    path.write_text(page, encoding="utf-8")
     return path
+
+
+def report_context(config: RunConfig, root: Path, journal: Journal, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    documents = {step: journal.read(step) or {} for step in ("prepare", "champion", "train", "evaluate", "decision")}
+    nights = [*(night for night in past_nights(root) if night.date < journal.date), journal]
+    primary, decision = primary_metric(config.data.requests), documents["decision"]
+    return {
+        "title": f"{config.registered_model}, night of {journal.date}",
+        "headline": headline(outcome),
+        "outcome": outcome,
+        "verdict": outcome["verdict"],
+        "attempt": journal.attempt,
+        "margin": config.nightly.gate.margin,
+        "comparisons": [
+            (shown, decision["comparisons"][name])
+            for name, shown in _COMPARISONS.items()
+            if name in decision.get("comparisons", {})
+        ],
+        "guards": decision.get("guards", []),
+        **log_of_the_day(journal, nights),
+        **_measured(config, decision, documents["champion"], primary),
+        "training": documents["train"],
+        "pictures": _pictures(config, nights, documents, primary),
+    }
+
+
+def headline(outcome: Mapping[str, Any]) -> str:
+    """The decision in one sentence."""
+    serves, before = outcome["champion"], outcome["champion_before"]
+    goes_on = f"version {serves} goes on serving" if serves else "there is no champion yet"
+    if outcome["verdict"] == "promoted":
+        return f"Promoted: version {serves} serves from now on" + (f" instead of version {before}." if before else ".")
+    if outcome["verdict"] == "refused":
+        return f"Refused: {goes_on}. The next night begins from it again."
+    return f"Undecided: {goes_on}. What was measured tonight counts together with the next undecided night."
+
+
+def log_of_the_day(journal: Journal, nights: Sequence[Journal]) -> dict[str, Any]:
+    """Days of the log with their rows, and those that came late, were refused or are missing."""
+    prepared = journal.read("prepare") or {}
+    earlier: dict[str, Any] = {}
+    for night in nights[:-1]:
+        earlier |= (night.read("prepare") or {}).get("days", {})
+    days = earlier | prepared.get("days", {})
+    today = journal.date.isoformat()
+    came = [day for day in sorted(prepared.get("days", {})) if earlier.get(day) != prepared["days"][day]]
+    rows = [
+        {"day": day, "new": day in came, "late": day in came and day < today, **days[day]}
+        for day in sorted(days)[-LATEST_DAYS:]
+    ]
+    absent = sorted({**prepared.get("left_out", {}), **prepared.get("refused", {})}.items())
+    shown = absent[-2 * LATEST_DAYS :]
+    return {
+        "days": rows,
+        "events": prepared.get("events"),
+        "refused_days": [each for each in shown if each[0] in prepared.get("refused", {})],
+        "left_out_days": [each for each in shown if each[0] not in prepared.get("refused", {})],
+        "absent_before": len(absent) - len(shown),
+    }
+
+
+def _measured(
+    config: RunConfig, decision: Mapping[str, Any], before: Mapping[str, Any], primary: str
+) -> dict[str, Any]:
+    """The metrics of every system, the challenger first."""
+    metrics = decision.get("metrics") or {}
+    names = [name for name in _METRICS[config.data.requests.task] if name != primary]
+    challenger = challenger_of(metrics)
+    shown = {challenger: f"challenger ({challenger})", f"{challenger}, {EMPTIED}": "challenger without histories"}
+    order = [challenger, CHAMPION_SYSTEM, REFERENCE_SYSTEM, f"{challenger}, {EMPTIED}", OWN_ITEMS, POPULARITY]
+    return {
+        "metric_names": [primary, *names],
+        "metric_titles": METRIC_NAMES,
+        "systems": [(shown.get(name, name), metrics[name]) for name in order if name in metrics],
+        "champion_before": before,
+        "prequential": (before.get("metrics") or {}).get(primary),
+        "primary": METRIC_NAMES[primary],
+    }
+
+
+def _pictures(
+    config: RunConfig, nights: Sequence[Journal], documents: Mapping[str, Mapping[str, Any]], primary: str
+) -> list[dict[str, str | None]]:
+    run_dir = Path(documents["train"]["run_dir"]) if documents["train"] else None
+    evaluation = Path(documents["evaluate"]["directory"]) if documents["evaluate"] else None
+    systems = _shown_systems(documents["decision"].get("metrics") or {})
+    no_night, untrained = "No night has measured anything yet.", "Nothing was trained tonight."
+    unlabelled = "The task next_item has no labels, so there are no probabilities to be calibrated."
+    impressions = config.data.requests.task == "impressions"
+
+    def calibration() -> bytes | None:
+        if evaluation is None or not impressions:
+            return None
+        results = {name: read_result(evaluation, system, task="impressions") for name, system in systems.items()}
+        return plot_calibration({name: each for name, each in results.items() if isinstance(each, ScoredImpressions)})
+
+    def by_length() -> bytes | None:
+        return plot_history_length(read_json(evaluation / "summary.json"), systems) if evaluation else None
+
+    def loss() -> bytes | None:
+        there = run_dir is not None and (run_dir / "telemetry.jsonl").exists()
+        return png_of(plot_loss, run_dir) if there else None
+
+    def spectrum() -> bytes | None:
+        file = evaluation / "spectrum.json" if evaluation else None
+        return png_of(plot_spectrum, read_json(file)) if file is not None and file.exists() else None
+
+    no_spectrum = untrained if evaluation is None else "The model has no interests, or their spectrum is not there."
+    return [
+        _picture("nights", "Quality over the nights", lambda: plot_nights(nights, primary=primary), no_night),
+        _picture("calibration", "Calibration", calibration, untrained if impressions else unlabelled),
+        _picture("lengths", "Quality by history length", by_length, untrained),
+        _picture("loss", "Training", loss, untrained),
+        _picture("spectrum", "Energy of the histories", spectrum, no_spectrum),
+        _picture("cost", "Cost", lambda: plot_cost(nights), "No step has taken any time yet."),
+    ]
+
+
+def _picture(name: str, title: str, draw: Callable[[], bytes | None], otherwise: str) -> dict[str, str | None]:
+    """A plot as a data URI, or the sentence that says why there is none."""
+    try:
+        png = draw()
+    except (OSError, ValueError, KeyError) as error:
+        # A run that was collected or damaged: told here, where it matters.
+        return {
+            "name": name,
+            "title": title,
+            "uri": None,
+            "why": f"Could not be drawn: {type(error).__name__}: {error}",
+        }
+    uri = f"data:image/png;base64,{base64.b64encode(png).decode()}" if png else None
+    return {"name": name, "title": title, "uri": uri, "why": otherwise}
+
+
+def _shown_systems(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """{shown name: system} of those that are compared in a picture."""
+    challenger = challenger_of(metrics)
+    found = {"challenger": challenger, "champion": CHAMPION_SYSTEM, "reference": REFERENCE_SYSTEM}
+    return {shown: system for shown, system in found.items() if system in metrics}
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": _number, "percent": _percent, "count": _count}
+    return environment
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:+.2%}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"

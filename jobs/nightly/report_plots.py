@@ -1,0 +1,185 @@
+"""The pictures of a night's report, as PNG bytes; None where there is nothing to show.
+
+What they show comes from the journals of the nights and from what the night's evaluation left. Of the nights
+the latest `LATEST_NIGHTS` are shown.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY
+from jobs.nightly.journal import Journal
+from jobs.plots import new_figure, save_figure
+from jobs.report import METRIC_NAMES
+from jobs.training.results import ScoredImpressions
+
+CHAMPION_SYSTEM, REFERENCE_SYSTEM = "champion", "reference"
+"""What an evaluation calls the versions that it puts beside the challenger."""
+LATEST_NIGHTS = 60
+STEPS = ("prepare", "champion", "train", "evaluate", "decision", "register", "states")
+CALIBRATION_BINS = 10
+_LABELS = 8
+"""Dates that fit below a picture."""
+
+
+def challenger_of(metrics: Mapping[str, Any]) -> str | None:
+    """The name of what the night trained, among the systems that it measured."""
+    others = {CHAMPION_SYSTEM, REFERENCE_SYSTEM, POPULARITY, OWN_ITEMS}
+    names = [name for name in metrics if name not in others and not name.endswith(f", {EMPTIED}")]
+    return names[0] if len(names) == 1 else None
+
+
+def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
+    """The primary metric: of the champion on each day before it trained on it, and of both on the held-out part."""
+    nights = nights[-LATEST_NIGHTS:]
+    before = [_figure_of(night.read("champion"), "metrics", primary) for night in nights]
+    held_out = [_held_out(night, primary) for night in nights]
+    lines = {
+        "champion on the whole day, before training on it": (before, "o-", "tab:blue"),
+        "champion on the held-out requests": ([each[1] for each in held_out], "s--", "tab:green"),
+        "challenger on the held-out requests": ([each[0] for each in held_out], "^--", "tab:orange"),
+    }
+    if not any(math.isfinite(value) for values, _, _ in lines.values() for value in values):
+        return None
+    figure, axes = new_figure(f"{METRIC_NAMES[primary]}, over the nights", "", METRIC_NAMES[primary])
+    for name, (values, style, color) in lines.items():
+        axes.plot(range(len(nights)), values, style, color=color, label=name, markersize=4, linewidth=1)
+    promoted = [
+        number for number, night in enumerate(nights) if (night.read("decision") or {}).get("verdict") == "promoted"
+    ]
+    for place, number in enumerate(promoted):
+        axes.axvline(
+            number, color="tab:gray", linewidth=0.8, linestyle=":", label=None if place else "a challenger was promoted"
+        )
+    _date_axis(axes, nights)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
+    return _png(figure)
+
+
+def plot_cost(nights: Sequence[Journal]) -> bytes | None:
+    """Seconds of every step of every night, stacked."""
+    nights = nights[-LATEST_NIGHTS:]
+    seconds = {step: [_seconds(night, step) for night in nights] for step in STEPS}
+    if not any(map(sum, seconds.values())):
+        return None
+    figure, axes = new_figure("cost of the nights", "", "seconds")
+    bottom = np.zeros(len(nights))
+    for number, (step, values) in enumerate(seconds.items()):
+        axes.bar(range(len(nights)), values, bottom=bottom, color=f"C{number}", label=step, width=0.8)
+        bottom += values
+    axes.set_ylim(0, 1.05 * float(bottom.max()))
+    _date_axis(axes, nights)
+    # As they are stacked.
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return _png(figure)
+
+
+def plot_calibration(results: Mapping[str, ScoredImpressions]) -> bytes | None:
+    """Share of positives in each decile of the predicted probability, with its 95 % interval."""
+    figure, axes = new_figure(
+        "calibration", "predicted probability (mean of a tenth of the candidates)", "share of positives"
+    )
+    drawn, most = 0, 0.0
+    for number, (name, result) in enumerate(results.items()):
+        if not len(result.label):
+            continue
+        predicted, observed, half = reliability(result.logit, result.label)
+        axes.errorbar(
+            predicted,
+            observed,
+            yerr=half,
+            fmt="o-",
+            color=f"C{number}",
+            label=name,
+            capsize=3,
+            markersize=4,
+            linewidth=1,
+        )
+        drawn, most = drawn + 1, max(most, float(predicted.max()), float((observed + half).max()))
+    if not drawn:
+        return None
+    axes.plot([0, most], [0, most], color="tab:gray", linewidth=0.8, linestyle=":", label="calibrated")
+    axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def reliability(logit: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of tenths by probability, [bins] each: (mean probability, share of positives, half its 95 % interval)."""
+    probability = np.exp(-np.logaddexp(0, -logit.astype(np.float64)))
+    parts = [part for part in np.array_split(np.argsort(probability, kind="stable"), CALIBRATION_BINS) if len(part)]
+    predicted = np.array([probability[part].mean() for part in parts])
+    observed = np.array([label[part].mean() for part in parts])
+    half = 1.96 * np.sqrt(observed * (1 - observed) / np.array([len(part) for part in parts]))
+    return predicted, observed, half
+
+
+def plot_history_length(summary: Mapping[str, Any], systems: Mapping[str, str]) -> bytes | None:
+    """The primary metric by length of the history, with intervals over users; `systems`: {shown name: system}."""
+    slices = [part for part in summary["slices"] if part["name"] == "no history" or "events" in part["name"]]
+    if not slices:
+        return None
+    figure, axes = new_figure(
+        "quality by history length", "events in the history (users)", METRIC_NAMES[summary["primary"]]
+    )
+    for number, (shown, system) in enumerate(systems.items()):
+        found = [part["systems"].get(system) for part in slices]
+        value, low, high = (np.array([_number(each, key) for each in found]) for key in ("value", "low", "high"))
+        place = np.arange(len(slices)) + 0.12 * (number - (len(systems) - 1) / 2)
+        axes.errorbar(
+            place, value, yerr=[value - low, high - value], fmt="o", color=f"C{number}", capsize=4, label=shown
+        )
+    names = [f"{part['name'].removesuffix(' events')}\n({part['users']:,})" for part in slices]
+    axes.set_xticks(np.arange(len(slices)), names)
+    axes.set_xlim(-0.5, len(slices) - 0.5)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def _held_out(night: Journal, primary: str) -> tuple[float, float]:
+    """(challenger's, champion's)."""
+    decision = night.read("decision") or {}
+    metrics = decision.get("metrics") or {}
+    challenger = challenger_of(metrics)
+    return _number(metrics.get(challenger or ""), primary), _number(metrics.get(CHAMPION_SYSTEM), primary)
+
+
+def _figure_of(document: Mapping[str, Any] | None, key: str, name: str) -> float:
+    return _number((document or {}).get(key), name)
+
+
+def _number(document: Mapping[str, Any] | None, name: str) -> float:
+    """nan where it is not there: matplotlib leaves it out."""
+    value = (document or {}).get(name)
+    return math.nan if value is None else float(value)
+
+
+def _seconds(night: Journal, step: str) -> float:
+    return float((night.read(step) or {}).get("seconds") or 0.0)
+
+
+def _date_axis(axes: Any, nights: Sequence[Journal]) -> None:
+    every = max(1, math.ceil(len(nights) / _LABELS))
+    shown = range(len(nights) - 1, -1, -every)
+    axes.set_xticks(list(shown), [f"{nights[number].date:%m-%d}" for number in shown])
+    axes.set_xlim(-0.6, len(nights) - 0.4)
+
+
+def _png(figure: Any) -> bytes:
+    out = io.BytesIO()
+    save_figure(figure, out)
+    return out.getvalue()
+
+
+def png_of(draw: Any, *arguments: Any) -> bytes:
+    """What a plot of jobs/plots.py draws, as bytes."""
+    out = io.BytesIO()
+    draw(*arguments, out)
+    return out.getvalue()
