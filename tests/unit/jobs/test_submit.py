@@ -143,7 +143,8 @@ def test_upload_holds_the_code_and_nothing_else(tmp_path):
     stage(tmp_path, {})
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {"pyproject.toml", "jobs/cli.py", "jobs/recipes/ml-1m.yaml", "models/solar.py", "pipeline/build.py"} <= names
-    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".toml"}
+    assert "jobs/nightly/report.html" in names
+    assert {Path(name).suffix for name in names} == {".py", ".yaml", ".toml", ".html"}
 
 
 def test_upload_above_the_limit_names_the_largest_files(tmp_path):
