@@ -16,10 +16,9 @@ import jinja2
 
 from jobs.config import RunConfig
 from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
+from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal, past_nights
 from jobs.nightly.report_plots import (
-    CHAMPION_SYSTEM,
-    REFERENCE_SYSTEM,
     challenger_of,
     plot_calibration,
     plot_cost,
@@ -130,7 +129,7 @@ def _measured(
     names = [name for name in _METRICS[config.data.requests.task] if name != primary]
     challenger = challenger_of(metrics)
     shown = {challenger: f"challenger ({challenger})", f"{challenger}, {EMPTIED}": "challenger without histories"}
-    order = [challenger, CHAMPION_SYSTEM, REFERENCE_SYSTEM, f"{challenger}, {EMPTIED}", OWN_ITEMS, POPULARITY]
+    order = [challenger, CHAMPION, REFERENCE, f"{challenger}, {EMPTIED}", OWN_ITEMS, POPULARITY]
     return {
         "metric_names": [primary, *names],
         "metric_titles": METRIC_NAMES,
@@ -198,7 +197,7 @@ def _picture(name: str, title: str, draw: Callable[[], bytes | None], otherwise:
 def _shown_systems(metrics: Mapping[str, Any]) -> dict[str, str]:
     """{shown name: system} of those that are compared in a picture."""
     challenger = challenger_of(metrics)
-    found = {"challenger": challenger, "champion": CHAMPION_SYSTEM, "reference": REFERENCE_SYSTEM}
+    found = {"challenger": challenger, "champion": CHAMPION, "reference": REFERENCE}
     return {shown: system for shown, system in found.items() if system in metrics}
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY
+from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal
 from jobs.plots import new_figure, save_figure
 from jobs.report import METRIC_NAMES
 from jobs.training.results import ScoredImpressions
 
-CHAMPION_SYSTEM, REFERENCE_SYSTEM = "champion", "reference"
-"""What an evaluation calls the versions that it puts beside the challenger."""
+
 LATEST_NIGHTS = 60
 STEPS = ("prepare", "champion", "train", "evaluate", "decision", "register", "states")
 CALIBRATION_BINS = 10
@@ -30,7 +30,7 @@ _LABELS = 8
 
 def challenger_of(metrics: Mapping[str, Any]) -> str | None:
     """The name of what the night trained, among the systems that it measured."""
-    others = {CHAMPION_SYSTEM, REFERENCE_SYSTEM, POPULARITY, OWN_ITEMS}
+    others = {CHAMPION, REFERENCE, POPULARITY, OWN_ITEMS}
     names = [name for name in metrics if name not in others and not name.endswith(f", {EMPTIED}")]
     return names[0] if len(names) == 1 else None
 
@@ -148,7 +148,7 @@ def _held_out(night: Journal, primary: str) -> tuple[float, float]:
     decision = night.read("decision") or {}
     metrics = decision.get("metrics") or {}
     challenger = challenger_of(metrics)
-    return _number(metrics.get(challenger or ""), primary), _number(metrics.get(CHAMPION_SYSTEM), primary)
+    return _number(metrics.get(challenger or ""), primary), _number(metrics.get(CHAMPION), primary)
 
 
 def _figure_of(document: Mapping[str, Any] | None, key: str, name: str) -> float:
