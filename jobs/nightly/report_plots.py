@@ -20,7 +20,6 @@ from jobs.plots import new_figure, save_figure
 from jobs.report import METRIC_NAMES
 from jobs.training.results import ScoredImpressions
 
-
 LATEST_NIGHTS = 60
 STEPS = ("prepare", "champion", "train", "evaluate", "decision", "register", "states")
 CALIBRATION_BINS = 10
