@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
@@ -16,6 +15,8 @@ from typing import Any
 
 from jobs.cluster import ClusterConfig
 from jobs.nightly.config import NightlyConfig
+from jobs.notify import NotifyConfig
+from jobs.redaction import redacted
 from jobs.tracking import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.job import TrainingConfig
@@ -124,6 +125,7 @@ class RunConfig:
     tracking: TrackingConfig
     cluster: ClusterConfig
     nightly: NightlyConfig
+    notify: NotifyConfig
 
     @property
     def events_dir(self) -> str:
@@ -142,6 +144,11 @@ class RunConfig:
     def run_dir(self) -> Path:
         return Path(self.workspace) / "runs" / self.name
 
+    @property
+    def registered_model(self) -> str:
+        """Its name in the registry."""
+        return self.tracking.registered_model or f"solar-{self.data.name}"
+
     def with_model(self, name: str) -> RunConfig:
         """The same run with another model: what both models have is the same, the rest its defaults."""
         config_class = MODELS[name][0]
@@ -154,7 +161,8 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, secrets in URIs redacted: what is printed, stored and logged."""
-        return redacted(json.loads(json.dumps(dataclasses.asdict(self))))
+        stored = dataclasses.replace(self, notify=self.notify.recorded())
+        return redacted(json.loads(json.dumps(dataclasses.asdict(stored))))
 
     def identity(self) -> dict[str, Any]:
         """What decides the trained weights, but for the content of training.warm_start, which stands in the run's
@@ -182,15 +190,5 @@ SECTIONS: Mapping[str, type] = {
     "tracking": TrackingConfig,
     "cluster": ClusterConfig,
     "nightly": NightlyConfig,
+    "notify": NotifyConfig,
 }
-
-
-def redacted(value: Any) -> Any:
-    """The value with the passwords inside its URIs replaced."""
-    if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [redacted(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"(\w+://[^/\s:@]*):[^/\s@]+@", r"\1:***@", value)
-    return value
