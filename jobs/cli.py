@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from jobs.commands import cluster, data, nightly, serving, system, training
+from jobs.commands import cluster, data, nightly, schedule, serving, system, training
 from jobs.commands.arguments import one_line
 from jobs.console import Console
 from jobs.recipes import recipe_names
@@ -39,6 +39,7 @@ solar COMMAND ... [-v]
   nightly RECIPE        a day's log -> a better champion or a reasoned refusal (--date D, --catch-up, --dry-run)
   promote, rollback, history MODEL    who the champion is (--version N --why TEXT), and every night's decision
   score MODEL_URI       a registered model on Parquet requests -> scores and rankings
+  schedule RECIPE       a night whenever --cron "0 3 * * *" fires, or --emit cronjob|kuberay: manifests for a cluster
   submit -- COMMAND     any of these as a job of a Ray cluster, its log followed here
   jobs list|logs|stop   the jobs of a Ray cluster
 
@@ -146,6 +147,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "rollback": nightly.rollback,
     "history": nightly.history,
     "score": serving.score,
+    "schedule": schedule.schedule,
     "submit": cluster.submit,
     "jobs": cluster.jobs,
 }

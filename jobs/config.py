@@ -144,11 +144,6 @@ class RunConfig:
     def run_dir(self) -> Path:
         return Path(self.workspace) / "runs" / self.name
 
-    @property
-    def registered_model(self) -> str:
-        """Its name in the registry."""
-        return self.tracking.registered_model or f"solar-{self.data.name}"
-
     def with_model(self, name: str) -> RunConfig:
         """The same run with another model: what both models have is the same, the rest its defaults."""
         config_class = MODELS[name][0]

@@ -23,6 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.config import ConfigError, redacted
 from jobs.console import Console
+from jobs.permissions import refuse_open_token
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start --head` puts the dashboard unless told otherwise."""
@@ -77,6 +78,8 @@ def choose_address(given: str | None, environment: Mapping[str, str]) -> str:
 def auth_headers(environment: Mapping[str, str], home: Path) -> dict[str, str]:
     """The cluster's token where Ray's own tools look for it, as HTTP headers; {} without one.
 
+    A file that others may write is refused.
+
     Ray's client sends it only where RAY_AUTH_MODE=token is set as well; headers given to it are always sent.
     """
     token = environment.get("RAY_AUTH_TOKEN", "").strip()
@@ -85,7 +88,9 @@ def auth_headers(environment: Mapping[str, str], home: Path) -> dict[str, str]:
         file = Path(named) if named else home / ".ray" / "auth_token"
         if named and not file.is_file():
             raise ConfigError(f"RAY_AUTH_TOKEN_PATH={named}: no such file: name the file with the cluster's token")
-        token = file.read_text().strip() if file.is_file() else ""
+        if file.is_file():
+            refuse_open_token(file)
+            token = file.read_text().strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

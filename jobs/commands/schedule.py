@@ -1,0 +1,149 @@
+"""schedule: `solar nightly` on a cron expression, here or as the manifests of a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.commands.arguments import usage_error
+from jobs.console import Console
+from jobs.recipes import recipe_names
+
+SOLAR = (sys.executable, "-P", "-m", "jobs.cli")
+"""How `solar` is called from here: never a package of that name that lies in the working directory."""
+ROOT = Path(__file__).resolve().parents[2]
+"""Where this package lies, and a night's too."""
+SLICE_SECONDS = 0.5
+"""A signal is noticed so soon while nothing is due."""
+
+
+def schedule(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.config_reader import load_config
+    from jobs.cron import Cron
+
+    parser = _parser()
+    if {"-h", "--help"} & set(arguments):
+        console.line(parser.format_help())
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        raise usage_error("schedule", f"name a recipe first: {', '.join(recipe_names())}, or a YAML file")
+    recipe = arguments[0]
+    try:
+        options, overrides = parser.parse_known_args(arguments[1:])
+    except argparse.ArgumentError as error:
+        raise usage_error("schedule", str(error)) from error
+    _check(options, overrides)
+    config = load_config("nightly", recipe, overrides)
+    try:
+        cron = Cron(options.cron, options.time_zone or config.data.prepare.daily.time_zone)
+    except ValueError as error:
+        raise usage_error("schedule", f"--{error}") from error
+    return _run(config, cron, [recipe, *overrides, *(["-v"] if verbose else [])], options, console)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solar schedule",
+        usage='solar schedule RECIPE --cron "0 3 * * *" [options] [SETTING VALUE ...]',
+        description="Runs `solar nightly RECIPE --catch-up` whenever the expression fires, until Ctrl-C or SIGTERM.",
+        epilog="Settings are those of `solar train --help`; each night gets them.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--cron", metavar="EXPRESSION", help="minute, hour, day of month, month, weekday (0: Sunday)")
+    parser.add_argument("--time_zone", metavar="ZONE", help="of the expression; default: data.prepare.daily.time_zone")
+    parser.add_argument("--retries", type=int, default=5, help="further tries of a night that failed; default: 5")
+    parser.add_argument(
+        "--retry_minutes", type=float, default=5.0, help="before the first of them, then twice as long; default: 5"
+    )
+    return parser
+
+
+def _check(options: argparse.Namespace, overrides: list[str]) -> None:
+    if not options.cron:
+        raise usage_error("schedule", "--cron is not given: as --cron '0 3 * * *' for every day at 03:00")
+    if not 0 <= options.retries <= 100:
+        raise usage_error("schedule", f"--retries {options.retries}: must be from 0 to 100")
+    if not 0 < options.retry_minutes <= 60:
+        raise usage_error("schedule", f"--retry_minutes {options.retry_minutes:g}: must be above 0 and at most 60")
+    for flag in ("--date", "--catch-up", "--dry-run", "--print_config"):
+        if any(argument.split("=")[0] == flag for argument in overrides):
+            raise usage_error("schedule", f"{flag}: is for `solar nightly`: each night takes all days that are missing")
+
+
+def _run(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
+    """Here, until a signal."""
+    from jobs.night_process import run_night
+    from jobs.permissions import refuse_open_directory
+    from jobs.schedule import Scheduler, Surroundings
+    from jobs.signals import noted_signals
+    from jobs.training.run_lock import sole_command
+
+    directory = Path(config.workspace).absolute() / "schedules" / config.name
+    for each in (directory.parents[1], directory.parent, directory):
+        refuse_open_directory(each)
+    errors = directory / "errors.log"
+    recipe, *rest = night
+    command = [*SOLAR, "nightly", recipe, "--catch-up", *rest]
+    here = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    otherwise = "let it be the only one: one scheduler a recipe and workspace is enough"
+    with sole_command(directory, otherwise=otherwise), noted_signals() as stopped:
+        around = Surroundings(
+            clock=lambda: datetime.datetime.now(datetime.UTC),
+            sleep=lambda seconds: _sleep(seconds, stopped),
+            stopped=stopped,
+            night=lambda: run_night(command, errors=errors, environment=here, stopped=stopped, echo=_echo),
+            failed=lambda outcome: _notify_failed(config, outcome.reason, errors, console),
+            tell=lambda text: console.line(f"{'schedule':<12} {text}"),
+        )
+        scheduler = Scheduler(
+            cron,
+            around,
+            state=directory / "state.json",
+            retries=options.retries,
+            retry_seconds=60 * options.retry_minutes,
+        )
+        scheduler.run()
+    console.error("solar: interrupted; the same command goes on, and makes up for what it misses until then")
+    return 130
+
+
+def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not stopped() and (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, SLICE_SECONDS))
+
+
+def _echo(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _notify_failed(config: Any, reason: str, errors: Path, console: Console) -> None:
+    from jobs.notify import notify
+
+    event = {
+        "event": "failed",
+        "model": config.registered_model,
+        "date": _latest_day(config.data.prepare.daily),
+        "version": None,
+        "reason": reason,
+        "report": str(errors),
+    }
+    notify(config.notify, event, lambda text: console.error(f"solar: {text}"))
+
+
+def _latest_day(daily: Any) -> str:
+    """The latest day that is over, which a night begins with."""
+    now = datetime.datetime.now(datetime.UTC)
+    day = now.date() + datetime.timedelta(days=1)
+    while daily.end_of(day) > now:
+        day -= datetime.timedelta(days=1)
+    return day.isoformat()
