@@ -25,6 +25,8 @@ EVENTS = ("promoted", "refused", "undecided", "no_input", "failed")
 FACTS = ("event", "model", "date", "version", "reason", "report")
 """Keys that the command finds in its environment too: SOLAR_EVENT, SOLAR_MODEL and so on."""
 
+URL_VARIABLE = "SOLAR_NOTIFY_URL"
+"""Environment variable with the webhook's address, for where a recipe must not hold its token."""
 FACT_LENGTH = 4000
 """A variable's value is cut there: the kernel starts no program with longer ones than 128 KiB."""
 
@@ -36,7 +38,8 @@ class NotifyConfig:
     command: str | None = None
     """Shell command that gets the event as JSON on its standard input and its facts as SOLAR_EVENT, SOLAR_MODEL ..."""
     url: str | None = None
-    """Webhook, http or https, to which the event is posted as JSON; a token in it stays out of logs and records."""
+    """Webhook, http or https, to which the event is posted as JSON; a token in it stays out of logs and records.
+    Unset = SOLAR_NOTIFY_URL of the environment, if that is there."""
     command_seconds: float = 60.0
     """After so long the command is killed."""
     url_seconds: float = 10.0
@@ -56,6 +59,7 @@ class NotifyConfig:
 
 def notify(config: NotifyConfig, event: Mapping[str, Any], tell: Callable[[str], None]) -> None:
     """Hand the event to the command and to the webhook; what fails is told in one line each."""
+    config = dataclasses.replace(config, url=_url(config, tell))
     for use, send in ((config.command, _run), (config.url, _post)):
         if use is None:
             continue
@@ -66,6 +70,14 @@ def notify(config: NotifyConfig, event: Mapping[str, Any], tell: Callable[[str],
             problem = f"{_target(config, send)}: {type(error).__name__}"
         if problem:
             tell(f"nobody was told of {event.get('event')!r}: {problem}")
+
+
+def _url(config: NotifyConfig, tell: Callable[[str], None]) -> str | None:
+    url = config.url or os.environ.get(URL_VARIABLE) or None
+    if url is not None and scheme_and_host(url) is None:
+        tell(f"{URL_VARIABLE} is no web address: it must be as https://HOST/PATH")
+        return None
+    return url
 
 
 def _target(config: NotifyConfig, send: Callable[..., Any]) -> str:

@@ -23,6 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.config import ConfigError, redacted
 from jobs.console import Console
+from jobs.job_tags import COMMAND_KEY
 from jobs.permissions import refuse_open_token
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
@@ -137,6 +138,7 @@ class Cluster:
         submission_id: str | None,
         command: str,
         driver_cpus: float,
+        tags: Mapping[str, str],
     ) -> str:
         """Upload and submit; returns the job's id."""
         if submission_id is not None:
@@ -149,7 +151,7 @@ class Cluster:
                 entrypoint=entrypoint,
                 runtime_env=runtime_env,
                 submission_id=submission_id,
-                metadata={"solar_command": command},
+                metadata={**tags, COMMAND_KEY: command},
                 entrypoint_num_cpus=driver_cpus or None,
             )
 
@@ -345,7 +347,7 @@ def duration(job: JobDetails) -> str:
 
 def shown_command(job: JobDetails) -> str:
     """The command as the user gave it, or what another tool submitted; no passwords."""
-    return redacted((job.metadata or {}).get("solar_command") or job.entrypoint)
+    return redacted((job.metadata or {}).get(COMMAND_KEY) or job.entrypoint)
 
 
 def one_line(text: object) -> str:

@@ -18,10 +18,10 @@ from typing import Any
 
 from jobs.cron import Cron
 from jobs.night_process import Outcome
+from jobs.retries import wait_seconds
 from jobs.run_record import read_json, write_json
 
 LONGEST_SLEEP_SECONDS = 30.0
-LONGEST_RETRY_SECONDS = 3600.0
 BACKWARDS_SECONDS = 3600.0
 """A time further ahead than this was written, or waited for, while the clock was wrong."""
 MISTAKE = 2
@@ -52,8 +52,7 @@ class Scheduler:
     def __init__(
         self, cron: Cron, around: Surroundings, *, state: Path, retries: int = 5, retry_seconds: float = 300.0
     ) -> None:
-        """`retries`: further tries of a night; before the n-th of them it waits `retry_seconds` x 2^(n-1), an hour at
-        most. `state`: the file that remembers."""
+        """`retries`: further tries of a night, the first of them after `retry_seconds`; `state`: its memory."""
         self._cron, self._around, self._state = cron, around, state
         self._retries, self._retry_seconds = retries, retry_seconds
         self._done_until = around.clock()
@@ -91,7 +90,7 @@ class Scheduler:
             last = outcome.code in (0, MISTAKE) or attempt > self._retries
             if last:
                 break
-            wait = min(self._retry_seconds * 2.0 ** (attempt - 1), LONGEST_RETRY_SECONDS)
+            wait = wait_seconds(attempt, first=self._retry_seconds)
             again = around.clock() + datetime.timedelta(seconds=wait)
             around.tell(f"ended after {took}: {outcome.reason}; again at {_text(again.astimezone(self._cron.zone))}")
             self._wait_until(again)

@@ -24,6 +24,7 @@ import yaml
 
 from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT, WORKER_ENVIRONMENT
 from jobs.config import ConfigError, redacted
+from jobs.notify import URL_VARIABLE
 from jobs.ray_jobs import STOP_GRACE_VARIABLE, Cluster
 from jobs.recipes import recipe_names
 from jobs.tracking import GIT_COMMIT_VARIABLE, git_commit
@@ -59,6 +60,8 @@ FLAGS = (
     "--digest",
     "--json",
     "--resume",
+    "--catch-up",
+    "--dry-run",
     "--overwrite",
     "--keep_seen",
     "--print_config",
@@ -93,6 +96,7 @@ def submit(
     python: str | None = None,
     driver_cpus: float = 0,
     stop_grace_seconds: int = 60,
+    tags: Mapping[str, str] | None = None,
 ) -> tuple[str, JobCommand]:
     """Hand a command to the cluster; returns the job's id and the command as it runs there."""
     here = cluster.on_this_machine()
@@ -107,14 +111,19 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="solar-submit-") as directory:
         stage(Path(directory), command.files)
         job_id = cluster.submit(
-            # exec: the driver itself gets the signals, and its exit code is the job's.
-            entrypoint=f"exec {shlex.quote(python)} -m jobs.cli {shlex.join(command.arguments)}",
+            entrypoint=entrypoint(python, command.arguments),
             runtime_env={"working_dir": directory, "env_vars": environment},
             submission_id=submission_id,
             command=str(command),
             driver_cpus=driver_cpus,
+            tags=tags or {},
         )
     return job_id, command
+
+
+def entrypoint(python: str, arguments: Sequence[str]) -> str:
+    """The shell line of a job. exec: the driver itself gets the signals, and its exit code is the job's."""
+    return f"exec {shlex.quote(python)} -m jobs.cli {shlex.join(arguments)}"
 
 
 def job_command(arguments: Sequence[str], *, directory: Path, workspace: str | None, same_machine: bool) -> JobCommand:
@@ -131,6 +140,11 @@ def job_command(arguments: Sequence[str], *, directory: Path, workspace: str | N
         raise ConfigError(
             f"submit: {redacted(shlex.join(arguments))}: a cluster shows its jobs' commands, so a password must not be "
             "in them: put the setting into a YAML file, or set it in the environment of the cluster's nodes"
+        )
+    if _given(arguments, "notify.url"):
+        raise ConfigError(
+            "submit: --notify.url: a cluster shows its jobs' commands, and a webhook's token must not be there: put it "
+            f"into a YAML file, or set {URL_VARIABLE} in the environment of the cluster's nodes"
         )
     arguments, files = _with_uploaded_files(arguments, directory)
     arguments = _with_absolute_paths(name, arguments, directory, same_machine=same_machine)

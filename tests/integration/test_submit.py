@@ -123,7 +123,8 @@ def test_run_registers_a_model_in_the_workspace_beside_the_command(solar, workpl
 
 def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, workplace):
     code, out, _ = solar(
-        *("submit", "--detach", "--submission-id", "long", "--", "run", "tiny.yaml", "--name", "long"),
+        *("submit", "--detach", "--submission-id", "long", "--tag", "team=shop"),
+        *("--", "run", "tiny.yaml", "--name", "long"),
         *("--compare", "[]", "--parallel.num_workers", "1", "--training.epochs", "100000"),
     )
     assert code == 0
@@ -134,7 +135,7 @@ def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, wo
         time.sleep(0.5)
 
     code, out, _ = solar("jobs", "list")
-    assert re.search(r"long +\S +RUNNING .* solar run tiny.yaml --name long", out), out
+    assert re.search(r"long +\S +RUNNING .* team=shop +solar run tiny.yaml --name long", out), out
     code, out, err = solar("submit", "--submission-id", "long", "--", "doctor")
     assert (code, err.count("\n")) == (2, 1)
     assert "a job there has this id" in err

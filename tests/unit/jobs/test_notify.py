@@ -143,6 +143,15 @@ def test_address_that_is_none_is_refused_without_repeating_it(url):
         NotifyConfig(url=url)
 
 
+def test_webhook_may_stand_in_the_environment(hook, monkeypatch):
+    monkeypatch.setenv("SOLAR_NOTIFY_URL", f"http://127.0.0.1:{hook.server_port}/from-environment")
+    assert told(NotifyConfig()) == []
+    assert told(NotifyConfig(url=f"http://127.0.0.1:{hook.server_port}/from-recipe")) == []
+    monkeypatch.setenv("SOLAR_NOTIFY_URL", "secret")
+    assert told(NotifyConfig()) == ["SOLAR_NOTIFY_URL is no web address: it must be as https://HOST/PATH"]
+    assert [path for path, *_ in hook.received] == ["/from-environment", "/from-recipe"]
+
+
 def test_webhook_of_a_recipe_stays_out_of_what_is_printed_and_stored():
     url = "https://hooks.example/T0/secret"
     config = load_config("nightly", "synthetic", ["--notify.url", url, "--notify.command", f"{sys.executable} x.py"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import yaml
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 
-from jobs import ray_jobs
+from jobs import cli, ray_jobs
 from jobs.cli import COMMANDS
 from jobs.config import ConfigError
 from jobs.console import Console
+from jobs.job_tags import shown_tags
 from jobs.ray_jobs import Pending, auth_headers, choose_address, exit_code, explained, outcome, shown_command
 from jobs.recipes import RECIPES
 from jobs.submit import NOT_JOBS, PATH_OPTIONS, check_size, job_command, stage
@@ -116,6 +118,7 @@ def test_yaml_files_from_anywhere_are_uploaded(tmp_path):
         ([], None, "no command given"),
         (["submit", "--", "train"], None, "'submit' cannot be a job"),
         (["train", "ml-1m", "--tracking.uri", "https://user:secret@host"], None, "a password must not be"),
+        (["train", "ml-1m", "--notify.url", "https://hooks/secret"], None, "--notify.url: .* SOLAR_NOTIFY_URL"),
         (["train", "ml-1m", "--workspace", "/a"], "/b", "beside the command's own"),
         (["doctor"], "/b", "writes nothing"),
     ],
@@ -230,6 +233,102 @@ def test_exit_code_is_the_job_s_own(fields, code, text):
 def test_commands_of_jobs_are_shown_without_passwords():
     assert shown_command(details(metadata={"solar_command": "solar doctor"})) == "solar doctor"
     assert shown_command(details(entrypoint="run --uri https://u:secret@h")) == "run --uri https://u:***@h"
+
+
+class Played:
+    """A cluster whose jobs end as they are told to: exit codes, or errors that come instead."""
+
+    shown = "http://h"
+
+    def __init__(self, *ends: int | Exception) -> None:
+        self.ends = list(ends)
+        self.submitted: list[dict[str, Any]] = []
+
+    def __call__(self, _address: str | None) -> Played:
+        if isinstance(self.ends[0], ConnectionError):
+            raise self.ends.pop(0)  # type: ignore[misc]
+        return self
+
+    def on_this_machine(self) -> bool:
+        return True
+
+    def submit(self, **options: Any) -> str:
+        self.submitted.append(options)
+        return options["submission_id"] or f"job-{len(self.submitted)}"
+
+    def follow(self, job_id: str, _console: Console) -> JobDetails:
+        end = self.ends.pop(0)
+        if isinstance(end, Exception):
+            raise end
+        status = {0: "SUCCEEDED", 130: "STOPPED"}.get(end, "FAILED")
+        return details(status=status, driver_exit_code=end, submission_id=job_id, start_time=1, end_time=2)
+
+
+def submitted(monkeypatch, played: Played, *options: str) -> tuple[int, list[float]]:
+    """(exit code, how long was waited before each further try)."""
+    waits: list[float] = []
+    monkeypatch.setattr(ray_jobs, "Cluster", played)
+    monkeypatch.setattr("jobs.commands.cluster.time.sleep", waits.append)
+    return cli.run(["submit", *options, "--", "doctor"]), waits
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "waits", "jobs"),
+    [
+        ([0], 0, [], 1),
+        ([75, 1, 137, 0], 0, [60, 120, 240], 4),
+        ([1, 1, 1, 1, 0], 1, [60, 120, 240], 4),
+        ([75, 2, 0], 2, [60], 2),
+        ([130, 0], 130, [], 1),
+        ([ConnectionError("away"), 0], 0, [60], 1),
+        ([ray_jobs.ConnectionLost("gone"), 0], 1, [], 1),
+    ],
+)
+def test_failed_job_is_followed_by_a_new_one(monkeypatch, ends, code, waits, jobs):
+    played = Played(*ends)
+    assert submitted(monkeypatch, played, "--retries", "3", "--retry-minutes", "1") == (code, waits)
+    assert len(played.submitted) == jobs
+
+
+def test_without_retries_a_failure_is_the_end(monkeypatch, capsys):
+    assert submitted(monkeypatch, Played(75, 0)) == (75, [])
+    assert submitted(monkeypatch, Played(ConnectionError("away"), 0)) == (2, [])
+    assert capsys.readouterr().err.splitlines()[-1] == "solar: away"
+
+
+def test_further_tries_have_ids_of_their_own_and_are_told(monkeypatch, capsys):
+    played = Played(75, 0)
+    submitted(
+        monkeypatch, played, "--retries", "1", "--submission-id", "night", "--tag", "team=shop", "--tag", "day=sun"
+    )
+    assert [each["submission_id"] for each in played.submitted] == ["night", "night-2"]
+    assert played.submitted[1]["tags"] == {"team": "shop", "day": "sun"}
+    assert "solar: try 1 of 2 failed (exit code 75); a new job in 300 s" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--retries", "-1"], "--retries -1: must be from 0 to 100"),
+        (["--retries", "1", "--retry-minutes", "0"], "--retry-minutes 0: must be above 0"),
+        (["--retries", "1", "--detach"], "leave --detach away"),
+        (["--tag", "team"], "--tag team: must be KEY=VALUE"),
+        (["--tag", "solar_command=x"], "--tag solar_command=x: must be KEY=VALUE"),
+        (["--tag", "a=https://u:secret@h"], r"--tag a=https://u:\*\*\*@h: a cluster shows"),
+        (["--tag", "a=1", "--tag", "a=2"], "a is '1' already: give it once"),
+    ],
+)
+def test_mistake_in_retries_and_tags_is_one_line(monkeypatch, capsys, options, named):
+    played = Played(0)
+    assert submitted(monkeypatch, played, *options) == (2, [])
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(named, line)
+    assert played.submitted == []
+
+
+def test_tags_are_shown_without_passwords():
+    assert shown_tags({"solar_command": "x", "b": "2", "a": "http://u:pw@h"}) == "a=http://u:***@h b=2"
+    assert shown_tags(None) == ""
 
 
 class BrokenStreams:
