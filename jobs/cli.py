@@ -14,8 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from jobs.commands import cluster, data, nightly, schedule, serving, system, training
-from jobs.commands.arguments import one_line
-from jobs.console import Console
+from jobs.console import Console, one_line
 from jobs.recipes import recipe_names
 
 USAGE = """\

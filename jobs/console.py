@@ -24,6 +24,11 @@ PLAIN_LINE_SECONDS = 10.0
 """Off a terminal a stage prints a line at its start and end and at most this often between."""
 
 
+def one_line(error: object) -> str:
+    """Its text without line breaks."""
+    return " ".join(str(error).split())
+
+
 class Console:
     """The terminal (or the pipe) as it was when the command started."""
 

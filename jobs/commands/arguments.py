@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs.console import Console
+from jobs.console import Console, one_line
 from jobs.recipes import recipe_names
 
 
@@ -66,7 +66,3 @@ def capture(console: Console, workspace: str, command: str, *, verbose: bool) ->
         console.capture_libraries(log)
     except OSError as error:
         raise ConfigError(f"workspace={workspace}: {error.strerror}: name a directory that can be written") from error
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -6,8 +6,8 @@ import logging
 import time
 from typing import Any
 
-from jobs.commands.arguments import one_line, parse, usage_error
-from jobs.console import Console
+from jobs.commands.arguments import parse, usage_error
+from jobs.console import Console, one_line
 from jobs.retries import wait_seconds
 
 MISTAKE, INTERRUPTED = 2, 130

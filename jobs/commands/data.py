@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.commands.arguments import capture, instantiate, one_line, parse, usage_error
-from jobs.console import Console
+from jobs.commands.arguments import capture, instantiate, parse, usage_error
+from jobs.console import Console, one_line
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jobs.commands.arguments import capture, one_line, parse, usage_error
-from jobs.console import Console
+from jobs.commands.arguments import capture, parse, usage_error
+from jobs.console import Console, one_line
 
 
 def score(arguments: list[str], console: Console, *, verbose: bool) -> int:

@@ -17,12 +17,15 @@ from typing import Any
 
 from jobs.champions import ChampionChanged, champion
 from jobs.config import ConfigError, RunConfig
-from jobs.console import Console
+from jobs.console import Console, one_line
 from jobs.environment import environment
 from jobs.failures import WorkerFailure
+from jobs.night_process import SCHEDULED_VARIABLE
 from jobs.nightly.context import NightContext, nights_directory
 from jobs.nightly.journal import END, Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import run_night
+from jobs.notify import notify
+from jobs.permissions import refuse_open_directory
 from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
 from jobs.spool import is_away
 from jobs.training.checkpoint import CheckpointError
@@ -30,6 +33,9 @@ from jobs.training.run_lock import RunInUse, sole_command
 from pipeline.events import DataError, NotNow
 from pipeline.plan import pending_days
 from pipeline.storage import absolute
+
+NOTIFIED = "notified"
+"""Step of the journal after the last one: people were told."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,29 +57,41 @@ def nightly(
     recipe has no daily log, or the date is before the last night.
     """
     date, root = night_of(config, options), nights_directory(config)
-    ended = []
-    with _later(root), environment(_patience()), sole_command(root, otherwise="run it later"):
-        for each in dates(root, date, catch_up=options.catch_up):
-            try:
-                outcome = run_night(NightContext.of(config, each, console, verbose=verbose))
-            except NoInput as error:
-                if each == date:
-                    raise
-                # The log of this day enters with a later night, when it comes.
-                outcome = _given_up(root, each, "no_input", error)
-            except (ConfigError, DataError, CheckpointError, WorkerFailure) as error:
-                if each == date or isinstance(error, (RunInUse, NotNow, StoreAway)):
-                    raise
-                # It had its own night, and the next one trains on its requests too.
-                outcome = _given_up(root, each, "failed", error)
-            ended.append(_told(outcome, console))
-    return ended
+    for directory in (Path(config.workspace), root):
+        refuse_open_directory(directory)
+    try:
+        with _later(root), environment(_patience()), sole_command(root, otherwise="run it later"):
+            return [
+                _told(config, _outcome(config, each, console, is_last=each == date, verbose=verbose), console)
+                for each in dates(root, date, catch_up=options.catch_up)
+            ]
+    except Exception as error:
+        # A scheduler tries again first, and tells when it gives up.
+        if SCHEDULED_VARIABLE not in os.environ:
+            _notify_failure(config, date, error, console)
+        raise
 
 
-def _given_up(root: Path, date: datetime.date, verdict: str, error: Exception) -> dict[str, Any]:
-    reason = " ".join(str(error).split())
-    outcome = {"date": date.isoformat(), "verdict": verdict, "reasons": [reason], "champion": None}
-    return Journal(root, date).write(END, outcome)
+def _outcome(
+    config: RunConfig, date: datetime.date, console: Console, *, is_last: bool, verbose: bool
+) -> dict[str, Any]:
+    """What a night came to. One that is not the last is given up where it cannot be done: the next one takes in its log
+    when that comes, and trains on its requests."""
+    try:
+        return run_night(NightContext.of(config, date, console, verbose=verbose))
+    except NoInput as error:
+        if is_last:
+            raise
+        return _given_up(config, date, "no_input", error)
+    except (ConfigError, DataError, CheckpointError, WorkerFailure) as error:
+        if is_last or isinstance(error, (RunInUse, NotNow, StoreAway)):
+            raise
+        return _given_up(config, date, "failed", error)
+
+
+def _given_up(config: RunConfig, date: datetime.date, verdict: str, error: Exception) -> dict[str, Any]:
+    outcome = {"date": date.isoformat(), "verdict": verdict, "reasons": [one_line(error)], "champion": None}
+    return Journal(nights_directory(config), date).write(END, outcome)
 
 
 def _patience() -> dict[str, str]:
@@ -137,11 +155,28 @@ def _done(journal: Journal) -> str:
     return " (begun)" if journal.directory.exists() else ""
 
 
-def _told(outcome: dict[str, Any], console: Console) -> dict[str, Any]:
-    console.line(f"{'night':<12} {outcome['date']} {outcome['verdict']}: {'; '.join(outcome['reasons'])}")
+def _told(config: RunConfig, outcome: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Say it here, and once to whoever is to be notified."""
+    date, reason = outcome["date"], "; ".join(outcome["reasons"])
+    console.line(f"{'night':<12} {date} {outcome['verdict']}: {reason}")
     if outcome.get("report"):
         console.line(f"{'report':<12} {outcome['report']}")
+    journal = Journal(nights_directory(config), datetime.date.fromisoformat(date))
+    if journal.read(NOTIFIED) is None:
+        version, report = outcome.get("champion"), outcome.get("report")
+        _notify(config, date, outcome["verdict"], reason, console, version=version, report=report)
+        journal.write(NOTIFIED, {})
     return outcome
+
+
+def _notify_failure(config: RunConfig, date: datetime.date, error: Exception, console: Console) -> None:
+    event = "no_input" if isinstance(error, NoInput) else "failed"
+    _notify(config, date.isoformat(), event, f"{type(error).__name__}: {one_line(error)}", console)
+
+
+def _notify(config: RunConfig, date: str, event: str, reason: str, console: Console, **more: str | None) -> None:
+    facts = {"event": event, "model": config.registered_model, "date": date, "reason": reason, **more}
+    notify(config.notify, facts, console.error)
 
 
 @contextlib.contextmanager

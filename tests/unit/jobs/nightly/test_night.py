@@ -1,0 +1,69 @@
+"""The last steps of a night, where the registry is not as it was when the night began."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from jobs.champions import champion, nights, promote
+from jobs.config_reader import load_config
+from jobs.console import Console
+from jobs.nightly.context import NightContext
+from jobs.nightly.night import _register
+
+PROMOTED: dict[str, Any] = {
+    "verdict": "promoted", "reasons": ["better"], "primary": "gauc", "metrics": {"solar": {"gauc": 0.7}},
+    "comparisons": {"together": {"users": 300, "relative": 0.1, "low": 0.05, "high": 0.2}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def night(tmp_path) -> NightContext:
+    """A registry with versions 1 and 2, 1 is the champion."""
+    config = load_config("nightly", "movielens-100k", ["--workspace", str(tmp_path)])
+    config = dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, registered_model="shop"))
+    night = NightContext.of(config, datetime.date(2026, 3, 2), Console(), verbose=False)
+    night.client.create_registered_model("shop")
+    for number in (1, 2):
+        night.client.create_model_version("shop", source=f"file:///m-{number}")
+    promote(night.client, "shop", "1", expected=None, why="first")
+    return night
+
+
+def serving(client: MlflowClient) -> str:
+    found = champion(client, "shop")
+    assert found is not None
+    return str(found.version)
+
+
+def trained(night: NightContext) -> dict[str, Any]:
+    run = night.client.create_run(night.client.create_experiment("nights"))
+    return {"mlflow_run_id": run.info.run_id}
+
+
+def test_a_champion_that_somebody_else_made_meanwhile_stays_and_the_night_is_undecided(night):
+    promote(night.client, "shop", "2", expected="1", why="by hand")
+    run = trained(night)
+    ended = _register(night, {"version": "1"}, run, {"directory": "unread"}, PROMOTED)
+    assert ended["verdict"] == "undecided"
+    assert "the champion is version 2 by now, the decision was made against version 1" in ended["reasons"][0]
+    assert serving(night.client) == "2"
+    noted = nights(night.client, "shop")["2026-03-02"]
+    assert (noted["verdict"], noted["challenger"]) == ("undecided", 0.7)
+    assert night.client.get_run(run["mlflow_run_id"]).data.tags["solar.night.verdict"] == "undecided"
+
+
+def test_a_refused_challenger_is_no_version_and_its_figures_stay_with_the_model_and_its_run(night):
+    run = trained(night)
+    refused = {**PROMOTED, "verdict": "refused", "reasons": ["worse " * 400]}
+    ended = _register(night, {"version": "1"}, run, {"directory": "unread"}, refused)
+    assert ended["champion"] == serving(night.client) == "1"
+    assert len(night.client.search_model_versions("name = 'shop'")) == 2
+    noted = nights(night.client, "shop")["2026-03-02"]
+    assert (noted["relative"], noted["low"], noted["users"]) == (0.1, 0.05, 300)
+    assert len(noted["reasons"][0]) == 500
+    assert night.client.get_run(run["mlflow_run_id"]).data.tags["solar.night.low"] == "0.05"
