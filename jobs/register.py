@@ -93,7 +93,7 @@ def register(
                 pip_requirements=[f"{package}=={_version(package)}" for package in RUNTIME_PACKAGES],
             )
         stage.update(2, 3, "version")
-        version = _create_version(client, name, info.model_uri, trained, {**tags, "solar.run_key": key})
+        version = _create_version(client, name, info, trained, {**tags, "solar.run_key": key})
         alias = set_alias(client, name, str(version.version))
         stage.result = f"{name} version {version.version}, alias {alias}"
     return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
@@ -259,7 +259,7 @@ def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -
         mlflow.log_artifact(str(plot), "plots")
 
 
-def _create_version(client: Any, name: str, model_uri: str, trained: Trained, tags: Mapping[str, str]) -> Any:
+def _create_version(client: Any, name: str, logged: Any, trained: Trained, tags: Mapping[str, str]) -> Any:
     if or_none(lambda: client.get_registered_model(name)) is None:
         client.create_registered_model(name)
     facts = read_json(trained.run_dir / "run.json")
@@ -272,7 +272,10 @@ def _create_version(client: Any, name: str, model_uri: str, trained: Trained, ta
     before = champion(client, name)
     if before is not None:
         lineage["solar.parent_version"] = str(before.version)
-    return client.create_model_version(name, source=model_uri, run_id=trained.mlflow_run_id, tags={**lineage, **tags})
+    # A tracking server refuses a source of this kind without the id that it names; a database does not ask.
+    return client.create_model_version(
+        name, source=logged.model_uri, run_id=trained.mlflow_run_id, model_id=logged.model_id, tags={**lineage, **tags}
+    )
 
 
 def _first_is_champion(client: Any, name: str, version: str) -> str:
