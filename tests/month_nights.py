@@ -74,7 +74,11 @@ class NightProcess:
 
     def finish(self) -> tuple[int, float]:
         """(exit code, seconds)."""
-        code = self._process.wait(WAIT_SECONDS)
+        try:
+            code = self._process.wait(WAIT_SECONDS)
+        except BaseException:
+            self.kill(group_alone=False)
+            raise
         return code, time.monotonic() - self._started
 
 

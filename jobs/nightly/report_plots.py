@@ -49,9 +49,9 @@ def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
     figure, axes = new_figure(f"{METRIC_NAMES[primary]}, over the nights", "", METRIC_NAMES[primary])
     for name, (values, style, color) in lines.items():
         axes.plot(range(len(nights)), values, style, color=color, label=name, markersize=4, linewidth=1)
-    promoted = [
-        number for number, night in enumerate(nights) if (night.read("decision") or {}).get("verdict") == "promoted"
-    ]
+    # Not the decision's: somebody may have changed the champion before it was carried out.
+    verdicts = [(night.read("register") or {}).get("verdict") for night in nights]
+    promoted = [number for number, verdict in enumerate(verdicts) if verdict == "promoted"]
     for place, number in enumerate(promoted):
         axes.axvline(
             number, color="tab:gray", linewidth=0.8, linestyle=":", label=None if place else "a challenger was promoted"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import signal
 import statistics
 import sys
 import tempfile
@@ -45,6 +46,9 @@ def main() -> None:
         "--frozen-every", type=int, default=3, help="days between two measurements of version 1; 0 = none"
     )
     arguments = parser.parse_args()
+    # The server and a night that is under way end with the command.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     place = (arguments.out or Path(tempfile.mkdtemp(prefix="solar-month-"))).absolute()
     place.mkdir(parents=True, exist_ok=True)
     print(f"in {place}", flush=True)

@@ -158,7 +158,7 @@ def targets() -> RankedTargets:
 def whole_night(made: Nights, tmp_path: Path, result: Any, *, primary: str) -> Journal:
     """A night with everything, after one that was promoted and one without input."""
     made.journal(0, ended="promoted", prepare=prepared(d2026_03_01=100), champion={"version": None},
-                 decision=decision(primary, 0.3))  # fmt: skip
+                 decision=decision(primary, 0.3), register={"champion": "1", "verdict": "promoted"})  # fmt: skip
     made.journal(1, ended="no_input")
     before = {"version": "4", "metrics": {primary: 0.2718}, "primary": primary}
     days = prepared(d2026_03_01=100, d2026_03_02=77, d2026_03_03=120)
