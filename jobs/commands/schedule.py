@@ -39,11 +39,15 @@ def schedule(arguments: list[str], console: Console, *, verbose: bool) -> int:
     except argparse.ArgumentError as error:
         raise usage_error("schedule", str(error)) from error
     _check(options, overrides)
+    if options.emit and options.gpu:
+        overrides += ["--parallel.device", "cuda"]
     config = load_config("nightly", recipe, overrides)
     try:
         cron = Cron(options.cron, options.time_zone or config.data.prepare.daily.time_zone)
     except ValueError as error:
         raise usage_error("schedule", f"--{error}") from error
+    if options.emit:
+        return _emit(config, cron, [recipe, *overrides, *(["-v"] if verbose else [])], options, console)
     return _run(config, cron, [recipe, *overrides, *(["-v"] if verbose else [])], options, console)
 
 
@@ -51,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solar schedule",
         usage='solar schedule RECIPE --cron "0 3 * * *" [options] [SETTING VALUE ...]',
-        description="Runs `solar nightly RECIPE --catch-up` whenever the expression fires, until Ctrl-C or SIGTERM.",
+        description="Runs `solar nightly RECIPE --catch-up` whenever the expression fires, until Ctrl-C or SIGTERM; "
+        "with --emit writes the manifests of a cluster that does the same.",
         epilog="Settings are those of `solar train --help`; each night gets them.",
         exit_on_error=False,
         allow_abbrev=False,
@@ -59,16 +64,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cron", metavar="EXPRESSION", help="minute, hour, day of month, month, weekday (0: Sunday)")
     parser.add_argument("--time_zone", metavar="ZONE", help="of the expression; default: data.prepare.daily.time_zone")
-    parser.add_argument("--retries", type=int, default=5, help="further tries of a night that failed; default: 5")
-    parser.add_argument(
-        "--retry_minutes", type=float, default=5.0, help="before the first of them, then twice as long; default: 5"
-    )
+    parser.add_argument("--retries", type=int, help="further tries of a night that failed; default: 5, kuberay: 2")
+    parser.add_argument("--retry_minutes", type=float, help="before the first of them, then twice as long; default: 5")
+    parser.add_argument("--emit", choices=("cronjob", "kuberay"), help="write manifests instead of running nights here")
+    parser.add_argument("--out", metavar="DIR", help="--emit: where to")
+    parser.add_argument("--image", help="--emit: container image, by tag or digest")
+    parser.add_argument("--gpu", action="store_true", help="--emit: workers have a GPU each")
+    parser.add_argument("--namespace", help="--emit: default: default")
+    parser.add_argument("--claim", help="--emit kuberay: PersistentVolumeClaim; default: solar-workspace")
+    parser.add_argument("--head", metavar="URL", help="--emit cronjob: dashboard of the cluster, http://HOST:8265")
+    parser.add_argument("--overwrite", action="store_true", help="--emit: replace what was written there before")
     return parser
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> None:
     if not options.cron:
         raise usage_error("schedule", "--cron is not given: as --cron '0 3 * * *' for every day at 03:00")
+    _check_emit(options)
+    if options.retries is None:
+        options.retries = 2 if options.emit == "kuberay" else 5
+    if options.retry_minutes is None:
+        options.retry_minutes = 5.0
     if not 0 <= options.retries <= 100:
         raise usage_error("schedule", f"--retries {options.retries}: must be from 0 to 100")
     if not 0 < options.retry_minutes <= 60:
@@ -76,6 +92,47 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
     for flag in ("--date", "--catch-up", "--dry-run", "--print_config"):
         if any(argument.split("=")[0] == flag for argument in overrides):
             raise usage_error("schedule", f"{flag}: is for `solar nightly`: each night takes all days that are missing")
+
+
+def _check_emit(options: argparse.Namespace) -> None:
+    """Options that would have no effect are mistakes."""
+    for_emit = ("out", "image", "gpu", "namespace", "claim", "head", "overwrite")
+    given = [name for name in for_emit if getattr(options, name)]
+    if not options.emit and given:
+        raise usage_error("schedule", f"--{given[0]}: is for manifests: give --emit cronjob or --emit kuberay")
+    if options.emit and not (options.out and options.image):
+        missing = "--image NAME:TAG" if options.out else "--out DIR"
+        raise usage_error("schedule", f"--emit {options.emit}: {missing} is not given")
+    if options.emit == "cronjob" and options.claim:
+        raise usage_error("schedule", "--claim: is for --emit kuberay: the standing cluster has its own workspace")
+    if options.emit == "kuberay" and options.head:
+        raise usage_error("schedule", "--head: is for --emit cronjob: KubeRay makes a cluster for each night")
+    if options.emit == "kuberay" and options.retry_minutes is not None:
+        raise usage_error("schedule", "--retry_minutes: KubeRay tries again at once: leave it away")
+
+
+def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
+    """As manifests."""
+    from jobs.config import ConfigError
+    from jobs.manifests import PlaceConfig, night_of, write_manifests
+    from jobs.manifests_cronjob import cronjob_documents
+    from jobs.manifests_kuberay import kuberay_documents
+
+    if config.parallel.device == "cuda" and not options.gpu:
+        raise usage_error("schedule", "parallel.device=cuda: workers need GPUs: give --gpu")
+    given = {name: getattr(options, name) for name in ("namespace", "claim", "head") if getattr(options, name)}
+    try:
+        place = PlaceConfig(
+            image=options.image, gpu=options.gpu, retries=options.retries, retry_minutes=options.retry_minutes, **given
+        )
+    except ValueError as error:
+        raise ConfigError(f"schedule: {error}") from error
+    what = night_of(night[0], night[1:], config, cron)
+    documents = (cronjob_documents if options.emit == "cronjob" else kuberay_documents)(what, place)
+    for path in write_manifests(Path(options.out), documents, overwrite=options.overwrite):
+        console.line(f"{path}")
+    console.line(f"read the heads of these files, then: kubectl apply -f {options.out}")
+    return 0
 
 
 def _run(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:

@@ -135,7 +135,7 @@ def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, wo
         time.sleep(0.5)
 
     code, out, _ = solar("jobs", "list")
-    assert re.search(r"long +\S +RUNNING .* team=shop +solar run tiny.yaml --name long", out), out
+    assert re.search(r"long +\S +RUNNING .* team=shop \S solar run tiny.yaml --name long", out), out
     code, out, err = solar("submit", "--submission-id", "long", "--", "doctor")
     assert (code, err.count("\n")) == (2, 1)
     assert "a job there has this id" in err

@@ -1,0 +1,245 @@
+"""solar schedule RECIPE --emit cronjob|kuberay: a night as manifests for Kubernetes, complete and without secrets.
+
+    access.yaml       ServiceAccount, Role and RoleBinding of the pods, which may ask the API server for nothing
+    recipe.yaml       ConfigMap with the YAML files that the command names, where it names any
+    cronjob.yaml      CronJob that submits each night to a standing Ray cluster (jobs/manifests_cronjob.py)
+    rayjob.yaml, raycronjob.yaml      a Ray cluster of its own for each night (jobs/manifests_kuberay.py)
+
+Secrets are named, never written: `solar-ray-token` holds the cluster's token, `solar-credentials` what becomes the
+environment of the driver and its workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
+from jobs.config import ConfigError, RunConfig
+from jobs.cron import Cron
+from jobs.notify import URL_VARIABLE
+from jobs.ray_jobs import STOP_GRACE_VARIABLE
+from jobs.redaction import redacted
+from jobs.submit import job_command
+from jobs.training.parallel import ParallelConfig
+
+TOKEN_SECRET, TOKEN_KEY = "solar-ray-token", "auth_token"
+"""KubeRay expects this key."""
+CREDENTIALS_SECRET = "solar-credentials"
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+WORKSPACE = "/workspace"
+"""Where the claim is mounted, unless the recipe names an absolute workspace."""
+RECIPES = "/etc/solar"
+USER = 1000
+"""The user of infra/docker/Dockerfile."""
+STOP_GRACE_SECONDS = 120
+"""From the SIGTERM to a driver to its SIGKILL: enough for a checkpoint."""
+DEADLINE_SECONDS = 20 * 3600
+"""A night that takes longer is ended before the next one."""
+MAX_NAME = 30
+"""KubeRay adds to names, and its longest may have 47 characters."""
+LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaceConfig:
+    """Where nights run."""
+
+    image: str
+    """Container image with Solar and its dependencies, by tag or digest."""
+    namespace: str = "default"
+    """Namespace of everything that is written."""
+    claim: str = "solar-workspace"
+    """PersistentVolumeClaim of the workspace; ReadWriteMany where there are several workers."""
+    head: str | None = None
+    """cronjob: dashboard of the standing cluster, http://HOST:8265."""
+    gpu: bool = False
+    """Workers have a GPU each."""
+    retries: int = 5
+    """Further tries of a night that failed."""
+    retry_minutes: float = 5.0
+    """cronjob: before the first of them, then twice as long."""
+
+    def __post_init__(self) -> None:
+        tagged = re.fullmatch(r"[^\s@]+@sha256:[0-9a-f]{64}|[^\s@]+:([\w.-]+)", self.image)
+        if not tagged or tagged[1] == "latest" or "/" in (tagged[1] or ""):
+            raise ValueError(f"--image {self.image}: name a tag other than latest, or a digest")
+        for option in ("namespace", "claim"):
+            if not re.fullmatch(LABEL, getattr(self, option)):
+                raise ValueError(f"--{option} {getattr(self, option)}: must be lower-case letters, digits and '-'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Night:
+    """What runs."""
+
+    name: str
+    """Of everything that is written."""
+    arguments: tuple[str, ...]
+    """`nightly RECIPE --catch-up ...` as it runs in the cluster."""
+    files: Mapping[str, str]
+    """YAML files that it names: path below RECIPES -> text."""
+    cron: Cron
+    """When."""
+    workspace: str
+    """Absolute directory that all pods mount."""
+    parallel: ParallelConfig
+    """How many workers."""
+
+
+def night_of(recipe: str, overrides: Sequence[str], config: RunConfig, cron: Cron) -> Night:
+    """The night of a resolved config; ConfigError where it cannot run in a cluster, or would write down a secret."""
+    if config.notify.url is not None:
+        raise ConfigError(
+            f"notify.url: a manifest holds no tokens: leave it away, and set {URL_VARIABLE} in {CREDENTIALS_SECRET}"
+        )
+    arguments = ["nightly", recipe, "--catch-up", *overrides]
+    workspace = config.workspace
+    if workspace == "workspace":
+        workspace = WORKSPACE
+        arguments += ["--workspace", workspace]
+    elif not Path(workspace).is_absolute():
+        raise ConfigError(f"workspace={workspace}: must be absolute in a cluster, or unset for {WORKSPACE}")
+    command = job_command(arguments, directory=Path.cwd(), workspace=None, same_machine=False)
+    files = {name: path.read_text() for name, path in command.files.items()}
+    for name, text in files.items():
+        if redacted(text) != text:
+            raise ConfigError(
+                f"{command.files[name]}: holds a password: set it in {CREDENTIALS_SECRET}, not in a recipe"
+            )
+    name = f"solar-{re.sub(r'[^a-z0-9]+', '-', config.name.lower()).strip('-')}"
+    return Night(
+        name=name[:MAX_NAME].strip("-"),
+        arguments=tuple(_in_cluster(argument, files) for argument in command.arguments),
+        files=files,
+        cron=cron,
+        workspace=workspace,
+        parallel=config.parallel,
+    )
+
+
+def _in_cluster(argument: str, files: Mapping[str, str]) -> str:
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{RECIPES}/{value}" if value in files else argument
+
+
+def write_manifests(directory: Path, documents: Mapping[str, Sequence[Any]], *, overwrite: bool) -> list[Path]:
+    """Write {file name: [head comment, manifest, ...]}; ConfigError where the directory is in use.
+
+    With `overwrite` manifests of an earlier time go; anything else there stays.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"--out {directory}: is a file: name a directory")
+    if directory.is_dir() and any(directory.iterdir()):
+        if not overwrite:
+            raise ConfigError(f"--out {directory}: is not empty: name another directory, or give --overwrite")
+        for name in ("access.yaml", "recipe.yaml", "cronjob.yaml", "rayjob.yaml", "raycronjob.yaml"):
+            (directory / name).unlink(missing_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, (comment, *manifests) in documents.items():
+        head = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
+        body = yaml.dump_all(manifests, Dumper=_Plain, sort_keys=False, width=120)
+        (directory / name).write_text(head + body)
+        written.append(directory / name)
+    return written
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors, and texts of several lines as they are."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Plain.add_representer(str, _text)
+
+
+def metadata(night: Night, place: PlaceConfig) -> dict[str, Any]:
+    labels = {"app.kubernetes.io/name": "solar", "app.kubernetes.io/instance": night.name}
+    return {"name": night.name, "namespace": place.namespace, "labels": labels}
+
+
+def shared_documents(night: Night, place: PlaceConfig) -> dict[str, list[Any]]:
+    """access.yaml, and recipe.yaml where the night names files."""
+    meta = metadata(night, place)
+    subject = {"kind": "ServiceAccount", "name": night.name, "namespace": place.namespace}
+    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": night.name}
+    rbac = "rbac.authorization.k8s.io/v1"
+    documents: dict[str, list[Any]] = {
+        "access.yaml": [
+            "Who the pods are. They ask the API server for nothing: the role is empty and no token is mounted.",
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta, "automountServiceAccountToken": False},
+            {"apiVersion": rbac, "kind": "Role", "metadata": meta, "rules": []},
+            {"apiVersion": rbac, "kind": "RoleBinding", "metadata": meta, "roleRef": reference, "subjects": [subject]},
+        ]
+    }
+    if night.files:
+        data = {_key(index): text for index, text in enumerate(night.files.values())}
+        documents["recipe.yaml"] = [
+            "The YAML files that the night names. After a change of them: solar schedule ... --emit ... --overwrite",
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data},
+        ]
+    return documents
+
+
+def pod(
+    night: Night, containers: Sequence[Mapping[str, Any]], *, volumes: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A pod's spec: nobody's account, no root."""
+    return {
+        "serviceAccountName": night.name,
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": STOP_GRACE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            # Else every start walks through all files of the workspace.
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": list(containers),
+        **({"volumes": list(volumes)} if volumes else {}),
+    }
+
+
+def container(name: str, place: PlaceConfig, **fields: Any) -> dict[str, Any]:
+    """A container that can become no more than it is."""
+    safe = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    return {"name": name, "image": place.image, "imagePullPolicy": "IfNotPresent", "securityContext": safe, **fields}
+
+
+def token_environment() -> list[dict[str, Any]]:
+    """For clients of a standing cluster; KubeRay adds the same to its own pods."""
+    reference = {"secretKeyRef": {"name": TOKEN_SECRET, "key": TOKEN_KEY}}
+    return [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": reference}]
+
+
+def node_environment() -> list[dict[str, str]]:
+    """What every node of a cluster needs before Ray starts there."""
+    values = {**FIXED_ENVIRONMENT, **DEFAULT_ENVIRONMENT, STOP_GRACE_VARIABLE: str(STOP_GRACE_SECONDS)}
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def recipe_volume(night: Night) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(volumes, mounts) of the night's YAML files."""
+    if not night.files:
+        return [], []
+    items = [{"key": _key(index), "path": path} for index, path in enumerate(night.files)]
+    volume = {"name": "recipe", "configMap": {"name": night.name, "items": items}}
+    return [volume], [{"name": "recipe", "mountPath": RECIPES, "readOnly": True}]
+
+
+def _key(index: int) -> str:
+    return f"file-{index}.yaml"

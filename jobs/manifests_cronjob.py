@@ -1,0 +1,96 @@
+"""A CronJob whose pod submits the night to a standing Ray cluster and follows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.config import ConfigError
+from jobs.manifests import (
+    DEADLINE_SECONDS,
+    TOKEN_KEY,
+    TOKEN_SECRET,
+    Night,
+    PlaceConfig,
+    container,
+    metadata,
+    pod,
+    recipe_volume,
+    shared_documents,
+    token_environment,
+)
+from jobs.ray_jobs import choose_address
+
+MISSED_SECONDS = 6 * 3600
+"""A start that was missed by less is made up for; a later one is left to the next night."""
+KEPT_SECONDS = 3 * 24 * 3600
+POD_RETRIES = 3
+"""For pods that are lost; jobs that fail are tried again by `solar submit`, which waits longer in between."""
+FINAL = [2, 75, 130]
+"""Exit codes that another pod would not change: a mistake, all tries used up, a job that somebody stopped."""
+NAME = "submit"
+COMMENT = f"""\
+Each night as a job of a standing Ray cluster. `solar submit` waits in the pod, tries again what may pass (the input is
+not there yet, MLflow is away) and ends with the job's exit code; a user's mistake (2) is not tried again.
+Kubernetes 1.27 or later. The workspace and every path of the recipe lie where the nodes of that cluster see them.
+Needed before:  kubectl create secret generic {TOKEN_SECRET} --from-file={TOKEN_KEY}=$HOME/.ray/auth_token
+One night now:  kubectl create job --from=cronjob/(name) (name)-now"""
+
+
+def cronjob_documents(night: Night, place: PlaceConfig) -> dict[str, list[Any]]:
+    """{file name: [head comment, manifest, ...]}."""
+    if place.head is None:
+        raise ConfigError("schedule: --emit cronjob: name the standing cluster: --head http://HOST:8265")
+    head = choose_address(place.head, {})
+    comment = COMMENT.replace("(name)", night.name)
+    return {**shared_documents(night, place), "cronjob.yaml": [comment, _cronjob(night, place, head)]}
+
+
+def _cronjob(night: Night, place: PlaceConfig, head: str) -> dict[str, Any]:
+    volumes, mounts = recipe_volume(night)
+    submit = container(
+        NAME,
+        place,
+        command=["solar"],
+        args=[
+            "submit",
+            *("--address", head),
+            *("--retries", str(place.retries)),
+            *("--retry-minutes", f"{place.retry_minutes:g}"),
+            *("--tag", f"schedule={night.name}"),
+            "--",
+            *night.arguments,
+        ],
+        env=token_environment(),
+        resources={"requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"memory": "2Gi"}},
+        **({"volumeMounts": mounts} if mounts else {}),
+    )
+    job = {
+        "backoffLimit": POD_RETRIES,
+        "activeDeadlineSeconds": DEADLINE_SECONDS,
+        "ttlSecondsAfterFinished": KEPT_SECONDS,
+        "podFailurePolicy": {
+            "rules": [
+                # A node that is drained is no failure of the night.
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {"action": "FailJob", "onExitCodes": {"containerName": NAME, "operator": "In", "values": FINAL}},
+            ]
+        },
+        "template": {
+            "metadata": {"labels": metadata(night, place)["labels"]},
+            "spec": {**pod(night, [submit], volumes=volumes), "restartPolicy": "Never"},
+        },
+    }
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "CronJob",
+        "metadata": metadata(night, place),
+        "spec": {
+            "schedule": night.cron.portable,
+            "timeZone": night.cron.time_zone,
+            "concurrencyPolicy": "Forbid",
+            "startingDeadlineSeconds": MISSED_SECONDS,
+            "successfulJobsHistoryLimit": 3,
+            "failedJobsHistoryLimit": 7,
+            "jobTemplate": {"spec": job},
+        },
+    }

@@ -1,0 +1,153 @@
+"""A Ray cluster of its own for each night: RayJob for one by hand, RayCronJob for all of them."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from jobs.cluster import OBJECT_STORE_BYTES
+from jobs.manifests import (
+    CREDENTIALS,
+    CREDENTIALS_SECRET,
+    DEADLINE_SECONDS,
+    TOKEN_KEY,
+    TOKEN_SECRET,
+    Night,
+    PlaceConfig,
+    container,
+    metadata,
+    node_environment,
+    pod,
+    recipe_volume,
+    shared_documents,
+)
+from jobs.notify import URL_VARIABLE
+from jobs.submit import entrypoint
+
+LOGS_SECONDS = 600
+"""How long a cluster stays after its night, for a look at its logs."""
+SUBMITTER_RETRIES = 3
+"""For submitter pods that are lost; the night itself goes on."""
+GPU_CPUS = 4
+"""CPUs beside each GPU, at least: they read and build batches."""
+HEAD = {"cpu": "2", "memory": "8Gi"}
+WORKER_MEMORY = "16Gi"
+PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
+NEEDED = f"""\
+Needs KubeRay 1.6 or later, and before:
+  kubectl create secret generic {TOKEN_SECRET} --from-literal={TOKEN_KEY}="$(openssl rand -hex 32)"
+  kubectl create secret generic {CREDENTIALS_SECRET} --from-literal=... (optional; its keys become the environment:
+    {", ".join(CREDENTIALS)},
+    {URL_VARIABLE})
+  a PersistentVolumeClaim (claim), ReadWriteMany
+Memory and CPUs are a beginning: measure the first nights. `solar nightly` keeps two from working at once."""
+JOB_COMMENT = f"""\
+One night by hand, on a cluster that lives as long as the night. It is made suspended, so that applying the whole
+directory starts nothing:
+  kubectl patch rayjob (name) --type merge --patch '{{"spec": {{"suspend": false}}}}'
+K8sJobMode: a pod of its own submits and shows the log. The operator itself needs no way to the dashboard (HTTPMode),
+and the head need not end with the submitter (SidecarMode).
+{NEEDED}"""
+CRON_COMMENT = f"""\
+RayCronJob is ALPHA and behind a feature gate that is OFF by default. The operator must be 1.6 or later and run with
+  --feature-gates=RayCronJob=true
+Without it nothing of this file runs, and nothing says so: use `--emit cronjob` with a standing cluster there.
+It has no policy for nights that overlap and none for starts that were missed; a night that finds another one at work
+ends, and each night takes all days that are missing. A failed night is tried again at once, on a new cluster: where
+input comes late, let it fire more often (as 0 3-7 * * *); a night that is done already ends at once.
+{NEEDED}"""
+
+
+def kuberay_documents(night: Night, place: PlaceConfig) -> dict[str, list[Any]]:
+    """{file name: [head comment, manifest, ...]}."""
+    job, cron = (
+        comment.replace("(name)", night.name).replace("(claim)", place.claim) for comment in (JOB_COMMENT, CRON_COMMENT)
+    )
+    meta, spec = metadata(night, place), _job(night, place)
+    schedule = {"schedule": night.cron.portable, "timeZone": night.cron.time_zone, "suspend": False}
+    return {
+        **shared_documents(night, place),
+        "rayjob.yaml": [job, _document("RayJob", meta, {"suspend": True, **spec})],
+        "raycronjob.yaml": [cron, _document("RayCronJob", meta, {**schedule, "jobTemplate": spec})],
+    }
+
+
+def _document(kind: str, meta: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": meta, "spec": spec}
+
+
+def _job(night: Night, place: PlaceConfig) -> dict[str, Any]:
+    submitter = container(
+        "ray-job-submitter",
+        place,
+        resources={"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
+    )
+    return {
+        # KubeRay puts it into a shell line and Ray quotes its words again: what is quoted here arrives as it was.
+        "entrypoint": entrypoint("python", night.arguments),
+        "submissionMode": "K8sJobMode",
+        "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
+        "submitterPodTemplate": {"spec": {**pod(night, [submitter], volumes=[]), "restartPolicy": "Never"}},
+        "shutdownAfterJobFinishes": True,
+        "ttlSecondsAfterFinished": LOGS_SECONDS,
+        "activeDeadlineSeconds": DEADLINE_SECONDS,
+        "backoffLimit": place.retries,
+        "metadata": {"schedule": night.name},
+        "rayClusterSpec": {
+            "rayVersion": version("ray"),
+            "authOptions": {"mode": "token", "secretName": TOKEN_SECRET},
+            "headGroupSpec": _head(night, place),
+            "workerGroupSpecs": [_workers(night, place)],
+        },
+    }
+
+
+def _head(night: Night, place: PlaceConfig) -> dict[str, Any]:
+    """The driver runs here; num-cpus 0 keeps tasks and workers away from it."""
+    node = _node("ray-head", night, place, {"requests": HEAD, "limits": HEAD})
+    node["containers"][0]["ports"] = [{"name": name, "containerPort": port} for name, port in PORTS.items()]
+    return {"rayStartParams": {"num-cpus": "0", **_START}, "template": {"spec": node}}
+
+
+def _workers(night: Night, place: PlaceConfig) -> dict[str, Any]:
+    """A pod for each training worker."""
+    cpus = max(night.parallel.threads_per_worker, GPU_CPUS if place.gpu else 1)
+    resources = {"cpu": str(cpus), "memory": WORKER_MEMORY} | ({"nvidia.com/gpu": "1"} if place.gpu else {})
+    node = _node("ray-worker", night, place, {"requests": resources, "limits": resources})
+    if place.gpu:
+        node["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    return {
+        "groupName": "gpu" if place.gpu else "cpu",
+        "replicas": night.parallel.max_workers,
+        "minReplicas": night.parallel.min_workers,
+        "maxReplicas": night.parallel.max_workers,
+        "rayStartParams": dict(_START),
+        "template": {"spec": node},
+    }
+
+
+_START = {"object-store-memory": str(OBJECT_STORE_BYTES)}
+
+
+def _node(name: str, night: Night, place: PlaceConfig, resources: dict[str, Any]) -> dict[str, Any]:
+    """A pod of the cluster: the workspace, the recipe and shared memory that holds the object store."""
+    volumes, mounts = recipe_volume(night)
+    volumes = [
+        {"name": "workspace", "persistentVolumeClaim": {"claimName": place.claim}},
+        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{2 * OBJECT_STORE_BYTES >> 20}Mi"}},
+        *volumes,
+    ]
+    mounts = [
+        {"name": "workspace", "mountPath": night.workspace},
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        *mounts,
+    ]
+    ray = container(
+        name,
+        place,
+        env=node_environment(),
+        envFrom=[{"secretRef": {"name": CREDENTIALS_SECRET, "optional": True}}],
+        resources=resources,
+        volumeMounts=mounts,
+    )
+    return pod(night, [ray], volumes=volumes)
