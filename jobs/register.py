@@ -161,12 +161,12 @@ def write_export(
 
 
 def scorer_source(model: str) -> str:
-    """jobs/scorer.py, its input and every file of models/ that the tower needs, as one file."""
+    """jobs/scorer.py, its input, its states and every file of models/ that the tower needs, as one file."""
     config_class, tower_class = MODELS[model]
     parts = [
         _module_body(path) for path in _imported_files(REPOSITORY / f"{tower_class.__module__.replace('.', '/')}.py")
     ]
-    parts.append(_module_body(REPOSITORY / "jobs" / "scorer_input.py"))
+    parts += [_module_body(REPOSITORY / "jobs" / name) for name in ("scorer_input.py", "scorer_states.py")]
     scorer = _module_body(REPOSITORY / "jobs" / "scorer.py")
     lines = scorer.splitlines()
     start = next(index for index, line in enumerate(lines) if "# scorer: replaced at export" in line)
@@ -235,10 +235,17 @@ def _signature(config: RunConfig, vocabulary: Vocabulary) -> Any:
     users = [ColSpec(AnyType(), name, required=False) for name in user_features(config.model, vocabulary)]
     inputs = Schema(
         [
-            ColSpec(Array(item), "history"),
             ColSpec(Array(item), "candidates"),
-            ColSpec(Array(DataType.long), "history_time", required=bool(config.model.get("time_features"))),
-            ColSpec(Array(DataType.string), "history_action", required=False),
+            *(
+                ColSpec(kind, f"{name}{column}", required=False)
+                for name in ("history", "latest")
+                for column, kind in (
+                    ("", Array(item)),
+                    ("_time", Array(DataType.long)),
+                    ("_action", Array(DataType.string)),
+                )
+            ),
+            ColSpec(DataType.binary, "state", required=False),
             ColSpec(DataType.long, "time", required=False),
             *users,
         ]

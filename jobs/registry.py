@@ -23,17 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
 from jobs.config import ConfigError, redacted
 from jobs.scorer import Scorer
 from jobs.scorer_input import UserFeature
+from jobs.scorer_states import export_digest
 from jobs.tracking import TrackingConfig, tracking_uri
 from pipeline.batch import Batch
 from pipeline.sequences import UserCodes
-from pipeline.storage import checksum_stream
 from pipeline.vocabulary import NUM_RESERVED, Vocabulary
 
 if TYPE_CHECKING:
@@ -87,12 +86,8 @@ class RegisteredModel:
 
     @functools.cached_property
     def digest(self) -> str:
-        """xxh3-128 of all exported files: two models that score differently never share it. Reads every byte."""
-        whole = xxhash.xxh3_128()
-        for file in sorted(self.directory.iterdir()):
-            with file.open("rb") as stream:
-                whole.update(f"{file.name} {checksum_stream(stream)}\n".encode())
-        return whole.hexdigest()
+        """Of all exported files: two models that score differently never share it. Reads every byte."""
+        return export_digest(self.directory)
 
     def scorer(self) -> Scorer:
         """Weights and tables in memory, ready to score. ConfigError when a file is damaged."""

@@ -21,14 +21,16 @@ import pyarrow.parquet as pq
 from jobs.config import ConfigError
 from jobs.console import Console
 from jobs.registry import RegisteredModel
-from jobs.score_input import Block, RequestFile, UserHistories
-from jobs.scorer import UNKNOWN_ROW, Scorer
+from jobs.score_input import Block, RequestFile, Sources, UserHistories
+from jobs.scorer import REQUEST_COLUMNS, UNKNOWN_ROW, Scorer
 from jobs.scorer_input import Histories, RequestError, flat_offsets, flat_ranges, list_column
+from jobs.states import refuse_models_without_states
+from jobs.stored_users import find_states
+from pipeline.shards import Shards
 
 SCORES_PER_PART = 1 << 22
 """Catalogue scores in memory together (requests times items)."""
 CANDIDATES_PER_ROW_GROUP = 1 << 20
-_HISTORY_COLUMNS = ("history", "history_time", "history_action")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class ScoreConfig:
     """Parquet file of the result."""
     shards: str | None = None
     """Sequence shards that hold the users' histories."""
+    states: str | None = None
+    """Directory of the model's stored states: users that have one are scored from it, others from the shards."""
     top_k: int | None = None
     """Keep the best so many; without a column candidates the whole catalogue is ranked."""
     keep_seen: bool = False
@@ -70,7 +74,11 @@ class ScoreCounts:
     cold: int = 0
     """Without any event before the request."""
     unknown_users: int = 0
-    """Of these, users that the shards do not hold."""
+    """Of these, users that neither states nor shards hold."""
+    from_states: int = 0
+    """Whose history is a stored state."""
+    without_state: int = 0
+    """Of users without a state that can be used, where states are asked for: their raw histories were read."""
     truncated: int = 0
     """With more events than max_history: the latest were shown."""
     user_values: int = 0
@@ -91,12 +99,12 @@ def score(model: RegisteredModel, config: ScoreConfig, console: Console) -> Scor
     with contextlib.closing(requests), console.stage("score") as stage:
         _check_options(requests, config)
         scorer = model.scorer()
-        shards = UserHistories(config.shards, scorer) if config.shards else None
+        sources = open_sources(model, scorer, config, console)
         ranking = _Ranking(scorer, config, path=requests.path)
         facts = {"model": model.name, "version": model.version, "digest": model.digest}
         started = time.monotonic()
         with _Result(out, ranking.schema(requests.schema).with_metadata(_footer(facts))) as result:
-            for block in requests.blocks(scorer, shards):
+            for block in requests.blocks(scorer, sources):
                 result.write(ranking.of(block, counts))
                 stage.update(counts.requests, requests.num_rows, f"{counts.candidates:,} candidates")
             result.publish(_footer(dataclasses.asdict(counts)))
@@ -110,11 +118,35 @@ def print_counts(counts: ScoreCounts, console: Console) -> None:
         ("requests", counts.requests, ""),
         ("candidates", counts.candidates, f"{counts.unknown_candidates:,} unknown to the model"),
         ("history", counts.history_events, f"events, {counts.unknown_history_items:,} of unknown items"),
-        ("cold", counts.cold, f"requests without a history, {counts.unknown_users:,} of users not in the shards"),
+        ("cold", counts.cold, f"requests without a history, {counts.unknown_users:,} of users that are not known"),
         ("truncated", counts.truncated, "histories longer than max_history: the latest events were read"),
         ("user values", counts.user_values, f"of user features, {counts.unknown_user_values:,} unknown to the model"),
+        *_states_line(counts),
     ):
         console.line(f"{title:<12} {value:>12,}  {note}".rstrip())
+
+
+def _states_line(counts: ScoreCounts) -> list[tuple[str, int, str]]:
+    if not counts.from_states and not counts.without_state:
+        return []
+    return [("states", counts.from_states, f"requests from stored states, {counts.without_state:,} without one")]
+
+
+def open_sources(model: RegisteredModel, scorer: Scorer, config: ScoreConfig, console: Console) -> Sources:
+    """The histories that the config names. ConfigError: states of another model, or none and no shards either."""
+    shards = UserHistories(Shards.open(config.shards), scorer) if config.shards else None
+    states = None
+    if config.states is not None:
+        refuse_models_without_states(model)
+        states = find_states(model, config.states)
+        if states is None and shards is None:
+            raise ConfigError(
+                f"--states {config.states}: holds no complete states of {model.uri}: build them with --build-states, "
+                "or give --shards to read raw histories"
+            )
+        if states is None:
+            console.line(f"{'states':<12} none that are complete at {config.states}: raw histories are read")
+    return Sources(states=states, shards=shards, states_asked=config.states is not None)
 
 
 class _Ranking:
@@ -124,7 +156,7 @@ class _Ranking:
         self._scorer, self._config, self._path = scorer, config, path
 
     def schema(self, requests: pa.Schema) -> pa.Schema:
-        kept = [field for field in requests if field.name not in (*_HISTORY_COLUMNS, "candidates")]
+        kept = [field for field in requests if field.name not in REQUEST_COLUMNS or field.name == "time"]
         item = pa.int64() if self._scorer.item_type == "int64" else pa.large_string()
         return pa.schema(
             [*kept, pa.field("candidates", pa.large_list(item)), pa.field("scores", pa.large_list(pa.float32()))]
@@ -141,6 +173,10 @@ class _Ranking:
             raw, offsets, scores = self._catalogue(earlier, shown, asked, counts)
         counts.requests += block.rows.num_rows
         counts.history_events += len(shown.row)
+        if shown.stored is not None:
+            counts.history_events += int((shown.stored.length - shown.stored.kept).sum())
+        counts.from_states += block.from_states
+        counts.without_state += block.without_state
         counts.unknown_history_items += int((shown.row == UNKNOWN_ROW).sum())
         counts.cold += int((shown.lengths == 0).sum())
         counts.unknown_users += block.unknown_users
@@ -264,6 +300,11 @@ def _check_options(requests: RequestFile, config: ScoreConfig) -> None:
     if not given and config.top_k is None:
         raise ConfigError(
             f"{requests.path}: column 'candidates' is missing: add it, or rank the whole catalogue with --top_k N"
+        )
+    if not given and config.states is not None and not config.keep_seen:
+        raise ConfigError(
+            "--states: do not tell which items a user has seen: rank the whole catalogue with --keep_seen, give "
+            "candidates, or leave --states out"
         )
     if given and config.keep_seen:
         raise ConfigError("--keep_seen: belongs to a ranking of the whole catalogue, but the requests have candidates")

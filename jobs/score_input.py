@@ -1,10 +1,11 @@
-"""The requests of `solar score`, block by block: a Parquet file, with histories out of it or of sequence shards."""
+"""The requests of `solar score`, block by block: a Parquet file, with histories out of it, of states or of shards."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import datetime
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ from jobs.config import ConfigError
 from jobs.registry import RegisteredTables
 from jobs.scorer import Scorer
 from jobs.scorer_input import NO_TIME, Histories, RequestError, cast_values, flat_offsets, required_column, time_column
+from jobs.scorer_states import both_known, stored_too_late
+from jobs.stored_users import StoredUsers
 from pipeline.events import LATEST_TIME
+from pipeline.sequences import UserEvents
 from pipeline.shards import Shards
 from pipeline.user_reader import UserReader
 
@@ -26,6 +30,8 @@ ROWS_PER_BLOCK = 256
 """Requests in memory together where each brings its history (10,000 events and 1,000 candidates: 50 MB)."""
 ROWS_PER_READ = 4096
 """The same where the histories are in shards: more, because a block reads every row group that its users are in."""
+ROWS_PER_READ_OF_STATES = 1024
+"""The same of states (20 KB each, as a tower reads them; more where repeats are counted)."""
 EVENTS_PER_BLOCK = 1 << 22
 """Events that shards give to one block (100 MB)."""
 ROW_GROUPS_KEPT = 4
@@ -42,7 +48,29 @@ class Block:
     time: np.ndarray
     """[B] int64 as asked, NO_TIME where none is."""
     unknown_users: int
-    """Requests of users that the shards do not hold; 0 where histories are given."""
+    """Requests of users that neither states nor shards hold; 0 where histories are given."""
+    from_states: int = 0
+    """Requests whose history is a state."""
+    without_state: int = 0
+    """Requests whose history should have been one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the histories of users are; nowhere where requests bring their own."""
+
+    states: StoredUsers | None = None
+    shards: UserHistories | None = None
+    """Also of users without a state, where there are states."""
+    states_asked: bool = False
+    """Also where none were found."""
+
+    @property
+    def rows_per_read(self) -> int:
+        """Requests in memory together."""
+        if self.states is not None:
+            return ROWS_PER_READ_OF_STATES
+        return ROWS_PER_READ if self.shards is not None else ROWS_PER_BLOCK
 
 
 class RequestFile:
@@ -58,16 +86,15 @@ class RequestFile:
         if "scores" in self.schema.names:
             raise ConfigError(f"{path}: column 'scores' is what the result is called: rename it")
 
-    def blocks(self, scorer: Scorer, shards: UserHistories | None) -> Iterator[Block]:
+    def blocks(self, scorer: Scorer, sources: Sources) -> Iterator[Block]:
         """The requests in order. ConfigError that names the file for whatever cannot be read or is no request."""
         with self._explained():
             # No row has the types already: a mistake in them shows before any work.
             empty = pa.RecordBatch.from_pylist([], schema=self.schema)
-            yield from _with_histories([empty], scorer, shards)
+            yield from _with_histories([empty], scorer, sources)
             if "candidates" in self.schema.names:
                 scorer.candidates(empty)
-            rows = ROWS_PER_READ if shards else ROWS_PER_BLOCK
-            yield from _with_histories(self._file.iter_batches(batch_size=rows), scorer, shards)
+            yield from _with_histories(self._file.iter_batches(batch_size=sources.rows_per_read), scorer, sources)
 
     def close(self) -> None:
         self._file.close()
@@ -87,25 +114,24 @@ class RequestFile:
 class UserHistories:
     """Histories of users by raw id, out of sequence shards: as training reads them."""
 
-    def __init__(self, path: str, scorer: Scorer) -> None:
-        self._data = Shards.open(path)
+    def __init__(self, data: Shards, scorer: Scorer) -> None:
+        self._data = data
         if scorer.uses_time and not self._data.manifest.has_time:
             raise ConfigError(
-                f"{path}: the events have no times, which this model needs: prepare a log with timestamps"
+                f"{data.path}: the events have no times, which this model needs: prepare a log with timestamps"
             )
         self._reader = UserReader(self._data, keep=ROW_GROUPS_KEPT)
         self._tables = RegisteredTables(scorer, self._data.vocabulary)
-        user_id = self._data.index.user_id
-        self._id_type = "int64" if pa.types.is_integer(user_id.type) else "string"
-        self._users = pd.Index(user_id.to_numpy(zero_copy_only=False))
+        self._id_type = data.manifest.schema["id_types"]["user_id"]
         self.has_time = self._data.manifest.has_time
+
+    @functools.cached_property
+    def _users(self) -> pd.Index:
+        return pd.Index(self._data.index.user_id.to_numpy(zero_copy_only=False))
 
     def users(self, rows: pa.RecordBatch, *, first_row: int) -> np.ndarray:
         """[B] int64 user rows, -1 for users that are not there."""
-        raw = cast_values(required_column(rows, "user_id"), "user_id", self._id_type)
-        if raw.null_count:
-            missing = first_row + int(np.flatnonzero(np.asarray(raw.is_null()))[0])
-            raise RequestError(f"row {missing}: user_id is null: name the user, or leave the request out")
+        raw = user_ids(rows, self._id_type, first_row=first_row)
         return self._users.get_indexer(pd.Index(raw.to_numpy(zero_copy_only=False)))
 
     def num_events(self, users: np.ndarray) -> np.ndarray:
@@ -115,8 +141,11 @@ class UserHistories:
     def read(self, users: np.ndarray) -> Histories:
         """Every event of these users, in total order, as rows and codes of the model."""
         known = users >= 0
-        events = self._reader.read(users[known])
-        lengths = np.zeros(len(users), np.int64)
+        return self.of_events(self._reader.read(users[known]), known=known)
+
+    def of_events(self, events: UserEvents, *, known: np.ndarray) -> Histories:
+        """The sequences of the `known` [B] ones of users as rows and codes of the model."""
+        lengths = np.zeros(len(known), np.int64)
         lengths[known] = np.diff(events.offsets)
         return Histories(
             offsets=flat_offsets(lengths),
@@ -142,44 +171,91 @@ def refuse_wrong_unit(time: np.ndarray, name: str, *, time_range: list[int] | No
         )
 
 
-def _with_histories(batches: Iterable[pa.RecordBatch], scorer: Scorer, shards: UserHistories | None) -> Iterator[Block]:
+def _with_histories(batches: Iterable[pa.RecordBatch], scorer: Scorer, sources: Sources) -> Iterator[Block]:
     first_row = 0
     for batch in batches:
-        if shards is None:
+        if sources.states is None and sources.shards is None:
             histories = scorer.histories(batch, first_row=first_row)
             time = scorer.request_times(batch)
             refuse_wrong_unit(histories.time, "history_time", time_range=_range(scorer, "history_time", batch))
             refuse_wrong_unit(time, "time", time_range=_range(scorer, "time", batch))
             yield Block(first_row=first_row, rows=batch, histories=histories, time=time, unknown_users=0)
         else:
-            yield from _from_shards(batch, scorer, shards, first_row=first_row)
+            yield from _of_users(batch, scorer, sources, first_row=first_row)
         first_row += batch.num_rows
 
 
-def _from_shards(batch: pa.RecordBatch, scorer: Scorer, shards: UserHistories, *, first_row: int) -> Iterator[Block]:
-    if "history" in batch.schema.names:
-        raise RequestError("column 'history' beside --shards: leave one of them out")
-    users, time = shards.users(batch, first_row=first_row), np.full(batch.num_rows, NO_TIME)
+def _of_users(batch: pa.RecordBatch, scorer: Scorer, sources: Sources, *, first_row: int) -> Iterator[Block]:
+    shards = sources.shards
+    for name in ("history", "state"):
+        if name in batch.schema.names:
+            option = "--states" if sources.states is not None else "--shards"
+            raise RequestError(f"column {name!r} beside {option}: leave one of them out")
+    time = np.full(batch.num_rows, NO_TIME)
     if "time" in batch.schema.names:
         time = time_column(batch, "time")
-        if not shards.has_time and (time < NO_TIME).any():
+        if shards is not None and not shards.has_time and (time < NO_TIME).any():
             raise RequestError("column 'time' cannot cut these shards: their log has an order only; leave it out")
+    scorer.request_times(batch)
     refuse_wrong_unit(time, "time", time_range=_range(scorer, "time", batch))
-    ends = np.cumsum(shards.num_events(users))
+    stored, has_state = _stored(batch, time, scorer, sources, first_row=first_row)
+    users = np.full(batch.num_rows, -1)
+    if shards is not None:
+        users = np.where(has_state, -1, shards.users(batch, first_row=first_row))
+    ends = np.cumsum(users * 0 if shards is None else shards.num_events(users))
     bounds = [0]
     while bounds[-1] < len(users):
         done = ends[bounds[-1] - 1] if bounds[-1] else 0
         bounds.append(max(bounds[-1] + 1, int(np.searchsorted(ends, done + EVENTS_PER_BLOCK, side="right"))))
     for first, last in itertools.pairwise(bounds):
         part, rows = users[first:last], batch.slice(first, last - first)
-        histories = shards.read(part)
+        histories = None if stored is None else stored.take(np.arange(first, last))
+        if shards is not None:
+            raw = shards.read(part)
+            histories = raw if histories is None else both_known(histories, raw)
+        assert histories is not None
+        histories = dataclasses.replace(histories, users=scorer.users(rows, known=histories.users))
+        if "latest" in rows.schema.names:
+            histories = scorer.with_latest(histories, rows, first_row=first_row + first)
         yield Block(
             first_row=first_row + first,
             rows=rows,
-            histories=dataclasses.replace(histories, users=scorer.users(rows, known=histories.users)),
+            histories=histories,
             time=time[first:last],
-            unknown_users=int((part < 0).sum()),
+            unknown_users=int(((part < 0) & ~has_state[first:last]).sum()),
+            from_states=int(has_state[first:last].sum()),
+            without_state=int((~has_state[first:last]).sum()) if sources.states_asked else 0,
         )
+
+
+def _stored(
+    batch: pa.RecordBatch, time: np.ndarray, scorer: Scorer, sources: Sources, *, first_row: int
+) -> tuple[Histories | None, np.ndarray]:
+    """(what states know of the users, [B] bool: the request has one that can be used)."""
+    states = sources.states
+    if states is None:
+        return None, np.zeros(batch.num_rows, bool)
+    found = states.read(user_ids(batch, states.id_type, first_row=first_row))
+    stored = scorer.states(pa.array(found, pa.large_binary()))
+    late = stored_too_late(stored, time)
+    if late.any() and sources.shards is None:
+        raise RequestError(
+            f"row {first_row + int(np.flatnonzero(late)[0])}: the user's state has events at or after column 'time': "
+            "give --shards, which still tell them apart, or leave the time out"
+        )
+    if late.any():
+        found = [None if is_late else state for state, is_late in zip(found, late, strict=True)]
+        stored = scorer.states(pa.array(found, pa.large_binary()))
+    return stored, np.array([state is not None for state in found], bool)
+
+
+def user_ids(rows: pa.RecordBatch, id_type: str, *, first_row: int) -> pa.Array:
+    """The column user_id as int64 or strings. RequestError: it is absent or has a null."""
+    raw = cast_values(required_column(rows, "user_id"), "user_id", id_type)
+    if raw.null_count:
+        missing = first_row + int(np.flatnonzero(np.asarray(raw.is_null()))[0])
+        raise RequestError(f"row {missing}: user_id is null: name the user, or leave the request out")
+    return raw
 
 
 def _range(scorer: Scorer, name: str, batch: pa.RecordBatch) -> list[int] | None:

@@ -1,7 +1,8 @@
 """The registered model: requests (history, candidates) in, scores out; torch, numpy, pandas, pyarrow, safetensors only.
 
-jobs/register.py writes this file, jobs/scorer_input.py and the model files that it imports into one `scorer.py` that
-MLflow stores beside the weights and runs where this repository is unknown. `solar score` and evaluation run it too.
+jobs/register.py writes this file, scorer_input.py, scorer_states.py and the model files that it imports into one
+`scorer.py` that MLflow stores beside the weights and runs where this repository is unknown. `solar score` and
+evaluation run it too.
 
     import mlflow, pandas as pd
     model = mlflow.pyfunc.load_model("models:/solar-movielens-100k@champion")
@@ -13,6 +14,8 @@ then the log's `order` column, else raw item id and action), of these the latest
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -41,9 +44,22 @@ from jobs.scorer_input import (
     time_column,
     total_order,
 )
-from models.interface import ModelInput, Recommender
+from jobs.scorer_states import (
+    appended,
+    export_digest,
+    pack_states,
+    read_states,
+    stored_too_late,
+    with_latest,
+)
+from models.interface import HistorySums, ModelInput, Recommender
 
 UNKNOWN_ROW = 1
+REQUEST_COLUMNS = (
+    *("history", "history_time", "history_action", "state", "latest", "latest_time", "latest_action"),
+    *("candidates", "time"),
+)
+"""What a scorer reads beside the user features of its model."""
 FORWARD_ENTRIES = 1 << 16
 """Events plus candidates of one forward (about 1 KB each at width 64); a longer single request is a forward of its own,
 or several where candidates do not attend to each other."""
@@ -62,6 +78,10 @@ class Scorer(PythonModel):
       time            optional: milliseconds since 1970 UTC of the request (or a timestamp): only events strictly before
                       it are history, whose times must be given then. Null or absent = the last event's time, and every
                       event is history
+      state           optional: what `solar score --build-states` stored of the user's history with this very model, in
+                      the place of a history, which is null or [] then; null = none
+      latest, latest_time, latest_action
+                      optional: events as in a history; those after its last one, or after the state's, are added to it
       NAME            optional: the category, or list of categories, of the request's user in the user feature NAME
                       (scorer.json names them); null, [] or absent = none
     An unknown item or category has the untrained row 1, an unknown action is none. Lists of events hold no nulls.
@@ -72,6 +92,7 @@ class Scorer(PythonModel):
 
     def load(self, directory: Path) -> None:
         """Read what jobs/register.py exported."""
+        self.directory = directory
         self.settings = json.loads((directory / "scorer.json").read_text())
         items = pq.read_table(directory / "items.parquet")
         first = self.settings["first_item_row"]
@@ -119,33 +140,97 @@ class Scorer(PythonModel):
         """One row of `scores` per request, in the order of its candidates; a logit each (sigmoid = probability)."""
         batch = _arrow(model_input, self.user_features)
         histories, time = self.histories(batch), self.request_times(batch)
+        if (late := stored_too_late(histories, time)).any():
+            raise RequestError(
+                f"row {int(np.flatnonzero(late)[0])}: the state has events at or after the request's 'time': leave the "
+                "time out, or give the history instead"
+            )
         offsets, row = self.candidates(batch)
         logits = self.logits(*self.shown(histories, time), offsets, row)
         scores = [part.tolist() for part in np.split(logits, offsets[1:-1])] if len(offsets) > 1 else []
         return pd.DataFrame({"scores": scores}, index=model_input.index)
 
     def histories(self, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
-        """The columns history, history_time and history_action. RequestError counts rows from `first_row`."""
-        items = list_column(batch, "history", values=self.item_type, first_row=first_row)
+        """What the columns history, state and latest say, with those that belong to them, and who asks. RequestError
+        counts rows from `first_row`."""
+        names, given, known = batch.schema.names, None, None
+        if "history" in names or "state" not in names:
+            given = self.events(batch, "history", first_row=first_row)
+        if "state" in names:
+            stored = self.states(required_column(batch, "state"), first_row=first_row)
+            if given is not None and (both := (stored.lengths > 0) & (given.lengths > 0)).any():
+                row = first_row + int(np.flatnonzero(both)[0])
+                raise RequestError(f"row {row}: a state beside a history: leave one of them out")
+            given, known = stored if given is None else appended(stored, given), stored.users
+        assert given is not None
+        given = dataclasses.replace(given, users=self.users(batch, known=known))
+        return self.with_latest(given, batch, first_row=first_row) if "latest" in names else given
+
+    def with_latest(self, histories: Histories, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
+        """The histories with what the column latest adds to them."""
+        latest = self.events(batch, "latest", first_row=first_row)
+        return with_latest(histories, latest, timed="latest_time" in batch.schema.names)
+
+    def events(self, batch: pa.RecordBatch, name: str, *, first_row: int = 0) -> Histories:
+        """The events of the columns NAME, NAME_time and NAME_action, in total order."""
+        items = list_column(batch, name, values=self.item_type, first_row=first_row)
         offsets, names = items.offsets, batch.schema.names
         owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         row, time, action = self.rows(items.values), np.zeros(len(owner), np.int64), np.zeros(len(owner), np.int64)
         actions = None
-        if "history_action" in names:
-            actions = list_column(batch, "history_action", values="string", first_row=first_row, nulls=True)
-            refuse_other_lengths("history_action", actions, offsets=offsets, first_row=first_row)
+        if f"{name}_action" in names:
+            actions = list_column(batch, f"{name}_action", values="string", first_row=first_row, nulls=True)
+            refuse_other_lengths(f"{name}_action", actions, offsets=offsets, of=name, first_row=first_row)
             actions = actions.values
             action = self.codes(actions)
         if self.uses_time:
-            required_column(batch, "history_time")
-        if "history_time" in names:
-            times = list_column(batch, "history_time", values="time", first_row=first_row)
-            refuse_other_lengths("history_time", times, offsets=offsets, first_row=first_row)
+            required_column(batch, f"{name}_time")
+        if f"{name}_time" in names:
+            times = list_column(batch, f"{name}_time", values="time", first_row=first_row)
+            refuse_other_lengths(f"{name}_time", times, offsets=offsets, of=name, first_row=first_row)
             time = np.asarray(times.values)
             order = total_order(owner, time, items.values, actions, ties_by_id=self._ties_by_id)
             if order is not None:
                 row, time, action = row[order], time[order], action[order]
-        return Histories(offsets=offsets, row=row, time=time, action=action, users=self.users(batch))
+        return Histories(offsets=offsets, row=row, time=time, action=action)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all files of the model: what a state is of."""
+        return export_digest(self.directory)
+
+    def states(self, column: pa.Array, *, first_row: int = 0) -> Histories:
+        """What a column of states knows. RequestError: it holds something else, or a state of another model."""
+        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) or column.null_count):
+            raise RequestError(f"column 'state' holds {column.type}: it must hold the bytes of a state, or nulls")
+        return read_states(
+            column.to_pylist(),
+            digest=self.digest,
+            num_rows=len(self.item_IC),
+            num_features=len(self.user_features),
+            first_row=first_row,
+        )
+
+    def build_states(self, histories: Histories) -> list[bytes]:
+        """A state of each history's latest max_history events. RequestError: this model reads whole histories."""
+        kept = self.tower.kept_events
+        if kept is None:
+            raise RequestError(f"{self.settings['model']['name']} reads raw histories: it has no interests to store")
+        shown, _ = self.shown(histories, np.full(len(histories.lengths), NO_TIME))
+
+        def sums(some: Histories) -> HistorySums:
+            nobody = np.zeros(len(some.lengths) + 1, np.int64)
+            with torch.inference_mode():
+                return self.tower.history_sums(self._inputs(some, nobody[1:], nobody, np.zeros(0, np.int64)))
+
+        return pack_states(
+            shown,
+            kept=kept,
+            sums=sums,
+            digest=self.digest,
+            repeats=bool(self.settings["model"].get("repeats")),
+            first_item_row=self.settings["first_item_row"],
+        )
 
     def users(self, batch: pa.RecordBatch, *, known: tuple[UserFeature, ...] | None = None) -> tuple[UserFeature, ...]:
         """One for each user feature: its column where there is one, else what is `known` already, else no value."""
@@ -170,9 +255,10 @@ class Scorer(PythonModel):
         """[B] int64 of the column time, NO_TIME where it is null or absent. RequestError: history_time is absent."""
         if "time" not in batch.schema.names:
             return np.full(batch.num_rows, NO_TIME)
-        time = time_column(batch, "time")
-        if "history_time" not in batch.schema.names and (time < NO_TIME).any():
-            raise RequestError("column 'time' needs 'history_time', to tell which events are earlier: give it too")
+        time, names = time_column(batch, "time"), batch.schema.names
+        for name in (name for name in ("history", "latest") if name in names and f"{name}_time" not in names):
+            if (time < NO_TIME).any():
+                raise RequestError(f"column 'time' needs '{name}_time', to tell which events are earlier: give it too")
         return time
 
     def candidates(self, batch: pa.RecordBatch, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -220,30 +306,33 @@ class Scorer(PythonModel):
         return np.concatenate(parts)
 
     def _forward(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return self.tower(self._inputs(shown, time, offsets, row)).numpy()
+
+    def _inputs(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> ModelInput:
         item, index = torch.from_numpy(np.concatenate([shown.row, row])), None
         if len(item) < len(self.item_IC):
             item, index = torch.unique(item, return_inverse=True)
         # Of the whole table or of its distinct rows, which ascend.
         first_item_row = self.settings["first_item_row"]
         num_reserved = first_item_row if index is None else int((item < first_item_row).sum())
-        with torch.inference_mode():
-            # More entries than items: the whole table is the cheaper look-up.
-            inputs = ModelInput(
-                item_IC=self.item_IC if index is None else self.item_IC[item],
-                features_IFC=self.features_IFC if index is None else self.features_IFC[item],
-                user_features_UGC=user_vectors(self.user_tables, shown.users, num_users=len(time), like=self.item_IC),
-                event_offsets_U1=torch.from_numpy(shown.offsets),
-                event_item_N=(item if index is None else index)[: len(shown.row)],
-                event_time_N=torch.from_numpy(shown.time),
-                event_action_N=torch.from_numpy(shown.action),
-                request_user_B=torch.arange(len(time)),
-                request_position_B=torch.from_numpy(shown.lengths),
-                request_time_B=torch.from_numpy(time),
-                candidate_offsets_B1=torch.from_numpy(offsets),
-                candidate_item_M=(item if index is None else index)[len(shown.row) :],
-                num_reserved=num_reserved,
-            )
-            return self.tower(inputs).numpy()
+        # More entries than items: the whole table is the cheaper look-up.
+        return ModelInput(
+            item_IC=self.item_IC if index is None else self.item_IC[item],
+            features_IFC=self.features_IFC if index is None else self.features_IFC[item],
+            user_features_UGC=user_vectors(self.user_tables, shown.users, num_users=len(time), like=self.item_IC),
+            event_offsets_U1=torch.from_numpy(shown.offsets),
+            event_item_N=(item if index is None else index)[: len(shown.row)],
+            event_time_N=torch.from_numpy(shown.time),
+            event_action_N=torch.from_numpy(shown.action),
+            request_user_B=torch.arange(len(time)),
+            request_position_B=torch.from_numpy(shown.lengths),
+            request_time_B=torch.from_numpy(time),
+            candidate_offsets_B1=torch.from_numpy(offsets),
+            candidate_item_M=(item if index is None else index)[len(shown.row) :],
+            num_reserved=num_reserved,
+            stored=shown.stored and shown.stored.tensors(functools.partial(_place_of_row, item, index)),
+        )
 
 
 def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recommender:
@@ -277,7 +366,7 @@ def user_vectors(tables: list[Tensor], users: tuple[UserFeature, ...], *, num_us
 
 def _arrow(frame: pd.DataFrame, user_features: list[str]) -> pa.RecordBatch:
     """The columns that a scorer reads, whatever their cells are (lists, arrays, None)."""
-    known = ("history", "candidates", "history_time", "history_action", "time", *user_features)
+    known = (*REQUEST_COLUMNS, *user_features)
     columns = {}
     for name in (name for name in known if name in frame):
         # pandas makes floats of integers beside a missing one.
@@ -289,6 +378,15 @@ def _arrow(frame: pd.DataFrame, user_features: list[str]) -> pa.RecordBatch:
     if not columns:
         raise RequestError(f"column 'history' is missing: the frame has {list(frame.columns)}")
     return pa.RecordBatch.from_pydict(columns)
+
+
+def _place_of_row(item: Tensor, index: Tensor | None, row: np.ndarray) -> np.ndarray:
+    """Where each row stands among the looked-up `item`s, -1 where it does not; the whole table has no `index`."""
+    if index is None or not len(row):
+        return row
+    items = item.numpy()
+    place = np.minimum(np.searchsorted(items, row), len(items) - 1)
+    return np.where(items[place] == row, place, -1)
 
 
 def _pieces(offsets: np.ndarray, *, most: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -53,6 +53,8 @@ class Histories:
     """[N] int64 action codes of the model."""
     users: tuple[UserFeature, ...] = ()
     """Who asks: one for each user feature of the model."""
+    stored: Any = None
+    """StoredStates (scorer_states.py) of requests whose older events are not given; None = all events are."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -71,13 +73,18 @@ class Histories:
             time=self.time[places],
             action=self.action[places],
             users=self.users,
+            stored=self.stored,
         )
 
     def take(self, requests: np.ndarray) -> Histories:
         """The histories of these requests, in this order."""
         lengths = self.lengths[requests]
         taken = self.events(flat_ranges(self.offsets[requests], lengths), lengths)
-        return dataclasses.replace(taken, users=tuple(feature.take(requests) for feature in self.users))
+        return dataclasses.replace(
+            taken,
+            users=tuple(feature.take(requests) for feature in self.users),
+            stored=self.stored and self.stored.take(requests, num_requests=len(self.lengths)),
+        )
 
     def before(self, time: np.ndarray) -> Histories:
         """The events strictly before each request's time [B]; all of them where that is NO_TIME."""
@@ -85,8 +92,10 @@ class Histories:
         return self.events(earlier, np.bincount(self.owner[earlier], minlength=len(time)))
 
     def latest(self, most: int) -> Histories:
-        """The latest `most` events of each request."""
+        """The latest `most` events of each request; all that are given where older ones are stored."""
         lengths = np.minimum(self.lengths, most)
+        if self.stored is not None:
+            lengths[self.stored.request] = self.lengths[self.stored.request]
         return self.events(flat_ranges(self.offsets[1:] - lengths, lengths), lengths)
 
 
@@ -160,13 +169,13 @@ def required_column(batch: pa.RecordBatch, name: str) -> pa.Array:
     return batch.column(batch.schema.get_field_index(name))
 
 
-def refuse_other_lengths(name: str, lists: Lists, *, offsets: np.ndarray, first_row: int) -> None:
-    """RequestError unless every list has one entry per event of the history that `offsets` delimits."""
+def refuse_other_lengths(name: str, lists: Lists, *, offsets: np.ndarray, of: str, first_row: int) -> None:
+    """RequestError unless every list has one entry per event of the column `of`, which `offsets` delimits."""
     wrong = np.flatnonzero(np.diff(lists.offsets) != np.diff(offsets))
     if len(wrong):
         given, events = np.diff(lists.offsets)[wrong[0]], np.diff(offsets)[wrong[0]]
         raise RequestError(
-            f"row {first_row + wrong[0]}: {name} and history differ in length ({given} and {events}): "
+            f"row {first_row + wrong[0]}: {name} and {of} differ in length ({given} and {events}): "
             "give one entry per event"
         )
 

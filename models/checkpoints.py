@@ -5,17 +5,20 @@
 
 The same in training (many requests of a user in one pass) and in serving (stored interests + latest events). What a
 request misses, the events since its checkpoint, is what exact attention over the latest events is for.
+A stored history keeps its Gram too: events that come later are added to it, and so nothing is seen by neither.
 The letters are those of models/interface.py; K counts the checkpoints that requests use.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from models.prefixes import EXACT_EVENTS, Prefixes
+from models.interface import HistorySums, ModelInput
+from models.prefixes import EXACT_EVENTS, Prefixes, weight_of
 from models.svd_attention import Decomposition, Interests, interests_from_gram, reference_interests
 
 
@@ -54,28 +57,126 @@ def checkpoint_interests(
     2^(-age / half_life), age in events; 1 where half_life is 0. Offsets, users and positions are on the host.
     The Gram's chunks, sums and decomposition are as models/prefixes.py says, never under autocast.
     """
-    with torch.autocast(event_ND.device.type, enabled=False):
-        prefixes = Prefixes.of_requests(
-            event_offsets_U1, user_B=request_user_B, length_B=request_position_B // every * every
-        )
-        event_N1D = event_ND[:, None]
-        # An estimator that holds U constant differentiates one of the two factors of X^T X.
-        left_N1D = event_N1D.detach() if how.gradient == "stop" else event_N1D
-        gram_K1DD, sum_K1D = prefixes.outer_sums(left_N1D, event_N1D, half_life=half_life)
-        interests = interests_from_gram(
-            gram_K1DD[:, 0],
-            sum_KD=sum_K1D[:, 0],
-            weight_K=prefixes.weight_K(half_life).to(event_ND.device, non_blocking=True),
+    found = _Checkpoints.of_requests(
+        event_ND,
+        event_offsets_U1=event_offsets_U1,
+        request_user_B=request_user_B,
+        request_position_B=request_position_B,
+        every=every,
+        how=how,
+        half_life=half_life,
+    )
+    place_B = found.prefixes.place_B.to(event_ND.device, non_blocking=True)
+    names = [field.name for field in dataclasses.fields(Interests)]
+    return Interests(**{name: _with_empty_history(getattr(found.interests, name)) for name in names}), place_B
+
+
+@torch.no_grad()
+def history_sums(
+    event_ND: Tensor, *, inputs: ModelInput, every: int, how: Decomposition, half_life: float
+) -> HistorySums:
+    """The sums behind `checkpoint_interests`, and those interests."""
+    found = _Checkpoints.of_requests(
+        event_ND,
+        event_offsets_U1=inputs.event_offsets_U1,
+        request_user_B=inputs.request_user_B,
+        request_position_B=inputs.request_position_B,
+        every=every,
+        how=how,
+        half_life=half_life,
+    )
+    return HistorySums(
+        interest_BRD=_with_empty_history(found.interests.interest_KRD)[found.prefixes.place_B],
+        gram_BDD=_with_empty_history(found.gram_KDD)[found.prefixes.place_B],
+        sum_BD=_with_empty_history(found.sum_KD)[found.prefixes.place_B],
+    )
+
+
+@torch.no_grad()
+def stored_interests(
+    event_ND: Tensor, *, inputs: ModelInput, every: int, how: Decomposition, half_life: float
+) -> Interests:
+    """Interests (K = S) of the stored histories with what came since: as they are stored where no checkpoint came
+    since, else those of the stored Gram with the events up to the new checkpoint. Neither spectrum nor gradient."""
+    stored = inputs.stored
+    assert stored is not None
+    first_S = inputs.event_offsets_U1[inputs.request_user_B[stored.request_S]]
+    missing_S = stored.length_S - stored.kept_S
+    then_S = stored.length_S // every * every
+    now_S = (missing_S + inputs.request_position_B[stored.request_S]) // every * every
+    interest_SRD = stored.interest_SRD.double()
+    moved = torch.nonzero(now_S > then_S).flatten()
+    if moved.numel():
+        grams, sums = [], []
+        for s in moved.tolist():
+            now, then, start = int(now_S[s]), int(then_S[s]), int(first_S[s] - missing_S[s])
+            event_nD = event_ND[start + then : start + now].double()
+            age_n = torch.arange(now - then - 1, -1, -1, dtype=torch.float64)
+            weighted_nD = event_nD * torch.exp2(-age_n / half_life)[:, None] if half_life else event_nD
+            decay = 2.0 ** (-(now - then) / half_life) if half_life else 1.0
+            grams.append(stored.gram_SDD[s].double() * decay + weighted_nD.T @ event_nD)
+            sums.append(stored.sum_SD[s].double() * decay + weighted_nD.sum(0))
+        found = interests_from_gram(
+            torch.stack(grams),
+            sum_KD=torch.stack(sums),
+            weight_K=weight_of(now_S[moved], half_life),
             how=how,
-            single_K=(prefixes.length_K > EXACT_EVENTS) & (event_ND.dtype != torch.float64),
+            single_K=(now_S[moved] > EXACT_EVENTS) & (event_ND.dtype != torch.float64),
         )
-    return _with_empty_history(interests), prefixes.place_B.to(event_ND.device, non_blocking=True)
+        interest_SRD = interest_SRD.index_copy(0, moved, found.interest_KRD)
+    none_SR = interest_SRD.new_zeros(interest_SRD.shape[:2])
+    return Interests(
+        interest_KRD=interest_SRD,
+        valid_KR=interest_SRD.abs().amax(-1) > 0,
+        singular_KR=none_SR,
+        energy_K=none_SR.sum(-1),
+    )
 
 
-def _with_empty_history(interests: Interests) -> Interests:
+def joined_interests(parts: Sequence[Interests]) -> Interests:
+    """The histories of all parts, one after the other."""
+    names = [field.name for field in dataclasses.fields(Interests)]
+    return Interests(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Checkpoints:
+    """The checkpoints in use and what is known at each."""
+
+    prefixes: Prefixes
+    gram_KDD: Tensor
+    sum_KD: Tensor
+    interests: Interests
+
+    @staticmethod
+    def of_requests(
+        event_ND: Tensor,
+        *,
+        event_offsets_U1: Tensor,
+        request_user_B: Tensor,
+        request_position_B: Tensor,
+        every: int,
+        how: Decomposition,
+        half_life: float,
+    ) -> _Checkpoints:
+        with torch.autocast(event_ND.device.type, enabled=False):
+            prefixes = Prefixes.of_requests(
+                event_offsets_U1, user_B=request_user_B, length_B=request_position_B // every * every
+            )
+            event_N1D = event_ND[:, None]
+            # An estimator that holds U constant differentiates one of the two factors of X^T X.
+            left_N1D = event_N1D.detach() if how.gradient == "stop" else event_N1D
+            gram_K1DD, sum_K1D = prefixes.outer_sums(left_N1D, event_N1D, half_life=half_life)
+            interests = interests_from_gram(
+                gram_K1DD[:, 0],
+                sum_KD=sum_K1D[:, 0],
+                weight_K=prefixes.weight_K(half_life).to(event_ND.device, non_blocking=True),
+                how=how,
+                single_K=(prefixes.length_K > EXACT_EVENTS) & (event_ND.dtype != torch.float64),
+            )
+        return _Checkpoints(prefixes=prefixes, gram_KDD=gram_K1DD[:, 0], sum_KD=sum_K1D[:, 0], interests=interests)
+
+
+def _with_empty_history(value: Tensor) -> Tensor:
     """The same with a row 0 that is the history without events."""
-
-    def prepend(value: Tensor) -> Tensor:
-        return torch.cat([value.new_zeros(1, *value.shape[1:]), value])
-
-    return Interests(**{field.name: prepend(getattr(interests, field.name)) for field in dataclasses.fields(interests)})
+    return torch.cat([value.new_zeros(1, *value.shape[1:]), value])

@@ -5,6 +5,7 @@
     D model width                  H heads                                   R rank: interests of a history
     W recent events seen exactly   K checkpoints of a history                F item features, G user features
     T requests or events of one user, where a tensor is dense over them
+    S requests whose older events are stored, E distinct items of those
 
 A tensor's name ends with its shape: `query_MHD` is [M, H, D]; `1` means "plus one" (`event_offsets_U1` is [U + 1]).
 Tables (models/embeddings.py) turn ids into rows; a tower (solar.py and its competitors) turns rows into scores and
@@ -17,6 +18,40 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredHistories:
+    """What stands for the older events of S requests, each of a user of its own. Given are the latest events that were
+    kept beside it, then those that came since.
+
+        history   a b c d e f g h | i j        length 8, kept 3        given: f g h i j
+
+    request_S, length_S, kept_S and older_offsets_S1 are on the host.
+    """
+
+    request_S: Tensor
+    """[S] int64 index into B, rising."""
+    length_S: Tensor
+    """[S] int64: events when it was stored."""
+    kept_S: Tensor
+    """[S] int64: of these, how many are given again; fewer than `length_S`."""
+    interest_SRD: Tensor
+    """[S, R, D]: at the last checkpoint at or before `length_S`; zero rows where not valid."""
+    gram_SDD: Tensor
+    """[S, D, D]: of the events before that checkpoint."""
+    sum_SD: Tensor
+    """[S, D]: their sum."""
+    older_offsets_S1: Tensor
+    """[S + 1] int64: request s has the distinct items older_offsets[s] : older_offsets[s + 1] of what is not given."""
+    older_item_E: Tensor
+    """[E] int64 index into I; for one request each item once."""
+    older_count_E: Tensor
+    """[E] int64: how often it occurs in them."""
+    older_place_E: Tensor
+    """[E] int64: where it stands last, from 0."""
+    older_time_E: Tensor
+    """[E] int64: when that was."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +89,8 @@ class ModelInput:
     """[M] int64 index into I."""
     num_reserved: int = 0
     """The first so many of I are no items of their own: padding, and the one that stands for all unknown items."""
+    stored: StoredHistories | None = None
+    """Of requests whose older events are not given again (serving); None = every history is given whole."""
 
     def refuse_bad_layout(self) -> ModelInput:
         """This input; ValueError with the value, the rule and the fix where a tower could only return nonsense.
@@ -107,6 +144,18 @@ class ModelInput:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HistorySums:
+    """What is stored of B histories, each at its last checkpoint; zero for one that has not come to any."""
+
+    interest_BRD: Tensor
+    """[B, R, D] float64."""
+    gram_BDD: Tensor
+    """[B, D, D] float64."""
+    sum_BD: Tensor
+    """[B, D] float64."""
+
+
 def refuse_bad_rows(item_IC: Tensor, features_IFC: Tensor) -> None:
     """ValueError for looked-up rows of two types or, on the host, that are not finite."""
     _refuse(
@@ -142,6 +191,15 @@ def _refuse(mistake: bool, line: str) -> None:
 
 class Recommender(nn.Module):
     """A tower. U, N, B, I or M may be 0: it then runs on empty tensors and returns an empty result with a gradient."""
+
+    @property
+    def kept_events(self) -> int | None:
+        """Latest events that are kept beside a stored history; None: this tower reads whole histories alone."""
+        return None
+
+    def history_sums(self, inputs: ModelInput) -> HistorySums:
+        """What is stored of each request's history, where `kept_events` is a number."""
+        raise NotImplementedError
 
     def forward(self, inputs: ModelInput) -> Tensor:
         """logits_M: one calibrated logit per candidate, float32 (sigmoid = probability of a positive label)."""

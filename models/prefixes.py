@@ -35,6 +35,15 @@ EXACT_EVENTS = 128
 float64. What may be short of rank is exact so; what is long costs a third."""
 
 
+def weight_of(length_K: Tensor, half_life: float) -> Tensor:
+    """[K] float64: the sum of the weights of so many events; their number without decay."""
+    count_K = length_K.double()
+    if not half_life:
+        return count_K
+    step = 2.0 ** (-1.0 / half_life)
+    return (1 - step**count_K) / (1 - step)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefixes:
     """The K distinct non-empty prefixes that some request uses, by user, then by length. All on the host."""
@@ -70,11 +79,7 @@ class Prefixes:
 
     def weight_K(self, half_life: float) -> Tensor:
         """[K] float64: the sum of the weights of a prefix's events; its number of events without decay."""
-        count_K = self.length_K.double()
-        if not half_life:
-            return count_K
-        step = 2.0 ** (-1.0 / half_life)
-        return (1 - step**count_K) / (1 - step)
+        return weight_of(self.length_K, half_life)
 
     def outer_sums(self, left_NHL: Tensor, right_NHD: Tensor, *, half_life: float = 0.0) -> tuple[Tensor, Tensor]:
         """(sum_KHLD, right_KHD) in float64; right_KHD is the same sum of right_NHD alone, without gradient.

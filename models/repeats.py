@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.candidate_sets import CandidateSets
@@ -102,26 +103,97 @@ def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | No
     """[M, X] float32: the arguments above, 0 for a candidate that does not occur in the last window or is no known
     item. windows: ascending; None, at the end, = all events."""
     item_M, device = inputs.candidate_item_M, inputs.candidate_item_M.device
-    num_events = inputs.event_item_N.shape[0]
-    start_B = inputs.event_offsets_U1[inputs.request_user_B]
-    start_M, length_M = (
-        value_B.to(device, non_blocking=True)[request_M] for value_B in (start_B, inputs.request_position_B)
+    seen = _Occurrences.of_stored(inputs) if inputs.stored is not None else _Occurrences.of_given(inputs)
+    num_events = seen.item_N.shape[0]
+    start_M, end_M, length_M = (
+        value_B.to(device, non_blocking=True)[request_M] for value_B in (seen.start_B, seen.end_B, seen.length_B)
     )
     # An item's events stand together and in order, and a user's are one range of rows: counting is subtraction.
     stride = num_events + 1
-    key_N = torch.sort(inputs.event_item_N * stride + torch.arange(num_events, device=device)).values
-    first_M = item_M * stride + start_M
-    end_M = torch.searchsorted(key_N, first_M + length_M)
+    key_N, order_N = torch.sort(seen.item_N * stride + torch.arange(num_events, device=device))
+    until_M = torch.searchsorted(key_N, item_M * stride + end_M)
+    before_N1 = None if seen.count_N is None else F.pad(seen.count_N[order_N].cumsum(0), (1, 0))
     known_M = item_M >= inputs.num_reserved
     counts = []
     for window in windows:
-        older_M = 0 if window is None else (length_M - window).clamp_min(0)
-        counts.append((end_M - torch.searchsorted(key_N, first_M + older_M)) * known_M)
+        # Whatever a window reaches stands there event by event.
+        first_M = start_M if window is None else torch.maximum(start_M, end_M - window)
+        from_M = torch.searchsorted(key_N, item_M * stride + first_M)
+        found_M = until_M - from_M if before_N1 is None else before_N1[until_M] - before_N1[from_M]
+        counts.append(found_M * known_M)
     seen_M = counts[-1] > 0
-    last_M = torch.where(seen_M, torch.cat([key_N.new_zeros(1), key_N])[end_M] - item_M * stride, 0)
-    found = [*counts, torch.where(seen_M, start_M + length_M - 1 - last_M, 0)]
+    last_M = torch.where(seen_M, torch.cat([key_N.new_zeros(1), key_N])[until_M] - item_M * stride, 0)
+    place_M = last_M - start_M if seen.place_N is None else F.pad(seen.place_N, (0, 1))[last_M]
+    found = [*counts, torch.where(seen_M, length_M - 1 - place_M, 0)]
     if time_features:
-        time_N1 = torch.cat([inputs.event_time_N, inputs.event_time_N.new_zeros(1)])
-        since_M = (inputs.request_time_B[request_M] - time_N1[last_M]).clamp_min(0)
+        since_M = (inputs.request_time_B[request_M] - F.pad(seen.time_N, (0, 1))[last_M]).clamp_min(0)
         found.append(torch.where(seen_M, since_M, 0) / MS_PER_HOUR)
     return torch.log1p(torch.stack([value_M.float() for value_M in found], 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Occurrences:
+    """Which items occurred in the histories, by user and then by time: the events; before them, for a stored history,
+    one entry for each item of the events that are not given."""
+
+    item_N: Tensor
+    time_N: Tensor
+    count_N: Tensor | None
+    """How many events an entry is; None = one each."""
+    place_N: Tensor | None
+    """Its place in the whole history; None = what its place among the user's entries says."""
+    start_B: Tensor
+    """The first entry of each request's history; on the host, as the next two."""
+    end_B: Tensor
+    """Behind its last one."""
+    length_B: Tensor
+    """Events of the whole history."""
+
+    @staticmethod
+    def of_given(inputs: ModelInput) -> _Occurrences:
+        start_B = inputs.event_offsets_U1[inputs.request_user_B]
+        return _Occurrences(
+            item_N=inputs.event_item_N,
+            time_N=inputs.event_time_N,
+            count_N=None,
+            place_N=None,
+            start_B=start_B,
+            end_B=start_B + inputs.request_position_B,
+            length_B=inputs.request_position_B,
+        )
+
+    @staticmethod
+    def of_stored(inputs: ModelInput) -> _Occurrences:
+        """Those of a batch that has stored histories: they alone have more in front."""
+        stored, offsets_U1 = inputs.stored, inputs.event_offsets_U1
+        assert stored is not None
+        user_S = inputs.request_user_B[stored.request_S]
+        older_U, missing_U = torch.zeros(2, offsets_U1.numel() - 1, dtype=torch.int64)
+        older_U[user_S] = stored.older_offsets_S1.diff()
+        missing_U[user_S] = stored.length_S - stored.kept_S
+        given_U = offsets_U1.diff()
+        start_U = F.pad((older_U + given_U).cumsum(0), (1, 0))[:-1]
+        # Entries are gathered from the events with the older items behind them.
+        owner_N = torch.repeat_interleave(given_U)
+        place_n = torch.arange(owner_N.numel()) - offsets_U1[:-1][owner_N]
+        owner_E = user_S[torch.repeat_interleave(stored.older_offsets_S1.diff())]
+        rank_E = torch.arange(owner_E.numel()) - stored.older_offsets_S1[:-1].repeat_interleave(
+            stored.older_offsets_S1.diff()
+        )
+        to = torch.cat([(start_U + older_U)[owner_N] + place_n, start_U[owner_E] + rank_E])
+        by_place_E = torch.argsort(to)
+
+        def laid(given_N: Tensor, older_E: Tensor) -> Tensor:
+            return torch.cat([given_N, older_E])[by_place_E]
+
+        start_B = start_U[inputs.request_user_B]
+        position_B = inputs.request_position_B
+        return _Occurrences(
+            item_N=laid(inputs.event_item_N, stored.older_item_E),
+            time_N=laid(inputs.event_time_N, stored.older_time_E),
+            count_N=laid(torch.ones_like(place_n), stored.older_count_E),
+            place_N=laid(missing_U[owner_N] + place_n, stored.older_place_E),
+            start_B=start_B,
+            end_B=start_B + older_U[inputs.request_user_B] + position_B,
+            length_B=missing_U[inputs.request_user_B] + position_B,
+        )

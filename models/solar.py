@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from models.attention_tower import HistoryTower, RecentAttention, TowerConfig
 from models.candidate_sets import CandidateSets, gather_rows, start_as_similarity
-from models.checkpoints import checkpoint_interests
-from models.interface import ModelInput
+from models.checkpoints import checkpoint_interests, history_sums, joined_interests, stored_interests
+from models.interface import HistorySums, ModelInput
+from models.repeats import WINDOWS
 from models.set_attention import SetAttention
 from models.svd_attention import Decomposition, Interests, SvdAttention
 
@@ -122,6 +123,21 @@ class Solar(HistoryTower):
             )
         return state
 
+    @property
+    def kept_events(self) -> int | None:
+        """The window's and those since the checkpoint, and one more to tell the gap before the first of them; all that
+        exact repeats are counted in."""
+        if not self.config.interests:
+            return None
+        kept = max(self.config.recent_window, self.config.checkpoint_every) + 1
+        return max(kept, *WINDOWS) if self.repeats is not None else kept
+
+    @torch.no_grad()
+    def history_sums(self, inputs: ModelInput) -> HistorySums:
+        """What a stored history holds of the events that are not kept."""
+        event_ND = self.events(self.items(inputs.item_IC, inputs.features_IFC), inputs)
+        return history_sums(event_ND, inputs=inputs, **self._how())
+
     @torch.no_grad()
     def interests(self, inputs: ModelInput) -> tuple[Interests, Tensor]:
         """The spectrum of real users: interests at the checkpoints in use, and checkpoint_B.
@@ -139,16 +155,26 @@ class Solar(HistoryTower):
         config = self.config
         if not config.interests:
             return History(event_ND=event_ND, inputs=inputs, interests=None, checkpoint_B=None)
+        position_B, stored = inputs.request_position_B, inputs.stored
+        if stored is not None:
+            # Of these the events given are not the history.
+            position_B = position_B.index_fill(0, stored.request_S, 0)
         interests, checkpoint_B = checkpoint_interests(
             event_ND,
             event_offsets_U1=inputs.event_offsets_U1,
             request_user_B=inputs.request_user_B,
-            request_position_B=inputs.request_position_B,
-            every=config.checkpoint_every,
-            how=config.decomposition,
-            half_life=config.half_life,
+            request_position_B=position_B,
+            **self._how(),
         )
+        if stored is not None:
+            place_S = interests.energy_K.numel() + torch.arange(stored.request_S.numel())
+            checkpoint_B = checkpoint_B.index_copy(0, stored.request_S, place_S)
+            interests = joined_interests([interests, stored_interests(event_ND, inputs=inputs, **self._how())])
         return History(event_ND=event_ND, inputs=inputs, interests=interests, checkpoint_B=checkpoint_B)
+
+    def _how(self) -> dict[str, Any]:
+        config = self.config
+        return {"every": config.checkpoint_every, "how": config.decomposition, "half_life": config.half_life}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,76 @@
+"""Descriptors through a pool of Ray Data actors, each of which opens what it works with once.
+
+Data travels through files: a descriptor says where it is, an answer what was written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jobs.config import ConfigError
+from pipeline.events import DataError
+
+Work = Callable[[dict[str, Any]], dict[str, Any]]
+MOST_BLOCKS = 2_000
+"""Blocks of descriptors: more cost the driver time and help nobody."""
+
+
+def map_in_actors(
+    opened: Callable[[], Work], rows: Sequence[dict[str, Any]], *, parallel: int | None
+) -> Iterator[dict[str, Any]]:
+    """The answers to all rows, as they come. `opened()` is called once in each of `parallel` actors (None: as many as
+    the cluster has cores) and gives what answers a row. Ray must be initialised.
+
+    A ConfigError or DataError of an actor is raised here as it was.
+    """
+    import ray
+    import ray.data
+
+    actors = min(parallel or max(1, int(ray.cluster_resources().get("CPU", 1))), len(rows))
+    if not actors:
+        return
+    with _quiet_ray_data():
+        encoded: list[Any] = [{"row": json.dumps(row)} for row in rows]
+        descriptors = ray.data.from_items(encoded, override_num_blocks=min(len(rows), MOST_BLOCKS))
+        pool = ray.data.ActorPoolStrategy(size=actors)
+        actor: Any = _Actor
+        answers = descriptors.map(actor, fn_constructor_args=(opened,), compute=pool)
+        for answer in answers.iter_rows():
+            if answer["kind"]:
+                raise _KINDS[answer["kind"]](answer["answer"])
+            yield json.loads(answer["answer"])
+
+
+class _Actor:
+    def __init__(self, opened: Callable[[], Work]) -> None:
+        self._opened, self._work = opened, None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            # Not in the constructor: Ray would start the actor again and again, and hide the reason.
+            self._work = self._work or self._opened()
+            return {"answer": json.dumps(self._work(json.loads(row["row"]))), "kind": ""}
+        except tuple(_KINDS.values()) as error:
+            return {"answer": str(error), "kind": type(error).__name__}
+
+
+_KINDS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "DataError": DataError}
+
+
+@contextlib.contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    import ray.data
+
+    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    bars, level = context.enable_progress_bars, logger.level
+    context.enable_progress_bars = False
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = bars
+        logger.setLevel(level)

@@ -1,0 +1,237 @@
+"""solar score MODEL_URI --build-states --shards DIR: what serving needs of every user, without the raw histories.
+
+    WORKSPACE/states/NAME/VERSION/00000003/    of manifest 3 of the shards
+        bucket-00000.parquet                   user_id, last_time, events, state (jobs/scorer_states.py)
+        COMMIT                                 model's digest, manifest, name, size and checksum of each file
+
+A task a bucket of users, in memory that does not follow their number. States exist for a reader when COMMIT does, which
+one exclusive create makes; a run that dies is continued by the next. jobs/stored_users.py reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.actors import map_in_actors
+from jobs.cluster import ClusterConfig, ray_session
+from jobs.config import ConfigError
+from jobs.console import Console
+from jobs.registry import RegisteredModel
+from jobs.score_input import UserHistories
+from jobs.scorer import build_scorer_tower
+from jobs.stored_users import COMMIT, bucket_file, manifest_directory, read_commit
+from pipeline.sequences import UserEvents
+from pipeline.shards import Shards
+from pipeline.staged import staging_directory
+from pipeline.storage import Store, absolute
+
+EVENTS_PER_CHUNK = 1 << 18
+"""Events of users who are stored together (16 M float32 at width 64)."""
+USERS_PER_ROW_GROUP = 512
+"""What a reader of one user's state reads: about 6 MB."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatesBuilt:
+    """The states of a model's users."""
+
+    directory: Path
+    """Of all manifests."""
+    manifest: int
+    """Of the shards."""
+    users: int
+    bytes: int
+    """Of all files."""
+    reused: bool
+    """Everything was there already."""
+
+    @property
+    def bytes_per_user(self) -> float:
+        return self.bytes / max(1, self.users)
+
+
+def build_states(
+    model: RegisteredModel,
+    *,
+    shards: str,
+    manifest: int | None,
+    out: Path,
+    console: Console,
+    cluster: ClusterConfig,
+    parallel: int | None = None,
+) -> StatesBuilt:
+    """The state of every user of these shards, at a manifest or the latest; what is there already stays.
+
+    ConfigError: a model that reads raw histories, or a directory with the states of another model or of other shards.
+    """
+    data = Shards.open(absolute(shards), number=manifest)
+    refuse_models_without_states(model)
+    _refuse_other_owner(out, model)
+    identity = {
+        "digest": model.digest,
+        "manifest": data.manifest.number,
+        "manifest_fingerprint": data.manifest.fingerprint,
+    }
+    directory = str(manifest_directory(Path(absolute(str(out))), data.manifest.number))
+    with console.stage("states") as stage:
+        commit, reused = read_commit(directory), True
+        if commit is None:
+            built = []
+            with ray_session(cluster), staging_directory(directory) as staging:
+                opened = functools.partial(_opened, model, data, identity, directory, staging)
+                for answer in map_in_actors(opened, [{"bucket": b} for b in data.buckets], parallel=parallel):
+                    built.append(answer)
+                    stage.update(len(built), len(data.buckets), f"{sum(file['users'] for file in built):,} users")
+            commit, reused = _commit(directory, built, identity=identity, data=data, model=model), False
+        _refuse_others(commit, identity, directory)
+        users, size = commit["users"], sum(file["bytes"] for file in commit["files"])
+        stage.result = f"{users:,} users, {size / max(1, users):,.0f} bytes each -> {directory}"
+        if reused:
+            stage.result = f"already there: {stage.result}"
+    return StatesBuilt(directory=out, manifest=data.manifest.number, users=users, bytes=size, reused=reused)
+
+
+def refuse_models_without_states(model: RegisteredModel) -> None:
+    """ConfigError where nothing shorter than a raw history can stand for one."""
+    settings = model.settings
+    if build_scorer_tower(settings["model"], num_features=len(settings["features"])).kept_events is None:
+        raise ConfigError(
+            f"{model.uri}: {settings['model']['name']} reads raw histories, it has no interests to store: score it "
+            "with --shards alone"
+        )
+
+
+def _commit(
+    directory: str, built: list[dict[str, Any]], *, identity: dict[str, Any], data: Shards, model: RegisteredModel
+) -> dict[str, Any]:
+    commit = {
+        **identity,
+        "format": 1,
+        "model": model.name,
+        "version": model.version,
+        "buckets": data.manifest.config["buckets"],
+        "user_id": data.manifest.schema["id_types"]["user_id"],
+        "users": sum(file["users"] for file in built),
+        "files": sorted(built, key=lambda file: file["name"]),
+    }
+    content = (json.dumps(commit, indent=1, sort_keys=True) + "\n").encode()
+    if not Store(directory).create(COMMIT, content):
+        # Another process was faster: what stands there is looked at.
+        found = read_commit(directory)
+        assert found is not None
+        return found
+    return commit
+
+
+def _refuse_other_owner(out: Path, model: RegisteredModel) -> None:
+    """States of two models in one directory would take turns in being the newest."""
+    for number in Store(str(out)).names():
+        commit = read_commit(f"{out}/{number}") if number.isdigit() else None
+        if commit is not None and commit["digest"] != model.digest:
+            raise ConfigError(
+                f"{out}: holds states of {commit['model']} version {commit['version']} (digest {commit['digest']}), "
+                f"not of {model.uri}: name another --out"
+            )
+
+
+def _refuse_others(commit: dict[str, Any], identity: dict[str, Any], directory: str) -> None:
+    for key, value in identity.items():
+        if commit[key] != value:
+            raise ConfigError(f"{directory}: holds states of {key} {commit[key]}, not of {value}: name another --out")
+
+
+def _opened(
+    model: RegisteredModel, data: Shards, identity: dict[str, Any], directory: str, staging: str
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What answers {"bucket": B} with its file; called in an actor."""
+    scorer = model.scorer()
+    # Known already: nobody has to read the weights again for it.
+    scorer.digest = identity["digest"]
+    histories = UserHistories(data, scorer)
+
+    def answer(row: dict[str, Any]) -> dict[str, Any]:
+        store, name = Store(directory), bucket_file(row["bucket"])
+        users = _users_of(store, name, identity)
+        if users is None:
+            scratch = staging if store.is_local else None
+            with tempfile.TemporaryDirectory(dir=scratch) as local:
+                users = _write_bucket(f"{local}/{name}", row["bucket"], data, histories, scorer, identity)
+                store.adopt(f"{local}/{name}", name)
+        return {
+            "name": name,
+            "bucket": row["bucket"],
+            "users": users,
+            "bytes": store.size(name),
+            "checksum": store.checksum(name),
+        }
+
+    return answer
+
+
+def _users_of(store: Store, name: str, identity: dict[str, Any]) -> int | None:
+    """Users of a file that an earlier run left whole; None where it is absent or of other states."""
+    if not store.exists(name):
+        return None
+    with store.open(name) as stream, pq.ParquetFile(stream) as parquet:
+        metadata = parquet.metadata.metadata or {}
+        same = metadata.get(b"solar.states") == _signed(identity)
+        return parquet.metadata.num_rows if same else None
+
+
+def _signed(identity: dict[str, Any]) -> bytes:
+    return json.dumps(identity, sort_keys=True).encode()
+
+
+def _write_bucket(
+    file: str, bucket: int, data: Shards, histories: UserHistories, scorer: Any, identity: dict[str, Any]
+) -> int:
+    """Write the states of a bucket's users; how many they are."""
+    user_type = pa.int64() if data.manifest.schema["id_types"]["user_id"] == "int64" else pa.large_string()
+    schema = pa.schema(
+        [
+            pa.field("user_id", user_type),
+            pa.field("last_time", pa.int64()),
+            pa.field("events", pa.int64()),
+            pa.field("state", pa.large_binary()),
+        ]
+    )
+    num_users = 0
+    # States are as good as random bits.
+    with pq.ParquetWriter(file, schema.with_metadata({"solar.states": _signed(identity)}), compression="none") as out:
+        for user_id, events in _chunks(data, bucket):
+            found = histories.of_events(events, known=np.ones(events.num_users, bool))
+            lengths = found.lengths
+            last = np.append(found.time, 0)[np.where(lengths > 0, found.offsets[1:] - 1, len(found.time))]
+            states = pa.array(scorer.build_states(found), pa.large_binary())
+            table = pa.table([user_id.cast(user_type), last, lengths, states], schema=schema)
+            out.write_table(table, row_group_size=USERS_PER_ROW_GROUP)
+            num_users += events.num_users
+    return num_users
+
+
+def _chunks(data: Shards, bucket: int) -> Iterator[tuple[pa.Array, UserEvents]]:
+    """(ids, sequences) of some of the bucket's users at a time."""
+    groups, users = data.groups_of(bucket), data.users_of(bucket).sort("group", "row")
+    for group in groups:
+        here = users.filter(users["group"] == group - groups.start)
+        ids, events = here["user_id"].to_arrow(), data.read(group)
+        row = here["row"].to_numpy()
+        ends = np.cumsum(np.diff(events.offsets)[row])
+        bounds = [0]
+        while bounds[-1] < len(row):
+            done = ends[bounds[-1] - 1] if bounds[-1] else 0
+            fitting = int(np.searchsorted(ends, done + EVENTS_PER_CHUNK, side="right"))
+            bounds.append(max(bounds[-1] + 1, min(fitting, bounds[-1] + USERS_PER_ROW_GROUP)))
+        for first, last in itertools.pairwise(bounds):
+            yield ids.slice(first, last - first), events.take(row[first:last])

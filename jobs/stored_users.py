@@ -1,0 +1,124 @@
+"""Users' stored states, found and read: jobs/states.py writes them and says what lies where."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.config import ConfigError
+from jobs.registry import RegisteredModel
+from pipeline.events import DataError
+from pipeline.shards import bucket_of
+from pipeline.storage import Store
+
+COMMIT = "COMMIT"
+FILES_KEPT, ROW_GROUPS_KEPT = 64, 8
+_FILE = re.compile(r"bucket-\d{5}\.parquet")
+_REQUIRED = ("format", "digest", "manifest", "manifest_fingerprint", "buckets", "user_id", "users", "files", "model")
+
+
+def states_directory(workspace: str, model: RegisteredModel) -> Path:
+    """Where a model's states lie unless the user says otherwise."""
+    return Path(workspace) / "states" / model.name / model.version
+
+
+def manifest_directory(directory: Path, number: int) -> Path:
+    """Of the states of one manifest."""
+    return directory / f"{number:08d}"
+
+
+def bucket_file(bucket: int) -> str:
+    return f"bucket-{bucket:05d}.parquet"
+
+
+def find_states(model: RegisteredModel, directory: Path | str) -> StoredUsers | None:
+    """The complete states of the latest manifest there; None where there are none. ConfigError: another model's."""
+    numbers = [name for name in Store(str(directory)).names() if re.fullmatch(r"\d{8}", name)]
+    for number in sorted(numbers, reverse=True):
+        commit = read_commit(f"{directory}/{number}")
+        if commit is None:
+            continue
+        if commit["digest"] != model.digest:
+            raise ConfigError(
+                f"{directory}: states of {commit['model']} (digest {commit['digest']}), not of {model.uri} "
+                f"({model.digest}): build those with --build-states"
+            )
+        return StoredUsers(f"{directory}/{number}", commit)
+    return None
+
+
+def read_commit(directory: str) -> dict[str, Any] | None:
+    """What makes states complete; None where they are not. ConfigError: it is damaged, or names files elsewhere."""
+    try:
+        commit = json.loads(Store(directory).read(COMMIT))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ConfigError(f"{directory}/{COMMIT}: is damaged: remove it and build the states again") from error
+    if not isinstance(commit, dict) or any(key not in commit for key in _REQUIRED) or commit["format"] != 1:
+        raise ConfigError(f"{directory}/{COMMIT}: is no commit of format 1: remove it and build the states again")
+    for file in commit["files"]:
+        if not _FILE.fullmatch(str(file.get("name"))):
+            raise ConfigError(f"{directory}/{COMMIT}: names {file.get('name')!r}, which is no file of states")
+    return commit
+
+
+class StoredUsers:
+    """The states of one manifest, open for reading."""
+
+    def __init__(self, directory: str, commit: dict[str, Any]) -> None:
+        self.directory, self.commit = directory, commit
+        self.id_type: str = commit["user_id"]
+        """int64 or string."""
+        self._store = Store(directory)
+        self._entries = {entry["bucket"]: entry for entry in commit["files"]}
+        self._file = functools.lru_cache(FILES_KEPT)(self._open)
+        self._group = functools.lru_cache(ROW_GROUPS_KEPT)(self._read_group)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.directory, self.commit)
+
+    def read(self, user_id: pa.Array) -> list[bytes | None]:
+        """The state of each of these users [B], None for one that has none. DataError: a file is damaged."""
+        found: list[bytes | None] = [None] * len(user_id)
+        bucket = bucket_of(pl.Series("user_id", user_id), buckets=self.commit["buckets"]).to_numpy()
+        for number in np.unique(bucket).tolist():
+            if number not in self._entries:
+                continue
+            asked = np.flatnonzero(bucket == number)
+            index, first_row = self._file(number)
+            place = index.get_indexer(pd.Index(user_id.take(pa.array(asked)).to_numpy(zero_copy_only=False)))
+            known = place >= 0
+            group = np.searchsorted(first_row, place, side="right") - 1
+            for one in np.unique(group[known]).tolist():
+                states = self._group(number, one)
+                for b in np.flatnonzero(known & (group == one)).tolist():
+                    found[asked[b]] = states[int(place[b] - first_row[one])].as_py()
+        return found
+
+    def _open(self, bucket: int) -> tuple[pd.Index, np.ndarray]:
+        """(ids of the file's users, first row of each of its row groups), the whole file checked."""
+        entry = self._entries[bucket]
+        name = entry["name"]
+        try:
+            if self._store.size(name) != entry["bytes"] or self._store.checksum(name) != entry["checksum"]:
+                raise DataError(f"{self.directory}: {name} is damaged: build the states again into another directory")
+            with self._store.open(name) as stream, pq.ParquetFile(stream) as parquet:
+                sizes = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+                ids = parquet.read(columns=["user_id"])["user_id"].combine_chunks()
+        except FileNotFoundError as error:
+            raise DataError(f"{self.directory}: {name} is missing: build the states again") from error
+        return pd.Index(ids.to_numpy(zero_copy_only=False)), np.cumsum([0, *sizes])[:-1]
+
+    def _read_group(self, bucket: int, group: int) -> pa.Array:
+        with self._store.open(self._entries[bucket]["name"]) as stream, pq.ParquetFile(stream) as parquet:
+            return parquet.read_row_group(group, columns=["state"])["state"].combine_chunks()
