@@ -140,20 +140,16 @@ def champion_at_night(client: MlflowClient, name: str, date: str) -> str | None:
     return version
 
 
-def needed_checkpoints(client: MlflowClient, name: str, *, latest: int = 3) -> set[str]:
-    """Paths of checkpoints that an alias or one of the latest versions refers to, or a champion of the past does."""
+def needed_versions(client: MlflowClient, name: str, *, latest: int = 3) -> dict[str, ModelVersion]:
+    """The versions that an alias refers to, the champion before the present one, and the latest ones."""
     model = or_none(lambda: client.get_registered_model(name))
     if model is None:
-        return set()
+        return {}
     versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: -int(version.version))
     kept = {str(version.version) for version in versions[:latest]} | {str(v) for v in (model.aliases or {}).values()}
     past = changes(client, name)
     kept |= {past[-1].before} if past and past[-1].before else set()
-    return {
-        version.tags["solar.checkpoint"]
-        for version in versions
-        if str(version.version) in kept and "solar.checkpoint" in version.tags
-    }
+    return {str(version.version): version for version in versions if str(version.version) in kept}
 
 
 def require_model(client: MlflowClient, name: str) -> None:

@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import needed_checkpoints
+from jobs.champions import needed_versions
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.nightly.journal import past_nights
 from pipeline.events import DataError
 from pipeline.garbage import collect
+from pipeline.manifest import current_manifest
 from pipeline.storage import absolute
 
 _STATES_A_NIGHT = 3
@@ -23,7 +24,9 @@ def collect_old(config: RunConfig, root: Path, client: Any, console: Console) ->
     keep = config.nightly.keep
     # What Ray kept beside the evaluation of the champion.
     remove_tree(Path(config.workspace) / "runs" / f"{config.name}-champion")
-    needed = {Path(path).parent.resolve() for path in needed_checkpoints(client, config.registered_model)}
+    versions = needed_versions(client, config.registered_model)
+    checkpoints = (version.tags.get("solar.checkpoint") for version in versions.values())
+    needed = {Path(path).parent.resolve() for path in checkpoints if path}
     for night in past_nights(root)[:-keep]:
         for folder in ("export", "champion"):
             remove_tree(night.directory / folder)
@@ -37,6 +40,20 @@ def collect_old(config: RunConfig, root: Path, client: Any, console: Console) ->
         collect(absolute(config.shards_dir), keep=keep * _STATES_A_NIGHT)
     except DataError as error:
         console.line(f"{'night':<12} old states of the data stay this time: {error}")
+
+    _collect_states(config, set(versions))
+
+
+def _collect_states(config: RunConfig, versions: set[str]) -> None:
+    """Of each needed version the latest states stay, unless their users may have been forgotten since."""
+    manifest = current_manifest(absolute(config.shards_dir))
+    oldest = manifest.oldest if manifest else 1
+    for directory in (Path(config.workspace) / "states" / config.registered_model).glob("*"):
+        by_age = sorted(found for found in directory.glob("????????") if (found / "COMMIT").exists())
+        for found in by_age if directory.name not in versions else by_age[:-1]:
+            remove_tree(found)
+        if by_age and int(by_age[-1].name) < oldest:
+            remove_tree(by_age[-1])
 
 
 def remove_tree(path: Path) -> None:

@@ -16,6 +16,7 @@ from jobs.nightly.gate import Guard
 from jobs.score_input import UserHistories
 from jobs.scorer import Scorer
 from jobs.scorer_input import NO_TIME
+from pipeline.shards import Shards
 
 LATENCY_REQUESTS, LATENCY_ROUNDS = 8, 15
 LATENCY_CANDIDATES = 4_000
@@ -90,7 +91,7 @@ def day_guards(day: Mapping[str, Any], before: Sequence[Mapping[str, Any]], *, g
     ]
 
 
-def latencies(challenger: Path, champion: Path, *, shards: str, users: np.ndarray) -> tuple[float, float]:
+def latencies(challenger: Path, champion: Path, *, shards: Shards, users: np.ndarray) -> tuple[float, float]:
     """(challenger's, champion's) median seconds to score one request with its raw history, taken in turn.
 
     `users`: rows of the shards' index whose histories are scored; both models read the same ones.

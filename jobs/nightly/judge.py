@@ -19,7 +19,6 @@ from jobs.nightly.journal import past_nights
 from jobs.register import export_model
 from jobs.train import open_shards, read_json
 from pipeline.requests import RequestConfig
-from pipeline.storage import absolute
 
 PAIRS = "pairs.npz"
 
@@ -37,12 +36,12 @@ def evaluate_challenger(
         reference = _reference(night, before["version"])
     if reference is not None:
         systems.append(served(REFERENCE, night.fetch(reference)))
-    manifest = read_json(Path(trained["run_dir"]) / "run.json")["manifest"]
+    shards = open_shards(config, number=read_json(Path(trained["run_dir"]) / "run.json")["manifest"])
     evaluated = evaluate(
         dataclasses.replace(config, data=dataclasses.replace(config.data, requests=asked)),
         systems,
         night.console,
-        shards=open_shards(config, number=manifest),
+        shards=shards,
         part="test",
         directory=config.run_dir / "evaluation",
         verbose=night.verbose,
@@ -50,7 +49,7 @@ def evaluate_challenger(
     times = None
     if before["version"] is not None:
         users = np.unique(read_result(evaluated.directory, systems[0].name, task=asked.task).user)
-        times = latencies(export, Path(systems[1].weights), shards=absolute(config.shards_dir), users=users)
+        times = latencies(export, Path(systems[1].weights), shards=shards, users=users)
     return {"directory": str(evaluated.directory), "reference": reference, "latencies": times}
 
 

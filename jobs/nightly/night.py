@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
 from jobs.cluster import ray_session
+from jobs.config import ConfigError
 from jobs.evaluate import Evaluated
 from jobs.nightly import context
 from jobs.nightly.challenge import lacking, measure_champion, night_requests, train_challenger
@@ -23,6 +24,8 @@ from jobs.nightly.judge import evaluate_challenger, judge
 from jobs.nightly.report import write_report
 from jobs.nightly.take_in import take_in
 from jobs.register import register
+from jobs.states import build_states, refuse_models_without_states
+from jobs.stored_users import states_directory
 from jobs.train import Trained, read_json
 from pipeline.manifest import why_removed
 from pipeline.storage import absolute
@@ -144,7 +147,19 @@ def _told_to_registry(night: NightContext, before: dict[str, Any], decision: dic
 
 
 def _build_states(night: NightContext, registered: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
-    return {}
+    """What serving needs of the champion's users without their raw histories; a model that reads those has none."""
+    if not night.config.nightly.states or registered["champion"] is None:
+        return {"built": None}
+    model = night.fetch(registered["champion"])
+    try:
+        refuse_models_without_states(model)
+    except ConfigError as error:
+        return {"built": None, "why": str(error)}
+    built = build_states(
+        model, shards=night.config.shards_dir, manifest=prepared["manifest"],
+        out=states_directory(night.config.workspace, model), console=night.console, cluster=night.config.cluster,
+    )  # fmt: skip
+    return {"built": str(built.directory), "users": built.users, "bytes": built.bytes}
 
 
 def _end(night: NightContext, outcome: dict[str, Any], trained: dict[str, Any] | None) -> dict[str, Any]:

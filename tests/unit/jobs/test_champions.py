@@ -10,7 +10,7 @@ from jobs.champions import (
     champion,
     champion_at_night,
     changes,
-    needed_checkpoints,
+    needed_versions,
     nights,
     note_night,
     promote,
@@ -104,8 +104,8 @@ def test_nights_are_kept_with_the_model_and_tell_the_champion_of_a_date(client):
     assert champion_at_night(client, NAME, "2026-03-06") is None
 
 
-def test_checkpoints_of_aliases_of_the_champion_before_and_of_the_latest_versions_are_needed(client):
-    assert needed_checkpoints(client, "nobody") == set()
+def test_versions_of_aliases_of_the_champion_before_and_of_the_latest_versions_are_needed(client):
+    assert needed_versions(client, "nobody") == {}
     promote(client, NAME, "1", expected=None, why="first")
     promote(client, NAME, "2", expected="1", why="better")
-    assert needed_checkpoints(client, NAME, latest=2) == {f"/runs/{number}/step" for number in (1, 2, 4, 5)}
+    assert set(needed_versions(client, NAME, latest=2)) == {"1", "2", "4", "5"}
