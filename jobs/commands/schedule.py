@@ -149,7 +149,7 @@ def _run(config: Any, cron: Any, night: list[str], options: argparse.Namespace, 
     errors = directory / "errors.log"
     recipe, *rest = night
     command = [*SOLAR, "nightly", recipe, "--catch-up", *rest]
-    here = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    here = _path_of_checkout()
     otherwise = "let it be the only one: one scheduler a recipe and workspace is enough"
     with sole_command(directory, otherwise=otherwise), noted_signals() as stopped:
         around = Surroundings(
@@ -170,6 +170,13 @@ def _run(config: Any, cron: Any, night: list[str], options: argparse.Namespace, 
         scheduler.run()
     console.error("solar: interrupted; the same command goes on, and makes up for what it misses until then")
     return 130
+
+
+def _path_of_checkout() -> dict[str, str]:
+    """What a night needs in its environment to find a checkout that was not installed."""
+    if not (ROOT / "pyproject.toml").is_file():
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:

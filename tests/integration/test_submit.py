@@ -163,6 +163,23 @@ def test_mistake_inside_a_job_is_its_line_and_exit_code_2(solar):
     assert "ended with exit code 2" in err
 
 
+def test_failed_job_is_submitted_again_but_not_a_mistake(solar, workplace):
+    shards = workplace / "damaged"
+    assert solar("submit", "--", "prepare", "--events", "raw", "--out", str(shards))[0] == 0
+    largest = max((file for file in shards.rglob("*.parquet")), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"x")
+    again = ["submit", "--retries", "1", "--retry-minutes", "0.01", "--tag", "try=again", "--submission-id"]
+    code, out, err = solar(*again, "damaged", "--", "inspect", str(shards), "--verify")
+    assert code == 1, out + err
+    assert "solar: try 1 of 2 failed (exit code 1); a new job in 0.6 s" in err.splitlines()
+    assert solar(*again, "mistake", "--", "inspect", "nothere")[0] == 2
+    listed = solar("jobs", "list")[1]
+    assert [name for name in ("damaged", "damaged-2", "mistake", "mistake-2") if f"{name} " in listed] == [
+        *("damaged", "damaged-2", "mistake"),
+    ]
+    assert listed.count("try=again") == 3
+
+
 def refused(result: tuple[int, str, str], text: str) -> None:
     code, out, err = result
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -257,6 +257,14 @@ def test_versions_and_user_are_those_of_the_project(emit):
     assert f"USER {USER}" in (ROOT / "infra" / "docker" / "Dockerfile").read_text()
 
 
+@pytest.mark.parametrize("kind", ["CronJob", "RayCronJob"])
+def test_times_are_in_the_zone_of_the_log_s_days_unless_another_is_named(emit, kind):
+    form = {"CronJob": "cronjob", "RayCronJob": "kuberay"}[kind]
+    berlin = ["--data.prepare.daily.time_zone", "Europe/Berlin"]
+    assert of_kind(emit(form, *berlin), kind)["spec"]["timeZone"] == "Europe/Berlin"
+    assert of_kind(emit(form, *berlin, "--time_zone", "Asia/Tokyo"), kind)["spec"]["timeZone"] == "Asia/Tokyo"
+
+
 def test_gpu_workers_ask_for_a_gpu_each_and_cpu_workers_for_none(emit):
     [gpu] = of_kind(emit("kuberay", "--gpu"), "RayJob")["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
