@@ -30,6 +30,11 @@ except KeyboardInterrupt:
     (place / "interrupted").touch()
     time.sleep(0.5)
     sys.exit(130)
+if codes[0] == "slow":
+    time.sleep(2)
+    print("solar: late", file=sys.stderr, flush=True)
+    (place / "finished").touch()
+    sys.exit(0)
 sys.exit(codes[0])
 """
 SCHEDULE = """
@@ -125,16 +130,31 @@ def test_night_that_is_given_up_is_notified_once(start, tmp_path):
 def test_interruption_ends_the_night_first_and_leaves_it_due(start, tmp_path, number):
     process = start(codes=["long"])
     wait_for("begins", process)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "calls").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((tmp_path / "calls").exists)
     time.sleep(0.3)
     code, errors = ended(process, number)
     assert code == 130
     assert (tmp_path / "interrupted").exists()
     assert errors.splitlines()[-1].startswith("solar: interrupted; the same command goes on")
     assert "was missed: now" in wait_for("done", start(codes=[0], missed=False))[0]
+
+
+def test_night_of_a_killed_scheduler_comes_to_its_end_and_is_asked_for_again(start, tmp_path):
+    process = start(codes=["slow"])
+    wait_for("begins", process)
+    wait_until((tmp_path / "calls").exists)
+    process.kill()
+    process.wait()
+    wait_until((tmp_path / "finished").exists)
+    assert "was missed: now" in wait_for("done", start(codes=[0], missed=False))[0]
+    assert len(calls(tmp_path)) == 2
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_second_scheduler_of_a_recipe_is_refused_while_the_first_lives(start):
