@@ -77,9 +77,10 @@ def traces(path: str, users: Sequence[str], *, outputs: Sequence[str] = ()) -> l
     stones = Tombstones.of(path, data.manifest)
     if stones is None or not stones.among(pl.Series(users, dtype=pl.String)).all():
         found.append("tombstones: not all of them, so a later ingest would bring them back")
-    numbers = manifest_numbers(Store(path))
-    if len(numbers) > 1:
-        found.append(f"manifests {', '.join(map(str, numbers[:-1]))}: older states are still there")
+    for number in manifest_numbers(Store(path))[:-1]:
+        before = set(Shards.open(path, number=number).index_table()["user_id"].cast(pl.String).to_list())
+        if before & set(users):
+            found.append(f"manifest {number}: an older state with {len(before & set(users))} of them is still there")
     found += [f"{name}: some rows" for name in _rejected(Store(path)) if _about(_table(path, name), users).any()]
     found += [f"{output}: some rows" for output in outputs if _of_users(output, users).any()]
     return found
