@@ -48,7 +48,7 @@ def plan_of(nights: int) -> Plan:
     last = FIRST_NIGHT + nights - 1
     if nights < 28:
         troubles: dict[int, Trouble] = {2: "killed at once", 3: "bad day", 4: "worse by design", 5: "MLflow away"}
-        return Plan(last=last, troubles=troubles, repaired_after=1, killed_in=("train", "register"))
+        return Plan(last=last, troubles=troubles, repaired_after=2, killed_in=("train", "register"))
     troubles = {
         5: "bad day", 9: "missing day", 11: "late day", 14: "redelivered", 16: "worse by design", 18: "killed at once",
         20: "killed later", 22: "MLflow away", 24: "disk full", 26: "forgotten user",

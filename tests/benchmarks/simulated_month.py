@@ -90,7 +90,8 @@ def print_month(month: Month) -> None:
     plain = [taken for day, taken in zip(range(FIRST_NIGHT, month.plan.last + 1), seconds, strict=True)
              if day not in month.plan.troubles]  # fmt: skip
     print(f"\n{len(verdicts)} nights: " + ", ".join(f"{verdicts.count(name)} {name}" for name in sorted(set(verdicts))))
-    print(f"seconds a night without trouble: median {statistics.median(plain):.0f}, most {max(plain):.0f}")
+    if plain:
+        print(f"seconds a night without trouble: median {statistics.median(plain):.0f}, most {max(plain):.0f}")
     if both:
         retrained, frozen = (
             statistics.mean(curve[day] for day in both),
