@@ -19,6 +19,6 @@ def test_four_nights_with_troubles_end_as_they_must(tmp_path):
     assert [night and night["verdict"] for night in ended] == ["promoted", "no_input", "refused", "promoted"]
     killed = [attempt for attempt in month.attempts if attempt.code == -9]
     assert len(killed) == 2
-    repaired = month.document(4, "prepare")
+    repaired = month.document(5, "prepare")
     assert repaired is not None
     assert str(day_of(3)) in repaired["days"]
