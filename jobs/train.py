@@ -21,6 +21,7 @@ from jobs.run_record import write_json as write_json
 from jobs.spool import NAME as SPOOL
 from jobs.training.checkpoint import (
     CheckpointError,
+    CheckpointNotWritten,
     checkpoint_bytes,
     committed_checkpoints,
     latest_checkpoint,
@@ -265,7 +266,7 @@ def _require_disk(config: RunConfig, shards: Shards) -> None:
     needed = each * (config.checkpoint.keep + 2) - there
     free = shutil.disk_usage(config.run_dir).free
     if free < needed:
-        raise ConfigError(
+        raise CheckpointNotWritten(
             f"{config.run_dir}: {free >> 20} MiB free, its checkpoints need {-(-needed >> 20)} MiB more "
             f"({config.checkpoint.keep + 2} of {-(-each >> 20)} MiB): free some disk, lower checkpoint.keep, "
             "or choose another --workspace"

@@ -28,7 +28,7 @@ from jobs.notify import notify
 from jobs.permissions import refuse_open_directory
 from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
 from jobs.spool import is_away
-from jobs.training.checkpoint import CheckpointError
+from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
 from jobs.training.run_lock import RunInUse, sole_command
 from pipeline.events import DataError, NotNow
 from pipeline.plan import pending_days
@@ -36,6 +36,9 @@ from pipeline.storage import absolute
 
 NOTIFIED = "notified"
 """Step of the journal after the last one: people were told."""
+
+_LATER = (RunInUse, NotNow, StoreAway, ChampionChanged, CheckpointNotWritten)
+"""What may be otherwise in an hour: no mistake of the user's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ def _outcome(
             raise
         return _given_up(config, date, "no_input", error)
     except (ConfigError, DataError, CheckpointError, WorkerFailure) as error:
-        if is_last or isinstance(error, (RunInUse, NotNow, StoreAway)):
+        if is_last or isinstance(error, _LATER):
             raise
         return _given_up(config, date, "failed", error)
 
@@ -186,7 +189,7 @@ def _later(root: Path) -> Iterator[None]:
 
     try:
         yield
-    except (RunInUse, NotNow, StoreAway, ChampionChanged) as error:
+    except _LATER as error:
         raise TryLater(str(error)) from error
     except MlflowException as error:
         if is_away(error):

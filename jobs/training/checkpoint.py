@@ -37,6 +37,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and the fix in one line."""
 
 
+class CheckpointNotWritten(CheckpointError):
+    """The disk does not take one: nothing is wrong with the run, and the same again may succeed once there is room."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When to write and what to keep."""

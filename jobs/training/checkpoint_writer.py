@@ -29,6 +29,7 @@ from torch import Tensor
 from jobs.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
+    CheckpointNotWritten,
     TrainState,
     commit_files,
     committed_checkpoints,
@@ -224,7 +225,7 @@ class CheckpointWriter:
             return [each for each, _ in gathered]
         if dist.get_rank() == 0 and not (path / "COMMIT").exists():
             shutil.rmtree(path, ignore_errors=True)
-        raise CheckpointError(
+        raise CheckpointNotWritten(
             f"{path}: not written: {found}: make room (or make it writable) and continue with --resume; "
             "the checkpoints before it are whole"
         )

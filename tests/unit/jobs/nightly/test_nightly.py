@@ -1,0 +1,66 @@
+"""Nights that cannot be done now, and what becomes of those that were missed."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+from jobs.config import ConfigError
+from jobs.config_reader import load_config
+from jobs.console import Console
+from jobs.nightly import nightly as nightly_module
+from jobs.nightly.context import nights_directory
+from jobs.nightly.journal import END, Journal, TryLater
+from jobs.nightly.nightly import NightlyOptions, nightly
+from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
+from pipeline.events import NotNow
+
+DAY = datetime.date(2026, 3, 4)
+
+
+@pytest.fixture
+def config(tmp_path):
+    folder = ["--data.prepare.daily.folder", "dt=%Y-%m-%d"]
+    config = load_config("nightly", "movielens-100k", ["--workspace", str(tmp_path), *folder])
+    last = Journal(nights_directory(config), DAY - datetime.timedelta(days=2))
+    last.write(END, {"date": str(last.date), "verdict": "promoted", "reasons": ["r"], "champion": "1"})
+    return config
+
+
+def refuse(monkeypatch, error: Exception) -> list[datetime.date]:
+    """Every night raises this; the nights that were begun."""
+    begun: list[datetime.date] = []
+
+    def run_night(night):
+        begun.append(night.date)
+        raise error
+
+    monkeypatch.setattr(nightly_module, "run_night", run_night)
+    return begun
+
+
+@pytest.mark.parametrize("error", [CheckpointNotWritten("run: not written"), NotNow("1 MiB free"), OSError(28, "full")])
+def test_full_disk_is_no_reason_to_give_a_missed_night_up(config, monkeypatch, error):
+    begun = refuse(monkeypatch, error)
+    with pytest.raises(TryLater):
+        nightly(config, NightlyOptions(date=DAY, catch_up=True), Console())
+    missed = DAY - datetime.timedelta(days=1)
+    assert begun == [missed]
+    assert Journal(nights_directory(config), missed).ended is None
+
+
+def test_missed_night_with_a_damaged_checkpoint_is_given_up_and_the_last_one_says_why(config, monkeypatch):
+    begun = refuse(monkeypatch, CheckpointError("run: damaged"))
+    with pytest.raises(CheckpointError, match="damaged"):
+        nightly(config, NightlyOptions(date=DAY, catch_up=True), Console())
+    missed = DAY - datetime.timedelta(days=1)
+    assert begun == [missed, DAY]
+    ended = Journal(nights_directory(config), missed).ended
+    assert ended is not None
+    assert (ended["verdict"], ended["reasons"]) == ("failed", ["run: damaged"])
+
+
+def test_night_before_the_last_one_is_refused(config):
+    with pytest.raises(ConfigError, match="the night of 2026-03-02 is done already"):
+        nightly(config, NightlyOptions(date=datetime.date(2026, 3, 1), catch_up=False), Console())
