@@ -65,9 +65,12 @@ class Nodes:
             node.kill()
         shutil.rmtree(self._home, ignore_errors=True)
 
-    def head(self, ip: str, port: int, *, prefix: Sequence[str] = ()) -> Node:
-        """Start the head node at `ip`; `prefix` goes before the command."""
-        return self._start(ip, prefix, "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false")
+    def head(self, ip: str, port: int, *, dashboard: int | None = None, prefix: Sequence[str] = ()) -> Node:
+        """Start the head node at `ip`, its job server at the port `dashboard`; `prefix` goes before the command."""
+        jobs = (
+            [f"--dashboard-host={ip}", f"--dashboard-port={dashboard}"] if dashboard else ["--include-dashboard=false"]
+        )
+        return self._start(ip, prefix, "--head", f"--port={port}", "--num-cpus=0", *jobs)
 
     def node(self, ip: str, address: str, *, prefix: Sequence[str] = ()) -> Node:
         """Start a node of one CPU that joins the head's `address`."""

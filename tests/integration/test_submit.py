@@ -13,9 +13,7 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,18 +23,9 @@ import pytest
 
 from jobs import cli, ray_jobs
 from jobs.training.checkpoint import latest_checkpoint, read_state
+from tests.commands import free_ports
+from tests.ray_nodes import ADDRESS_VARIABLES, RAY
 from tests.tiny import write_tiny_log, write_tiny_recipe
-
-RAY = str(Path(sys.executable).parent / "ray")
-ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [open_socket.getsockname()[1] for open_socket in sockets]
-    for open_socket in sockets:
-        open_socket.close()
-    return ports
 
 
 @pytest.fixture(scope="module")

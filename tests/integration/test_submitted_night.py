@@ -1,0 +1,65 @@
+"""A whole night as a submitted job on a cluster of several nodes: the driver on the head, a worker on each of two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands import SOLAR, free_ports
+from tests.daily_log import write_day, write_nightly_recipe
+from tests.ray_nodes import Nodes
+
+HEAD = "127.0.0.1"
+
+
+@pytest.fixture(scope="module")
+def submitted(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+    """(workplace, the first night's submission, the list of jobs)."""
+    directory = tmp_path_factory.mktemp("night")
+    write_day(directory / "log", 0)
+    write_nightly_recipe(directory / "shop.yaml", workspace=directory / "workspace", log=directory / "log")
+    port, dashboard = free_ports(2)
+    with Nodes() as nodes:
+        nodes.head(HEAD, port, dashboard=dashboard).wait_until_started()
+        started = [nodes.node(f"127.0.0.{place}", f"{HEAD}:{port}") for place in (2, 3)]
+        for node in started:
+            node.wait_until_started()
+        address = ["--address", f"http://{HEAD}:{dashboard}"]
+        night = ["nightly", "shop.yaml", "--date", "2026-03-01", "--parallel.num_workers", "2"]
+        command = [SOLAR, "submit", *address, "--retries", "1", "--tag", "night=2026-03-01", "--", *night]
+        deadline = time.monotonic() + 60
+        while True:
+            done = run(command, cwd=directory, environment=nodes.environment)
+            # The job server comes up after the node.
+            if "no Ray cluster answers" not in done.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(2)
+        listed = run([SOLAR, "jobs", "list", *address], cwd=directory, environment=nodes.environment)
+    return directory, done, listed
+
+
+def run(command: list[str], *, cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_night_on_several_nodes_has_a_champion_with_states(submitted):
+    directory, done, _ = submitted
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2026-03-01 promoted: there is no champion yet" in done.stdout
+    journal = directory / "workspace/nightly/shop/2026-03-01"
+    trained = json.loads((journal / "train.json").read_text())
+    state = json.loads((Path(trained["checkpoint"]) / "state.json").read_text())
+    assert state["world_size"] == 2
+    assert json.loads((journal / "states.json").read_text())["users"] > 100
+    assert (journal / "report.html").exists()
+
+
+def test_job_is_listed_with_its_tag(submitted):
+    listed = submitted[2]
+    assert listed.returncode == 0, listed.stderr
+    assert "SUCCEEDED" in listed.stdout
+    assert "night=2026-03-01" in listed.stdout
