@@ -80,18 +80,10 @@ def register(
     with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch) / "model"
         vocabulary = export_model(config, trained.checkpoint, directory)
-        scorer = Path(scratch) / "scorer.py"
-        scorer.write_text(scorer_source(config.model["name"]))
         stage.update(1, 3, "log")
         with mlflow.start_run(run_id=trained.mlflow_run_id):
             _log_evaluation(config, trained, evaluated)
-            info = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(scorer),
-                artifacts={"model": str(directory)},
-                signature=_signature(config, vocabulary),
-                pip_requirements=[f"{package}=={_version(package)}" for package in RUNTIME_PACKAGES],
-            )
+            info = log_export(directory, model=config.model, vocabulary=vocabulary)
         stage.update(2, 3, "version")
         version = _create_version(client, name, info, trained, {**tags, "solar.run_key": key})
         alias = set_alias(client, name, str(version.version))
@@ -160,6 +152,22 @@ def write_export(
     (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
 
 
+def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary) -> Any:
+    """Log an export and its scorer as an MLflow model of the active run; MLflow's ModelInfo."""
+    import mlflow
+
+    with tempfile.TemporaryDirectory() as scratch:
+        scorer = Path(scratch) / "scorer.py"
+        scorer.write_text(scorer_source(model["name"]))
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(scorer),
+            artifacts={"model": str(directory)},
+            signature=signature(model, vocabulary),
+            pip_requirements=[f"{package}=={_version(package)}" for package in RUNTIME_PACKAGES],
+        )
+
+
 def scorer_source(model: str) -> str:
     """jobs/scorer.py, its input, its states and every file of models/ that the tower needs, as one file."""
     config_class, tower_class = MODELS[model]
@@ -226,30 +234,23 @@ def _items_table(vocabulary: Vocabulary) -> pa.Table:
     return pa.table(columns)
 
 
-def _signature(config: RunConfig, vocabulary: Vocabulary) -> Any:
+def signature(model: dict[str, Any], vocabulary: Vocabulary) -> Any:
+    """What MLflow lets through to the scorer, which checks it: jobs/scorer.py names the columns.
+
+    Any type stands where MLflow would spoil values: of a list of strings with a null in it it keeps the first letter
+    of each, and it takes no null among numbers. A user feature is a category, or a list of them.
+    """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
 
-    item = DataType.string if vocabulary.item_type == "string" else DataType.long
-    # A category or a list of them: one user may have several values of a feature, another's is a plain string.
-    users = [ColSpec(AnyType(), name, required=False) for name in user_features(config.model, vocabulary)]
-    inputs = Schema(
-        [
-            ColSpec(Array(item), "candidates"),
-            *(
-                ColSpec(kind, f"{name}{column}", required=False)
-                for name in ("history", "latest")
-                for column, kind in (
-                    ("", Array(item)),
-                    ("_time", Array(DataType.long)),
-                    ("_action", Array(DataType.string)),
-                )
-            ),
-            ColSpec(DataType.binary, "state", required=False),
-            ColSpec(DataType.long, "time", required=False),
-            *users,
-        ]
-    )
+    integers = Array(DataType.long)
+    items = AnyType() if vocabulary.item_type == "string" else integers
+    columns = {"candidates": items}
+    for name in ("history", "latest"):
+        columns |= {name: items, f"{name}_time": integers, f"{name}_action": AnyType()}
+    columns |= dict.fromkeys(("state", "time", *user_features(model, vocabulary)), AnyType())
+    # What is missing the scorer tells better.
+    inputs = Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
     return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(Array(DataType.double), "scores")]))
 
 

@@ -26,6 +26,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.pyfunc.model import PythonModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -49,6 +51,7 @@ from jobs.scorer_states import (
     export_digest,
     pack_states,
     read_states,
+    state_bytes,
     stored_too_late,
     with_latest,
 )
@@ -67,6 +70,10 @@ REQUEST_ENTRIES = 128
 """What a request costs beside its events and candidates: its Gram matrix and decomposition, in float64."""
 
 
+class InvalidRequest(MlflowException, RequestError):
+    """What MLflow's server answers with status 400 and this very line."""
+
+
 class Scorer(PythonModel):
     """Loads one exported model directory and scores requests.
 
@@ -78,8 +85,8 @@ class Scorer(PythonModel):
       time            optional: milliseconds since 1970 UTC of the request (or a timestamp): only events strictly before
                       it are history, whose times must be given then. Null or absent = the last event's time, and every
                       event is history
-      state           optional: what `solar score --build-states` stored of the user's history with this very model, in
-                      the place of a history, which is null or [] then; null = none
+      state           optional: what `solar score --build-states` stored of the user's history with this very model, as
+                      bytes or base64, in the place of a history, which is null or [] then; null = none
       latest, latest_time, latest_action
                       optional: events as in a history; those after its last one, or after the state's, are added to it
       NAME            optional: the category, or list of categories, of the request's user in the user feature NAME
@@ -137,7 +144,16 @@ class Scorer(PythonModel):
         self.tower.eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """One row of `scores` per request, in the order of its candidates; a logit each (sigmoid = probability)."""
+        """One row of `scores` per request, in the order of its candidates; a logit each (sigmoid = probability).
+
+        InvalidRequest: a mistake in the requests.
+        """
+        try:
+            return self._predict(model_input)
+        except RequestError as error:
+            raise InvalidRequest(str(error), error_code=BAD_REQUEST) from error
+
+    def _predict(self, model_input: pd.DataFrame) -> pd.DataFrame:
         batch = _arrow(model_input, self.user_features)
         histories, time = self.histories(batch), self.request_times(batch)
         if (late := stored_too_late(histories, time)).any():
@@ -201,10 +217,8 @@ class Scorer(PythonModel):
 
     def states(self, column: pa.Array, *, first_row: int = 0) -> Histories:
         """What a column of states knows. RequestError: it holds something else, or a state of another model."""
-        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type) or column.null_count):
-            raise RequestError(f"column 'state' holds {column.type}: it must hold the bytes of a state, or nulls")
         return read_states(
-            column.to_pylist(),
+            state_bytes(column, first_row=first_row),
             digest=self.digest,
             num_rows=len(self.item_IC),
             num_features=len(self.user_features),

@@ -9,6 +9,7 @@ Exported into `scorer.py` beside jobs/scorer.py, so it imports numpy, pyarrow, t
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
@@ -146,6 +148,20 @@ def pack_states(
         # One entry: safetensors writes several in any order.
         packed.append(save_arrays(typed, metadata={"solar": json.dumps(facts)}))
     return packed
+
+
+def state_bytes(column: pa.Array, *, first_row: int = 0) -> list[bytes | None]:
+    """The states of a column of bytes or of base64 text. RequestError: it holds something else."""
+    kind, values = column.type, column.to_pylist()
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        for b, text in enumerate(values):
+            try:
+                values[b] = None if text is None else base64.b64decode(text, validate=True)
+            except ValueError as error:
+                raise RequestError(f"row {first_row + b}: column 'state' is no base64 of a state: {error}") from error
+    elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
+        raise RequestError(f"column 'state' holds {kind}: it must hold the bytes of states, base64 of them, or nulls")
+    return values
 
 
 def read_states(

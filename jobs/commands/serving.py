@@ -54,8 +54,7 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
         )  # fmt: skip
         return 0
     states = str(own) if parsed.states == "auto" else parsed.states
-    given: dict[str, Any] = {field: parsed[field] for field in ScoreConfig.__dataclass_fields__}
-    given["states"] = states
+    given: dict[str, Any] = {field: parsed[field] for field in ScoreConfig.__dataclass_fields__} | {"states": states}
     try:
         config = ScoreConfig(**given)
     except ValueError as error:

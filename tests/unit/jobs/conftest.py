@@ -53,19 +53,25 @@ def data(prepare, write_log, random_log, tmp_path):
 def export(tmp_path):
     """Export a tower with random weights over a data set's vocabulary: a RegisteredModel, whose tags are empty."""
 
-    def make(data: Shards, *, max_history: int = 7, name: str = "export", **model: Any) -> RegisteredModel:
-        torch.manual_seed(3)
-        whole = {"name": "solar", **dataclasses.asdict(SOLAR), **model}
-        tower = randomise(
-            build_tower(model_settings(whole, data.vocabulary), num_features=len(data.vocabulary.features))
-        )
-        specs = model_tables(whole, data.vocabulary)
-        tables = {spec.name: torch.randn(spec.capacity, spec.width) for spec in specs}
-        directory = Path(tmp_path) / name
-        write_export(
-            directory, shards=data, config={}, model=whole, requests=RequestConfig(max_history=max_history),
-            table=tables.__getitem__, tower=tower.state_dict(),
-        )  # fmt: skip
-        return RegisteredModel(name="tiny", version="1", alias=None, directory=directory, tags={})
+    def make(data: Shards, *, name: str = "export", **settings: Any) -> RegisteredModel:
+        return random_export(data, Path(tmp_path) / name, **settings)
 
     return make
+
+
+def random_export(data: Shards, directory: Path, *, max_history: int = 7, **model: Any) -> RegisteredModel:
+    """SOLAR with random weights, exported to `directory`; `model` changes its settings."""
+    torch.manual_seed(3)
+    whole = solar_settings(**model)
+    tower = randomise(build_tower(model_settings(whole, data.vocabulary), num_features=len(data.vocabulary.features)))
+    specs = model_tables(whole, data.vocabulary)
+    tables = {spec.name: torch.randn(spec.capacity, spec.width) for spec in specs}
+    write_export(
+        directory, shards=data, config={}, model=whole, requests=RequestConfig(max_history=max_history),
+        table=tables.__getitem__, tower=tower.state_dict(),
+    )  # fmt: skip
+    return RegisteredModel(name="tiny", version="1", alias=None, directory=directory, tags={})
+
+
+def solar_settings(**model: Any) -> dict[str, Any]:
+    return {"name": "solar", **dataclasses.asdict(SOLAR), **model}

@@ -10,9 +10,10 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from mlflow.models.utils import _enforce_schema
 
 from jobs import scorer as scorer_module
-from jobs.register import scorer_source
+from jobs.register import scorer_source, signature
 from jobs.scorer_input import NO_TIME, RequestError
 from pipeline.events import EventColumns
 from pipeline.sequences import build_sequences
@@ -192,6 +193,23 @@ def test_a_time_without_event_times_is_refused(data, export):
     frame = pd.DataFrame({"history": [[100]], "candidates": [[101]], "time": [1000]})
     with pytest.raises(RequestError, match="column 'time' needs 'history_time'"):
         scorer.predict(None, frame)
+
+
+def test_strings_beside_nulls_reach_the_scorer_as_they_are(prepare, write_log, random_log, tmp_path, export):
+    write_log(random_log().with_columns(pl.format("item {}", "item_id").alias("item_id")))
+    prepare(tmp_path / "log", tmp_path / "out", columns=EventColumns(action="action"), buckets=1)
+    data = Shards.open(str(tmp_path / "out"))
+    scorer, asked = export(data).scorer(), signature({"name": "solar"}, data.vocabulary).inputs
+    rows = [
+        {"history": ["item 100", "item 101"], "history_time": [1, 2], "history_action": ["click", None]},
+        {"history": None, "history_time": None, "history_action": None},
+    ]
+    frame = pd.DataFrame(rows).assign(candidates=[["item 102"]] * 2)
+    passed = _enforce_schema(frame, asked)
+    assert scorer.predict(None, passed).equals(scorer.predict(None, frame))
+    frame["candidates"] = [["item 102", None], []]
+    with pytest.raises(RequestError, match="row 0: column 'candidates' holds a null in its list"):
+        scorer.predict(None, _enforce_schema(frame, asked))
 
 
 @pytest.mark.parametrize("model", ["solar", "mean_pooling"])
