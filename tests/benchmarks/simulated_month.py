@@ -56,7 +56,11 @@ def main() -> None:
         git_month(arguments.git, place, nights=arguments.nights)
         return
     month = Month(place, plan_of(arguments.nights), tell=lambda text: print(text, flush=True))
-    month.run(frozen_every=arguments.frozen_every)
+    try:
+        month.run(frozen_every=arguments.frozen_every)
+    except KeyboardInterrupt:
+        print_month(month)
+        sys.exit(130)
     problems = month.problems()
     print(solar("history", MODEL, "--tracking.uri", f"sqlite:///{place / 'mlflow' / 'mlflow.db'}", cwd=place).stdout)
     print_month(month)
