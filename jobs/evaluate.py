@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from pipeline.shards import Shards
 EMPTIED = "history emptied"
 POPULARITY = "popularity"
 OWN_ITEMS = "own items"
+SUMMARY = "summary.json"
+"""The last file of an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,13 +87,16 @@ def evaluate(
         "manifest_fingerprint": shards.manifest.fingerprint,
         "requests_config": json.loads(json.dumps(dataclasses.asdict(config.data.requests))),
     }
-    if (directory / "summary.json").exists():
-        summary = read_json(directory / "summary.json")
+    if (directory / SUMMARY).exists():
+        summary = read_json(directory / SUMMARY)
         if all(summary.get(key) == value for key, value in subject.items()):
             return Evaluated(directory, summary, reused=True)
-    elif directory.exists() and any(directory.iterdir()):
+    # What a killed command leaves is no evaluation, and in nobody's way.
+    staging = directory.absolute().with_name(f".{directory.name}.unfinished")
+    if not staging.exists() and not (directory / SUMMARY).exists() and directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"{directory}: not empty and no evaluation: give another --out")
-    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
     _warn(config, shards, systems[0], console)
     arguments = {
         "systems": systems,
@@ -101,7 +107,7 @@ def evaluate(
         "requests": config.data.requests,
         "parallel": config.parallel,
         "part": part,
-        "directory": str(directory.absolute()),
+        "directory": str(staging),
     }
     with (
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
@@ -126,8 +132,12 @@ def evaluate(
     names = [system.name for system in systems]
     if beside:
         names[1:1] = [f"{names[0]}, {EMPTIED}"]
-    summary = subject | _summarise(directory, config, [*names, *arguments["baselines"]])
-    write_json(directory / "summary.json", summary)
+    summary = subject | _summarise(staging, config, [*names, *arguments["baselines"]])
+    write_json(staging / SUMMARY, summary)
+    directory.mkdir(exist_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == SUMMARY):
+        file.replace(directory / file.name)
+    staging.rmdir()
     return Evaluated(directory, summary, reused=False)
 
 
