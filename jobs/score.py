@@ -1,113 +1,83 @@
 """solar score MODEL_URI --requests IN.parquet --out OUT.parquet: a registered model -> scores and rankings.
 
-Histories stand in the requests, or come from sequence shards by user_id. Candidates stand in the requests, or are the
-whole catalogue. One row a request leaves, in input order: every other column, `candidates` best first (equal scores: in
-the order in which they were given, the catalogue in the order of its table rows) and `scores`, float32 logits.
+    rows of the input --Ray Data actors, each with the model--> a file a part --here, in input order--> the result
+
+Histories stand in the requests, or come by user_id from stored states (jobs/states.py) or from sequence shards.
+Candidates stand in the requests, or are the whole catalogue. One row a request leaves, in input order: every other
+column, `candidates` best first (equal scores: in the order in which they were given, the catalogue in the order of its
+table rows) and `scores`, float32 logits. An input of one part is scored in this process, without Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import functools
 import time
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from jobs.actors import map_in_actors
+from jobs.cluster import ClusterConfig, ray_session
 from jobs.config import ConfigError
-from jobs.console import Console
+from jobs.console import Console, Stage
+from jobs.ranking import ScoreConfig, ScoreCounts
 from jobs.registry import RegisteredModel
-from jobs.score_input import Block, RequestFile, Sources, UserHistories
-from jobs.scorer import REQUEST_COLUMNS, UNKNOWN_ROW, Scorer
-from jobs.scorer_input import Histories, RequestError, flat_offsets, flat_ranges, list_column
+from jobs.score_input import Part, Requests
+from jobs.score_output import ResultFile, footer
+from jobs.score_parts import PartScorer, read_part
 from jobs.states import refuse_models_without_states
-from jobs.stored_users import find_states
-from pipeline.shards import Shards
+from jobs.stored_users import StoredUsers, find_states
+from pipeline.staged import staging_directory
+from pipeline.storage import absolute
 
-SCORES_PER_PART = 1 << 22
-"""Catalogue scores in memory together (requests times items)."""
-CANDIDATES_PER_ROW_GROUP = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """What is scored, and where the result goes."""
-
-    requests: str
-    """Parquet file, one row a request: history (+ history_time, history_action) or, with --shards, user_id; candidates;
-    time; a column named as a user feature of the model; these and further columns pass through."""
-    out: str
-    """Parquet file of the result."""
-    shards: str | None = None
-    """Sequence shards that hold the users' histories."""
-    states: str | None = None
-    """Directory of the model's stored states: users that have one are scored from it, others from the shards."""
-    top_k: int | None = None
-    """Keep the best so many; without a column candidates the whole catalogue is ranked."""
-    keep_seen: bool = False
-    """Whole catalogue: also rank what the user's events before the request's time already hold."""
-    overwrite: bool = False
-    """Replace an existing result."""
-
-    def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}: must be 1 or more")
+ROWS_PER_PART = 4096
+"""Requests of one task: seconds to minutes of work."""
 
 
-@dataclasses.dataclass(kw_only=True)
-class ScoreCounts:
-    """What was scored, in requests unless it says otherwise."""
+def score(
+    model: RegisteredModel,
+    config: ScoreConfig,
+    console: Console,
+    *,
+    cluster: ClusterConfig | None = None,
+    parallel: int | None = None,
+) -> ScoreCounts:
+    """Score every request; the result appears whole or not at all. ConfigError, DataError: a mistake in the input.
 
-    requests: int = 0
-    candidates: int = 0
-    """Candidates that were scored, before --top_k."""
-    unknown_candidates: int = 0
-    """Of these, items that the model does not know."""
-    history_events: int = 0
-    """Events that the model was shown."""
-    unknown_history_items: int = 0
-    """Of these, events with an item that the model does not know."""
-    cold: int = 0
-    """Without any event before the request."""
-    unknown_users: int = 0
-    """Of these, users that neither states nor shards hold."""
-    from_states: int = 0
-    """Whose history is a stored state."""
-    without_state: int = 0
-    """Of users without a state that can be used, where states are asked for: their raw histories were read."""
-    truncated: int = 0
-    """With more events than max_history: the latest were shown."""
-    user_values: int = 0
-    """Values of user features that the model was shown."""
-    unknown_user_values: int = 0
-    """Of these, values that the model does not know."""
-
-
-def score(model: RegisteredModel, config: ScoreConfig, console: Console) -> ScoreCounts:
-    """Score every request; the result appears whole or not at all. ConfigError, DataError: a mistake in the input."""
+    `parallel`: actors, each with the model in memory; None = a core each.
+    """
     out = Path(config.out)
     if out.exists() and not config.overwrite:
         raise ConfigError(f"{out}: is there already: name another --out, or add --overwrite")
-    if out.exists() and out.samefile(config.requests):
-        raise ConfigError(f"{out}: is the file of the requests: name another --out")
     counts = ScoreCounts()
-    requests = RequestFile(Path(config.requests))
-    with contextlib.closing(requests), console.stage("score") as stage:
+    with contextlib.closing(Requests(Path(config.requests))) as requests, console.stage("score") as stage:
+        requests.refuse_as_result(out)
         _check_options(requests, config)
-        scorer = model.scorer()
-        sources = open_sources(model, scorer, config, console)
-        ranking = _Ranking(scorer, config, path=requests.path)
+        states = _states(model, config, console)
+        parts = requests.parts(ROWS_PER_PART)
         facts = {"model": model.name, "version": model.version, "digest": model.digest}
         started = time.monotonic()
-        with _Result(out, ranking.schema(requests.schema).with_metadata(_footer(facts))) as result:
-            for block in requests.blocks(scorer, sources):
-                result.write(ranking.of(block, counts))
-                stage.update(counts.requests, requests.num_rows, f"{counts.candidates:,} candidates")
-            result.publish(_footer(dataclasses.asdict(counts)))
+        if len(parts) == 1:
+            batches = PartScorer(model, config, states).batches(parts[0], counts)
+        else:
+            # Actors may stand in another directory.
+            shards = None if config.shards is None else absolute(config.shards)
+            elsewhere = dataclasses.replace(model, directory=model.directory.absolute())
+            opened = functools.partial(PartScorer, elsewhere, dataclasses.replace(config, shards=shards), states)
+            batches = _scored_in_actors(
+                opened, parts, counts, stage, out=out, cluster=cluster or ClusterConfig(), parallel=parallel
+            )
+        with contextlib.closing(batches):
+            first = next(batches)
+            with ResultFile(out, first.schema.with_metadata(footer(facts))) as result:
+                result.write(first)
+                for rows in batches:
+                    result.write(rows)
+                    stage.update(counts.requests, requests.num_rows, f"{counts.candidates:,} candidates")
+                result.publish(footer(dataclasses.asdict(counts)))
         seconds = time.monotonic() - started
         stage.result = f"{counts.requests:,} requests, {counts.requests / seconds:,.1f} requests/s -> {out}"
     return counts
@@ -132,170 +102,50 @@ def _states_line(counts: ScoreCounts) -> list[tuple[str, int, str]]:
     return [("states", counts.from_states, f"requests from stored states, {counts.without_state:,} without one")]
 
 
-def open_sources(model: RegisteredModel, scorer: Scorer, config: ScoreConfig, console: Console) -> Sources:
-    """The histories that the config names. ConfigError: states of another model, or none and no shards either."""
-    shards = UserHistories(Shards.open(config.shards), scorer) if config.shards else None
-    states = None
-    if config.states is not None:
-        refuse_models_without_states(model)
-        states = find_states(model, config.states)
-        if states is None and shards is None:
-            raise ConfigError(
-                f"--states {config.states}: holds no complete states of {model.uri}: build them with --build-states, "
-                "or give --shards to read raw histories"
-            )
-        if states is None:
-            console.line(f"{'states':<12} none that are complete at {config.states}: raw histories are read")
-    return Sources(states=states, shards=shards, states_asked=config.states is not None)
+def _scored_in_actors(
+    opened: Callable[[], PartScorer],
+    parts: list[Part],
+    counts: ScoreCounts,
+    stage: Stage,
+    *,
+    out: Path,
+    cluster: ClusterConfig,
+    parallel: int | None,
+) -> Generator[pa.RecordBatch, None, None]:
+    """The result's rows in input order, out of files that actors write, each read and removed as soon as all before it
+    are; `counts` go ahead of them."""
+    total = sum(part.num_rows for part in parts)
+    with ray_session(cluster), staging_directory(str(out.absolute().parent)) as staging:
+        rows = [dataclasses.asdict(part) | {"directory": staging} for part in parts]
+        waiting: dict[int, str] = {}
+        following = 0
+        for answer in map_in_actors(opened, rows, parallel=parallel):
+            counts.add(answer["counts"])
+            stage.update(counts.requests, total, f"{counts.candidates:,} candidates")
+            waiting[answer["number"]] = answer["file"]
+            while following in waiting:
+                yield from read_part(waiting.pop(following))
+                following += 1
+        assert following == len(parts)
 
 
-class _Ranking:
-    """Scores a block and ranks its candidates."""
-
-    def __init__(self, scorer: Scorer, config: ScoreConfig, *, path: Path) -> None:
-        self._scorer, self._config, self._path = scorer, config, path
-
-    def schema(self, requests: pa.Schema) -> pa.Schema:
-        kept = [field for field in requests if field.name not in REQUEST_COLUMNS or field.name == "time"]
-        item = pa.int64() if self._scorer.item_type == "int64" else pa.large_string()
-        return pa.schema(
-            [*kept, pa.field("candidates", pa.large_list(item)), pa.field("scores", pa.large_list(pa.float32()))]
+def _states(model: RegisteredModel, config: ScoreConfig, console: Console) -> StoredUsers | None:
+    """The states that the config names. ConfigError: of another model, or none and no shards either."""
+    if config.states is None:
+        return None
+    refuse_models_without_states(model)
+    states = find_states(model, absolute(config.states))
+    if states is None and config.shards is None:
+        raise ConfigError(
+            f"--states {config.states}: holds no complete states of {model.uri}: build them with --build-states, "
+            "or give --shards to read raw histories"
         )
-
-    def of(self, block: Block, counts: ScoreCounts) -> pa.RecordBatch:
-        """The result's rows; what they count is added to `counts`."""
-        scorer = self._scorer
-        shown, asked = scorer.shown(block.histories, block.time)
-        earlier = block.histories.before(block.time)
-        if "candidates" in block.rows.schema.names:
-            raw, offsets, scores = self._given(block, shown, asked, counts)
-        else:
-            raw, offsets, scores = self._catalogue(earlier, shown, asked, counts)
-        counts.requests += block.rows.num_rows
-        counts.history_events += len(shown.row)
-        if shown.stored is not None:
-            counts.history_events += int((shown.stored.length - shown.stored.kept).sum())
-        counts.from_states += block.from_states
-        counts.without_state += block.without_state
-        counts.unknown_history_items += int((shown.row == UNKNOWN_ROW).sum())
-        counts.cold += int((shown.lengths == 0).sum())
-        counts.unknown_users += block.unknown_users
-        counts.user_values += sum(len(feature.row) for feature in shown.users)
-        counts.unknown_user_values += sum(int((feature.row == UNKNOWN_ROW).sum()) for feature in shown.users)
-        counts.truncated += int((earlier.lengths > shown.lengths).sum())
-        schema = self.schema(block.rows.schema)
-        kept = [block.rows.column(name) for name in schema.names if name not in ("candidates", "scores")]
-        lists = [pa.LargeListArray.from_arrays(pa.array(offsets), values) for values in (raw, pa.array(scores))]
-        return pa.RecordBatch.from_arrays([*kept, *lists], schema=schema)
-
-    def _given(self, block: Block, shown: Histories, asked: np.ndarray, counts: ScoreCounts) -> tuple[Any, ...]:
-        scorer = self._scorer
-        try:
-            offsets, row = scorer.candidates(block.rows, first_row=block.first_row)
-        except RequestError as error:
-            raise ConfigError(f"{self._path}: {error}") from error
-        counts.candidates += len(row)
-        counts.unknown_candidates += int((row == UNKNOWN_ROW).sum())
-        logits = self._logits(shown, asked, offsets, row)
-        places, kept = best_first(logits, offsets, top_k=self._config.top_k)
-        raw = list_column(block.rows, "candidates", values=scorer.item_type).values
-        return raw.take(pa.array(places)), kept, logits[places]
-
-    def _catalogue(
-        self, earlier: Histories, shown: Histories, asked: np.ndarray, counts: ScoreCounts
-    ) -> tuple[Any, ...]:
-        """The best of all items of the model, some requests at a time."""
-        scorer, first_item = self._scorer, self._scorer.settings["first_item_row"]
-        num_items, num_requests = len(scorer.item_ids), len(asked)
-        step = max(1, SCORES_PER_PART // num_items)
-        items, scores, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
-        for start in range(0, num_requests, step):
-            some = np.arange(start, min(start + step, num_requests))
-            wanted = np.ones((len(some), num_items), bool)
-            if not self._config.keep_seen:
-                seen = earlier.take(some)
-                known = seen.row >= first_item
-                wanted[seen.owner[known], seen.row[known] - first_item] = False
-            offsets, item = flat_offsets(wanted.sum(1)), np.nonzero(wanted)[1]
-            counts.candidates += len(item)
-            logits = self._logits(shown.take(some), asked[some], offsets, item + first_item)
-            places, kept = best_first(logits, offsets, top_k=self._config.top_k)
-            items.append(item[places])
-            scores.append(logits[places])
-            sizes.append(np.diff(kept))
-        raw = scorer.item_ids.take(pa.array(np.concatenate(items)))
-        raw = raw.cast(self.schema(pa.schema([])).field("candidates").type.value_type)
-        return raw, flat_offsets(np.concatenate(sizes)), np.concatenate(scores)
-
-    def _logits(self, shown: Histories, asked: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
-        logits = self._scorer.logits(shown, asked, offsets, row)
-        if not np.isfinite(logits).all():
-            raise ConfigError(
-                "the model gives scores that are not numbers: its weights are damaged; use another version"
-            )
-        return logits
+    if states is None:
+        console.line(f"{'states':<12} none that are complete at {config.states}: raw histories are read")
+    return states
 
 
-def best_first(scores: np.ndarray, offsets: np.ndarray, *, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(places of the candidates by request, best first, at most top_k of each; their new offsets). Ties keep order."""
-    sizes = np.diff(offsets)
-    places = np.arange(len(scores))
-    if top_k is not None:
-        # Only what may be among the best is sorted.
-        least = np.full(len(sizes), -np.inf, np.float32)
-        for request in np.flatnonzero(sizes > top_k):
-            part = scores[offsets[request] : offsets[request + 1]]
-            least[request] = np.partition(part, len(part) - top_k)[len(part) - top_k]
-        places = np.flatnonzero(scores >= np.repeat(least, sizes))
-    owner = np.repeat(np.arange(len(sizes)), sizes)[places]
-    places = places[np.lexsort((-scores[places], owner))]
-    found = np.bincount(owner, minlength=len(sizes))
-    kept = found if top_k is None else np.minimum(found, top_k)
-    return places[flat_ranges(flat_offsets(found)[:-1], kept)], flat_offsets(kept)
-
-
-class _Result:
-    """A Parquet file that appears under its name when it is complete."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._path, self._schema = path, schema
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        self._waiting: list[pa.RecordBatch] = []
-        self._num_waiting = 0
-
-    def __enter__(self) -> _Result:
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
-        except OSError as error:
-            raise ConfigError(f"{self._path}: {error.strerror}: name a file that can be written") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-        self._partial.unlink(missing_ok=True)
-
-    def write(self, rows: pa.RecordBatch) -> None:
-        self._waiting.append(rows)
-        self._num_waiting += len(rows.column("scores").values)
-        if self._num_waiting >= CANDIDATES_PER_ROW_GROUP:
-            self._flush()
-
-    def publish(self, facts: dict[str, str]) -> None:
-        """Close the file with these facts in its footer and give it its name."""
-        self._flush()
-        self._writer.add_key_value_metadata(facts)
-        self._writer.close()
-        os.replace(self._partial, self._path)
-
-    def _flush(self) -> None:
-        table = pa.Table.from_batches([rows.cast(self._schema) for rows in self._waiting], schema=self._schema)
-        if table.num_rows:
-            self._writer.write_table(table, row_group_size=table.num_rows)
-        self._waiting, self._num_waiting = [], 0
-
-
-def _check_options(requests: RequestFile, config: ScoreConfig) -> None:
+def _check_options(requests: Requests, config: ScoreConfig) -> None:
     given = "candidates" in requests.schema.names
     if not given and config.top_k is None:
         raise ConfigError(
@@ -308,8 +158,3 @@ def _check_options(requests: RequestFile, config: ScoreConfig) -> None:
         )
     if given and config.keep_seen:
         raise ConfigError("--keep_seen: belongs to a ranking of the whole catalogue, but the requests have candidates")
-
-
-def _footer(facts: dict[str, Any]) -> dict[str, str]:
-    """What the result says about itself: pq.read_metadata(FILE).metadata."""
-    return {f"solar.{key}": str(value) for key, value in facts.items()}

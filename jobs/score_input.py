@@ -1,4 +1,4 @@
-"""The requests of `solar score`, block by block: a Parquet file, with histories out of it, of states or of shards."""
+"""The requests of `solar score`, block by block: Parquet files, with histories out of them, of states or of shards."""
 
 from __future__ import annotations
 
@@ -73,6 +73,57 @@ class Sources:
         return ROWS_PER_READ if self.shards is not None else ROWS_PER_BLOCK
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some rows of one file."""
+
+    number: int
+    """Its place in the order of all parts."""
+    file: str
+    first_row: int
+    num_rows: int
+
+
+class Requests:
+    """A Parquet file of requests, or a directory of such files, which are read in the order of their names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        names = [path]
+        if path.is_dir():
+            names = sorted(file for file in path.glob("*.parquet") if not file.name.startswith((".", "_")))
+        if not names:
+            raise ConfigError(f"{path}: no Parquet files there: give a file of requests, or a directory of them")
+        self.files = [RequestFile(name) for name in names]
+        self.num_rows, self.schema = sum(file.num_rows for file in self.files), self.files[0].schema
+        if not self.num_rows:
+            raise ConfigError(f"{path}: it holds no request")
+        for file in self.files[1:]:
+            if not file.schema.equals(self.schema):
+                raise ConfigError(f"{file.path}: its columns are not those of {names[0]}: give all files the same ones")
+
+    def parts(self, most: int) -> list[Part]:
+        """All rows, at most so many a part."""
+        found: list[Part] = []
+        for file in self.files:
+            name = str(file.path.absolute())
+            for first in range(0, file.num_rows, most):
+                rows = min(most, file.num_rows - first)
+                found.append(Part(number=len(found), file=name, first_row=first, num_rows=rows))
+        return found
+
+    def refuse_as_result(self, out: Path) -> None:
+        """ConfigError where the result would be one of the files, or lie among them."""
+        if out.exists() and any(out.samefile(file.path) for file in self.files):
+            raise ConfigError(f"{out}: is the file of the requests: name another --out")
+        if self.path.is_dir() and out.parent.exists() and out.parent.samefile(self.path):
+            raise ConfigError(f"{out}: lies among the files of the requests: name another --out")
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
 class RequestFile:
     """A Parquet file with one row a request."""
 
@@ -81,23 +132,38 @@ class RequestFile:
         with self._explained():
             self._file = pq.ParquetFile(path)
             self.num_rows, self.schema = self._file.metadata.num_rows, self._file.schema_arrow
-        if not self.num_rows:
-            raise ConfigError(f"{path}: it holds no request")
         if "scores" in self.schema.names:
             raise ConfigError(f"{path}: column 'scores' is what the result is called: rename it")
 
-    def blocks(self, scorer: Scorer, sources: Sources) -> Iterator[Block]:
-        """The requests in order. ConfigError that names the file for whatever cannot be read or is no request."""
+    def blocks(self, scorer: Scorer, sources: Sources, *, part: Part) -> Iterator[Block]:
+        """The requests of a part in order, after a block without any. ConfigError that names the file for whatever
+        cannot be read or is no request."""
         with self._explained():
             # No row has the types already: a mistake in them shows before any work.
             empty = pa.RecordBatch.from_pylist([], schema=self.schema)
-            yield from _with_histories([empty], scorer, sources)
+            yield from _with_histories([empty], scorer, sources, first_row=0)
             if "candidates" in self.schema.names:
                 scorer.candidates(empty)
-            yield from _with_histories(self._file.iter_batches(batch_size=sources.rows_per_read), scorer, sources)
+            rows = self._rows(part, batch_size=sources.rows_per_read)
+            yield from _with_histories(rows, scorer, sources, first_row=part.first_row)
 
     def close(self) -> None:
         self._file.close()
+
+    def _rows(self, part: Part, *, batch_size: int) -> Iterator[pa.RecordBatch]:
+        """The part's rows out of the row groups that have some of them."""
+        metadata = self._file.metadata
+        ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+        first_group = int(np.searchsorted(ends, part.first_row, side="right"))
+        last_group = int(np.searchsorted(ends, part.first_row + part.num_rows, side="left"))
+        place = int(ends[first_group - 1]) if first_group else 0
+        groups = list(range(first_group, last_group + 1))
+        for batch in self._file.iter_batches(batch_size=batch_size, row_groups=groups):
+            start, stop = part.first_row - place, part.first_row + part.num_rows - place
+            place += batch.num_rows
+            wanted = batch.slice(max(0, start), max(0, min(stop, batch.num_rows) - max(0, start)))
+            if wanted.num_rows:
+                yield wanted
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -171,8 +237,9 @@ def refuse_wrong_unit(time: np.ndarray, name: str, *, time_range: list[int] | No
         )
 
 
-def _with_histories(batches: Iterable[pa.RecordBatch], scorer: Scorer, sources: Sources) -> Iterator[Block]:
-    first_row = 0
+def _with_histories(
+    batches: Iterable[pa.RecordBatch], scorer: Scorer, sources: Sources, *, first_row: int
+) -> Iterator[Block]:
     for batch in batches:
         if sources.states is None and sources.shards is None:
             histories = scorer.histories(batch, first_row=first_row)

@@ -87,9 +87,9 @@ def build_states(
     with console.stage("states") as stage:
         commit, reused = read_commit(directory), True
         if commit is None:
-            built = []
+            built, elsewhere = [], dataclasses.replace(model, directory=model.directory.absolute())
             with ray_session(cluster), staging_directory(directory) as staging:
-                opened = functools.partial(_opened, model, data, identity, directory, staging)
+                opened = functools.partial(_opened, elsewhere, data, identity, directory, staging)
                 for answer in map_in_actors(opened, [{"bucket": b} for b in data.buckets], parallel=parallel):
                     built.append(answer)
                     stage.update(len(built), len(data.buckets), f"{sum(file['users'] for file in built):,} users")

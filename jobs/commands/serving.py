@@ -13,8 +13,9 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
     from jobs.cluster import ClusterConfig
+    from jobs.ranking import ScoreConfig
     from jobs.registry import fetch_model
-    from jobs.score import ScoreConfig, print_counts
+    from jobs.score import print_counts
     from jobs.score import score as score_requests
     from jobs.states import build_states
     from jobs.stored_users import states_directory
@@ -22,7 +23,7 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
     parser = ArgumentParser(prog="solar score", exit_on_error=False)
     parser.add_argument("model", type=str, help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    parser.add_argument("--requests", type=str | None, default=None, help="Parquet file, one row a request")
+    parser.add_argument("--requests", type=str | None, default=None, help="Parquet: a row a request")
     parser.add_argument("--out", type=str | None, default=None, help="Parquet file of the result; directory of states")
     parser.add_argument("--shards", type=str | None, default=None, help="sequence shards with the users' histories")
     parser.add_argument("--states", type=str | None, default=None, help="the users' stored states: DIR, or auto")
@@ -59,7 +60,7 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
         config = ScoreConfig(**given)
     except ValueError as error:
         raise usage_error("score", f"--{one_line(error)}") from error
-    print_counts(score_requests(model, config, console), console)
+    print_counts(score_requests(model, config, console, cluster=cluster, parallel=parsed.parallel), console)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A model that an earlier version registered scores as it did then: by its own code in MLflow, by ours as well.
+"""A model that an earlier version registered scores as it did: by its own code in MLflow, by ours in `solar score`.
 
 tests/frozen/solar-1 is what `mlflow.pyfunc.save_model` wrote of the export of random weights over a made-up log, and
 requests with the scores of that day. It is never written again; another format gets another directory.

@@ -23,9 +23,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from jobs.console import Console
+from jobs.ranking import ScoreConfig
 from jobs.register import log_export
 from jobs.registry import fetch_model
-from jobs.score import ScoreConfig, score
+from jobs.score import score
 from jobs.score_input import UserHistories
 from jobs.tracking import TrackingConfig
 from pipeline import build

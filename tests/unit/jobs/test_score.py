@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from jobs import score_input
 from jobs.config import ConfigError
 from jobs.console import Console
-from jobs.score import ScoreConfig, best_first, score
+from jobs.ranking import ScoreConfig, best_first
+from jobs.score import score
 from jobs.training.model import (
     build_tower,
     item_features,

@@ -13,7 +13,8 @@ from jobs import scorer_states
 from jobs.cluster import ClusterConfig, ray_session
 from jobs.config import ConfigError
 from jobs.console import Console
-from jobs.score import ScoreConfig, score
+from jobs.ranking import ScoreConfig
+from jobs.score import score
 from jobs.score_input import UserHistories
 from jobs.scorer_input import NO_TIME, flat_ranges
 from jobs.states import build_states

@@ -1,0 +1,182 @@
+"""Blocks of requests scored, their candidates ranked: what `solar score` computes, and what it counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from jobs.config import ConfigError
+from jobs.score_input import Block
+from jobs.scorer import REQUEST_COLUMNS, UNKNOWN_ROW, Scorer
+from jobs.scorer_input import Histories, RequestError, flat_offsets, flat_ranges, list_column
+
+SCORES_PER_PART = 1 << 22
+"""Catalogue scores in memory together (requests times items)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """What is scored, and where the result goes."""
+
+    requests: str
+    """Parquet file, one row a request: history (+ history_time, history_action) or, with --shards, user_id; candidates;
+    time; a column named as a user feature of the model; these and further columns pass through."""
+    out: str
+    """Parquet file of the result."""
+    shards: str | None = None
+    """Sequence shards that hold the users' histories."""
+    states: str | None = None
+    """Directory of the model's stored states: users that have one are scored from it, others from the shards."""
+    top_k: int | None = None
+    """Keep the best so many; without a column candidates the whole catalogue is ranked."""
+    keep_seen: bool = False
+    """Whole catalogue: also rank what the user's events before the request's time already hold."""
+    overwrite: bool = False
+    """Replace an existing result."""
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: must be 1 or more")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ScoreCounts:
+    """What was scored, in requests unless it says otherwise."""
+
+    requests: int = 0
+    candidates: int = 0
+    """Candidates that were scored, before --top_k."""
+    unknown_candidates: int = 0
+    """Of these, items that the model does not know."""
+    history_events: int = 0
+    """Events that the model was shown."""
+    unknown_history_items: int = 0
+    """Of these, events with an item that the model does not know."""
+    cold: int = 0
+    """Without any event before the request."""
+    unknown_users: int = 0
+    """Of these, users that neither states nor shards hold."""
+    from_states: int = 0
+    """Whose history is a stored state."""
+    without_state: int = 0
+    """Of users without a state that can be used, where states are asked for: their raw histories were read."""
+    truncated: int = 0
+    """With more events than max_history: the latest were shown."""
+    user_values: int = 0
+    """Values of user features that the model was shown."""
+    unknown_user_values: int = 0
+    """Of these, values that the model does not know."""
+
+    def add(self, other: dict[str, int]) -> None:
+        """Count what another part counted."""
+        for name, value in other.items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+class Ranking:
+    """Scores a block and ranks its candidates."""
+
+    def __init__(self, scorer: Scorer, config: ScoreConfig, *, path: Path) -> None:
+        self._scorer, self._config, self._path = scorer, config, path
+
+    def schema(self, requests: pa.Schema) -> pa.Schema:
+        kept = [field for field in requests if field.name not in REQUEST_COLUMNS or field.name == "time"]
+        item = pa.int64() if self._scorer.item_type == "int64" else pa.large_string()
+        return pa.schema(
+            [*kept, pa.field("candidates", pa.large_list(item)), pa.field("scores", pa.large_list(pa.float32()))]
+        )
+
+    def of(self, block: Block, counts: ScoreCounts) -> pa.RecordBatch:
+        """The result's rows; what they count is added to `counts`."""
+        scorer = self._scorer
+        shown, asked = scorer.shown(block.histories, block.time)
+        earlier = block.histories.before(block.time)
+        if "candidates" in block.rows.schema.names:
+            raw, offsets, scores = self._given(block, shown, asked, counts)
+        else:
+            raw, offsets, scores = self._catalogue(earlier, shown, asked, counts)
+        counts.requests += block.rows.num_rows
+        counts.history_events += len(shown.row)
+        if shown.stored is not None:
+            counts.history_events += int((shown.stored.length - shown.stored.kept).sum())
+        counts.from_states += block.from_states
+        counts.without_state += block.without_state
+        counts.unknown_history_items += int((shown.row == UNKNOWN_ROW).sum())
+        counts.cold += int((shown.lengths == 0).sum())
+        counts.unknown_users += block.unknown_users
+        counts.user_values += sum(len(feature.row) for feature in shown.users)
+        counts.unknown_user_values += sum(int((feature.row == UNKNOWN_ROW).sum()) for feature in shown.users)
+        counts.truncated += int((earlier.lengths > shown.lengths).sum())
+        schema = self.schema(block.rows.schema)
+        kept = [block.rows.column(name) for name in schema.names if name not in ("candidates", "scores")]
+        lists = [pa.LargeListArray.from_arrays(pa.array(offsets), values) for values in (raw, pa.array(scores))]
+        return pa.RecordBatch.from_arrays([*kept, *lists], schema=schema)
+
+    def _given(self, block: Block, shown: Histories, asked: np.ndarray, counts: ScoreCounts) -> tuple[Any, ...]:
+        scorer = self._scorer
+        try:
+            offsets, row = scorer.candidates(block.rows, first_row=block.first_row)
+        except RequestError as error:
+            raise ConfigError(f"{self._path}: {error}") from error
+        counts.candidates += len(row)
+        counts.unknown_candidates += int((row == UNKNOWN_ROW).sum())
+        logits = self._logits(shown, asked, offsets, row)
+        places, kept = best_first(logits, offsets, top_k=self._config.top_k)
+        raw = list_column(block.rows, "candidates", values=scorer.item_type).values
+        return raw.take(pa.array(places)), kept, logits[places]
+
+    def _catalogue(
+        self, earlier: Histories, shown: Histories, asked: np.ndarray, counts: ScoreCounts
+    ) -> tuple[Any, ...]:
+        """The best of all items of the model, some requests at a time."""
+        scorer, first_item = self._scorer, self._scorer.settings["first_item_row"]
+        num_items, num_requests = len(scorer.item_ids), len(asked)
+        step = max(1, SCORES_PER_PART // num_items)
+        items, scores, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
+        for start in range(0, num_requests, step):
+            some = np.arange(start, min(start + step, num_requests))
+            wanted = np.ones((len(some), num_items), bool)
+            if not self._config.keep_seen:
+                seen = earlier.take(some)
+                known = seen.row >= first_item
+                wanted[seen.owner[known], seen.row[known] - first_item] = False
+            offsets, item = flat_offsets(wanted.sum(1)), np.nonzero(wanted)[1]
+            counts.candidates += len(item)
+            logits = self._logits(shown.take(some), asked[some], offsets, item + first_item)
+            places, kept = best_first(logits, offsets, top_k=self._config.top_k)
+            items.append(item[places])
+            scores.append(logits[places])
+            sizes.append(np.diff(kept))
+        raw = scorer.item_ids.take(pa.array(np.concatenate(items)))
+        raw = raw.cast(self.schema(pa.schema([])).field("candidates").type.value_type)
+        return raw, flat_offsets(np.concatenate(sizes)), np.concatenate(scores)
+
+    def _logits(self, shown: Histories, asked: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
+        logits = self._scorer.logits(shown, asked, offsets, row)
+        if not np.isfinite(logits).all():
+            raise ConfigError(
+                "the model gives scores that are not numbers: its weights are damaged; use another version"
+            )
+        return logits
+
+
+def best_first(scores: np.ndarray, offsets: np.ndarray, *, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(places of the candidates by request, best first, at most top_k of each; their new offsets). Ties keep order."""
+    sizes = np.diff(offsets)
+    places = np.arange(len(scores))
+    if top_k is not None:
+        # Only what may be among the best is sorted.
+        least = np.full(len(sizes), -np.inf, np.float32)
+        for request in np.flatnonzero(sizes > top_k):
+            part = scores[offsets[request] : offsets[request + 1]]
+            least[request] = np.partition(part, len(part) - top_k)[len(part) - top_k]
+        places = np.flatnonzero(scores >= np.repeat(least, sizes))
+    owner = np.repeat(np.arange(len(sizes)), sizes)[places]
+    places = places[np.lexsort((-scores[places], owner))]
+    found = np.bincount(owner, minlength=len(sizes))
+    kept = found if top_k is None else np.minimum(found, top_k)
+    return places[flat_ranges(flat_offsets(found)[:-1], kept)], flat_offsets(kept)

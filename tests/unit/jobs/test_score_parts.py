@@ -1,0 +1,101 @@
+"""Requests of any size: parts scored by actors of Ray Data, joined to what one process gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import score as score_module
+from jobs.cluster import ClusterConfig
+from jobs.config import ConfigError
+from jobs.console import Console
+from jobs.ranking import ScoreConfig
+from jobs.score import score
+from jobs.states import build_states
+from pipeline.events import DataError
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def requests(num=23):
+    rng = np.random.default_rng(2)
+    return pa.table(
+        {
+            "place": range(num),
+            "user_id": rng.integers(0, 24, num),
+            "candidates": [rng.integers(95, 135, n).tolist() for n in rng.integers(0, 7, num)],
+        }
+    )
+
+
+def scored(model, tmp_path, asked, name, **config):
+    out = tmp_path / name
+    counts = score(model, ScoreConfig(requests=str(asked), out=str(out), **config), Console(), parallel=2)
+    return pq.read_table(out), counts, pq.read_metadata(out).metadata
+
+
+def test_parts_are_joined_to_the_result_of_one_process(data, export, tmp_path, monkeypatch):
+    model, file = export(data), tmp_path / "requests.parquet"
+    pq.write_table(requests(), file, row_group_size=8)
+    whole, counts, footer = scored(model, tmp_path, file, "whole.parquet", shards=data.path)
+    monkeypatch.setattr(score_module, "ROWS_PER_PART", 5)
+    parts, same_counts, same_footer = scored(model, tmp_path, file, "parts.parquet", shards=data.path)
+    assert (same_counts, same_footer) == (counts, footer)
+    assert parts.schema == whole.schema
+    assert parts["place"].to_pylist() == list(range(23))
+    assert parts["candidates"].to_pylist() == whole["candidates"].to_pylist()
+    scores = [np.concatenate(table["scores"].to_pylist()) for table in (parts, whole)]
+    # Blocks of other sizes are summed in another order.
+    assert np.abs(scores[0] - scores[1]).max() < 1e-4
+    assert len(scores[0]) == counts.candidates > 50
+    # The same rows in several files, in the order of their names.
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    pq.write_table(requests()[:9], folder / "a.parquet")
+    pq.write_table(requests()[9:9], folder / "b.parquet")
+    pq.write_table(requests()[9:], folder / "c.parquet")
+    (folder / "_SUCCESS").touch()
+    joined, counts, _ = scored(model, tmp_path, folder, "joined.parquet", shards=data.path)
+    assert joined.drop_columns("scores").equals(parts.drop_columns("scores"))
+    assert counts == same_counts
+    build_states(
+        model, shards=data.path, manifest=None, out=tmp_path / "states", console=Console(), cluster=ClusterConfig()
+    )
+    stored, counts, _ = scored(model, tmp_path, folder, "stored.parquet", states=str(tmp_path / "states"))
+    assert stored["candidates"].to_pylist() == whole["candidates"].to_pylist()
+    assert counts.from_states == 23 - counts.without_state > 15
+    assert sorted(path.name for path in tmp_path.iterdir() if "stag" in path.name) == []
+
+
+def test_a_mistake_in_any_part_is_one_line_and_leaves_nothing(data, export, tmp_path, monkeypatch):
+    monkeypatch.setattr(score_module, "ROWS_PER_PART", 5)
+    model, file = export(data), tmp_path / "requests.parquet"
+    asked = requests().to_pylist()
+    asked[17]["candidates"] = None
+    pq.write_table(pa.Table.from_pylist(asked), file)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ConfigError) as error:
+        scored(model, tmp_path, file, "out.parquet", shards=data.path)
+    assert str(error.value) == f"{file}: row 17: column 'candidates' is null: give a list, which may be empty"
+    with pytest.raises(DataError, match="no prepared data set there"):
+        scored(model, tmp_path, file, "out.parquet", shards=str(tmp_path / "nowhere"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_directories_that_are_no_requests_are_refused(data, export, tmp_path):
+    model, folder = export(data), tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="no Parquet files there"):
+        scored(model, tmp_path, folder, "out.parquet")
+    pq.write_table(requests()[:0], folder / "a.parquet")
+    with pytest.raises(ConfigError, match="it holds no request"):
+        scored(model, tmp_path, folder, "out.parquet")
+    pq.write_table(requests().drop_columns("place"), folder / "b.parquet")
+    with pytest.raises(ConfigError, match=r"b\.parquet: its columns are not those of .*a\.parquet"):
+        scored(model, tmp_path, folder, "out.parquet")
+    (folder / "b.parquet").unlink()
+    pq.write_table(requests(), folder / "a.parquet")
+    with pytest.raises(ConfigError, match="lies among the files of the requests"):
+        scored(model, tmp_path, folder, "folder/out.parquet", shards=data.path)
