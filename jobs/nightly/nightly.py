@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import ChampionChanged, champion
+from jobs.champions import ChampionChanged, champion, note_night
 from jobs.config import ConfigError, RunConfig
 from jobs.console import Console, one_line
 from jobs.environment import environment
@@ -23,7 +23,7 @@ from jobs.failures import WorkerFailure
 from jobs.night_process import SCHEDULED_VARIABLE
 from jobs.nightly.context import NightContext, nights_directory
 from jobs.nightly.journal import END, Journal, NoInput, TryLater, past_nights
-from jobs.nightly.night import run_night
+from jobs.nightly.night import REASON_LENGTH, run_night
 from jobs.notify import notify
 from jobs.permissions import refuse_open_directory
 from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
@@ -80,21 +80,26 @@ def _outcome(
 ) -> dict[str, Any]:
     """What a night came to. One that is not the last is given up where it cannot be done: the next one takes in its log
     when that comes, and trains on its requests."""
+    night = NightContext.of(config, date, console, verbose=verbose)
     try:
-        return run_night(NightContext.of(config, date, console, verbose=verbose))
+        return run_night(night)
     except NoInput as error:
         if is_last:
             raise
-        return _given_up(config, date, "no_input", error)
+        return _given_up(night, "no_input", error)
     except (ConfigError, DataError, CheckpointError, WorkerFailure) as error:
         if is_last or isinstance(error, _LATER):
             raise
-        return _given_up(config, date, "failed", error)
+        return _given_up(night, "failed", error)
 
 
-def _given_up(config: RunConfig, date: datetime.date, verdict: str, error: Exception) -> dict[str, Any]:
-    outcome = {"date": date.isoformat(), "verdict": verdict, "reasons": [one_line(error)], "champion": None}
-    return Journal(nights_directory(config), date).write(END, outcome)
+def _given_up(night: NightContext, verdict: str, error: Exception) -> dict[str, Any]:
+    found, date = champion(night.client, night.name), night.date.isoformat()
+    outcome = {"date": date, "verdict": verdict, "reasons": [one_line(error)]}
+    outcome["champion"] = str(found.version) if found else None
+    told = {**outcome, "reasons": [reason[:REASON_LENGTH] for reason in outcome["reasons"]]}
+    note_night(night.client, night.name, date, told)
+    return night.journal.write(END, outcome)
 
 
 def _patience() -> dict[str, str]:

@@ -118,6 +118,7 @@ def test_promote_rollback_and_history_keep_the_reasons(first_night, workplace):
     assert "a hunch" in shown
     assert "the hunch was wrong" in shown
     assert "there is no champion yet" in shown
+    assert "no_input" in shown
 
 
 def test_mistakes_are_one_line(first_night, workplace):

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from jobs.champions import champion, nights, promote
+from jobs.champions import champion, nights, note_night, promote
 from jobs.config_reader import load_config
 from jobs.console import Console
 from jobs.nightly.context import NightContext
+from jobs.nightly.judge import _reference
 from jobs.nightly.night import _register
 
 PROMOTED: dict[str, Any] = {
@@ -67,3 +68,16 @@ def test_a_refused_challenger_is_no_version_and_its_figures_stay_with_the_model_
     assert (noted["relative"], noted["low"], noted["users"]) == (0.1, 0.05, 300)
     assert len(noted["reasons"][0]) == 500
     assert night.client.get_run(run["mlflow_run_id"]).data.tags["solar.night.low"] == "0.05"
+
+
+def test_the_reference_is_the_champion_of_thirty_days_ago_on_every_seventh_night(night):
+    note_night(night.client, "shop", "2026-01-20", {"verdict": "promoted", "champion": "1"})
+    note_night(night.client, "shop", "2026-02-20", {"verdict": "promoted", "champion": "2"})
+    days = [night.date + datetime.timedelta(days=n) for n in range(14)]
+    asked = [_reference(dataclasses.replace(night, date=day), "2") for day in days]
+    assert [day.toordinal() % 7 == 0 for day in days] == [found == "1" for found in asked]
+    assert asked.count("1") == 2
+    # It is the champion itself, or nobody was it then.
+    assert {_reference(dataclasses.replace(night, date=day), "1") for day in days} == {None}
+    early = [datetime.date(2026, 2, 10) + datetime.timedelta(days=n) for n in range(7)]
+    assert {_reference(dataclasses.replace(night, date=day), "2") for day in early} == {None}
