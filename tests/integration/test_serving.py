@@ -14,26 +14,18 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mlflow.tracking import MlflowClient
 
 from jobs.console import Console
 from jobs.ranking import ScoreConfig
-from jobs.register import log_export
-from jobs.registry import fetch_model
+from jobs.registry import RegisteredModel
 from jobs.score import score
 from jobs.score_input import UserHistories
-from jobs.tracking import TrackingConfig
-from pipeline import build
-from pipeline.events import EventColumns
 from pipeline.shards import Shards
-from tests.serial import without_ray
-from tests.unit.jobs.conftest import random_export, solar_settings
+from tests.registered import prepared_users, registered
 
 START_SECONDS = 180
 WITHOUT_REPOSITORY = """
@@ -56,38 +48,12 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(place) -> Shards:
-    """Three users with 900, 700 and 20 events."""
-    rng, sizes = np.random.default_rng(4), [900, 700, 20]
-    log = {
-        "user_id": np.repeat([1, 2, 3], sizes),
-        "item_id": rng.integers(100, 160, sum(sizes)),
-        "timestamp": 1_700_000_000 + np.concatenate([60 * rng.integers(1, 4, n).cumsum() for n in sizes]),
-        "action": rng.choice(["click", "view"], sum(sizes)),
-    }
-    (place / "log").mkdir()
-    pl.DataFrame(log).write_parquet(place / "log" / "events.parquet")
-    pl.DataFrame({"user_id": [1, 2], "plan": ["a", "b"]}).write_parquet(place / "log" / "users.parquet")
-    with pytest.MonkeyPatch.context() as patch:
-        without_ray(patch.setattr)
-        config = build.PrepareConfig(columns=EventColumns(action="action"), buckets=2)
-        build.prepare(str(place / "log"), str(place / "shards"), config=config)
-    return Shards.open(str(place / "shards"))
+    return prepared_users(place)
 
 
 @pytest.fixture(scope="module")
-def model(place, data):
-    """SOLAR with random weights in a registry of its own."""
-    store = f"sqlite:///{place}/mlflow.db"
-    settings = {"repeats": False}
-    random_export(data, place / "model", max_history=2000, **settings)
-    mlflow.set_tracking_uri(store)
-    experiment = mlflow.create_experiment("serving", artifact_location=(place / "artifacts").as_uri())
-    with mlflow.start_run(experiment_id=experiment):
-        info = log_export(place / "model", model=solar_settings(**settings), vocabulary=data.vocabulary)
-    client = MlflowClient(store)
-    client.create_registered_model("tiny")
-    client.create_model_version("tiny", source=info.model_uri)
-    return fetch_model("models:/tiny/1", tracking=TrackingConfig(uri=store), workspace=str(place))
+def model(place, data) -> RegisteredModel:
+    return registered(place, data)
 
 
 @pytest.fixture(scope="module")
