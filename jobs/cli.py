@@ -35,9 +35,9 @@ solar COMMAND ... [-v]
   grow CHECKPOINT       the same checkpoint with tables as large as the vocabulary of --shards DIR now (--out DIR)
   evaluate SUBJECT      a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)
   register RECIPE       the run's best checkpoint -> MLflow registry
+  score MODEL_URI       a registered model on Parquet requests -> scores and rankings (--states auto; --build-states)
   nightly RECIPE        a day's log -> a better champion or a reasoned refusal (--date D, --catch-up, --dry-run)
   promote, rollback, history MODEL    who the champion is (--version N --why TEXT), and every night's decision
-  score MODEL_URI       a registered model on Parquet requests -> scores and rankings
   schedule RECIPE       a night whenever --cron "0 3 * * *" fires, or --emit cronjob|kuberay: manifests for a cluster
   submit -- COMMAND     any of these as a job of a Ray cluster, its log followed here
   jobs list|logs|stop   the jobs of a Ray cluster

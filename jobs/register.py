@@ -37,6 +37,8 @@ from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
 from pipeline.vocabulary import NUM_RESERVED, Vocabulary
 
+SCORER_FILES = ("scorer_input.py", "scorer_states.py", "scorer_requests.py")
+"""What jobs/scorer.py imports, in the order in which it can be concatenated."""
 RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -174,7 +176,7 @@ def scorer_source(model: str) -> str:
     parts = [
         _module_body(path) for path in _imported_files(REPOSITORY / f"{tower_class.__module__.replace('.', '/')}.py")
     ]
-    parts += [_module_body(REPOSITORY / "jobs" / name) for name in ("scorer_input.py", "scorer_states.py")]
+    parts += [_module_body(REPOSITORY / "jobs" / name) for name in SCORER_FILES]
     scorer = _module_body(REPOSITORY / "jobs" / "scorer.py")
     lines = scorer.splitlines()
     start = next(index for index, line in enumerate(lines) if "# scorer: replaced at export" in line)

@@ -1,8 +1,7 @@
 """The registered model: requests (history, candidates) in, scores out; torch, numpy, pandas, pyarrow, safetensors only.
 
-jobs/register.py writes this file, scorer_input.py, scorer_states.py and the model files that it imports into one
-`scorer.py` that MLflow stores beside the weights and runs where this repository is unknown. `solar score` and
-evaluation run it too.
+jobs/register.py writes this file, the files beside it that it imports and those of models/ into one `scorer.py` that
+MLflow stores beside the weights and runs where this repository is unknown. `solar score` and evaluation run it too.
 
     import mlflow, pandas as pd
     model = mlflow.pyfunc.load_model("models:/solar-movielens-100k@champion")
@@ -14,7 +13,6 @@ then the log's `order` column, else raw item id and action), of these the latest
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -32,37 +30,11 @@ from mlflow.pyfunc.model import PythonModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.scorer_input import (
-    NO_TIME,
-    Histories,
-    RequestError,
-    UserFeature,
-    category_column,
-    flat_offsets,
-    flat_ranges,
-    list_column,
-    refuse_other_lengths,
-    required_column,
-    time_column,
-    total_order,
-)
-from jobs.scorer_states import (
-    appended,
-    export_digest,
-    pack_states,
-    read_states,
-    state_bytes,
-    stored_too_late,
-    with_latest,
-)
+from jobs.scorer_input import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
+from jobs.scorer_requests import REQUEST_COLUMNS, RequestReader
+from jobs.scorer_states import pack_states, stored_too_late
 from models.interface import HistorySums, ModelInput, Recommender
 
-UNKNOWN_ROW = 1
-REQUEST_COLUMNS = (
-    *("history", "history_time", "history_action", "state", "latest", "latest_time", "latest_action"),
-    *("candidates", "time"),
-)
-"""What a scorer reads beside the user features of its model."""
 FORWARD_ENTRIES = 1 << 16
 """Events plus candidates of one forward (about 1 KB each at width 64); a longer single request is a forward of its own,
 or several where candidates do not attend to each other."""
@@ -74,7 +46,7 @@ class InvalidRequest(MlflowException, RequestError):
     """What MLflow's server answers with status 400 and this very line."""
 
 
-class Scorer(PythonModel):
+class Scorer(RequestReader, PythonModel):
     """Loads one exported model directory and scores requests.
 
     Columns of a request:
@@ -103,14 +75,14 @@ class Scorer(PythonModel):
         self.settings = json.loads((directory / "scorer.json").read_text())
         items = pq.read_table(directory / "items.parquet")
         first = self.settings["first_item_row"]
-        self.item_ids: pa.Array = items["item_id"].combine_chunks()
-        """Raw ids (int64 or strings); item_ids[i] has row i + first_item_row."""
+        self.item_ids = items["item_id"].combine_chunks()
         self.item_type = "int64" if pa.types.is_integer(self.item_ids.type) else "string"
         self._index = pd.Index(self.item_ids.to_numpy(zero_copy_only=False))
         self._code_of_action = {name: code for code, name in enumerate(self.settings["actions"])}
         self.uses_time = bool(self.settings["model"].get("time_features"))
         self._ties_by_id = "order" not in self.settings["log_columns"]
         self.item_IC: Tensor = load_file(directory / "table-item.safetensors")["weight"]
+        self.num_rows = len(self.item_IC)
         """[item rows, C]."""
         features = [
             _mean_rows(
@@ -124,8 +96,7 @@ class Scorer(PythonModel):
         empty = torch.zeros(len(self.item_IC), 0, self.item_IC.shape[1])
         self.features_IFC: Tensor = torch.stack(features, dim=1) if features else empty
         """[item rows, F, C]: the mean of each item's feature rows."""
-        self.user_features: list[str] = self.settings.get("user_features", [])
-        """Names; each is the name of the column that says it of a request's user."""
+        self.user_features = self.settings.get("user_features", [])
         self.user_values: dict[str, list[str]] = {name: [] for name in self.user_features}
         """{user feature: its raw values}; value i has row i + first_item_row."""
         if self.user_features:
@@ -166,65 +137,6 @@ class Scorer(PythonModel):
         scores = [part.tolist() for part in np.split(logits, offsets[1:-1])] if len(offsets) > 1 else []
         return pd.DataFrame({"scores": scores}, index=model_input.index)
 
-    def histories(self, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
-        """What the columns history, state and latest say, with those that belong to them, and who asks. RequestError
-        counts rows from `first_row`."""
-        names, given, known = batch.schema.names, None, None
-        if "history" in names or "state" not in names:
-            given = self.events(batch, "history", first_row=first_row)
-        if "state" in names:
-            stored = self.states(required_column(batch, "state"), first_row=first_row)
-            if given is not None and (both := (stored.lengths > 0) & (given.lengths > 0)).any():
-                row = first_row + int(np.flatnonzero(both)[0])
-                raise RequestError(f"row {row}: a state beside a history: leave one of them out")
-            given, known = stored if given is None else appended(stored, given), stored.users
-        assert given is not None
-        given = dataclasses.replace(given, users=self.users(batch, known=known))
-        return self.with_latest(given, batch, first_row=first_row) if "latest" in names else given
-
-    def with_latest(self, histories: Histories, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
-        """The histories with what the column latest adds to them."""
-        latest = self.events(batch, "latest", first_row=first_row)
-        return with_latest(histories, latest, timed="latest_time" in batch.schema.names)
-
-    def events(self, batch: pa.RecordBatch, name: str, *, first_row: int = 0) -> Histories:
-        """The events of the columns NAME, NAME_time and NAME_action, in total order."""
-        items = list_column(batch, name, values=self.item_type, first_row=first_row)
-        offsets, names = items.offsets, batch.schema.names
-        owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        row, time, action = self.rows(items.values), np.zeros(len(owner), np.int64), np.zeros(len(owner), np.int64)
-        actions = None
-        if f"{name}_action" in names:
-            actions = list_column(batch, f"{name}_action", values="string", first_row=first_row, nulls=True)
-            refuse_other_lengths(f"{name}_action", actions, offsets=offsets, of=name, first_row=first_row)
-            actions = actions.values
-            action = self.codes(actions)
-        if self.uses_time:
-            required_column(batch, f"{name}_time")
-        if f"{name}_time" in names:
-            times = list_column(batch, f"{name}_time", values="time", first_row=first_row)
-            refuse_other_lengths(f"{name}_time", times, offsets=offsets, of=name, first_row=first_row)
-            time = np.asarray(times.values)
-            order = total_order(owner, time, items.values, actions, ties_by_id=self._ties_by_id)
-            if order is not None:
-                row, time, action = row[order], time[order], action[order]
-        return Histories(offsets=offsets, row=row, time=time, action=action)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Of all files of the model: what a state is of."""
-        return export_digest(self.directory)
-
-    def states(self, column: pa.Array, *, first_row: int = 0) -> Histories:
-        """What a column of states knows. RequestError: it holds something else, or a state of another model."""
-        return read_states(
-            state_bytes(column, first_row=first_row),
-            digest=self.digest,
-            num_rows=len(self.item_IC),
-            num_features=len(self.user_features),
-            first_row=first_row,
-        )
-
     def build_states(self, histories: Histories) -> list[bytes]:
         """A state of each history's latest max_history events. RequestError: this model reads whole histories."""
         kept = self.tower.kept_events
@@ -245,56 +157,6 @@ class Scorer(PythonModel):
             repeats=bool(self.settings["model"].get("repeats")),
             first_item_row=self.settings["first_item_row"],
         )
-
-    def users(self, batch: pa.RecordBatch, *, known: tuple[UserFeature, ...] | None = None) -> tuple[UserFeature, ...]:
-        """One for each user feature: its column where there is one, else what is `known` already, else no value."""
-        found = []
-        for place, name in enumerate(self.user_features):
-            if name in batch.schema.names:
-                lengths, values = category_column(batch, name)
-                found.append(UserFeature(lengths=lengths, row=self.value_rows(name, values)))
-            elif known is not None:
-                found.append(known[place])
-            else:
-                found.append(UserFeature(lengths=np.zeros(batch.num_rows, np.int64), row=np.zeros(0, np.int64)))
-        return tuple(found)
-
-    def value_rows(self, name: str, values: pa.Array) -> np.ndarray:
-        """int64 rows of a user feature's values, UNKNOWN_ROW for one that is not in the model."""
-        encoded, row_of = values.dictionary_encode(), self._row_of_value[name]
-        row = [row_of.get(value, UNKNOWN_ROW) for value in encoded.dictionary.to_pylist()]
-        return _decoded(np.array(row, np.int64), encoded, UNKNOWN_ROW)
-
-    def request_times(self, batch: pa.RecordBatch) -> np.ndarray:
-        """[B] int64 of the column time, NO_TIME where it is null or absent. RequestError: history_time is absent."""
-        if "time" not in batch.schema.names:
-            return np.full(batch.num_rows, NO_TIME)
-        time, names = time_column(batch, "time"), batch.schema.names
-        for name in (name for name in ("history", "latest") if name in names and f"{name}_time" not in names):
-            if (time < NO_TIME).any():
-                raise RequestError(f"column 'time' needs '{name}_time', to tell which events are earlier: give it too")
-        return time
-
-    def candidates(self, batch: pa.RecordBatch, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """(offsets [B + 1], table rows [M]) of the column candidates. RequestError: a null."""
-        lists = list_column(batch, "candidates", values=self.item_type, first_row=first_row)
-        if lists.is_null.any():
-            row = first_row + int(np.flatnonzero(lists.is_null)[0])
-            raise RequestError(f"row {row}: column 'candidates' is null: give a list, which may be empty")
-        return lists.offsets, self.rows(lists.values)
-
-    def rows(self, raw_ids: pa.Array) -> np.ndarray:
-        """int64 table rows of raw item ids, UNKNOWN_ROW for an id, or null, that is not in the model."""
-        encoded = raw_ids.dictionary_encode()
-        places = self._index.get_indexer(pd.Index(encoded.dictionary.to_numpy(zero_copy_only=False)))
-        row = np.where(places < 0, UNKNOWN_ROW, places + self.settings["first_item_row"]).astype(np.int64)
-        return _decoded(row, encoded, UNKNOWN_ROW)
-
-    def codes(self, actions: pa.Array) -> np.ndarray:
-        """int64 codes of action names, 0 for a name, or null, that is not in the model."""
-        encoded = actions.dictionary_encode()
-        code = [self._code_of_action.get(name, 0) for name in encoded.dictionary.to_pylist()]
-        return _decoded(np.array(code, np.int64), encoded, 0)
 
     def shown(self, histories: Histories, time: np.ndarray) -> tuple[Histories, np.ndarray]:
         """What the tower sees of the histories: (those events, each request's time [B]) for asked times [B]."""
@@ -411,9 +273,3 @@ def _pieces(offsets: np.ndarray, *, most: int | None) -> tuple[np.ndarray, np.nd
     request = np.repeat(np.arange(len(sizes)), counts)
     start = offsets[request] + most * flat_ranges(np.zeros_like(counts), counts)
     return request, start, np.minimum(offsets[request + 1] - start, most)
-
-
-def _decoded(value_of_code: np.ndarray, encoded: Any, of_null: int) -> np.ndarray:
-    """The values behind the indices of a dictionary array."""
-    codes = np.asarray(encoded.indices.fill_null(len(value_of_code)))
-    return np.append(value_of_code, np.int64(of_null))[codes]
