@@ -14,6 +14,7 @@ from pipeline.readers import Input
 from pipeline.storage import Store
 
 _REQUESTS = 16
+_NO_FILES = "no files"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,7 @@ def whole_days(found: list[Input], *, events: str, daily: DailyLog) -> tuple[lis
     if not found:
         return [], []
     log = log_days(found, events=events, daily=daily)
-    left_out = [f"{day}: {why}" for day, why in log.left_out.items()]
-    return [file for day in sorted(log.files) for file in log.files[day]], left_out
+    return [file for day in sorted(log.files) for file in log.files[day]], days_told(log.left_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,10 +118,22 @@ def log_days(found: list[Input], *, events: str, daily: DailyLog) -> LogDays:
     left_out = {}
     for day, why in reasons.items():
         if day not in by_day:
-            left_out[day] = f"no files in {daily.folder_of(day)}"
+            left_out[day] = f"{_NO_FILES} in {daily.folder_of(day)}"
         elif why:
             left_out[day] = why
     return LogDays(files={day: by_day[day] for day in every if day not in left_out}, left_out=left_out)
+
+
+def days_told(left_out: dict[datetime.date, str]) -> list[str]:
+    """A line for each day that is left out; days in a row without files share one."""
+    runs: list[tuple[datetime.date, datetime.date, str]] = []
+    for day, why in sorted(left_out.items()):
+        what = _NO_FILES if why.startswith(_NO_FILES) else why
+        follows = runs and runs[-1][2] == what == _NO_FILES and day - runs[-1][1] == datetime.timedelta(days=1)
+        runs = [*runs[:-1], (runs[-1][0], day, what)] if follows else [*runs, (day, day, what)]
+    return [
+        f"{first} to {last}: {why}" if first != last else f"{first}: {left_out[first]}" for first, last, why in runs
+    ]
 
 
 def day_counts(path: str, *, daily: DailyLog) -> dict[datetime.date, dict[str, int]]:

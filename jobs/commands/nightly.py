@@ -18,6 +18,9 @@ def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.nightly.nightly import NightlyOptions, plan_lines
     from jobs.nightly.nightly import nightly as run_nights
 
+    if {"-h", "--help"} & set(arguments):
+        console.line(_night_parser().format_help())
+        return 0
     flags, others = _night_options(arguments)
     config = recipe_config("nightly", others)
     if config is None:
@@ -37,14 +40,30 @@ def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def _night_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="solar nightly", add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--date", type=datetime.date.fromisoformat, default=None)
-    parser.add_argument("--catch-up", action="store_true")
-    parser.add_argument("--dry-run", action="store_true")
     try:
-        return parser.parse_known_args(arguments)
+        return _night_parser().parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise usage_error("nightly", f"{error} (a date is written 2026-11-21)") from error
+
+
+def _night_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="solar nightly",
+        usage="solar nightly RECIPE [--date D] [--catch-up] [--dry-run] [SETTING VALUE ...]",
+        description="One night: the day's log, a challenger, the gate, the registry, the report. Exit code 75: nothing "
+        "is wrong, try again later.",
+        epilog="Settings are those of `solar train --help`; a night's own are --nightly.*, --nightly.gate.*, --notify.*",
+        add_help=False,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--date", type=datetime.date.fromisoformat, default=None, metavar="D",
+        help="day of the log, as 2026-11-21; default: the latest that is over",
+    )  # fmt: skip
+    parser.add_argument("--catch-up", action="store_true", help="the days since the last night first, in order")
+    parser.add_argument("--dry-run", action="store_true", help="tell the plan, do nothing")
+    return parser
 
 
 def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:

@@ -22,7 +22,7 @@ from jobs.nightly.context import NightContext
 from jobs.nightly.journal import END
 from jobs.nightly.judge import evaluate_challenger, judge
 from jobs.nightly.report import write_report
-from jobs.nightly.take_in import take_in
+from jobs.nightly.take_in import require_input, take_in
 from jobs.register import register
 from jobs.states import build_states, refuse_models_without_states
 from jobs.stored_users import states_directory
@@ -39,6 +39,9 @@ def run_night(night: NightContext) -> dict[str, Any]:
     if (ended := night.journal.ended) is not None:
         return ended
     _start_over_where_data_are_gone(night)
+    if night.journal.read("prepare") is None:
+        # Before anything is started: after a long pause many days may have none.
+        require_input(night)
     config = night.config
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=night.verbose):
         prepared = _step(night, "prepare", lambda: take_in(night))

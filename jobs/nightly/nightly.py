@@ -30,6 +30,7 @@ from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
 from jobs.spool import is_away
 from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
 from jobs.training.run_lock import RunInUse, sole_command
+from pipeline.daily import days_told
 from pipeline.events import DataError, NotNow
 from pipeline.plan import pending_days
 from pipeline.storage import absolute
@@ -149,7 +150,7 @@ def plan_lines(config: RunConfig, options: NightlyOptions) -> list[str]:
     lines = [f"nights       {', '.join(f'{each.date}{_done(each)}' for each in journals)}"]
     lines.append(f"log          {config.events_dir} -> {config.shards_dir}")
     lines.append(f"new days     {', '.join(map(str, pending)) or 'none'}")
-    lines += [f"left out     {day}: {why}" for day, why in left_out.items()]
+    lines += [f"left out     {line}" for line in days_told(left_out)]
     lines.append(f"champion     {f'{name} version {found.version}' if found else f'{name} has none: from the seed'}")
     lines.append(f"trained      requests before {valid:%Y-%m-%d %H:%M %Z}, chosen by those before {gate:%H:%M}")
     lines.append(f"judged by    requests from {gate:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M %Z}")

@@ -15,6 +15,19 @@ from pipeline.manifest import current_manifest
 from pipeline.plan import pending_days
 
 
+def require_input(night: NightContext) -> None:
+    """NoInput where the night's day is not whole; costs a listing of the log."""
+    config = night.config
+    daily = dataclasses.replace(config.data.prepare.daily, days=(night.date.isoformat(),), until=None)
+    _, left_out = pending_days(config.events_dir, config.shards_dir, files=config.data.prepare.files, daily=daily)
+    if left_out:
+        raise _no_input(night, left_out[night.date])
+
+
+def _no_input(night: NightContext, why: str) -> NoInput:
+    return NoInput(f"{night.date}: no input ({why})")
+
+
 def take_in(night: NightContext) -> dict[str, Any]:
     """Ingest every whole day up to the night's that is new; one that is refused holds up no other, and is tried again
     by the next nights.
@@ -42,7 +55,7 @@ def take_in(night: NightContext) -> dict[str, Any]:
             night.tell(f"{day} is refused and left out: {error}")
     reasons = {str(day): why for day, why in left_out.items()}
     if why := (reasons | refused).get(date):
-        raise NoInput(f"{date}: no input ({why})")
+        raise _no_input(night, why)
     manifest = open_shards(config).manifest
     return {
         "manifest": manifest.number,

@@ -6,7 +6,7 @@ import datetime
 import pytest
 
 from pipeline import daily as daily_module
-from pipeline.daily import DailyLog, day_counts
+from pipeline.daily import DailyLog, day_counts, days_told
 from pipeline.events import DataError
 from pipeline.plan import pending_days
 from pipeline.readers import FileFormat
@@ -170,3 +170,15 @@ def test_the_latest_day_that_is_over_follows_zone_and_cut_off(at):
     assert daily.latest_over() == datetime.date(2026, 3, 27)
     at("2026-03-29T02:01:00+00:00")
     assert daily.latest_over() == datetime.date(2026, 3, 28)
+
+
+def test_days_in_a_row_without_files_share_a_line():
+    days = [datetime.date(2026, 2, 27) + datetime.timedelta(days=n) for n in range(6)]
+    left_out = {day: f"no files in dt={day}" for day in days[:4]}
+    left_out |= {days[4]: f"no _SUCCESS in dt={days[4]}", days[5]: f"no files in dt={days[5]}"}
+    assert days_told(left_out) == [
+        "2026-02-27 to 2026-03-02: no files",
+        "2026-03-03: no _SUCCESS in dt=2026-03-03",
+        "2026-03-04: no files in dt=2026-03-04",
+    ]
+    assert days_told({}) == []
