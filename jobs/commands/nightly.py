@@ -52,7 +52,8 @@ def _night_parser() -> argparse.ArgumentParser:
         usage="solar nightly RECIPE [--date D] [--catch-up] [--dry-run] [SETTING VALUE ...]",
         description="One night: the day's log, a challenger, the gate, the registry, the report. Exit code 75: nothing "
         "is wrong, try again later.",
-        epilog="Settings are those of `solar train --help`; a night's own are --nightly.*, --nightly.gate.*, --notify.*",
+        epilog="Settings are those of `solar train --help`; a night's own are --nightly.*, --nightly.gate.* and "
+        "--notify.*.",
         add_help=False,
         exit_on_error=False,
         allow_abbrev=False,
