@@ -209,7 +209,7 @@ class Month:
         return self._solar("inspect", shards, "--digest").strip().splitlines()[-1].split()[-1]
 
     def _registry_problems(self) -> list[str]:
-        """A promotion is a version, a night's decision stands in the registry, the last one promoted serves."""
+        """A promotion is a version, what a night came to stands in the registry, the last one promoted serves."""
         client = registry_client(f"sqlite:///{self.place / 'mlflow' / 'mlflow.db'}")
         problems = []
         decided = {}
@@ -217,7 +217,7 @@ class Month:
             night = self.document(number, "night")
             if night is None:
                 problems.append(f"the night of {day_of(number)} never ended")
-            elif night["verdict"] != "no_input":
+            else:
                 decided[night["date"]] = night
         known = nights(client, MODEL)
         if {date: told["verdict"] for date, told in known.items()} != {d: n["verdict"] for d, n in decided.items()}:
