@@ -2,7 +2,7 @@
 
     relative difference   d = sum_u challenger_u / sum_u champion_u - 1, users resampled together
     promoted              one-sided 95 % bound of d above -margin, and every guard holds
-    refused               d is below 0 at 95 %, or a guard fails, or the interval is narrow and the bound is not above
+    refused               a guard fails, or d is below 0 at 95 %, or the interval is narrow and the bound is not above
     undecided             too few users, or the interval is wider than the margin: the champion stays, and the night's
                           users count together with those of the next undecided nights against the same champion
 
@@ -159,7 +159,11 @@ def decide(
 ) -> Decision:
     """`together`: this night's users with those of the undecided nights before; `reference`: the same against the
     champion of some time ago, where it was asked for."""
-    if failed := _failed(guards):
+    failed = _failed(guards)
+    if together.users < gate.min_users:
+        # With so few users guards fail by chance.
+        return Decision(verdict="undecided", reasons=(_too_few(together, "the champion", gate=gate), *failed))
+    if failed:
         return Decision(verdict="refused", reasons=failed)
     against = [("the champion", together), *([("the reference", reference)] if reference else [])]
     if tonight.users >= gate.min_users and tonight.high < 0:
@@ -176,9 +180,13 @@ def _failed(guards: Sequence[Guard]) -> tuple[str, ...]:
     return tuple(f"{guard.name} is {guard.value:.4g}, it must be {guard.limit}" for guard in guards if not guard.holds)
 
 
+def _too_few(found: Comparison, name: str, *, gate: GateConfig) -> str:
+    return f"against {name}: {found.users:,} users, fewer than {gate.min_users:,} (gate.min_users)"
+
+
 def _judged(found: Comparison, name: str, *, gate: GateConfig) -> tuple[Verdict, str]:
     if found.users < gate.min_users:
-        return "undecided", f"against {name}: {found.users:,} users, fewer than {gate.min_users:,} (gate.min_users)"
+        return "undecided", _too_few(found, name, gate=gate)
     if math.isnan(found.low):
         return "undecided", f"against {name}: the difference cannot be told"
     bounds = f"95 % bounds {found.low:+.2%} and {found.high:+.2%}"

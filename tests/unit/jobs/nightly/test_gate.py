@@ -103,6 +103,9 @@ def test_a_guard_that_fails_refuses_with_its_figures():
     guard = Guard(name="LogLoss", value=0.7, limit="at most 0.6", holds=False)
     decision = decided(users(5_000, better=0.1, noise=0.1), guards=(guard,))
     assert (decision.verdict, decision.reasons) == ("refused", ("LogLoss is 0.7, it must be at most 0.6",))
+    few = decided(users(20, better=0.1, noise=0.1), guards=(guard,))
+    assert few.verdict == "undecided"
+    assert few.reasons[1] == "LogLoss is 0.7, it must be at most 0.6"
     assert without_champion([guard]).verdict == "refused"
     assert without_champion([]).reasons == ("there is no champion yet",)
 
