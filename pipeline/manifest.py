@@ -13,7 +13,7 @@ import json
 from typing import Any
 
 from pipeline.events import DataError, NotNow
-from pipeline.storage import Store
+from pipeline.storage import Store, is_inside
 
 FORMAT_VERSION = 2
 
@@ -100,9 +100,12 @@ def read_manifest(path: str, *, number: int) -> Manifest:
         fix = f"run `solar migrate {path}`" if version == 1 else "prepare into a new directory"
         raise DataError(f"{path}: {name} has format version {version}, this program reads {FORMAT_VERSION}; {fix}")
     try:
-        return Manifest(**fields)
+        found = Manifest(**fields)
     except TypeError as error:
         raise DataError(f"{path}: {name} is damaged ({error}); prepare into a new directory") from error
+    if outside := [entry["name"] for entry in found.entries() if "name" in entry and not is_inside(entry["name"])]:
+        raise DataError(f"{path}: {name} names {outside[0]!r}, outside of its directory; restore it from a copy")
+    return found
 
 
 def why_removed(path: str, *, number: int) -> str | None:

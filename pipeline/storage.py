@@ -135,6 +135,11 @@ def absolute(path: str) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a name that a file holds stays in its directory: what is read there may come from elsewhere."""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
 def adopt(store: Store, local: str, prefix: str) -> dict[str, Any]:
     """Move a finished local Parquet file into the store, named by its content; name, bytes and checksum."""
     folder, _, leaf = local.rpartition("/")

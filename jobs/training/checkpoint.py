@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.training.tables import TableShard
+from pipeline.storage import is_inside
 
 
 class CheckpointError(ValueError):
@@ -263,7 +264,10 @@ def _way_on(path: Path) -> str:
 
 
 def _committed_files(path: Path) -> list[dict[str, Any]]:
-    return json.loads((path / "COMMIT").read_text())["files"]
+    files = json.loads((path / "COMMIT").read_text())["files"]
+    if outside := [file["name"] for file in files if "/" in file["name"] or not is_inside(file["name"])]:
+        raise ValueError(f"{outside[0]!r} is no name of a file in the checkpoint")
+    return files
 
 
 def _first_row(file: Path) -> int:

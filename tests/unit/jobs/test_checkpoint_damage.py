@@ -60,6 +60,13 @@ def flip(path: Path) -> None:
     (path / "dense.safetensors").write_bytes(bytes(raw))
 
 
+def elsewhere(path):
+    """A commit that names a file outside of the checkpoint, with the right size and checksum."""
+    commit = json.loads((path / "COMMIT").read_text())
+    commit["files"][0]["name"] = f"../{path.name}/{commit['files'][0]['name']}"
+    (path / "COMMIT").write_text(json.dumps(commit))
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -70,6 +77,7 @@ def flip(path: Path) -> None:
         (cut("COMMIT"), "COMMIT: not a valid list of files"),
         (cut("COMMIT", 0), "COMMIT: not a valid list of files"),
         (lambda path: (path / "COMMIT").write_text("[1]"), "COMMIT: not a valid list of files"),
+        (elsewhere, "COMMIT: not a valid list of files"),
         (lambda path: (path / "dense.safetensors").unlink(), "dense.safetensors: missing"),
     ],
 )
