@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.commands import free_ports
+
 RAY = str(Path(sys.executable).parent / "ray")
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH")
 START_SECONDS = 180.0
@@ -82,6 +84,8 @@ class Nodes:
         command = [
             *(*prefix, RAY, "start", "--block", "--disable-usage-stats", f"--node-ip-address={ip}"),
             *("--object-store-memory=100000000", f"--temp-dir={directory}", *options),
+            # Without an agent, whose port another cluster may have, a node takes no jobs.
+            f"--dashboard-agent-listen-port={free_ports(1)[0]}",
         ]
         log = directory / "log"
         with log.open("w") as stream:

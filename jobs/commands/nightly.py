@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
+import signal
 from typing import Any
 
 from jobs.commands.arguments import capture, parse, recipe_config, usage_error
 from jobs.console import Console
+from jobs.night_process import SCHEDULED_VARIABLE
 
 TRY_LATER = 75
 """Exit code of sysexits.h: nothing is wrong, the same command may succeed later."""
@@ -25,6 +28,9 @@ def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
     config = recipe_config("nightly", others)
     if config is None:
         return 0
+    if SCHEDULED_VARIABLE in os.environ:
+        # A scheduler in the background of a shell ignores Ctrl-C, and so would its nights, which it stops that way.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     options = NightlyOptions(date=flags.date, catch_up=flags.catch_up)
     capture(console, config.workspace, "nightly", verbose=verbose)
     try:

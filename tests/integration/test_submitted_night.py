@@ -30,12 +30,13 @@ def submitted(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str],
             node.wait_until_started()
         address = ["--address", f"http://{HEAD}:{dashboard}"]
         night = ["nightly", "shop.yaml", "--date", "2026-03-01", "--parallel.num_workers", "2"]
-        command = [SOLAR, "submit", *address, "--retries", "1", "--tag", "night=2026-03-01", "--", *night]
+        command = [SOLAR, "submit", *address, "--tag", "night=2026-03-01", "--", *night]
         deadline = time.monotonic() + 60
         while True:
             done = run(command, cwd=directory, environment=nodes.environment)
-            # The job server comes up after the node.
-            if "no Ray cluster answers" not in done.stderr or time.monotonic() > deadline:
+            # The job server and its agent come up after the node.
+            early = ("no Ray cluster answers", "No available agent")
+            if not any(text in done.stderr for text in early) or time.monotonic() > deadline:
                 break
             time.sleep(2)
         listed = run([SOLAR, "jobs", "list", *address], cwd=directory, environment=nodes.environment)

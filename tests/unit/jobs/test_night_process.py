@@ -96,10 +96,11 @@ time.sleep(60)
             raise KeyboardInterrupt
         return False
 
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(program, tmp_path, stopped=stopped)
     deadline = time.monotonic() + 10
     while is_alive(int((tmp_path / "child").read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
