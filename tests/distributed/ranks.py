@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import sys
@@ -11,21 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
+
+# Ranks are forks of one process, which has imported what takes seconds.
+multiprocessing.set_forkserver_preload(["torch", "torchrec", "deepspeed", "jobs.training.loop"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
     """What `function(*arguments)` returned on each rank, in rank order; an exception on a rank fails the test."""
     with tempfile.TemporaryDirectory() as directory:
-        spawn(_enter, args=(world_size, directory, function, arguments), nprocs=world_size)
+        passed = (dict(os.environ), world_size, directory, function, arguments)
+        start_processes(_enter, args=passed, nprocs=world_size, start_method="forkserver")
         return [pickle.loads((Path(directory) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
 
 
-def _enter(rank: int, world_size: int, directory: str, function: Callable[..., Any], arguments: Any) -> None:
+def _enter(
+    rank: int,
+    environment: dict[str, str],
+    world_size: int,
+    directory: str,
+    function: Callable[..., Any],
+    arguments: Any,
+) -> None:
     import torch.distributed as dist
 
     from jobs.training.parallel import quiet_libraries
 
+    # The server's own is as old as the server.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
