@@ -46,13 +46,16 @@ class Attempt:
 class Month:
     """The nights in `place`, one after the other."""
 
-    def __init__(self, place: Path, plan: Plan, *, keep: int = 7, tell: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, place: Path, plan: Plan, *, keep: int = 7, states: bool = True, tell: Callable[[str], None] = print
+    ) -> None:
         self.place, self.plan, self.tell = place, plan, tell
         self.workspace = place / "workspace"
         self.world = World(place / "log", plan)
         self.server = MlflowServer(place / "mlflow")
         recipe = write_nightly_recipe(place / f"{RECIPE}.yaml", workspace=self.workspace, log=place / "log")
-        recipe.write_text(recipe.read_text().replace("nightly: {", f"nightly: {{keep: {keep}, "))
+        nightly = f"nightly: {{keep: {keep}, states: {str(states).lower()}, "
+        recipe.write_text(recipe.read_text().replace("nightly: {", nightly))
         self.attempts: list[Attempt] = []
         self.faults: list[str] = []
         """What was not as it must be while the nights ran."""
