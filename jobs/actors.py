@@ -5,13 +5,12 @@ Data travels through files: a descriptor says where it is, an answer what was wr
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jobs.config import ConfigError
+from pipeline.build import quiet_ray_data
 from pipeline.events import DataError
 
 Work = Callable[[dict[str, Any]], dict[str, Any]]
@@ -33,7 +32,7 @@ def map_in_actors(
     actors = min(parallel or max(1, int(ray.cluster_resources().get("CPU", 1))), len(rows))
     if not actors:
         return
-    with _quiet_ray_data():
+    with quiet_ray_data():
         encoded: list[Any] = [{"row": json.dumps(row)} for row in rows]
         descriptors = ray.data.from_items(encoded, override_num_blocks=min(len(rows), MOST_BLOCKS))
         pool = ray.data.ActorPoolStrategy(size=actors)
@@ -59,18 +58,3 @@ class _Actor:
 
 
 _KINDS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "DataError": DataError}
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    import ray.data
-
-    context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    bars, level = context.enable_progress_bars, logger.level
-    context.enable_progress_bars = False
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = bars
-        logger.setLevel(level)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from jobs.commands import cluster, data, nightly, schedule, serving, system, training
 from jobs.console import Console, one_line
+from jobs.exit_codes import INTERRUPTED, MISTAKE
 from jobs.recipes import recipe_names
 
 USAGE = """\
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         print("solar: interrupted", file=sys.stderr)
-        code = 130
-    if code == 130:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         # Threads of Ray may be inside its C++ code: the ordinary end of Python can then crash (seen: SIGSEGV).
         sys.stdout.flush()
         sys.stderr.flush()
@@ -74,10 +75,10 @@ def run(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument not in ("-v", "--verbose")]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
-        return 0 if arguments else 2
+        return 0 if arguments else MISTAKE
     if arguments[0] not in COMMANDS:
         print(f"solar: unknown command {arguments[0]!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return MISTAKE
     return _guarded(COMMANDS[arguments[0]], arguments[1:], verbose=verbose)
 
 
@@ -95,15 +96,15 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         return command(arguments, console, verbose=verbose)
     except (ConfigError, DataError, CheckpointError, TablesDoNotFit, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {one_line(error)}")
-        return 2
+        return MISTAKE
     except Interrupted:
         console.error(
             "solar: interrupted; the same command continues from the last checkpoint (`solar train` with --resume)"
         )
-        return 130
+        return INTERRUPTED
     except KeyboardInterrupt:
         console.error("solar: interrupted; what was committed is still there")
-        return 130
+        return INTERRUPTED
     except WorkerFailure as error:
         console.error(f"solar: a worker failed: {one_line(error)}" + ("" if verbose else f" (details: {console.log})"))
         return 1
@@ -112,7 +113,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         if end.code != signal.SIGTERM:
             raise
         console.error("solar: interrupted; what was committed is still there")
-        return 130
+        return INTERRUPTED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             console.error(traceback.format_exc())
@@ -120,7 +121,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         console.error(
             f"solar: {error.filename or 'disk'}: {error.strerror}: free some disk; what was committed is still there"
         )
-        return 2
+        return MISTAKE
     except Exception:
         console.error(traceback.format_exc())
         return 1

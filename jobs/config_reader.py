@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs.config import SECTIONS, ConfigError, RunConfig
+from jobs.console import one_line
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
 from jobs.training.model import MODELS
@@ -204,7 +205,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: give a readable YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold `key: value` sections, holds {type(values).__name__}")
     for section in ("model", *SECTIONS):
@@ -243,7 +244,7 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str]:
 
 def explain(error: Exception, parser: ArgumentParser) -> str:
     """jsonargparse's words on one line, with the nearest known key where one is unknown."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"expected \1, got \2", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
     unknown = re.search(r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'", text)
@@ -260,7 +261,7 @@ def explain(error: Exception, parser: ArgumentParser) -> str:
 
 def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: Sequence[str]) -> str:
     """Put the dotted key and its origin before a section's `field=value: rule`."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     named = re.match(r"[\w.]+", text)
     field = named[0].split(".")[-1] if named else ""
     keys = [action.dest for action in parser._actions if action.dest.split(".")[-1] == field]

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from jobs.cluster import ray_session
 from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
+from jobs.registry import RegisteredModel
 from jobs.train import Trained, read_json, run_shards, train_job, write_json
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.job import TrainJob
@@ -48,6 +49,11 @@ class System:
     """A checkpoint, or the export of a registered model."""
     job: TrainJob | None
     """The job of the checkpoint; None = `weights` is an export."""
+
+    @classmethod
+    def served(cls, name: str, model: RegisteredModel) -> System:
+        """A registered version, by the files that serve it."""
+        return cls(name=name, key=model.digest, weights=str(model.directory.absolute()), job=None)
 
 
 @dataclasses.dataclass(frozen=True)

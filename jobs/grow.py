@@ -32,8 +32,8 @@ from jobs.training.checkpoint import (
     checkpoint_key,
     commit_files,
     describe_file,
-    discard_checkpoint,
     read_state,
+    remove_committed,
     table_files,
 )
 from jobs.training.model import model_tables
@@ -41,7 +41,7 @@ from jobs.training.run_lock import sole_command
 from jobs.warm_start import find_checkpoint, misfit, stored_shapes
 from models.embeddings import TableSpec, initial_rows
 from pipeline.shards import Shards
-from pipeline.storage import absolute
+from pipeline.storage import absolute, sync
 from pipeline.vocabulary_growth import beginnings_of
 
 ROWS_AT_ONCE = 1 << 16
@@ -99,13 +99,13 @@ def _staged(target: Path) -> Iterator[Path]:
         if target.exists():
             raise ConfigError(f"--out {target}: is there already: name a directory that is not, or remove it")
         try:
-            discard_checkpoint(staging)
+            remove_committed(staging)
             staging.mkdir()
             yield staging
             os.rename(staging, target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
-            discard_checkpoint(staging)
+            remove_committed(staging)
 
 
 def _link_tables(checkpoint: Path, staging: Path) -> list[dict[str, Any]]:
@@ -121,7 +121,7 @@ def _link_tables(checkpoint: Path, staging: Path) -> list[dict[str, Any]]:
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                 raise
             shutil.copyfile(source, copy)
-            _sync(copy)
+            sync(copy)
     return kept
 
 
@@ -174,9 +174,3 @@ def _grown_state(document: dict[str, Any], checkpoint: Path, shards: Shards, spe
             "tables": document["tables"],
         },
     }
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.config import ConfigError
+from jobs.exit_codes import INTERRUPTED, MISTAKE, TRY_LATER
 from jobs.manifests import (
     DEADLINE_SECONDS,
     TOKEN_KEY,
@@ -25,7 +26,7 @@ MISSED_SECONDS = 6 * 3600
 KEPT_SECONDS = 3 * 24 * 3600
 POD_RETRIES = 3
 """For pods that are lost; jobs that fail are tried again by `solar submit`, which waits longer in between."""
-FINAL = [2, 75, 130]
+FINAL = [MISTAKE, TRY_LATER, INTERRUPTED]
 """Exit codes that another pod would not change: a mistake, all tries used up, a job that somebody stopped."""
 NAME = "submit"
 COMMENT = f"""\

@@ -22,7 +22,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs.config import ConfigError, redacted
-from jobs.console import Console
+from jobs.console import Console, one_line
+from jobs.exit_codes import INTERRUPTED
 from jobs.job_tags import COMMAND_KEY
 from jobs.permissions import refuse_open_token
 
@@ -40,7 +41,6 @@ STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Read by Ray's job supervisor, which runs in the job's own environment: seconds from SIGTERM to SIGKILL."""
 STOP_GRACE_SECONDS = 3
 """Ray's default of it."""
-INTERRUPTED = 130
 RAY_LINES = re.compile(
     r"^(?:\S+ \S+\tINFO job_manager\.py:\d+ -- Runtime env is setting up\.|Running entrypoint for job .*)\n", re.M
 )
@@ -185,7 +185,7 @@ class Cluster:
         while not job.status.is_terminal():
             waited = time.monotonic() - asked
             if job.status == JobStatus.PENDING and waited > PENDING_SECONDS:
-                console.line(f"job {job_id} has not started; Ray ends it before it does: {one_line(job.message)}")
+                console.line(f"job {job_id} has not started; Ray ends it before it does: {_told(job.message)}")
                 return job
             if waited > seconds + ANSWER_SECONDS:
                 raise ConnectionError(f"job {job_id} has not ended, it is {job.status}: ask again, or see its node")
@@ -213,7 +213,7 @@ class Cluster:
                         return job
             except (OSError, aiohttp.ClientError, RuntimeError) as error:
                 if time.monotonic() - heard > LOST_SECONDS:
-                    raise ConnectionLost(one_line(error)) from error
+                    raise ConnectionLost(_told(error)) from error
                 if not told:
                     told = True
                     console.error(f"{self.shown} does not answer; trying for {LOST_SECONDS:.0f} s")
@@ -304,7 +304,7 @@ class Pending:
         waited = time.monotonic() - self._since
         if waited >= self._next:
             self._next = waited + 6 * PENDING_SECONDS
-            self._console.line(f"waiting for {waited:.0f} s: {one_line(job.message)}")
+            self._console.line(f"waiting for {waited:.0f} s: {_told(job.message)}")
 
 
 def exit_code(job: JobDetails) -> int:
@@ -328,7 +328,7 @@ def outcome(job: JobDetails) -> str:
         return f"job {job.submission_id} was stopped {took}"
     code = job.driver_exit_code
     if code is None:
-        return f"job {job.submission_id} failed {took}: {one_line(job.message)}"
+        return f"job {job.submission_id} failed {took}: {_told(job.message)}"
     if code < 0:
         return f"job {job.submission_id} was killed by signal {-code} {took} (9: often the node's memory ran out)"
     hint = ": no such program on the cluster: name its Python with --python" if code in (126, 127) else ""
@@ -350,5 +350,5 @@ def shown_command(job: JobDetails) -> str:
     return redacted((job.metadata or {}).get(COMMAND_KEY) or job.entrypoint)
 
 
-def one_line(text: object) -> str:
-    return redacted(" ".join(str(text or "").split()))[:500]
+def _told(text: object) -> str:
+    return redacted(one_line(text or ""))[:500]

@@ -27,6 +27,7 @@ from jobs.champions import CHALLENGER, CHAMPION, champion, or_none, promote, reg
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.evaluate import Evaluated
+from jobs.registry import EXPORT
 from jobs.tracking import metric_name, tracking_uri
 from jobs.train import Trained, read_json
 from jobs.training.checkpoint import checkpoint_key, table_files
@@ -62,8 +63,10 @@ def register(
     *,
     set_alias: Callable[[Any, str, str], str] | None = None,
     tags: Mapping[str, str] = MappingProxyType({}),
+    exported: Path | None = None,
 ) -> Registered:
-    """Register the run's best checkpoint once; the same checkpoint again is the same version.
+    """Register the run's best checkpoint once; the same checkpoint again is the same version. `exported`: what
+    `export_model` wrote of it, in a directory named `model`.
 
     `set_alias(client, name, version)` decides what the version is called, and returns it; by default the first one is
     the champion, a later one the challenger. `tags` are the version's, beside its lineage.
@@ -80,12 +83,14 @@ def register(
         return Registered(name, found.version, alias, f"models:/{name}/{found.version}", True)
 
     with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch) / "model"
-        vocabulary = export_model(config, trained.checkpoint, directory)
+        if exported is None:
+            exported = Path(scratch) / EXPORT
+            export_model(config, trained.checkpoint, exported)
+        vocabulary = _training_shards(config, trained.checkpoint).vocabulary
         stage.update(1, 3, "log")
         with mlflow.start_run(run_id=trained.mlflow_run_id):
             _log_evaluation(config, trained, evaluated)
-            info = log_export(directory, model=config.model, vocabulary=vocabulary)
+            info = log_export(exported, model=config.model, vocabulary=vocabulary)
         stage.update(2, 3, "version")
         version = _create_version(client, name, info, trained, {**tags, "solar.run_key": key})
         alias = set_alias(client, name, str(version.version))
@@ -93,20 +98,18 @@ def register(
     return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
 
 
-def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> Vocabulary:
-    """Export a checkpoint (write_export); returns what it was trained on."""
-    shards = Shards.open(config.shards_dir, number=_manifest_of(checkpoint))
+def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> None:
+    """Write the export of a checkpoint (write_export)."""
     dense = load_file(checkpoint / "dense.safetensors")
     write_export(
         directory,
-        shards=shards,
+        shards=_training_shards(config, checkpoint),
         config=config.as_dict(),
         model=config.model,
         requests=config.data.requests,
         table=lambda name: _whole_table(checkpoint, name),
         tower={key: value for key, value in dense.items() if "/" not in key},
     )
-    return shards.vocabulary
 
 
 def write_export(
@@ -155,16 +158,18 @@ def write_export(
 
 
 def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary) -> Any:
-    """Log an export and its scorer as an MLflow model of the active run; MLflow's ModelInfo."""
+    """Log an export (in a directory named `model`) and its scorer as an MLflow model of the active run; MLflow's
+    ModelInfo."""
     import mlflow
 
+    assert directory.name == EXPORT, directory
     with tempfile.TemporaryDirectory() as scratch:
         scorer = Path(scratch) / "scorer.py"
         scorer.write_text(scorer_source(model["name"]))
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(scorer),
-            artifacts={"model": str(directory)},
+            artifacts={EXPORT: str(directory)},
             signature=signature(model, vocabulary),
             pip_requirements=[f"{package}=={_version(package)}" for package in RUNTIME_PACKAGES],
         )
@@ -302,8 +307,8 @@ def _find_version(client: Any, name: str, key: str) -> Any | None:
     return client.get_model_version(name, versions[0].version) if versions else None
 
 
-def _manifest_of(checkpoint: Path) -> int:
-    return read_json(checkpoint / "state.json")["manifest"]
+def _training_shards(config: RunConfig, checkpoint: Path) -> Shards:
+    return Shards.open(config.shards_dir, number=read_json(checkpoint / "state.json")["manifest"])
 
 
 def _version(package: str) -> str:

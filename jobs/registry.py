@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from jobs.config import ConfigError, redacted
+from jobs.console import one_line
 from jobs.scorer import Scorer
 from jobs.scorer_input import UserFeature
 from jobs.scorer_states import export_digest
@@ -48,6 +49,8 @@ class NoStore(ConfigError):
     """The workspace has no MLflow store of its own yet, and no other was named."""
 
 
+EXPORT = "model"
+"""Name of an export's directory, and of the artifact of a version that holds its files."""
 EXPORTED = ("scorer.json", "config.json", "items.parquet", "table-item.safetensors", "model.safetensors")
 """Files of every export; item features have a table-NAME.safetensors each beside them, user features a
 table-user-NAME.safetensors and user-values.parquet."""
@@ -95,7 +98,7 @@ class RegisteredModel:
         try:
             scorer.load(self.directory)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise ConfigError(
                 f"{self.uri}: {self.directory} cannot be read ({type(error).__name__}: {reason}); register it again"
             ) from error
@@ -119,7 +122,7 @@ def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> Regist
         name=version.name,
         version=str(version.version),
         alias=asked["alias"],
-        directory=_exported_files(f"{source}/artifacts/model", version, uri=uri, store=store, workspace=workspace),
+        directory=_exported_files(f"{source}/artifacts/{EXPORT}", version, uri=uri, store=store, workspace=workspace),
         tags=dict(version.tags),
     )
 
@@ -253,7 +256,7 @@ def _download(artifact: str, scratch: str, *, uri: str, store: str) -> Path:
             )
         )
     except Exception as error:
-        reason = redacted(" ".join(str(error).split()))[:200]
+        reason = redacted(one_line(error))[:200]
         raise ConfigError(f"{uri}: artifact {redacted(artifact)} cannot be fetched: {reason}") from error
 
 
@@ -283,7 +286,7 @@ def _explained(store: str) -> Iterator[None]:
         raise
     # Whatever the store's driver raises: database, network and missing-driver errors share no class.
     except Exception as error:
-        reason = redacted(" ".join(str(error).split()))[:200]
+        reason = redacted(one_line(error))[:200]
         raise StoreAway(
             f"MLflow at {redacted(store)} does not answer ({type(error).__name__}: {reason}): start it, or set "
             "--tracking.uri"

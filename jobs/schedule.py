@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cron import Cron
+from jobs.exit_codes import MISTAKE
 from jobs.night_process import Outcome
 from jobs.retries import wait_seconds
 from jobs.run_record import read_json, write_json
@@ -24,8 +25,6 @@ from jobs.run_record import read_json, write_json
 LONGEST_SLEEP_SECONDS = 30.0
 BACKWARDS_SECONDS = 3600.0
 """A time further ahead than this was written, or waited for, while the clock was wrong."""
-MISTAKE = 2
-"""Exit code of what no retry mends."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

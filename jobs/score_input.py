@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.config import ConfigError
+from jobs.console import one_line
 from jobs.registry import RegisteredTables
 from jobs.scorer import Scorer
 from jobs.scorer_input import NO_TIME, Histories, RequestError, cast_values, flat_offsets, required_column, time_column
@@ -174,7 +175,7 @@ class RequestFile:
         except FileNotFoundError as error:
             raise ConfigError(f"{self.path}: no such file: give the Parquet file of the requests") from error
         except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"{self.path}: no whole Parquet file: {' '.join(str(error).split())[:160]}") from error
+            raise ConfigError(f"{self.path}: no whole Parquet file: {one_line(error)[:160]}") from error
 
 
 class UserHistories:

@@ -60,7 +60,7 @@ def _registered(uri: str, arguments: Sequence[str]) -> Subject:
     stores = values_of("--tracking.uri", arguments)
     model = fetch_model(uri, tracking=TrackingConfig(uri=stores[-1] if stores else None), workspace=workspace)
     config = stored_config("evaluate", model.config, model.uri, arguments)
-    system = System(name=config.model["name"], key=model.digest, weights=str(model.directory.absolute()), job=None)
+    system = System.served(config.model["name"], model)
     return Subject(system=system, config=dataclasses.replace(config, name=f"{model.name}-{model.version}"))
 
 

@@ -24,6 +24,7 @@ import yaml
 
 from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT, WORKER_ENVIRONMENT
 from jobs.config import ConfigError, redacted
+from jobs.console import one_line
 from jobs.notify import URL_VARIABLE
 from jobs.ray_jobs import STOP_GRACE_VARIABLE, Cluster
 from jobs.recipes import recipe_names
@@ -315,7 +316,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from error
     return values if isinstance(values, dict) else {}
 
 

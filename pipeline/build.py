@@ -270,7 +270,7 @@ def _map(
     if not rows:
         return []
     results = []
-    with _quiet_ray_data():
+    with quiet_ray_data():
         encoded: list[Any] = [{"row": json.dumps(row)} for row in rows]
         dataset = ray.data.from_items(encoded, override_num_blocks=min(len(rows), tasks))
         # More at a time than there are rows is warned of.
@@ -301,7 +301,8 @@ def _rows(dataset: ray.data.Dataset) -> Iterable[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
+def quiet_ray_data() -> Iterator[None]:
+    """Without the bars and the chatter of Ray Data; it is as it was afterwards."""
     import ray.data
 
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")

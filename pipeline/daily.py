@@ -113,13 +113,12 @@ def log_days(found: list[Input], *, events: str, daily: DailyLog) -> LogDays:
     else:
         first, until = min(by_day), datetime.date.fromisoformat(daily.until) if daily.until else max(by_day)
         every = [first + datetime.timedelta(days=n) for n in range((until - first).days + 1)]
+    there = [day for day in every if day in by_day]
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        reasons = dict(zip(every, pool.map(lambda day: _why_unfinished(day, events, daily), every), strict=True))
+        reasons = dict(zip(there, pool.map(lambda day: _why_unfinished(day, events, daily), there), strict=True))
     left_out = {}
-    for day, why in reasons.items():
-        if day not in by_day:
-            left_out[day] = f"{_NO_FILES} in {daily.folder_of(day)}"
-        elif why:
+    for day in every:
+        if why := reasons.get(day) if day in by_day else f"{_NO_FILES} in {daily.folder_of(day)}":
             left_out[day] = why
     return LogDays(files={day: by_day[day] for day in every if day not in left_out}, left_out=left_out)
 

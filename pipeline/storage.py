@@ -72,7 +72,7 @@ class Store:
         temporary = _write_temporary(target, data, durable=durable)
         os.replace(temporary, target)
         if durable:
-            _sync_directory(target.parent)
+            sync(target.parent)
 
     def adopt(self, local_path: str, name: str) -> None:
         """Move a finished local file to `name`, replacing nothing but equal bytes: names carry a content hash."""
@@ -83,10 +83,9 @@ class Store:
             return
         target = Path(self.join(name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with local_file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(local_file)
         os.replace(local_file, target)
-        _sync_directory(target.parent)
+        sync(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
         """Create the file with all its bytes; False when it exists already. One of several racing writers wins."""
@@ -106,7 +105,7 @@ class Store:
             return False
         finally:
             temporary.unlink()
-        _sync_directory(target.parent)
+        sync(target.parent)
         return True
 
     def remove(self, folder: str) -> None:
@@ -175,8 +174,9 @@ def _write_temporary(target: Path, data: bytes, *, durable: bool = True) -> Path
     return Path(name)
 
 
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a local file's bytes, or a directory's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.commands import SOLAR
+from tests.commands import SOLAR, free_ports
 from tests.interruptions import orphans
 
 WAIT_SECONDS = 600.0
@@ -87,9 +86,7 @@ class MlflowServer:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        [self._port] = free_ports(1)
         self._directory = directory
         self._process: psutil.Popen | None = None
 

@@ -9,11 +9,9 @@ import signal
 from typing import Any
 
 from jobs.commands.arguments import capture, parse, recipe_config, usage_error
-from jobs.console import Console
+from jobs.console import Console, one_line
+from jobs.exit_codes import TRY_LATER
 from jobs.night_process import SCHEDULED_VARIABLE
-
-TRY_LATER = 75
-"""Exit code of sysexits.h: nothing is wrong, the same command may succeed later."""
 
 
 def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -40,7 +38,7 @@ def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
         else:
             run_nights(config, options, console, verbose=verbose)
     except TryLater as error:
-        console.error(f"solar: {' '.join(str(error).split())} (exit code {TRY_LATER}: try again later)")
+        console.error(f"solar: {one_line(error)} (exit code {TRY_LATER}: try again later)")
         return TRY_LATER
     return 0
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from jobs.champions import champion
 from jobs.config import ConfigError
-from jobs.evaluate import evaluate
-from jobs.nightly.context import CHAMPION, NightContext, served
+from jobs.evaluate import System, evaluate
+from jobs.nightly.context import CHAMPION, NightContext
 from jobs.nightly.journal import past_nights
 from jobs.registry import RegisteredModel
 from jobs.train import open_shards, read_json, train
@@ -46,7 +46,7 @@ def measure_champion(night: NightContext, prepared: dict[str, Any]) -> dict[str,
         return known
     measured = evaluate(
         night.config_with(day, name=f"{night.config.name}-champion"),
-        [served(CHAMPION, model)],
+        [System.served(CHAMPION, model)],
         night.console,
         shards=open_shards(night.config, number=prepared["manifest"]),
         part="test",

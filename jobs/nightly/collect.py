@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from jobs.champions import needed_versions
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.nightly.journal import past_nights
+from jobs.training.checkpoint import remove_committed
 from pipeline.events import DataError
 from pipeline.garbage import collect
 from pipeline.manifest import current_manifest
@@ -23,19 +23,19 @@ def collect_old(config: RunConfig, root: Path, client: Any, console: Console) ->
     """Remove what is older than `nightly.keep` nights, but for what the registry refers to."""
     keep = config.nightly.keep
     # What Ray kept beside the evaluation of the champion.
-    remove_tree(Path(config.workspace) / "runs" / f"{config.name}-champion")
+    remove_committed(Path(config.workspace) / "runs" / f"{config.name}-champion")
     versions = needed_versions(client, config.registered_model)
     checkpoints = (version.tags.get("solar.checkpoint") for version in versions.values())
     needed = {Path(path).parent.resolve() for path in checkpoints if path}
     for night in past_nights(root)[:-keep]:
         for folder in ("export", "champion"):
-            remove_tree(night.directory / folder)
+            remove_committed(night.directory / folder)
         trained = night.read("train")
         if trained is None:
             continue
         run_dir = Path(trained["run_dir"])
         if run_dir.resolve() not in needed:
-            remove_tree(run_dir)
+            remove_committed(run_dir)
     try:
         collect(absolute(config.shards_dir), keep=keep * _STATES_A_NIGHT)
     except DataError as error:
@@ -51,14 +51,6 @@ def _collect_states(config: RunConfig, versions: set[str]) -> None:
     for directory in (Path(config.workspace) / "states" / config.registered_model).glob("*"):
         by_age = sorted(found for found in directory.glob("????????") if (found / "COMMIT").exists())
         for found in by_age if directory.name not in versions else by_age[:-1]:
-            remove_tree(found)
+            remove_committed(found)
         if by_age and int(by_age[-1].name) < oldest:
-            remove_tree(by_age[-1])
-
-
-def remove_tree(path: Path) -> None:
-    """COMMIT files go first: what is left of an interrupted removal is no checkpoint."""
-    for commit in path.glob("**/COMMIT"):
-        commit.unlink(missing_ok=True)
-    if path.exists():
-        shutil.rmtree(path)
+            remove_committed(by_age[-1])

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from jobs.champions import registry_client
 from jobs.config import RunConfig
 from jobs.console import Console
-from jobs.evaluate import System
 from jobs.nightly.journal import Journal
 from jobs.registry import RegisteredModel, fetch_model
 from jobs.tracking import tracking_uri
@@ -100,8 +99,3 @@ class NightContext:
 def nights_directory(config: RunConfig) -> Path:
     """Where the journals of a recipe's nights are."""
     return Path(config.workspace) / "nightly" / config.name
-
-
-def served(name: str, model: RegisteredModel) -> System:
-    """A registered version as a system to evaluate: by the files that serve it."""
-    return System(name=name, key=model.digest, weights=str(model.directory.absolute()), job=None)

@@ -11,13 +11,14 @@ import numpy as np
 
 from jobs.champions import champion_at_night
 from jobs.evaluate import System, evaluate, read_result
-from jobs.nightly.collect import remove_tree
-from jobs.nightly.context import CHAMPION, REFERENCE, NightContext, served
+from jobs.nightly.context import CHAMPION, REFERENCE, NightContext
 from jobs.nightly.gate import Comparison, Decision, Guard, Pairs, compare, decide, pairs, without_champion
 from jobs.nightly.guards import day_guards, latencies, model_guards
 from jobs.nightly.journal import past_nights
 from jobs.register import export_model
+from jobs.registry import EXPORT
 from jobs.train import open_shards, read_json
+from jobs.training.checkpoint import remove_committed
 from pipeline.requests import RequestConfig
 
 PAIRS = "pairs.npz"
@@ -28,14 +29,14 @@ def evaluate_challenger(
 ) -> dict[str, Any]:
     """Challenger, champion and now and then the reference on the held-out requests: directory, reference, latencies."""
     config = night.trained_config(trained)
-    export = _export(night, trained)
+    export = challenger_export(night, trained)
     systems = [System(name=config.model["name"], key=trained["key"], weights=str(export.absolute()), job=None)]
     reference = None
     if before["version"] is not None:
-        systems.append(served(CHAMPION, night.fetch(before["version"])))
+        systems.append(System.served(CHAMPION, night.fetch(before["version"])))
         reference = _reference(night, before["version"])
     if reference is not None:
-        systems.append(served(REFERENCE, night.fetch(reference)))
+        systems.append(System.served(REFERENCE, night.fetch(reference)))
     shards = open_shards(config, number=read_json(Path(trained["run_dir"]) / "run.json")["manifest"])
     evaluated = evaluate(
         dataclasses.replace(config, data=dataclasses.replace(config.data, requests=asked)),
@@ -82,12 +83,12 @@ def judge(
     return {**_told(decision, comparisons, guards), **figures}
 
 
-def _export(night: NightContext, trained: dict[str, Any]) -> Path:
-    """The challenger as it would be served."""
-    directory = night.journal.directory / "export"
+def challenger_export(night: NightContext, trained: dict[str, Any]) -> Path:
+    """The challenger as it would be served: written once a night."""
+    directory = night.journal.directory / "export" / EXPORT
     # Its last file: what a killed command left lacks it.
     if not (directory / "config.json").exists():
-        remove_tree(directory)
+        remove_committed(directory)
         export_model(night.trained_config(trained), Path(trained["checkpoint"]), directory)
     return directory
 

@@ -20,7 +20,7 @@ from jobs.nightly.challenge import lacking, measure_champion, night_requests, tr
 from jobs.nightly.collect import collect_old
 from jobs.nightly.context import NightContext
 from jobs.nightly.journal import END
-from jobs.nightly.judge import evaluate_challenger, judge
+from jobs.nightly.judge import challenger_export, evaluate_challenger, judge
 from jobs.nightly.report import write_report
 from jobs.nightly.take_in import require_input, take_in
 from jobs.register import register
@@ -115,6 +115,7 @@ def _register(
             night.console,
             set_alias=set_champion,
             tags=tags,
+            exported=challenger_export(night, trained),
         )
         version = str(registered.version)
     note_night(night.client, night.name, night.date.isoformat(), {**told, "champion": version})

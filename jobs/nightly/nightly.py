@@ -199,7 +199,7 @@ def _later(root: Path) -> Iterator[None]:
         raise TryLater(str(error)) from error
     except MlflowException as error:
         if is_away(error):
-            raise TryLater(f"MLflow does not answer: {' '.join(str(error).split())[:200]}") from error
+            raise TryLater(f"MLflow does not answer: {one_line(error)[:200]}") from error
         raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.training.tables import TableShard
-from pipeline.storage import is_inside
+from pipeline.storage import is_inside, sync
 
 
 class CheckpointError(ValueError):
@@ -95,10 +95,12 @@ class TrainState:
         return self.steps_before + self.step
 
 
-def discard_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, or what there is of one; COMMIT goes first. No such directory: nothing happens."""
+def remove_committed(path: Path) -> None:
+    """Remove a directory, all that was committed in it first: an interrupted removal leaves no half checkpoint that
+    looks whole. No such directory: nothing happens."""
+    for commit in path.glob("**/COMMIT"):
+        commit.unlink(missing_ok=True)
     if path.exists():
-        (path / "COMMIT").unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
@@ -106,7 +108,7 @@ def discard_unfinished(run_dir: Path) -> None:
     """Remove the directories that a killed run left without COMMIT. The caller is the only writer."""
     for path in run_dir.glob("step-*"):
         if not (path / "COMMIT").exists():
-            discard_checkpoint(path)
+            remove_committed(path)
 
 
 def checkpoint_bytes(table_rows: Iterable[tuple[int, int]], *, sparse: str, dense_parameters: int) -> int:
@@ -195,7 +197,7 @@ def load_tables(path: Path, shards: Iterable[TableShard]) -> None:
                     continue
                 source = slice(first - first_in_file, last - first_in_file)
                 target = slice(first - shard.first_row, last - shard.first_row)
-                for name, part in {"weight": shard.weight, **shard.state}.items():
+                for name, part in shard.tensors.items():
                     part[target] = tensors.get_slice(name)[source]
 
 
@@ -231,9 +233,7 @@ def restore_random_state(document: dict[str, Any]) -> None:
 
 def describe_file(file: Path) -> dict[str, Any]:
     """A file's entry in COMMIT, once its bytes are on the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    sync(file)
     return {"name": file.name, "bytes": file.stat().st_size, "xxh64": _checksum(file)}
 
 
@@ -248,9 +248,7 @@ def commit_files(path: Path, files: list[dict[str, Any]]) -> None:
     staged.unlink()
     # The directory's own entry as well: older checkpoints are removed in the belief that this one is there.
     for directory in (path, path.parent):
-        descriptor = os.open(directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(directory)
 
 
 def _way_on(path: Path) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 import shutil
 import threading
 import time
@@ -34,11 +33,11 @@ from jobs.training.checkpoint import (
     commit_files,
     committed_checkpoints,
     describe_file,
-    discard_checkpoint,
     random_state,
+    remove_committed,
 )
 from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
-from jobs.training.plan import available_memory
+from jobs.training.plan import available_memory, local_world_size
 from jobs.training.tables import ShardedTables, TableShard
 from jobs.training.telemetry import said_by_rank_0
 
@@ -91,7 +90,7 @@ class CheckpointWriter:
             self._buffers = {
                 (shard.table, shard.first_row, name): torch.zeros_like(part, device="cpu", pin_memory=part.is_cuda)
                 for shard in tables.shards()
-                for name, part in {"weight": shard.weight, **shard.state}.items()
+                for name, part in shard.tensors.items()
             }
 
     def __enter__(self) -> CheckpointWriter:
@@ -123,8 +122,8 @@ class CheckpointWriter:
             dense=local_dense_state(self._engine),
         )
         self._thread = threading.Thread(target=self._work, args=(copied,), name="solar-checkpoint", daemon=True)
-        self._thread.start()
         self._figures = {"step": state.step, "path": str(copied.path)}
+        self._thread.start()
         if direct:
             self._thread.join()
         self._figures["stall_seconds"] = time.perf_counter() - started
@@ -153,9 +152,9 @@ class CheckpointWriter:
 
     def _require_memory(self) -> None:
         """Refuse to begin where the copies of this machine's ranks do not fit beside what is there. A collective."""
-        parts = [part for shard in self._tables.shards() for part in (shard.weight, *shard.state.values())]
+        parts = [part for shard in self._tables.shards() for part in shard.tensors.values()]
         ours = sum(part.numel() * part.element_size() for part in parts)
-        needed = ours * int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        needed = ours * local_world_size()
         missing = torch.tensor(max(0, needed - available_memory()) >> 20)
         dist.all_reduce(missing, op=dist.ReduceOp.MAX)
         if missing:
@@ -178,7 +177,7 @@ class CheckpointWriter:
         path = copied.path
 
         def begin() -> None:
-            discard_checkpoint(path)
+            remove_committed(path)
             path.mkdir(parents=True)
 
         def write_tables() -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -233,12 +232,11 @@ class CheckpointWriter:
 
 def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
     file = path / f"table-{shard.table}-{shard.first_row:012d}.safetensors"
-    tensors = {"weight": shard.weight, **shard.state}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    save_file({name: tensor.contiguous() for name, tensor in shard.tensors.items()}, file)
     return describe_file(file)
 
 
 def _collect(run_dir: Path, *, keep: int, protected: set[int]) -> None:
     for path in committed_checkpoints(run_dir)[:-keep]:
         if int(path.name.removeprefix("step-")) not in protected:
-            discard_checkpoint(path)
+            remove_committed(path)

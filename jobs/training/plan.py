@@ -58,7 +58,7 @@ def _measured(device: str) -> dict[str, float]:
     """What this rank may take of its machine's memory, in bytes, and bandwidths in bytes/s. All ranks join."""
     source, target = torch.zeros(_COPIED_BYTES // 4), torch.zeros(_COPIED_BYTES // 4)
     found = {
-        "memory": available_memory() / _local_world_size(),
+        "memory": available_memory() / local_world_size(),
         "memory_bandwidth": 2 * _COPIED_BYTES / _best_seconds(lambda: target.copy_(source)),
         "device_memory": float(torch.cuda.get_device_properties(0).total_memory) if device == "cuda" else 0.0,
         "network_bandwidth": float("inf"),
@@ -120,7 +120,7 @@ def _planner(
     network = least["network_bandwidth"] / 1000 if len(ranks) > 1 else INTRA_NODE_BANDWIDTH
     topology = Topology(
         world_size=len(ranks),
-        local_world_size=_local_world_size(),
+        local_world_size=local_world_size(),
         compute_device=device,
         hbm_cap=int(least["device_memory"]),
         ddr_cap=int(least["memory"]),
@@ -171,5 +171,6 @@ def _on_every_rank(found: dict[str, float]) -> list[dict[str, float]]:
     return gathered
 
 
-def _local_world_size() -> int:
+def local_world_size() -> int:
+    """Ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))

@@ -49,6 +49,11 @@ class TableShard:
     """What the optimizer keeps of them by name, float32: row-wise Adagrad an `accumulator` [rows], the mean of squared
     gradients; Adam `exp_avg` and `exp_avg_sq` [rows, C]."""
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps, by name."""
+        return {"weight": self.weight, **self.state}
+
 
 class ShardedTables:
     """All tables, row-wise sharded over the ranks; an update is `begin_step`, a look-up, backward, `end_step`.

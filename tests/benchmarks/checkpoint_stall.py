@@ -108,7 +108,7 @@ def measure(rows: int, directory: str) -> dict[str, float]:
 
 def copy_seconds(tables: ShardedTables) -> float:
     """All ranks at once, the median of five, into memory that is there already."""
-    parts = [part for shard in tables.shards() for part in (shard.weight, *shard.state.values())]
+    parts = [part for shard in tables.shards() for part in shard.tensors.values()]
     buffers, seconds = [torch.zeros_like(part) for part in parts], []
     for _ in range(5):
         dist.barrier()

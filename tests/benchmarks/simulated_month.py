@@ -33,7 +33,6 @@ from tests.month_nights import NightProcess
 from tests.month_world import FIRST_NIGHT, plan_of
 from tests.simulated_month import MODEL, Attempt, Month
 
-GIT_DAYS = 30
 GIT_RECIPE = "git-month"
 
 

@@ -86,7 +86,7 @@ def measure(rows: int, directory: str) -> dict[str, Any]:
         path = latest_checkpoint(Path(directory))
         assert path is not None
         load_tables(path, tables.shards())
-    parts = [part for shard in tables.shards() for part in (shard.weight, *shard.state.values())]
+    parts = [part for shard in tables.shards() for part in shard.tensors.values()]
     return found | {"own": sum(part.numel() * part.element_size() for part in parts) / 2**30}
 
 

@@ -100,7 +100,7 @@ def rows_of(loads: list[tuple[TrainJob, Path]]) -> list[list[tuple[str, int, dic
     found = []
     for job, checkpoint in loads:
         tables, _ = build_model(job, Shards.open(job.shards), checkpoint=checkpoint)
-        parts = [(shard.table, shard.first_row, {"weight": shard.weight, **shard.state}) for shard in tables.shards()]
+        parts = [(shard.table, shard.first_row, shard.tensors) for shard in tables.shards()]
         found.append([(*place, {name: part.clone() for name, part in tensors.items()}) for *place, tensors in parts])
     return found
 

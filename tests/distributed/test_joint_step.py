@@ -242,7 +242,7 @@ def interrupted(
     for number in range(3):
         step(tables, engine, uneven_rows(number, rank, world_size)[0], count=40)
     dense = dict(gather_dense_state(local_dense_state(engine)))
-    sparse = [{"weight": shard.weight.clone(), **clones(shard.state)} for shard in tables.shards()]
+    sparse = [clones(shard.tensors) for shard in tables.shards()]
     straight = [step(tables, engine, uneven_rows(number, rank, world_size)[0], count=40) for number in range(3, 6)]
 
     tower = make_tower()
@@ -252,7 +252,7 @@ def interrupted(
     )
     restore_dense_state(again, dense, num_steps=3)
     for shard, before in zip(tables.shards(), sparse, strict=True):
-        for name, tensor in {"weight": shard.weight, **shard.state}.items():
+        for name, tensor in shard.tensors.items():
             tensor.copy_(before[name])
     tables.restore_step(3)
     resumed = [step(tables, again, uneven_rows(number, rank, world_size)[0], count=40) for number in range(3, 6)]

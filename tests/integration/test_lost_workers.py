@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.build import PrepareConfig, prepare
+from tests.commands import free_ports
 from tests.interruptions import Command, differences, learned, telemetry
 from tests.ray_nodes import Nodes
 from tests.tiny import write_tiny_log, write_tiny_recipe
@@ -78,10 +78,10 @@ def test_stopped_worker_is_found_and_killed_and_the_run_ends_with_the_same_bits(
 
 def test_run_goes_on_with_fewer_workers_where_a_node_dies_and_its_losses_stay(place):
     run_dir = place.run_dir("elastic")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    [port] = free_ports(1)
+    address = f"127.0.0.1:{port}"
     with Nodes() as cluster:
-        cluster.head("127.0.0.1", int(address.split(":")[1])).wait_until_started()
+        cluster.head("127.0.0.1", port).wait_until_started()
         nodes = [cluster.node(ip, address) for ip in ("127.0.0.2", "127.0.0.3")]
         for node in nodes:
             node.wait_until_started()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from jobs.registry import RegisteredModel
 from jobs.score import score
 from jobs.score_input import UserHistories
 from pipeline.shards import Shards
+from tests.commands import free_ports
 from tests.registered import prepared_users, registered
 
 START_SECONDS = 180
@@ -59,9 +59,7 @@ def model(place, data) -> RegisteredModel:
 @pytest.fixture(scope="module")
 def server(place, model):
     """The URL of a running server; it must still answer when all tests are over."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     (place / "site").mkdir()
     (place / "site" / "sitecustomize.py").write_text(WITHOUT_REPOSITORY)
     (place / "elsewhere").mkdir()

@@ -16,10 +16,10 @@ from jobs.training.checkpoint import (
     CheckpointError,
     checkpoint_bytes,
     committed_checkpoints,
-    discard_checkpoint,
     discard_unfinished,
     latest_checkpoint,
     read_state,
+    remove_committed,
     set_aside_damaged,
     verify_checkpoint,
 )
@@ -109,7 +109,7 @@ def test_nothing_is_set_aside_where_no_checkpoint_is_whole(run_dir):
 
 
 def test_damage_of_the_only_checkpoint_does_not_promise_an_earlier_one(run_dir):
-    discard_checkpoint(run_dir / "step-00000008")
+    remove_committed(run_dir / "step-00000008")
     cut("COMMIT")(run_dir / "step-00000004")
     with pytest.raises(CheckpointError, match="there is none before it"):
         read_state(run_dir / "step-00000004")
