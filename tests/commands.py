@@ -15,6 +15,13 @@ def solar(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run([SOLAR, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
+def succeeded(*arguments: str | Path, cwd: Path) -> str:
+    """The output of a command that must not fail."""
+    done = solar(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def refused(*arguments: str | Path, cwd: Path) -> str:
     """The one line of a command that ends with exit code 2."""
     done = solar(*arguments, cwd=cwd)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.champions import champion, changes, nights, registry_client
-from tests.commands import solar
+from tests.commands import succeeded
 from tests.daily_log import day_of, events_of, write_nightly_recipe
 from tests.month_nights import MlflowServer, NightProcess, can_mount, small_disk
 from tests.month_world import FIRST_NIGHT, Plan, World
@@ -78,8 +78,7 @@ class Month:
 
     def document(self, number: int, step: str) -> dict[str, Any] | None:
         """What a step of a night left."""
-        file = self.workspace / "nightly" / RECIPE / str(day_of(number)) / f"{step}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return step_document(self.workspace / "nightly" / RECIPE, day_of(number), step)
 
     def _night(self, number: int) -> None:
         match self.plan.troubles.get(number):
@@ -163,14 +162,8 @@ class Month:
         self.tell(f"    {done.strip().splitlines()[-1]}")
 
     def _measure_frozen(self, number: int) -> None:
-        start = f"{day_of(number)}T00:00:00"
-        out = self.place / "frozen" / str(day_of(number))
-        self._solar(
-            "evaluate", f"models:/{MODEL}/1", "--workspace", self.workspace, "--tracking.uri", self.server.uri,
-            "--data.requests.valid_from", start, "--data.requests.test_from", start, "--out", out,
-        )  # fmt: skip
-        summary = json.loads((out / "summary.json").read_text())
-        self.frozen[number] = summary["metrics"][summary["systems"][0]][summary["primary"]]
+        options = ["--workspace", self.workspace, "--tracking.uri", self.server.uri]
+        self.frozen[number] = frozen_quality(MODEL, day_of(number), place=self.place, options=options)
 
     @property
     def shards(self) -> Path:
@@ -182,9 +175,7 @@ class Month:
         return int(events_of(FIRST_NIGHT)["user_id"][0])
 
     def _solar(self, *arguments: str | Path) -> str:
-        done = solar(*arguments, cwd=self.place)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return succeeded(*arguments, cwd=self.place)
 
     def problems(self) -> list[str]:
         """What is not as it must be after the nights; they and MLflow's store are asked, no memory of this process."""
@@ -255,3 +246,20 @@ class Month:
             if (trained.get("train_from") or 0) > start.timestamp() * 1000:
                 problems.append(f"{day_of(number + 1)}: does not train on {day_of(number)} again")
         return problems
+
+
+def step_document(nights_directory: Path, date: datetime.date, step: str) -> dict[str, Any] | None:
+    """What a step of a night left in its journal."""
+    file = nights_directory / str(date) / f"{step}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def frozen_quality(model: str, date: datetime.date, *, place: Path, options: Sequence[str | Path]) -> float:
+    """The primary metric of version 1 on the requests from a day on, the last that the data set has."""
+    start, out = f"{date}T00:00:00", place / "frozen" / str(date)
+    succeeded(
+        "evaluate", f"models:/{model}/1", *options, "--data.requests.valid_from", start, "--data.requests.test_from",
+        start, "--out", out, cwd=place,
+    )  # fmt: skip
+    summary = json.loads((out / "summary.json").read_text())
+    return summary["metrics"][summary["systems"][0]][summary["primary"]]

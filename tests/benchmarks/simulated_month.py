@@ -5,8 +5,8 @@ a month: a bad, a missing and a late day, files delivered twice, a challenger wo
 MLflow away, a full disk, a user who leaves. Prints what every night came to and plots the champion's quality on each
 new day beside that of the first version, never retrained. Exit code 1 if something is not as it must be; DIR keeps all.
 
-With --git thirty real days of a git history instead (Parquet with user_id, item_id, timestamp in seconds): all before
-as one first folder, no troubles, and whatever the gate says.
+With --git a real git history instead (Parquet with user_id, item_id, timestamp in seconds) whose clock runs faster: all
+before --first as one first folder, then --pace days in one, no troubles, and whatever the gate says.
 """
 
 from __future__ import annotations
@@ -31,19 +31,28 @@ from tests.commands import solar
 from tests.daily_log import day_of, write_nightly_recipe
 from tests.month_nights import NightProcess
 from tests.month_world import FIRST_NIGHT, plan_of
-from tests.simulated_month import MODEL, Attempt, Month
+from tests.simulated_month import MODEL, Attempt, Month, frozen_quality, step_document
 
 GIT_RECIPE = "git-month"
+GIT_GATE = (
+    "nightly: {valid_hours: 2, gate_hours: 6, gate: {min_users: 50}}",
+    "nightly: {valid_hours: 4, gate_hours: 12, gate: {min_users: 30}}",
+)
+"""Few people commit in a day, or in a month: half of it judges."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nights", type=int, default=30)
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--git", type=Path, default=None)
     parser.add_argument(
         "--frozen-every", type=int, default=3, help="days between two measurements of version 1; 0 = none"
     )
+    parser.add_argument("--git", type=Path, default=None, help="interactions of a git history instead")
+    parser.add_argument(
+        "--first", type=datetime.date.fromisoformat, default=datetime.date(2024, 1, 1), help="of it; default 2024-01-01"
+    )
+    parser.add_argument("--pace", type=int, default=30, help="days of it that pass in one; default: 30, about a month")
     arguments = parser.parse_args()
     # The server and a night that is under way end with the command.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -52,7 +61,8 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     print(f"in {place}", flush=True)
     if arguments.git is not None:
-        git_month(arguments.git, place, nights=arguments.nights)
+        cut = {"first": arguments.first, "nights": arguments.nights, "pace": arguments.pace}
+        git_month(cut_by_day(arguments.git, place / "all", **cut), place, frozen_every=arguments.frozen_every)
         return
     month = Month(place, plan_of(arguments.nights), tell=lambda text: print(text, flush=True))
     try:
@@ -120,40 +130,47 @@ def plot_curves(champion: Mapping[int, float], frozen: Mapping[int, float], path
     save_figure(figure, path)
 
 
-def git_month(source: Path, place: Path, *, nights: int) -> None:
+def git_month(days: Sequence[datetime.date], place: Path, *, frozen_every: int) -> None:
     """Real days, one after the other; nothing is made to go wrong and nothing is checked but that nights end."""
-    days = cut_by_day(source, place / "all", nights=nights)
-    log = place / "log"
-    recipe = write_nightly_recipe(place / f"{GIT_RECIPE}.yaml", workspace=place / "workspace", log=log)
-    recipe.write_text(recipe.read_text().replace("name: daily", "name: git"))
-    print("| day | exit | seconds | said |\n|---|---|---|---|", flush=True)
-    for day in days:
-        log.mkdir(exist_ok=True)
+    log, workspace = place / "log", place / "workspace"
+    recipe = write_nightly_recipe(place / f"{GIT_RECIPE}.yaml", workspace=workspace, log=log)
+    recipe.write_text(recipe.read_text().replace("name: daily", "name: git").replace(*GIT_GATE))
+    curve: dict[int, float] = {}
+    frozen: dict[int, float] = {}
+    print("| day | exit | seconds | champion, new day | version 1 | said |\n|---|---|---|---|---|---|", flush=True)
+    log.mkdir()
+    for number, day in enumerate(days):
         for folder in sorted((place / "all").iterdir()):
             if folder.name <= f"dt={day}":
                 folder.rename(log / folder.name)
         arguments = [recipe.name, "--date", str(day), "--catch-up"]
         process = NightProcess(arguments, cwd=place, output=place / "output" / str(day))
         code, seconds = process.finish()
+        before = step_document(workspace / "nightly" / GIT_RECIPE, day, "champion") or {}
+        if before.get("metrics"):
+            curve[number] = before["metrics"][before["primary"]]
+            if frozen_every and number % frozen_every == 0:
+                frozen[number] = frozen_quality("solar-git", day, place=place, options=["--workspace", workspace])
         said = [
             line.split(maxsplit=1)[1] for line in process.said.splitlines() if line.startswith("night") and ": " in line
         ]
-        print(f"| {day} | {code} | {seconds:.0f} | {'; '.join([*said, *process.errors[-1:]])} |", flush=True)
-    print(solar("history", "solar-git", "--workspace", place / "workspace", cwd=place).stdout)
+        figures = (f"{seconds:.0f}", _value(curve.get(number)), _value(frozen.get(number)))
+        print(f"| {day} | {code} | {' | '.join(figures)} | {'; '.join([*said, *process.errors[-1:]])} |", flush=True)
+    print(solar("history", "solar-git", "--workspace", workspace, cwd=place).stdout)
+    if both := sorted(frozen.keys() & curve.keys()):
+        retrained, first = (statistics.mean(found[number] for number in both) for found in (curve, frozen))
+        print(f"champion on new days, mean {retrained:.4f}; version 1 {first:.4f} ({len(both)} days)")
+    plot_curves(curve, frozen, place / "month.png")
 
 
-def cut_by_day(source: Path, out: Path, *, nights: int) -> list[datetime.date]:
-    """The busiest of the last months of 2025: a folder for each day, and all before in that of the day before."""
-    moment = pl.from_epoch(pl.col("timestamp"), time_unit="s").dt.replace_time_zone("UTC")
-    events = pl.read_parquet(source).select("user_id", "item_id", moment.alias("timestamp"))
-    day = pl.col("timestamp").dt.date()
-    starts = [datetime.date(2025, month, 1) for month in range(8, 13)]
-    counts = {
-        start: events.filter(day.is_between(start, start + datetime.timedelta(days=nights - 1))).height
-        for start in starts
-    }
-    first = max(starts, key=lambda start: counts[start])
+def cut_by_day(source: Path, out: Path, *, first: datetime.date, nights: int, pace: int) -> list[datetime.date]:
+    """From `first` on `pace` days of the log pass in one: a folder for each of `nights` days, and all that was before
+    in that of the day before."""
+    start = int(datetime.datetime.combine(first, datetime.time(), datetime.UTC).timestamp() * 1000)
+    moment = pl.from_epoch(start + (1000 * pl.col("timestamp") - start) // pace, time_unit="ms")
+    events = pl.read_parquet(source).select("user_id", "item_id", timestamp=moment.dt.replace_time_zone("UTC"))
     last = first + datetime.timedelta(days=nights - 1)
+    day = pl.col("timestamp").dt.date()
     chosen = events.filter(day <= last).with_columns(
         folder=pl.max_horizontal(day, pl.lit(first - datetime.timedelta(days=1)))
     )
@@ -162,7 +179,9 @@ def cut_by_day(source: Path, out: Path, *, nights: int) -> list[datetime.date]:
         directory.mkdir(parents=True)
         rows.drop("folder").sort("timestamp").write_parquet(directory / "part-0.parquet")
         (directory / "_SUCCESS").touch()
-    print(f"{events.height:,} events; {counts[first]:,} of them in the {nights} days from {first} on", flush=True)
+    new = chosen.filter(day >= first)
+    users = new.group_by(day).agg(pl.col("user_id").n_unique())["user_id"].mean()
+    print(f"{chosen.height:,} events, {new.height:,} of them from {first} on; {users:.1f} users a day", flush=True)
     return [first + datetime.timedelta(days=n) for n in range(nights)]
 
 
