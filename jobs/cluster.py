@@ -51,8 +51,6 @@ FIXED_ENVIRONMENT = {
 }
 DEFAULT_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    # Ray asks its workers so often whether they are through; 2 s of its own make a third of the shortest step's end.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray Train waits so long for a failed group to leave its process group; a rank that hangs never does.
