@@ -17,3 +17,8 @@ def local_ray():
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: begun late it would go on alone, with the file that waits behind it."""
+    items.sort(key=lambda item: item.path.name != "test_simulated_month.py")
