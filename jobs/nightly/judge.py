@@ -12,7 +12,17 @@ import numpy as np
 from jobs.champions import champion_at_night
 from jobs.evaluate import System, evaluate, read_result
 from jobs.nightly.context import CHAMPION, REFERENCE, NightContext
-from jobs.nightly.gate import Comparison, Decision, Guard, Pairs, compare, decide, pairs, without_champion
+from jobs.nightly.gate import (
+    Comparison,
+    Decision,
+    Guard,
+    Pairs,
+    compare,
+    compare_together,
+    decide,
+    pairs,
+    without_champion,
+)
 from jobs.nightly.guards import day_guards, latencies, model_guards
 from jobs.nightly.journal import past_nights
 from jobs.register import export_model
@@ -68,12 +78,14 @@ def judge(
     results = {name: read_result(directory, name, task=asked.task) for name in (main, CHAMPION)}
     found = pairs(results[main], results[CHAMPION], requests=asked)
     np.savez(night.journal.directory / PAIRS, **dataclasses.asdict(found))
-    compared = {"tonight": found, "together": Pairs.joined([found, *_undecided_before(night, before["version"])])}
+    seed, nights = night.config.seed, [*_undecided_before(night, before["version"]), found]
+    comparisons = {
+        "tonight": compare(found, margin=gate.margin, seed=seed),
+        "together": compare_together(nights, gate=gate, seed=seed),
+    }
     if evaluated["reference"] is not None:
-        other = read_result(directory, REFERENCE, task=asked.task)
-        compared[REFERENCE] = pairs(results[main], other, requests=asked)
-    seed = night.config.seed
-    comparisons = {name: compare(each, margin=gate.margin, seed=seed) for name, each in compared.items()}
+        other = pairs(results[main], read_result(directory, REFERENCE, task=asked.task), requests=asked)
+        comparisons[REFERENCE] = compare(other, margin=gate.margin, seed=seed)
     challenger, champion = evaluated["latencies"]
     metrics = summary["metrics"]
     guards += model_guards(metrics[main], metrics[CHAMPION], latency=(challenger, champion), gate=gate)
@@ -112,7 +124,7 @@ def _guards_of_day(night: NightContext, prepared: dict[str, Any]) -> list[Guard]
 
 
 def _undecided_before(night: NightContext, version: str) -> list[Pairs]:
-    """The users of the undecided nights right before this one, against the same champion."""
+    """The users of the undecided nights right before this one, against the same champion, the oldest first."""
     found = []
     for past in reversed(past_nights(night.root)):
         if past.date >= night.date:
@@ -127,7 +139,7 @@ def _undecided_before(night: NightContext, version: str) -> list[Pairs]:
         if file.exists():
             with np.load(file) as arrays:
                 found.append(Pairs(**{name: arrays[name] for name in arrays.files}))
-    return found
+    return found[::-1]
 
 
 def _told(decision: Decision, comparisons: dict[str, Comparison], guards: list[Guard]) -> dict[str, Any]:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
 from jobs.nightly.config import GateConfig, NightlyConfig
-from jobs.nightly.gate import Comparison, Guard, Pairs, compare, decide, pairs, without_champion
+from jobs.nightly.gate import (
+    ERROR,
+    Comparison,
+    Guard,
+    Pairs,
+    compare,
+    compare_together,
+    decide,
+    pairs,
+    without_champion,
+)
 from jobs.nightly.guards import day_guards, model_guards
 from jobs.training.results import RankedTargets, ScoredImpressions
 from pipeline.requests import RequestConfig
@@ -26,7 +37,10 @@ def users(count: int, *, better: float, noise: float, first: int = 0, seed: int 
 
 
 def decided(found: Pairs, *before: Pairs, guards: tuple[Guard, ...] = (), reference: Pairs | None = None, gate=GATE):
-    tonight, together = (compare(each, margin=gate.margin, seed=1) for each in (found, Pairs.joined([found, *before])))
+    tonight, together = (
+        compare(found, margin=gate.margin, seed=1),
+        compare_together([*before, found], gate=gate, seed=1),
+    )
     against = compare(reference, margin=gate.margin, seed=1) if reference else None
     return decide(tonight, together, guards, reference=against, gate=gate)
 
@@ -71,6 +85,24 @@ def test_undecided_nights_count_together_until_they_are_enough():
     nights = [users(400, better=0.06, noise=1.0, first=400 * n, seed=n) for n in range(12)]
     assert decided(nights[0]).verdict == "undecided"
     assert decided(nights[-1], *nights[:-1]).verdict == "promoted"
+
+
+def test_bounds_are_stricter_with_every_look_at_nights_that_count_together():
+    nights = [users(60, better=0.0, noise=0.1, first=60 * n, seed=n) for n in range(8)]
+    # Sixty users are too few for a decision: the second night is the first look.
+    errors = [compare_together(nights[:count], gate=GATE, seed=1).error for count in range(1, 9)]
+    assert errors == pytest.approx([0.05, 0.05, *(0.05 / look for look in range(2, 8))])
+    one, seven = (compare(Pairs.joined(nights), margin=0.01, seed=1, look=look) for look in (1, 7))
+    assert seven.low < one.low < one.relative == seven.relative < one.high < seven.high
+    assert "99.29 % bounds" in decided(nights[-1], *nights[:-1]).reasons[0]
+
+
+def test_looks_together_pass_a_challenger_at_the_margin_seldom():
+    nights = np.random.default_rng(0).standard_normal((100_000, 30))
+    sums = nights.cumsum(axis=1) / np.sqrt(np.arange(1, 31))
+    bounds = [NormalDist().inv_cdf(1 - ERROR / look) for look in range(1, 31)]
+    assert (sums > bounds).any(axis=1).mean() == pytest.approx(0.085, abs=0.005)
+    assert (sums > NormalDist().inv_cdf(1 - ERROR)).any(axis=1).mean() == pytest.approx(0.24, abs=0.01)
 
 
 def test_a_user_of_two_nights_is_one_user_with_both_sums():
@@ -208,4 +240,4 @@ def test_settings_that_make_no_sense_are_refused(make, text):
 def test_comparison_of_equal_users_has_no_spread_and_passes():
     same = np.full(200, 0.3)
     found = compare(Pairs(user=np.arange(200), challenger=same, champion=same), margin=0.01, seed=1)
-    assert found == Comparison(users=200, relative=0.0, low=0.0, high=0.0, power=1.0, users_needed=None)
+    assert found == Comparison(users=200, relative=0.0, low=0.0, high=0.0, error=0.05, power=1.0, users_needed=None)
