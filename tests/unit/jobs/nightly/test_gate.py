@@ -37,10 +37,8 @@ def users(count: int, *, better: float, noise: float, first: int = 0, seed: int 
 
 
 def decided(found: Pairs, *before: Pairs, guards: tuple[Guard, ...] = (), reference: Pairs | None = None, gate=GATE):
-    tonight, together = (
-        compare(found, margin=gate.margin, seed=1),
-        compare_together([*before, found], gate=gate, seed=1),
-    )
+    tonight = compare(found, margin=gate.margin, seed=1)
+    together = compare_together([*before, found], gate=gate, seed=1)
     against = compare(reference, margin=gate.margin, seed=1) if reference else None
     return decide(tonight, together, guards, reference=against, gate=gate)
 
