@@ -41,16 +41,6 @@ class Change:
     why: str
 
 
-def registry_client(uri: str) -> MlflowClient:
-    """A client of the store at `uri`, which is made the one that MLflow's functions log to."""
-    import mlflow
-    from mlflow.tracking import MlflowClient
-
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    return MlflowClient(uri, registry_uri=uri)
-
-
 def champion(client: MlflowClient, name: str) -> ModelVersion | None:
     """The version that serves, None where there is none yet."""
     version = _alias(client, name, CHAMPION)

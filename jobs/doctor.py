@@ -160,15 +160,13 @@ def _ray() -> str:
 
 
 def _mlflow() -> str:
-    from jobs.tracking import TrackingConfig, open_run
+    from jobs.tracking import TrackingConfig, mlflow_client, open_run, tracking_uri
 
     with tempfile.TemporaryDirectory() as workspace:
         run = open_run(TrackingConfig(), workspace, name="doctor")
         run.metrics({"value": 1.0}, step=0)
         run.close()
-        from mlflow.tracking import MlflowClient
-
-        stored = MlflowClient(f"sqlite:///{Path(workspace).absolute()}/mlflow/mlflow.db").get_run(run.run_id)
+        stored = mlflow_client(tracking_uri(TrackingConfig(), workspace)).get_run(run.run_id)
     if stored.data.metrics != {"value": 1.0}:
         raise RuntimeError(f"wrote value 1.0, read {stored.data.metrics}")
     return "SQLite store written and read"

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.champions import CHALLENGER, CHAMPION, champion, or_none, promote, registry_client
+from jobs.champions import CHALLENGER, CHAMPION, champion, or_none, promote
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.evaluate import Evaluated
 from jobs.registry import EXPORT
-from jobs.tracking import metric_name, tracking_uri
+from jobs.tracking import metric_name, mlflow_client, tracking_uri
 from jobs.train import Trained, read_json
 from jobs.training.checkpoint import checkpoint_key, table_files
 from jobs.training.model import MODELS, model_settings, user_features
@@ -74,7 +74,8 @@ def register(
     import mlflow
 
     set_alias = set_alias or _first_is_champion
-    client, name = registry_client(tracking_uri(config.tracking, config.workspace)), config.registered_model
+    uri, name = tracking_uri(config.tracking, config.workspace), config.registered_model
+    client = mlflow_client(uri)
     key = checkpoint_key(trained.checkpoint)
     found = _find_version(client, name, key)
     if found is not None:
@@ -88,6 +89,9 @@ def register(
             export_model(config, trained.checkpoint, exported)
         vocabulary = _training_shards(config, trained.checkpoint).vocabulary
         stage.update(1, 3, "log")
+        # Where MLflow's functions log to, for the rest of this process and for those it starts.
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
         with mlflow.start_run(run_id=trained.mlflow_run_id):
             _log_evaluation(config, trained, evaluated)
             info = log_export(exported, model=config.model, vocabulary=vocabulary)

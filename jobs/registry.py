@@ -31,7 +31,7 @@ from jobs.console import one_line
 from jobs.scorer import Scorer
 from jobs.scorer_input import UserFeature
 from jobs.scorer_states import export_digest
-from jobs.tracking import TrackingConfig, tracking_uri
+from jobs.tracking import TrackingConfig, mlflow_client, tracking_uri
 from pipeline.batch import Batch
 from pipeline.sequences import UserCodes
 from pipeline.vocabulary import NUM_RESERVED, Vocabulary
@@ -115,7 +115,7 @@ def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> Regist
         raise ConfigError(f"{uri}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
     store = store_uri(tracking, workspace)
     with _explained(store):
-        client = _client(store)
+        client = mlflow_client(store)
         version = _resolve(client, asked, uri=uri, store=store)
         source = client.get_model_version_download_uri(version.name, version.version)
     return RegisteredModel(
@@ -139,7 +139,7 @@ def open_registry(tracking: TrackingConfig, workspace: str) -> Iterator[MlflowCl
     """A client of the registry, for commands that change it. ConfigError: no store there, or it does not answer."""
     store = store_uri(tracking, workspace)
     with _explained(store):
-        yield _client(store)
+        yield mlflow_client(store)
 
 
 class RegisteredTables:
@@ -194,12 +194,6 @@ class RegisteredTables:
 def _value_rows(scorer: Scorer, name: str, values: tuple[str, ...]) -> np.ndarray:
     """The model's row of each row of a data set's user feature."""
     return np.concatenate([np.arange(NUM_RESERVED), scorer.value_rows(name, pa.array(values, pa.large_string()))])
-
-
-def _client(store: str) -> MlflowClient:
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(store, registry_uri=store)
 
 
 def _resolve(client: MlflowClient, asked: re.Match[str], *, uri: str, store: str) -> ModelVersion:

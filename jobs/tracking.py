@@ -14,12 +14,15 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from jobs.environment import environment
 from jobs.spool import IMPATIENT, Point, Spool, is_away
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 METRICS_PER_REQUEST = 1000
 """MLflow's limit of one log_batch call."""
@@ -53,6 +56,13 @@ def tracking_uri(config: TrackingConfig, workspace: str) -> str:
     directory = Path(workspace).absolute() / "mlflow"
     directory.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{directory / 'mlflow.db'}"
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """A client of the runs and the registry at `uri`, whatever registry the process has been given otherwise."""
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(uri, registry_uri=uri)
 
 
 class TrackedRun:
@@ -146,10 +156,7 @@ def open_run(
     config: TrackingConfig, workspace: str, *, name: str, run_id: str | None = None, spool: Path | None = None
 ) -> TrackedRun:
     """A new run, or the run `run_id` again if the store still has it. `spool` as in TrackedRun."""
-    from mlflow.tracking import MlflowClient
-
-    uri = tracking_uri(config, workspace)
-    client = MlflowClient(uri, registry_uri=uri)
+    client = mlflow_client(tracking_uri(config, workspace))
     if run_id and _has_run(client, run_id):
         client.update_run(run_id, status="RUNNING")
         return TrackedRun(client, run_id, spool=spool)

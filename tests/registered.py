@@ -10,7 +10,7 @@ import pytest
 
 from jobs.register import log_export
 from jobs.registry import RegisteredModel, fetch_model
-from jobs.tracking import TrackingConfig
+from jobs.tracking import TrackingConfig, mlflow_client
 from pipeline import build
 from pipeline.events import EventColumns
 from pipeline.shards import Shards
@@ -48,7 +48,6 @@ def store(place: Path) -> str:
 def registered(place: Path, data: Shards) -> RegisteredModel:
     """SOLAR as models:/tiny/1."""
     import mlflow
-    from mlflow.tracking import MlflowClient
 
     settings = {"repeats": False}
     random_export(data, place / "model", max_history=2000, **settings)
@@ -56,7 +55,7 @@ def registered(place: Path, data: Shards) -> RegisteredModel:
     experiment = mlflow.create_experiment("tiny", artifact_location=(place / "artifacts").as_uri())
     with mlflow.start_run(experiment_id=experiment):
         info = log_export(place / "model", model=solar_settings(**settings), vocabulary=data.vocabulary)
-    client = MlflowClient(store(place))
+    client = mlflow_client(store(place))
     client.create_registered_model("tiny")
     client.create_model_version("tiny", source=info.model_uri)
     return fetch_model("models:/tiny/1", tracking=TrackingConfig(uri=store(place)), workspace=str(place))

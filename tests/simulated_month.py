@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import champion, changes, nights, registry_client
+from jobs.champions import champion, changes, nights
+from jobs.tracking import mlflow_client
 from tests.commands import succeeded
 from tests.daily_log import day_of, events_of, write_nightly_recipe
 from tests.month_nights import MlflowServer, NightProcess, can_mount, small_disk
@@ -204,7 +205,7 @@ class Month:
 
     def _registry_problems(self) -> list[str]:
         """A promotion is a version, what a night came to stands in the registry, the last one promoted serves."""
-        client = registry_client(f"sqlite:///{self.place / 'mlflow' / 'mlflow.db'}")
+        client = mlflow_client(f"sqlite:///{self.place / 'mlflow' / 'mlflow.db'}")
         problems = []
         decided = {}
         for number in range(FIRST_NIGHT, self.plan.last + 1):

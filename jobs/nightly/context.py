@@ -7,12 +7,11 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.champions import registry_client
 from jobs.config import RunConfig
 from jobs.console import Console
 from jobs.nightly.journal import Journal
 from jobs.registry import RegisteredModel, fetch_model
-from jobs.tracking import tracking_uri
+from jobs.tracking import mlflow_client, tracking_uri
 from jobs.train import open_shards
 from jobs.training.job import TrainingConfig
 from pipeline.build import index_requests
@@ -42,7 +41,7 @@ class NightContext:
     @classmethod
     def of(cls, config: RunConfig, date: datetime.date, console: Console, *, verbose: bool) -> NightContext:
         root = nights_directory(config)
-        client = registry_client(tracking_uri(config.tracking, config.workspace))
+        client = mlflow_client(tracking_uri(config.tracking, config.workspace))
         return cls(
             config=config, date=date, root=root, journal=Journal(root, date), client=client, console=console,
             verbose=verbose,

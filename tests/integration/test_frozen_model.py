@@ -13,8 +13,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mlflow.tracking import MlflowClient
 
+from jobs.tracking import mlflow_client
 from tests.commands import solar
 
 FROZEN = sorted(path for path in (Path(__file__).parents[1] / "frozen").iterdir() if path.is_dir())
@@ -49,7 +49,7 @@ def test_mlflow_runs_the_code_that_was_frozen_with_it(frozen):
 
 def test_solar_score_gives_the_scores_of_that_day(frozen, tmp_path):
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    client = MlflowClient(store, registry_uri=store)
+    client = mlflow_client(store)
     client.create_registered_model("frozen")
     client.create_model_version("frozen", source=str(frozen / "model"))
     rows = pq.read_table(frozen / "requests.parquet").to_pylist()

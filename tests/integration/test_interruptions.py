@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.tracking import mlflow_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from pipeline.build import PrepareConfig, prepare
 from tests.interruptions import Command, differences, learned, orphans, telemetry
@@ -99,9 +100,7 @@ def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the
 
 
 def mlflow_statuses(place: Place) -> dict[str, list[str]]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{place.directory}/workspace/mlflow/mlflow.db")
+    client = mlflow_client(f"sqlite:///{place.directory}/workspace/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("solar")
     assert experiment is not None
     statuses: dict[str, list[str]] = {}

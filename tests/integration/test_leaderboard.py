@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.tracking import mlflow_client
 from tests.commands import refused, solar
 from tests.tiny import write_tiny_log
 
@@ -77,10 +78,8 @@ def test_board_grows_by_rows_and_seeds_and_reuses_what_is_there(board, workplace
 
 
 def test_runs_are_children_of_one_mlflow_run_that_holds_the_table(board, workplace):
-    from mlflow.tracking import MlflowClient
-
     place = workplace / "workspace" / "leaderboards" / "board"
-    client = MlflowClient(f"sqlite:///{workplace}/workspace/mlflow/mlflow.db")
+    client = mlflow_client(f"sqlite:///{workplace}/workspace/mlflow/mlflow.db")
     parent = json.loads((place / "run.json").read_text())["mlflow_run_id"]
     for result in results(place):
         if result["mlflow_run_id"]:

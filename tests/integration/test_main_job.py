@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from jobs.tracking import mlflow_client
 from tests.commands import refused, solar
 from tests.tiny import write_tiny_log, write_tiny_recipe
 
@@ -61,9 +62,7 @@ def test_second_run_reuses_everything(first_run, recipe, workplace):
 
 
 def test_mlflow_run_holds_config_metrics_plots_and_lineage(first_run, workplace):
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{workplace}/workspace/mlflow/mlflow.db")
+    client = mlflow_client(f"sqlite:///{workplace}/workspace/mlflow/mlflow.db")
     version = client.get_model_version_by_alias("solar-tiny", "champion")
     assert version.run_id
     run = client.get_run(version.run_id)

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from mlflow.tracking import MlflowClient
 
+from jobs.tracking import mlflow_client
 from tests.commands import refused, solar
 from tests.daily_log import events_of, write_day, write_nightly_recipe
 
@@ -39,8 +40,7 @@ def told(workplace: Path) -> list[dict]:
 
 
 def client(workplace: Path) -> MlflowClient:
-    uri = f"sqlite:///{workplace}/workspace/mlflow/mlflow.db"
-    return MlflowClient(uri, registry_uri=uri)
+    return mlflow_client(f"sqlite:///{workplace}/workspace/mlflow/mlflow.db")
 
 
 def test_plan_is_told_without_writing_anything(workplace):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from mlflow.tracking import MlflowClient
 
 from jobs.champions import (
     ChampionChanged,
@@ -19,6 +18,7 @@ from jobs.champions import (
     roll_back,
 )
 from jobs.config import ConfigError
+from jobs.tracking import mlflow_client
 
 NAME = "shop"
 
@@ -31,7 +31,7 @@ def store(tmp_path_factory) -> str:
 @pytest.fixture
 def client(store):
     """Versions 1 to 5 of a model, none of them the champion."""
-    client = MlflowClient(store, registry_uri=store)
+    client = mlflow_client(store)
     client.create_registered_model(NAME)
     for number in range(1, 6):
         client.create_model_version(

@@ -8,11 +8,10 @@ from pathlib import Path
 import mlflow.artifacts
 import pytest
 import torch
-from mlflow.tracking import MlflowClient
 
 from jobs.config import ConfigError
 from jobs.registry import RegisteredTables, fetch_model
-from jobs.tracking import TrackingConfig
+from jobs.tracking import TrackingConfig, mlflow_client
 from pipeline.events import EventColumns
 from pipeline.shards import Shards
 
@@ -27,8 +26,7 @@ def workspace(data, export, tmp_path):
     for number in (1, 3):
         shutil.copytree(model.directory, store / f"m-{number}" / "artifacts" / "model")
     (store / "m-3" / "artifacts" / "model" / "table-genre.safetensors").unlink()
-    uri = f"sqlite:///{store}/mlflow.db"
-    client = MlflowClient(uri, registry_uri=uri)
+    client = mlflow_client(f"sqlite:///{store}/mlflow.db")
     client.create_registered_model("shop")
     for source in ((store / "m-1").as_uri(), REMOTE, (store / "m-3").as_uri()):
         client.create_model_version("shop", source=source, tags={"solar.run_key": "k"})

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
-from mlflow.tracking import MlflowClient
 
 from jobs import tracking
-from jobs.tracking import TrackedRun
+from jobs.tracking import TrackedRun, mlflow_client
 
 
 class Unreliable:
     """A client whose next requests fail, before or after the store did what they ask."""
 
-    def __init__(self, client: MlflowClient) -> None:
+    def __init__(self, client: Any) -> None:
         self._client = client
         self.fails: list[tuple[str, Exception]] = []
 
@@ -39,7 +38,7 @@ AWAY = MlflowException("API request to http://mlflow failed: connection refused"
 
 @pytest.fixture
 def client(tmp_path) -> Any:
-    return Unreliable(MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"))
+    return Unreliable(mlflow_client(f"sqlite:///{tmp_path}/mlflow.db"))
 
 
 @pytest.fixture
@@ -139,3 +138,11 @@ def test_a_spool_does_not_touch_other_settings(client, run_id, tmp_path, monkeyp
     assert TrackedRun(client, run_id, spool=Path(tmp_path / "spool")).flush()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_client_keeps_to_its_store_whatever_registry_the_process_was_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/another.db")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow_client(store).create_registered_model("shop")
+    assert [model.name for model in mlflow_client(store).search_registered_models()] == ["shop"]
+    assert not (tmp_path / "another.db").exists()
