@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from jobs.cluster import ray_session
 from jobs.config import ConfigError, RunConfig
 from jobs.console import Console
-from jobs.registry import RegisteredModel
 from jobs.train import Trained, read_json, run_shards, train_job, write_json
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.job import TrainJob
@@ -30,6 +29,9 @@ from jobs.workers import run_workers
 from models.metrics import bootstrap_ratio_interval
 from pipeline.requests import RequestConfig
 from pipeline.shards import Shards
+
+if TYPE_CHECKING:
+    from jobs.registry import RegisteredModel
 
 EMPTIED = "history emptied"
 POPULARITY = "popularity"

@@ -14,15 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from jobs.environment import environment
 from jobs.spool import IMPATIENT, Point, Spool, is_away
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
 
 METRICS_PER_REQUEST = 1000
 """MLflow's limit of one log_batch call."""
@@ -58,8 +55,8 @@ def tracking_uri(config: TrackingConfig, workspace: str) -> str:
     return f"sqlite:///{directory / 'mlflow.db'}"
 
 
-def mlflow_client(uri: str) -> MlflowClient:
-    """A client of the runs and the registry at `uri`, whatever registry the process has been given otherwise."""
+def mlflow_client(uri: str) -> Any:
+    """An MlflowClient of the runs and the registry at `uri`, whatever registry the process has been given otherwise."""
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)

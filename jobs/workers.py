@@ -104,11 +104,16 @@ def run_workers(
 
 def _controller_settings(parallel: ParallelConfig) -> dict[str, str]:
     """What Ray Train's controller takes from the driver's environment."""
+    import ray
+
     settings = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(parallel.stall_seconds)}
     if parallel.max_workers == 1:
         # Asked more often than Ray's 2 s whether it is through. Of several one may be lost: Ray should have heard of
         # that before the others' broken connections are taken for the cause.
         settings["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
+    if not parallel.elastic and len(ray.nodes()) == 1:
+        # The only node is not taken away from under the workers without the driver: nobody need watch for it.
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     if parallel.elastic:
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(RESERVE_SECONDS)
     return settings

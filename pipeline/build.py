@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from pipeline import compaction, forgetting, garbage, ingest, manifest, request_index, shards
 from pipeline.daily import DailyLog
@@ -27,9 +27,6 @@ from pipeline.shard_writer import write_vocabulary
 from pipeline.staged import staging_directory
 from pipeline.tombstones import Tombstones
 from pipeline.users import refuse_bad_users
-
-if TYPE_CHECKING:
-    import ray.data
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
@@ -272,10 +269,10 @@ def _map(
     results = []
     with quiet_ray_data():
         encoded: list[Any] = [{"row": json.dumps(row)} for row in rows]
-        dataset = ray.data.from_items(encoded, override_num_blocks=min(len(rows), tasks))
+        dataset: Any = ray.data.from_items(encoded, override_num_blocks=min(len(rows), tasks))
         # More at a time than there are rows is warned of.
         pool = ray.data.TaskPoolStrategy(size=at_once if at_once and at_once < len(rows) else None)
-        for answer in _rows(dataset.map(functools.partial(_run, function), compute=pool)):
+        for answer in dataset.map(functools.partial(_run, function), compute=pool).iter_rows():
             if answer["error"]:
                 raise DataError(answer["error"])
             results.append(json.loads(answer["result"]))
@@ -294,10 +291,6 @@ def _run(function: Callable[[dict], dict], row: dict[str, Any]) -> dict[str, Any
         return {"result": json.dumps(function(json.loads(row["row"]))), "error": ""}
     except DataError as error:
         return {"result": "", "error": str(error)}
-
-
-def _rows(dataset: ray.data.Dataset) -> Iterable[dict[str, Any]]:
-    return dataset.iter_rows()
 
 
 @contextlib.contextmanager

@@ -101,7 +101,9 @@ class MlflowServer:
             "--artifacts-destination", str(self._directory / "artifacts"),
         ]  # fmt: skip
         with (self._directory / "server.log").open("a") as log:
-            self._process = psutil.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            # Without its seven processes for evaluations of language models.
+            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self._process = psutil.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         wait_until(self._answers, "MLflow's server")
 
     def stop(self) -> None:

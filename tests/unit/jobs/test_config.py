@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from jobs.config import ConfigError
@@ -28,6 +31,18 @@ def test_files_and_overrides_follow_the_recipe_in_order(tmp_path):
     file.write_text("seed: 7\nmodel: {rank: 5}\noptimizer: {dense_lr: 0.5}\n")
     config = load_config("train", "movielens-100k", ["--config", str(file), "--model.rank", "6"])
     assert (config.seed, config.model["rank"], config.optimizer.dense_lr) == (7, 6, 0.5)
+
+
+def test_a_mistake_is_told_before_the_large_libraries_are_loaded():
+    """The parser resolves annotations of the sections' modules, and what those import for type checking alone."""
+    code = """
+import sys
+from jobs.cli import run
+assert run(["train", "movielens-100k", "--model.rnk", "3"]) == 2
+print(*sorted({"ray", "mlflow", "deepspeed", "torchrec", "matplotlib"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
 
 
 def test_unknown_recipe_names_the_known_ones():
