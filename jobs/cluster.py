@@ -63,6 +63,8 @@ DEFAULT_ENVIRONMENT = {
 
 WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
 """For workers alone: tasks share out the cores; threads of each for all of them cost a quarter (prepare, 2 cores)."""
+TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
+"""How often Ray tries to connect to a cluster: 20 times unless set, each of up to 30 s where nobody answers."""
 
 
 def quiet_environment() -> None:
@@ -139,13 +141,15 @@ def _join(address: str, *, named: str, level: int) -> None:
             f"{named}: is a dashboard, which takes jobs: use `solar submit`, or --cluster.address local to run here"
         )
     try:
-        ray.init(address=address, logging_level=level, log_to_driver=level == logging.INFO)
-    except AuthenticationError as error:
-        raise ConnectionError(
-            f"{named}: refuses this machine's token, or there is none: copy the cluster's (`ray get-auth-token`) to "
-            "~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
-        ) from error
-    except ConnectionError as error:
+        with environment({TRIES_VARIABLE: os.environ.get(TRIES_VARIABLE, "1")}):
+            ray.init(address=address, logging_level=level, log_to_driver=level == logging.INFO)
+    except (AuthenticationError, ConnectionError) as error:
+        # While it joins, Ray tells of a refused token only in the text of the cause.
+        if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
+            raise ConnectionError(
+                f"{named}: refuses this machine's token, or there is none: copy the cluster's (`ray get-auth-token`) "
+                "to ~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH, and set RAY_AUTH_MODE=token"
+            ) from error
         raise ConnectionError(
             f"{named}: no Ray cluster answers there: start one with `ray start --head`, "
             "or use --cluster.address local to run on this machine"

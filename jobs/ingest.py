@@ -19,6 +19,7 @@ from pipeline.sources.git import import_git
 from pipeline.sources.movielens import import_movielens_100k
 from pipeline.sources.published import PUBLISHED, import_published
 from pipeline.sources.synthetic import import_synthetic
+from pipeline.storage import absolute
 
 
 def import_events(source: SourceConfig, out: str, console: Console, *, downloads: Path) -> Imported:
@@ -77,13 +78,14 @@ def prepare_shards(
     cluster: ClusterConfig = ClusterConfig(),
     verbose: bool = False,
 ) -> Prepared:
-    """Event log -> sequence shards through Ray Data."""
+    """Event log -> sequence shards through Ray Data, whose tasks may work in another directory than this one."""
+    places = {"items": items and absolute(items), "users": users and absolute(users)}
     with ray_session(cluster, verbose=verbose), console.stage("prepare") as stage:
-        prepared = prepare(events, out, config=options, items=items, users=users, progress=progress_of(stage))
+        prepared = prepare(absolute(events), absolute(out), config=options, **places, progress=progress_of(stage))
         counts, manifest = prepared.manifest.counts, prepared.manifest
         stage.result = (
             f"{_found(prepared.reused)}{_events_line(counts)}; {manifest.users:,} users, "
-            f"{manifest.items:,} items in {prepared.path}"
+            f"{manifest.items:,} items in {out}"
         )
     for day in prepared.left_out:
         console.line(f"{'':<12} left out: {day}")

@@ -113,6 +113,14 @@ def test_a_data_set_is_kept_in_order_by_commands(solar, tmp_path):
     assert verify(str(tmp_path / "shards")) == []
 
 
+def test_places_are_those_of_the_command_wherever_ray_s_processes_work(solar, tmp_path):
+    write_day(tmp_path / "log", 0)
+    code, output, errors = solar("prepare", "--events", "log", "--out", "shards")
+    assert code == 0, errors
+    assert "items in shards\n" in output
+    assert verify(str(tmp_path / "shards")) == []
+
+
 def test_mistakes_in_keeping_a_data_set_are_told_in_one_line(solar, tmp_path):
     write_day(tmp_path / "log", 0)
     prepare(str(tmp_path / "log"), str(tmp_path / "shards"), config=CONFIG)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import ray
 
-from jobs.cluster import WORKER_ENVIRONMENT, ClusterConfig, ray_session
+from jobs.cluster import TRIES_VARIABLE, WORKER_ENVIRONMENT, ClusterConfig, ray_session
 
 TWICE = """
 import os, signal, sys, time
@@ -71,3 +71,24 @@ def test_settings_of_workers_are_not_left_in_the_process_that_starts_them(starti
     with ray_session(ClusterConfig()):
         assert os.environ["POLARS_MAX_THREADS"] == "3"
     assert seen == [{"POLARS_MAX_THREADS": "1"}, {"POLARS_MAX_THREADS": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        ("RPC error: InvalidAuthToken: ...", "set RAY_AUTH_MODE=token"),
+        ("RPC error: deadline", "no Ray cluster answers"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_told_after_one_try(starting, cause, told):
+    tries = []
+
+    def init(**named):
+        tries.append(os.environ[TRIES_VARIABLE])
+        raise ConnectionError(f"Failed to connect to Ray cluster at {named['address']}") from RuntimeError(cause)
+
+    starting(init)
+    with pytest.raises(ConnectionError, match=f"^cluster.address=10.0.0.1:6379: .*{told}"):
+        with ray_session(ClusterConfig(address="10.0.0.1:6379")):
+            raise AssertionError("entered")
+    assert tries == ["1"]
