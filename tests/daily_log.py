@@ -57,8 +57,9 @@ def write_day(
     return folder
 
 
-def write_nightly_recipe(path: Path, *, workspace: Path, log: Path, more: str = "") -> Path:
-    """A recipe of a small SOLAR whose nights take seconds of training."""
+def write_nightly_recipe(path: Path, *, workspace: Path, log: Path, nightly: str = "", more: str = "") -> Path:
+    """A recipe of a small SOLAR whose nights take seconds of training; `nightly` and `more` are YAML to be added to
+    that section and at the end."""
     path.write_text(
         f"""
 workspace: {workspace}
@@ -72,7 +73,7 @@ model: {{name: solar, width: 16, rank: 4, recent_window: 16, checkpoint_every: 8
 optimizer: {{warmup_steps: 5}}
 training: {{epochs: 3}}
 parallel: {{num_workers: 1}}
-nightly: {{valid_hours: 2, gate_hours: 6, gate: {{min_users: 50}}}}
+nightly: {{valid_hours: 2, gate_hours: 6, gate: {{min_users: 50}}{nightly and f", {nightly}"}}}
 {more}
 """
     )

@@ -54,9 +54,8 @@ class Month:
         self.workspace = place / "workspace"
         self.world = World(place / "log", plan)
         self.server = MlflowServer(place / "mlflow")
-        recipe = write_nightly_recipe(place / f"{RECIPE}.yaml", workspace=self.workspace, log=place / "log")
-        nightly = f"nightly: {{keep: {keep}, states: {str(states).lower()}, "
-        recipe.write_text(recipe.read_text().replace("nightly: {", nightly))
+        nightly = f"keep: {keep}, states: {str(states).lower()}"
+        write_nightly_recipe(place / f"{RECIPE}.yaml", workspace=self.workspace, log=place / "log", nightly=nightly)
         self.attempts: list[Attempt] = []
         self.faults: list[str] = []
         """What was not as it must be while the nights ran."""

@@ -13,14 +13,18 @@ from jobs.tracking import mlflow_client
 from tests.commands import refused, solar
 from tests.daily_log import events_of, write_day, write_nightly_recipe
 
-NOTIFY = 'notify: {command: "cat >> told.jsonl; echo >> told.jsonl"}'
+RECIPE = {
+    "nightly": "states: false",
+    "more": 'notify: {command: "cat >> told.jsonl; echo >> told.jsonl"}',
+}
+"""What it adds to a small one; test_submitted_night.py has the users' states."""
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """Three days of a log; the second one is not there yet, and half of the third is broken."""
     directory = tmp_path_factory.mktemp("nights")
-    write_nightly_recipe(directory / "shop.yaml", workspace=Path("workspace"), log=Path("log"), more=NOTIFY)
+    write_nightly_recipe(directory / "shop.yaml", workspace=Path("workspace"), log=Path("log"), **RECIPE)
     write_day(directory / "log", 0)
     third = events_of(2)
     broken = third.with_columns(user_id=pl.when(pl.int_range(third.height) % 2 == 0).then(pl.col("user_id")))
