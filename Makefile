@@ -8,8 +8,9 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/solar run movielens-100k
 
+# Three at a time on two cores: tests that start processes wait for them a quarter of the time.
 test: $(READY) lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

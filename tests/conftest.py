@@ -10,8 +10,8 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """As many tests run side by side as there are cores: with a thread for each core tests/unit/models and
-    tests/numerics took 104 s of CPU time instead of 24, mostly waiting. Processes that tests start have their own."""
+    """Other tests have the other cores: with a thread for each core tests/unit/models and tests/numerics took 104 s of
+    CPU time instead of 24, mostly waiting. Processes that tests start have their own."""
     import torch
 
     torch.set_num_threads(1)
