@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import ConfigError
@@ -39,6 +39,8 @@ class Change:
     at: str
     """UTC, ISO 8601."""
     why: str
+    rollback: bool = False
+    """It served before, and was returned to."""
 
 
 def champion(client: MlflowClient, name: str) -> ModelVersion | None:
@@ -48,7 +50,9 @@ def champion(client: MlflowClient, name: str) -> ModelVersion | None:
     return client.get_model_version(name, version) if version else None
 
 
-def promote(client: MlflowClient, name: str, version: str, *, expected: str | None, why: str) -> None:
+def promote(
+    client: MlflowClient, name: str, version: str, *, expected: str | None, why: str, rollback: bool = False
+) -> None:
     """Make a version the champion if `expected` (None: nobody) is it now; the same again changes nothing.
 
     ChampionChanged: another version is.
@@ -61,7 +65,8 @@ def promote(client: MlflowClient, name: str, version: str, *, expected: str | No
     # A command may have died between the alias and its note.
     if not past or past[-1].version != version:
         at = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-        change = Change(version=version, before=expected if now == version else now, at=at, why=why[: TAG_LENGTH // 2])
+        before = expected if now == version else now
+        change = Change(version=version, before=before, at=at, why=why[: TAG_LENGTH // 2], rollback=rollback)
         client.set_registered_model_tag(name, f"{_CHANGE}{at}", json.dumps(dataclasses.asdict(change)))
     if _alias(client, name, CHALLENGER) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
@@ -77,7 +82,7 @@ def require_champion(client: MlflowClient, name: str, expected: str | None) -> N
         )
 
 
-def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str) -> Change:
+def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str, rollback: bool = False) -> Change:
     """`solar promote`: a person decides. ConfigError: no such model or version."""
     require_model(client, name)
     if or_none(lambda: client.get_model_version(name, version)) is None:
@@ -86,25 +91,40 @@ def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str) 
     found = champion(client, name)
     if found is not None and str(found.version) == version:
         raise ConfigError(f"promote: version {version} of {name!r} is the champion already")
-    promote(client, name, version, expected=str(found.version) if found else None, why=why)
+    promote(client, name, version, expected=str(found.version) if found else None, why=why, rollback=rollback)
     return changes(client, name)[-1]
 
 
 def roll_back(client: MlflowClient, name: str, *, why: str) -> Change:
-    """`solar rollback`: the champion before the present one, which must still be in the registry. ConfigError."""
+    """`solar rollback`: the champion that the present one was promoted over, which must still be in the registry; once
+    more goes one further back. ConfigError."""
     require_model(client, name)
-    found, past = champion(client, name), changes(client, name)
-    if found is None or not past or past[-1].version != str(found.version) or past[-1].before is None:
+    found, standing = champion(client, name), _succession(changes(client, name))
+    if found is None or len(standing) < 2 or standing[-1] != str(found.version):
         raise ConfigError(
             f"rollback: nothing is known of a champion of {name!r} before the present one: name a version with "
             f"`solar promote {name} --version N --why TEXT`"
         )
-    return promote_by_hand(client, name, past[-1].before, why=why)
+    return promote_by_hand(client, name, standing[-2], why=why, rollback=True)
 
 
 def changes(client: MlflowClient, name: str) -> list[Change]:
     """Every change of the champion, oldest first."""
     return [Change(**document) for document in _tagged(client, name, _CHANGE).values()]
+
+
+def _succession(past: Sequence[Change]) -> list[str]:
+    """The champions that led to the present one, which is the last: a rollback takes one away."""
+    standing: list[str] = []
+    for change in past:
+        if change.before is not None and standing[-1:] != [change.before]:
+            # Somebody set the alias with another tool.
+            standing.append(change.before)
+        if change.rollback:
+            standing.pop()
+        else:
+            standing.append(change.version)
+    return standing
 
 
 def note_night(client: MlflowClient, name: str, date: str, document: Mapping[str, Any]) -> None:
@@ -137,8 +157,7 @@ def needed_versions(client: MlflowClient, name: str, *, latest: int = 3) -> dict
         return {}
     versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: -int(version.version))
     kept = {str(version.version) for version in versions[:latest]} | {str(v) for v in (model.aliases or {}).values()}
-    past = changes(client, name)
-    kept |= {past[-1].before} if past and past[-1].before else set()
+    kept |= set(_succession(changes(client, name))[-2:])
     return {str(version.version): version for version in versions if str(version.version) in kept}
 
 

@@ -76,13 +76,36 @@ def test_a_command_that_died_between_the_alias_and_its_note_is_made_good(client)
     assert [(each.version, each.before) for each in changes(client, NAME)] == [("1", None), ("2", "1")]
 
 
-def test_rollback_goes_to_the_champion_before_and_promote_to_any_version(client):
+def test_rollback_goes_to_the_champion_before_and_once_more_to_the_one_before_that(client):
     promote(client, NAME, "1", expected=None, why="first")
-    with pytest.raises(ConfigError, match="solar promote shop --version N"):
-        roll_back(client, NAME, why="bad")
     promote(client, NAME, "2", expected="1", why="better")
-    assert roll_back(client, NAME, why="bad").version == serving(client) == "1"
-    assert roll_back(client, NAME, why="not that bad").version == serving(client) == "2"
+    promote(client, NAME, "3", expected="2", why="better still")
+    assert roll_back(client, NAME, why="bad").version == serving(client) == "2"
+    assert {"1", "2"} <= set(needed_versions(client, NAME, latest=1))
+    assert roll_back(client, NAME, why="bad as well").version == serving(client) == "1"
+    with pytest.raises(ConfigError, match="solar promote shop --version N"):
+        roll_back(client, NAME, why="bad, too")
+    promote(client, NAME, "4", expected="1", why="better")
+    assert roll_back(client, NAME, why="bad").version == "1"
+    assert [(each.version, each.before, each.rollback) for each in changes(client, NAME)[2:]] == [
+        ("3", "2", False), ("2", "3", True), ("1", "2", True), ("4", "1", False), ("1", "4", True),
+    ]  # fmt: skip
+
+
+def test_rollback_after_a_change_that_another_tool_made_goes_to_what_served(client):
+    promote(client, NAME, "1", expected=None, why="first")
+    client.set_registered_model_alias(NAME, "champion", "5")
+    with pytest.raises(ConfigError, match="nothing is known of a champion of 'shop' before the present one"):
+        roll_back(client, NAME, why="who was that")
+    promote(client, NAME, "2", expected="5", why="better")
+    assert [roll_back(client, NAME, why="bad").version for _ in range(2)] == ["5", "1"]
+
+
+def test_promote_goes_to_any_version_and_rollback_undoes_it(client):
+    promote(client, NAME, "1", expected=None, why="first")
+    promote(client, NAME, "2", expected="1", why="better")
+    assert promote_by_hand(client, NAME, "1", why="asked for").before == "2"
+    assert roll_back(client, NAME, why="a mistake").version == serving(client) == "2"
     assert promote_by_hand(client, NAME, "4", why="asked for").before == "2"
     for version, text in (("4", "is the champion already"), ("9", "has no version 9; its versions: 1, 2, 3, 4, 5")):
         with pytest.raises(ConfigError, match=text):
