@@ -24,9 +24,9 @@ from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
 from models.attention_tower import TowerConfig
+from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig
-from pipeline.loader import LoaderConfig
-from pipeline.requests import RequestConfig
 from pipeline.sources.files import ImportConfig
 from pipeline.sources.git import GitConfig
 from pipeline.sources.published import PUBLISHED

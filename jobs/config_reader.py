@@ -23,7 +23,7 @@ from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
 from jobs.training.model import MODELS
 from models.sequence_tower import SequenceModel
-from pipeline.requests import RequestConfig
+from pipeline.batches.requests import RequestConfig
 
 
 def recipe_path(recipe: str) -> Path:

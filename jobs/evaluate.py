@@ -27,8 +27,8 @@ from jobs.training.job import TrainJob
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from jobs.workers import run_workers
 from models.metrics import bootstrap_ratio_interval
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
 
 if TYPE_CHECKING:
     from jobs.registry import RegisteredModel
@@ -176,7 +176,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
     from jobs.training.evaluation import evaluate as evaluate_part
     from jobs.training.evaluation import evaluate_counts
     from jobs.training.spectrum import energy_by_rank
-    from pipeline.batch import Batch
+    from pipeline.batches.batch import Batch
 
     directory, reporter, done = Path(arguments["directory"]), arguments["reporter"], 0
     data = Shards.open(arguments["shards"], number=arguments["manifest"])

@@ -40,9 +40,9 @@ from jobs.training.model import model_tables
 from jobs.training.run_lock import sole_command
 from jobs.warm_start import find_checkpoint, misfit, stored_shapes
 from models.embeddings import TableSpec, initial_rows
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary_growth import beginnings_of
 from pipeline.storage import absolute, sync
-from pipeline.vocabulary_growth import beginnings_of
 
 ROWS_AT_ONCE = 1 << 16
 

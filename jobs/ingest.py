@@ -11,8 +11,8 @@ from jobs.config import ConfigError, RunConfig, SourceConfig
 from jobs.console import Console, Stage
 from jobs.training.checkpoint import verify_checkpoint
 from pipeline.build import PrepareConfig, Prepared, prepare
-from pipeline.inspection import digest, verify
-from pipeline.manifest import current_manifest
+from pipeline.shards.inspection import digest, verify
+from pipeline.shards.manifest import current_manifest
 from pipeline.sources.event_log import Imported
 from pipeline.sources.files import import_files
 from pipeline.sources.git import import_git

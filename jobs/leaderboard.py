@@ -26,7 +26,7 @@ from jobs.tracking import TrackedRun, open_run
 from jobs.train import Trained, open_shards, train
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.model import build_tower, model_settings
-from pipeline.vocabulary import NUM_RESERVED
+from pipeline.shards.vocabulary import NUM_RESERVED
 
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")
 COSTS = ("parameters", "epochs", "steps", "train_seconds", "peak_gib", "events_per_second")

@@ -33,10 +33,10 @@ from jobs.train import Trained, read_json
 from jobs.training.checkpoint import checkpoint_key, table_files
 from jobs.training.model import MODELS, model_settings, user_features
 from models.embeddings import ITEM_TABLE, USER_TABLE
-from pipeline.loader import training_item_counts
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
-from pipeline.vocabulary import NUM_RESERVED, Vocabulary
+from pipeline.batches.loader import training_item_counts
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 SCORER_FILES = ("scorer_input.py", "scorer_states.py", "scorer_requests.py")
 """What jobs/scorer.py imports, in the order in which it can be concatenated."""

@@ -32,9 +32,9 @@ from jobs.scorer import Scorer
 from jobs.scorer_input import UserFeature
 from jobs.scorer_states import export_digest
 from jobs.tracking import TrackingConfig, mlflow_client, tracking_uri
-from pipeline.batch import Batch
-from pipeline.sequences import UserCodes
-from pipeline.vocabulary import NUM_RESERVED, Vocabulary
+from pipeline.batches.batch import Batch
+from pipeline.shards.sequences import UserCodes
+from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

@@ -14,7 +14,7 @@ from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_sta
 from jobs.training.plan import PLAN_FILE
 from jobs.training.run_lock import LOCK_FILES
 from jobs.warm_start import find_checkpoint
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 
 RECORD = "run.json"
 FACTS = ("config", "fingerprint", "manifest", "manifest_fingerprint", "git_commit", "warm_start")

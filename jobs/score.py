@@ -30,7 +30,7 @@ from jobs.score_output import ResultFile, footer
 from jobs.score_parts import PartScorer, read_part
 from jobs.states import refuse_models_without_states
 from jobs.stored_users import StoredUsers, find_states
-from pipeline.staged import staging_directory
+from pipeline.prepare.staging import staging_directory
 from pipeline.storage import absolute
 
 ROWS_PER_PART = 4096

@@ -23,9 +23,9 @@ from jobs.scorer_input import NO_TIME, Histories, RequestError, cast_values, fla
 from jobs.scorer_states import both_known, stored_too_late
 from jobs.stored_users import StoredUsers
 from pipeline.events import LATEST_TIME
-from pipeline.sequences import UserEvents
-from pipeline.shards import Shards
-from pipeline.user_reader import UserReader
+from pipeline.shards.dataset import Shards
+from pipeline.shards.sequences import UserEvents
+from pipeline.shards.user_reader import UserReader
 
 ROWS_PER_BLOCK = 256
 """Requests in memory together where each brings its history (10,000 events and 1,000 candidates: 50 MB)."""

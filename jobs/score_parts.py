@@ -14,7 +14,7 @@ from jobs.ranking import Ranking, ScoreConfig, ScoreCounts
 from jobs.registry import RegisteredModel
 from jobs.score_input import Part, RequestFile, Sources, UserHistories
 from jobs.stored_users import StoredUsers
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 
 
 class PartScorer:

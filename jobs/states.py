@@ -31,9 +31,9 @@ from jobs.registry import RegisteredModel
 from jobs.score_input import UserHistories
 from jobs.scorer import build_scorer_tower
 from jobs.stored_users import COMMIT, bucket_file, manifest_directory, read_commit
-from pipeline.sequences import UserEvents
-from pipeline.shards import Shards
-from pipeline.staged import staging_directory
+from pipeline.prepare.staging import staging_directory
+from pipeline.shards.dataset import Shards
+from pipeline.shards.sequences import UserEvents
 from pipeline.storage import Store, absolute
 
 EVENTS_PER_CHUNK = 1 << 18

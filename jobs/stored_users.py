@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from jobs.config import ConfigError
 from jobs.registry import RegisteredModel
 from pipeline.events import DataError
-from pipeline.shards import bucket_of
+from pipeline.shards.dataset import bucket_of
 from pipeline.storage import Store
 
 COMMIT = "COMMIT"

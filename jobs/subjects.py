@@ -21,7 +21,7 @@ from jobs.tracking import TrackingConfig
 from jobs.train import open_shards, train_job
 from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state
 from pipeline.events import DataError
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,12 +34,12 @@ from jobs.training.results import primary_metric
 from jobs.training.run_lock import sole_command, wait_for_workers
 from jobs.warm_start import Begun, begin_from, best_of
 from jobs.workers import run_workers
+from pipeline.batches.request_index import RequestCounts
 from pipeline.build import index_requests
-from pipeline.manifest import current_manifest
-from pipeline.request_index import RequestCounts
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
+from pipeline.shards.manifest import current_manifest
+from pipeline.shards.vocabulary_growth import beginnings_of
 from pipeline.storage import absolute
-from pipeline.vocabulary_growth import beginnings_of
 
 
 @dataclasses.dataclass(frozen=True)

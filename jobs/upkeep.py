@@ -8,9 +8,9 @@ from jobs.cluster import ClusterConfig, ray_session
 from jobs.console import Console
 from jobs.ingest import progress_of
 from pipeline.build import compact, forget, migrate
-from pipeline.forgetting import clean_output, read_users, traces
-from pipeline.garbage import collect
-from pipeline.shards import Shards
+from pipeline.prepare.forgetting import clean_output, read_users, traces
+from pipeline.prepare.garbage import collect
+from pipeline.shards.dataset import Shards
 from pipeline.storage import absolute
 
 

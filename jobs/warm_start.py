@@ -24,8 +24,8 @@ from jobs.training.checkpoint import (
 from jobs.training.model import build_tower, model_settings, model_tables
 from models.embeddings import ITEM_TABLE, TableSpec
 from pipeline.events import DataError
-from pipeline.shards import Shards
-from pipeline.vocabulary_growth import beginnings_of, first_difference
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary_growth import beginnings_of, first_difference
 
 WAY_ON = "a run on these shards begins from the seed"
 OPTIMIZER_ROWS = {"rowwise_adagrad": {"accumulator"}, "adam": {"exp_avg", "exp_avg_sq"}}

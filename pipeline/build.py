@@ -16,17 +16,20 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pipeline import compaction, forgetting, garbage, ingest, manifest, request_index, shards
-from pipeline.daily import DailyLog
+from pipeline.batches import request_index
+from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns
-from pipeline.manifest import Manifest
-from pipeline.plan import Plan, make_plan, require_disk
-from pipeline.readers import FileFormat
-from pipeline.requests import RequestConfig
-from pipeline.shard_writer import write_vocabulary
-from pipeline.staged import staging_directory
-from pipeline.tombstones import Tombstones
-from pipeline.users import refuse_bad_users
+from pipeline.log.daily import DailyLog
+from pipeline.log.readers import FileFormat
+from pipeline.prepare import compaction, forgetting, garbage, ingest
+from pipeline.prepare.plan import Plan, make_plan, require_disk
+from pipeline.prepare.staging import staging_directory
+from pipeline.prepare.users import refuse_bad_users
+from pipeline.shards import dataset as shards
+from pipeline.shards import manifest
+from pipeline.shards.manifest import Manifest
+from pipeline.shards.tombstones import Tombstones
+from pipeline.shards.writer import write_vocabulary
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""

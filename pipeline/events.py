@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
+from typing import Any
 
 import polars as pl
 
@@ -239,3 +241,26 @@ _READ = dict.fromkeys(ID_COLUMNS, _read_id) | {
 def _wrong_type(name: str, columns: EventColumns, dtype: pl.DataType, wanted: str) -> DataError:
     column = columns.mapping()[name]
     return DataError(f"column {column!r} (mapped to {name}) is {dtype}: it must hold {wanted}; map another column")
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"columns": {"user_id": "u"}} -> {"columns.user_id": "u"}, as a user writes keys."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+RESERVED_NAMES = ("history", "history_time", "history_action", "candidates", "time", "scores", "user_id", "item_id")
+"""Columns that mean something else in a request, where a feature of its user is a column of the feature's name."""
+
+
+def refuse_bad_feature(name: str, dtype: pl.DataType, *, file: str) -> None:
+    """DataError unless a column of this name and type can be a user feature."""
+    inner: Any = dtype.inner if isinstance(dtype, pl.List) else dtype
+    if not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null))):
+        raise DataError(f"{file}: feature {name!r} is {dtype}; features are categories: cast it to strings")
+    if name in RESERVED_NAMES:
+        raise DataError(f"{file}: feature {name!r} has a name that requests use for something else; rename it")
+    if not re.fullmatch(r"\w[\w -]*", name):
+        raise DataError(f"{file}: feature {name!r} must be named by letters, digits, '_', '-' and spaces; rename it")

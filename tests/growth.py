@@ -18,11 +18,11 @@ from jobs.run_record import run_facts
 from jobs.training.checkpoint import commit_files, describe_file
 from jobs.training.model import build_tower, model_settings, model_tables, user_features
 from models.embeddings import TableSpec, initial_rows
+from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
-from pipeline.vocabulary import NUM_RESERVED
-from pipeline.vocabulary_growth import beginnings_of
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED
+from pipeline.shards.vocabulary_growth import beginnings_of
 from tests.tiny import NUM_ITEMS, NUM_USERS, write_tiny_log, write_tiny_recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -13,7 +13,7 @@ from jobs.registry import RegisteredModel, fetch_model
 from jobs.tracking import TrackingConfig, mlflow_client
 from pipeline import build
 from pipeline.events import EventColumns
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 from tests.serial import without_ray
 from tests.unit.jobs.conftest import random_export, solar_settings
 

@@ -21,8 +21,8 @@ from jobs.registry import RegisteredModel
 from jobs.train import open_shards, read_json, train
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.warm_start import begin_from
+from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError
-from pipeline.requests import RequestConfig
 
 HOUR_MILLISECONDS = 3_600_000
 

@@ -11,8 +11,8 @@ from jobs.console import Console
 from jobs.nightly.journal import past_nights
 from jobs.training.checkpoint import remove_committed
 from pipeline.events import DataError
-from pipeline.garbage import collect
-from pipeline.manifest import current_manifest
+from pipeline.prepare.garbage import collect
+from pipeline.shards.manifest import current_manifest
 from pipeline.storage import absolute
 
 _STATES_A_NIGHT = 3

@@ -14,9 +14,9 @@ from jobs.registry import RegisteredModel, fetch_model
 from jobs.tracking import mlflow_client, tracking_uri
 from jobs.train import open_shards
 from jobs.training.job import TrainingConfig
+from pipeline.batches.request_index import RequestCounts
+from pipeline.batches.requests import RequestConfig
 from pipeline.build import index_requests
-from pipeline.request_index import RequestCounts
-from pipeline.requests import RequestConfig
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

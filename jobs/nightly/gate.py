@@ -24,7 +24,7 @@ import numpy as np
 from jobs.nightly.config import GateConfig
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.metrics import bootstrap_ratio_interval
-from pipeline.requests import RequestConfig
+from pipeline.batches.requests import RequestConfig
 
 Verdict = Literal["promoted", "refused", "undecided"]
 ERROR = 0.05

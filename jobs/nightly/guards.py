@@ -17,7 +17,7 @@ from jobs.nightly.gate import Guard
 from jobs.score_input import UserHistories
 from jobs.scorer import Scorer
 from jobs.scorer_input import NO_TIME
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 
 LATENCY_REQUESTS = 8
 LATENCY_ROUNDS = 7

@@ -29,7 +29,7 @@ from jobs.register import export_model
 from jobs.registry import EXPORT
 from jobs.train import open_shards, read_json
 from jobs.training.checkpoint import remove_committed
-from pipeline.requests import RequestConfig
+from pipeline.batches.requests import RequestConfig
 
 PAIRS = "pairs.npz"
 

@@ -27,7 +27,7 @@ from jobs.register import register
 from jobs.states import build_states, refuse_models_without_states
 from jobs.stored_users import states_directory
 from jobs.train import Trained, read_json
-from pipeline.manifest import why_removed
+from pipeline.shards.manifest import why_removed
 from pipeline.storage import absolute
 
 REASONS, REASON_LENGTH = 4, 500

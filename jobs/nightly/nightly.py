@@ -30,9 +30,9 @@ from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
 from jobs.spool import is_away
 from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
 from jobs.training.run_lock import RunInUse, sole_command
-from pipeline.daily import days_told
 from pipeline.events import DataError, NotNow
-from pipeline.plan import pending_days
+from pipeline.log.daily import days_told
+from pipeline.prepare.plan import pending_days
 from pipeline.storage import absolute
 
 NOTIFIED = "notified"

@@ -9,10 +9,10 @@ from jobs.ingest import prepare_shards
 from jobs.nightly.context import NightContext
 from jobs.nightly.journal import NoInput
 from jobs.train import open_shards
-from pipeline.daily import day_counts
 from pipeline.events import DataError, NotNow
-from pipeline.manifest import current_manifest
-from pipeline.plan import pending_days
+from pipeline.prepare.ingested_days import day_counts
+from pipeline.prepare.plan import pending_days
+from pipeline.shards.manifest import current_manifest
 
 
 def require_input(night: NightContext) -> None:

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.embeddings import UserCodes
-from pipeline.batch import Batch
-from pipeline.loader import training_item_counts
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
-from pipeline.vocabulary import NUM_RESERVED, UNKNOWN, Vocabulary
+from pipeline.batches.batch import Batch
+from pipeline.batches.loader import training_item_counts
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED, UNKNOWN, Vocabulary
 
 ALWAYS = -(1 << 62)
 """First time of an item that the log at hand does not date."""

@@ -24,11 +24,11 @@ from models.interface import refuse_bad_rows
 from models.metrics import rank_of_target
 from models.repeats import SeenItems, first_places
 from models.sequence_tower import SequenceModel
-from pipeline.batch import Batch
-from pipeline.loader import EvaluationLoader
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
-from pipeline.vocabulary import NUM_RESERVED
+from pipeline.batches.batch import Batch
+from pipeline.batches.loader import EvaluationLoader
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED
 
 CANDIDATES_PER_FORWARD = 1 << 17
 """Bounds the memory of one forward: about 1 KB a candidate at width 64."""

@@ -14,7 +14,7 @@ from jobs.scorer_input import UserFeature
 from models.embeddings import UserCodes
 from models.interface import Recommender
 from pipeline.events import DataError
-from pipeline.vocabulary import Vocabulary
+from pipeline.shards.vocabulary import Vocabulary
 
 
 class LoadedRows:

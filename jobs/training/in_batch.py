@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.batch import Batch
-from pipeline.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
-from pipeline.requests import RequestConfig
+from pipeline.batches.batch import Batch
+from pipeline.batches.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
+from pipeline.batches.requests import RequestConfig
 
 
 class InBatchNegatives:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
-from pipeline.loader import LoaderConfig
-from pipeline.requests import RequestConfig
+from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.requests import RequestConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

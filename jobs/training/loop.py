@@ -44,8 +44,8 @@ from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
 from jobs.training.telemetry import Reporter, said_by_rank_0
 from models.interface import Recommender
-from pipeline.loader import TrainLoader
-from pipeline.shards import Shards
+from pipeline.batches.loader import TrainLoader
+from pipeline.shards.dataset import Shards
 
 
 def train(job: TrainJob, *, reporter: Reporter) -> TrainState:

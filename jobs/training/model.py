@@ -22,8 +22,8 @@ from models.mean_pooling import MeanPooling, MeanPoolingConfig
 from models.recgrela import RecGrela, RecGrelaConfig
 from models.sasrec import SasRec, SasRecConfig
 from models.solar import Solar, SolarConfig
-from pipeline.batch import Batch
-from pipeline.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
+from pipeline.batches.batch import Batch
+from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
 
 MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
     "solar": (SolarConfig, Solar),

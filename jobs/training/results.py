@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from models.metrics import auc, calibration, gauc, hit_rate, log_loss, ndcg, reciprocal_rank
-from pipeline.requests import RequestConfig
+from pipeline.batches.requests import RequestConfig
 
 CUTOFFS = (5, 10, 20)
 LENGTH_BUCKETS = (0, 1, 10, 100, 1_000, 10_000)

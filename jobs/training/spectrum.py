@@ -13,8 +13,8 @@ from jobs.training.catalogue import Catalogue
 from jobs.training.evaluation import evaluation_loader
 from jobs.training.model import ItemRows, training_input
 from models.solar import Solar
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
 
 QUANTILES = (0.1, 0.5, 0.9)
 MAX_REQUESTS = 2000

@@ -20,9 +20,9 @@ from jobs.training.tables import AskedRows, ShardedTables
 from models.interface import ModelInput, refuse_bad_rows
 from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
 from models.repeats import SeenItems
-from pipeline.batch import Batch
-from pipeline.requests import RequestConfig
-from pipeline.vocabulary import NUM_RESERVED
+from pipeline.batches.batch import Batch
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.vocabulary import NUM_RESERVED
 
 
 class NonFiniteLoss(ArithmeticError):

@@ -24,8 +24,7 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
-from pipeline.events import DataError
-from pipeline.manifest import flatten
+from pipeline.events import DataError, flatten
 from pipeline.storage import Store
 
 FORMAT_VERSION = 1

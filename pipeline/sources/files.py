@@ -9,11 +9,10 @@ from typing import Any
 
 import polars as pl
 
-from pipeline import readers
-from pipeline.events import DataError, EventColumns, Reason, Validated, validate
-from pipeline.readers import FileFormat, Input
+from pipeline.events import DataError, EventColumns, Reason, Validated, refuse_bad_feature, validate
+from pipeline.log import readers
+from pipeline.log.readers import FileFormat, Input
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
-from pipeline.users import refuse_bad_feature
 
 Progress = Callable[[str, int, int], None]
 Reshape = Callable[[pl.DataFrame], pl.DataFrame]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline import readers
 from pipeline.events import DataError, EventColumns
-from pipeline.readers import FileFormat
+from pipeline.log import readers
+from pipeline.log.readers import FileFormat
 from pipeline.sources.event_log import Imported
 from pipeline.sources.files import ImportConfig, ItemColumns, Progress, Reshape, UserColumns, import_files
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from prepare_scale import write_day
 
-from pipeline.inspection import verify
-from pipeline.manifest import current_manifest
+from pipeline.shards.inspection import verify
+from pipeline.shards.manifest import current_manifest
 from tests.interruptions import Command, orphans
 
 VICTIMS = ("command", "everything", "SIGINT", "SIGTERM")

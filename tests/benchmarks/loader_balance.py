@@ -18,8 +18,8 @@ import numpy as np
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from pipeline import order
-from pipeline.shards import Shards
+from pipeline.batches import order
+from pipeline.shards.dataset import Shards
 
 USERS, GROUPS, MAX_HISTORY = 20_000, 200, 1024
 BATCH_EVENTS = 65_536

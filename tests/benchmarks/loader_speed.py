@@ -121,9 +121,9 @@ def step(kind: str, path: str, negatives: str) -> float:
     import pyarrow.parquet as pq
     import torch
 
-    from pipeline.loader import LoaderConfig, TrainLoader
-    from pipeline.requests import RequestConfig
-    from pipeline.shards import Shards
+    from pipeline.batches.loader import LoaderConfig, TrainLoader
+    from pipeline.batches.requests import RequestConfig
+    from pipeline.shards.dataset import Shards
 
     pyarrow.set_cpu_count(1)
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from jobs.training.optimizers import OptimizerConfig
 from models.embeddings import TableSpec, initial_rows
 from models.interface import Recommender
 from models.losses import request_loss
-from pipeline.batch import Batch
+from pipeline.batches.batch import Batch
 
 
 class Replicated:

@@ -130,7 +130,7 @@ def main() -> None:
 def prepared(options: argparse.Namespace, chosen: dict[str, Options]) -> RunConfig:
     """The config of the recipe on prepared shards: of the whole log, or of a sample of its users."""
     from pipeline.build import index_requests, prepare
-    from pipeline.shards import Shards
+    from pipeline.shards.dataset import Shards
 
     overrides = ["--workspace", options.workspace, "--parallel.num_workers", "1"]
     overrides += [word for key, value in options.set for word in (f"--{key}", value)]

@@ -14,7 +14,7 @@ one thread in the environment of a job's workers, ZeRO stage 1. Beside each othe
    all gradients. Then how far losses of the same global batches are apart: only where they agree in the first steps the
    times are of the same work. Later steps amplify rounding: DDP started with rows 6e-8 larger leaves itself as far.
 2. Length balancing. Users of 100 to 10,000 events (log-normal) in global batches of 65,536 events and candidates, dealt
-   by work as pipeline/order.py does it, and in turn; "uneven" is the work of the fullest rank over the mean.
+   by work as pipeline/batches/order.py does it, and in turn; "uneven" is the work of the fullest rank over the mean.
 3. Memory. The most that a rank held before TorchRec and DeepSpeed were loaded, while a table of so many million rows
    was made and filled, and in steps with it.
 
@@ -48,11 +48,11 @@ from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.step import AskedBatch, ask, train_step
 from jobs.training.tables import ShardedTables
 from models.embeddings import ITEM_TABLE, TableSpec
-from pipeline import order
-from pipeline.batch import Batch
-from pipeline.loader import LoaderConfig
-from pipeline.requests import RequestConfig
-from pipeline.sequences import offsets_of
+from pipeline.batches import order
+from pipeline.batches.batch import Batch
+from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.sequences import offsets_of
 from tests.benchmarks.plain_pytorch import Replicated
 from tests.benchmarks.table_size import phase
 from tests.distributed.ranks import run_ranks

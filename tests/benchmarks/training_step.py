@@ -32,9 +32,9 @@ from jobs.training.step import ask, train_step
 from jobs.training.tables import ShardedTables
 from models import prefixes, svd_attention
 from models.embeddings import ITEM_TABLE, TableSpec
-from pipeline.batch import Batch
-from pipeline.loader import LoaderConfig
-from pipeline.requests import RequestConfig
+from pipeline.batches.batch import Batch
+from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.requests import RequestConfig
 
 ITEMS, CANDIDATES = 10_000, 17
 

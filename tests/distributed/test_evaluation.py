@@ -18,11 +18,11 @@ from jobs.training.optimizers import OptimizerConfig
 from jobs.training.results import RankedTargets
 from jobs.training.tables import ShardedTables
 from models.interface import ModelInput
-from pipeline.batch import Batch
+from pipeline.batches.batch import Batch
+from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
-from pipeline.vocabulary import NUM_RESERVED
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED
 from tests.distributed.ranks import run_ranks
 from tests.tiny import write_tiny_log
 

@@ -19,8 +19,8 @@ from jobs.training.checkpoint import committed_checkpoints, read_state
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.tables import ShardedTables
 from models.embeddings import ItemFeature, TableSpec, UserCodes, initial_rows
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_growth import job_of
 from tests.distributed.test_training_loop import losses, run_each, weights

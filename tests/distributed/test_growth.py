@@ -27,9 +27,9 @@ from jobs.training.job import TrainJob
 from jobs.training.loop import build_model
 from jobs.warm_start import begin_from
 from models.embeddings import initial_rows
-from pipeline.loader import TrainLoader
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training_loop import losses, run_each, weights
 from tests.growth import commit, facts_of, first_day, second_day, sizes_of, specs_of, tiny_config, whole_table

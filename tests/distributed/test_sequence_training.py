@@ -14,8 +14,8 @@ from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
 from models.sequence_tower import SequenceModel
-from pipeline.loader import LoaderConfig
-from pipeline.requests import RequestConfig
+from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.requests import RequestConfig
 from tests.distributed import test_training_loop
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training_loop import losses, run_each, tiny_shards, weights

@@ -34,10 +34,10 @@ from jobs.training.run_lock import RunInUse, sole_group
 from jobs.training.step import NonFiniteLoss
 from jobs.training.telemetry import Reporter
 from models.solar import SolarConfig
+from pipeline.batches.loader import LoaderConfig, TrainLoader
+from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 from tests.distributed.ranks import run_ranks
 from tests.tiny import write_tiny_log
 

@@ -237,7 +237,7 @@ def read_lines(text: str) -> list[str]:
 
 
 def test_shards_that_changed_under_a_run_are_refused(first_run, recipe, workplace):
-    from pipeline.manifest import current_manifest
+    from pipeline.shards.manifest import current_manifest
 
     shards = workplace / "workspace" / "shards" / "tiny"
     extra = write_tiny_log(workplace / "more", seed=1)

@@ -14,10 +14,10 @@ from moto.server import ThreadedMotoServer
 
 from pipeline import build
 from pipeline.events import DataError, EventColumns
-from pipeline.garbage import collect
-from pipeline.inspection import digest, verify
-from pipeline.manifest import commit, current_manifest, manifest_numbers
-from pipeline.shards import Shards
+from pipeline.prepare.garbage import collect
+from pipeline.shards.dataset import Shards
+from pipeline.shards.inspection import digest, verify
+from pipeline.shards.manifest import commit, current_manifest, manifest_numbers
 from pipeline.storage import Store
 from tests.object_store import FAULTS, FaultyProxy
 from tests.serial import without_ray

@@ -8,14 +8,14 @@ import polars as pl
 import pytest
 
 from jobs import cli
+from pipeline.batches.loader import LoaderConfig, TrainLoader
+from pipeline.batches.request_index import request_counts
+from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.events import DataError, EventColumns
-from pipeline.inspection import digest, verify
-from pipeline.loader import LoaderConfig, TrainLoader
-from pipeline.manifest import current_manifest
-from pipeline.request_index import request_counts
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
+from pipeline.shards.inspection import digest, verify
+from pipeline.shards.manifest import current_manifest
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.build import PrepareConfig, prepare
 from pipeline.events import EventColumns
-from pipeline.inspection import verify
-from pipeline.readers import FileFormat
+from pipeline.log.readers import FileFormat
+from pipeline.shards.inspection import verify
 from pipeline.sources.files import ImportConfig, ItemColumns, import_files
 
 DATA = Path(os.environ.get("SOLAR_TEST_DATA", "no-test-data"))

@@ -23,7 +23,7 @@ from jobs.ranking import ScoreConfig
 from jobs.registry import RegisteredModel
 from jobs.score import score
 from jobs.score_input import UserHistories
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 from tests.commands import free_ports
 from tests.registered import prepared_users, registered
 

@@ -13,9 +13,9 @@ from jobs.register import write_export
 from jobs.registry import RegisteredModel
 from jobs.training.model import build_tower, model_settings, model_tables
 from models.solar import SolarConfig
+from pipeline.batches.requests import RequestConfig
 from pipeline.events import EventColumns
-from pipeline.requests import RequestConfig
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 from tests.unit.models.model_inputs import randomise
 from tests.unit.pipeline.conftest import prepare, random_log, write_log
 

@@ -8,9 +8,9 @@ import torch
 
 from jobs.training.catalogue import UserValues
 from jobs.training.model import select_requests
-from pipeline.loader import EvaluationLoader
-from pipeline.requests import RequestConfig
-from pipeline.vocabulary import Vocabulary
+from pipeline.batches.loader import EvaluationLoader
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.vocabulary import Vocabulary
 
 
 def values_of(batch, vocabulary):

@@ -18,7 +18,7 @@ from jobs.training.run_lock import sole_command
 from jobs.warm_start import begin_from
 from models.embeddings import initial_rows
 from pipeline.events import DataError
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 from tests.growth import (
     first_day,
     rewrite,

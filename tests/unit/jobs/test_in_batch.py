@@ -10,8 +10,8 @@ import torch
 
 from jobs.training import in_batch
 from jobs.training.in_batch import InBatchNegatives
-from pipeline.batch import Batch
-from pipeline.requests import RequestConfig
+from pipeline.batches.batch import Batch
+from pipeline.batches.requests import RequestConfig
 
 REQUESTS = RequestConfig(negatives="in_batch", num_negatives=30)
 COUNTS = np.array([0, 0, 40, 30, 20, 10, 5, 5])

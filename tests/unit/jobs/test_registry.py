@@ -13,7 +13,7 @@ from jobs.config import ConfigError
 from jobs.registry import RegisteredTables, fetch_model
 from jobs.tracking import TrackingConfig, mlflow_client
 from pipeline.events import EventColumns
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 
 REMOTE = "s3://bucket/models/m-1"
 

@@ -7,7 +7,7 @@ import pytest
 
 from jobs.training.results import RankedTargets, ScoredImpressions, length_buckets, primary_metric
 from models.metrics import gauc, ndcg
-from pipeline.requests import RequestConfig
+from pipeline.batches.requests import RequestConfig
 
 
 def ranked(**columns) -> RankedTargets:

@@ -26,9 +26,9 @@ from jobs.training.model import (
     user_tables,
 )
 from models.embeddings import EmbeddingCollections, look_up_ids, pool_features, pool_user_features
+from pipeline.batches.loader import EvaluationLoader
+from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns
-from pipeline.loader import EvaluationLoader
-from pipeline.requests import RequestConfig
 
 MAX_HISTORY = 7
 

@@ -16,8 +16,8 @@ from jobs import scorer as scorer_module
 from jobs.register import scorer_source, signature
 from jobs.scorer_input import NO_TIME, RequestError
 from pipeline.events import EventColumns
-from pipeline.sequences import build_sequences
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
+from pipeline.shards.sequences import build_sequences
 
 ACTIONS = [None, "click", "view"]
 

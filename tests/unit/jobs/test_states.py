@@ -20,7 +20,7 @@ from jobs.scorer_input import NO_TIME, flat_ranges
 from jobs.states import build_states
 from jobs.stored_users import find_states
 from pipeline.events import DataError, EventColumns
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 
 
 @pytest.fixture

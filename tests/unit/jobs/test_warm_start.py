@@ -16,7 +16,7 @@ from jobs.config import ConfigError
 from jobs.run_record import previous_run, run_facts, write_json
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.warm_start import begin_from, find_checkpoint
-from pipeline.shards import Shards
+from pipeline.shards.dataset import Shards
 from tests.growth import first_day, rewrite, second_day, specs_of, tiny_config, write_model_checkpoint
 from tests.serial import without_ray
 

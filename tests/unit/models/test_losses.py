@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import models.losses
 from models.losses import calibrated_positive_weight, catalogue_loss, request_loss
 from models.repeats import NEVER, SeenItems
-from pipeline.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
+from pipeline.batches.negatives import Weighted, draw_keys, log_expected_draws, with_negatives
 
 
 @settings(max_examples=80, deadline=None)

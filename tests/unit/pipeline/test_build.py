@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import build, event_keys, ingest, manifest, plan
+from pipeline import build
 from pipeline.events import DataError, EventColumns, Reason
-from pipeline.inspection import digest, verify
-from pipeline.manifest import current_manifest
-from pipeline.shards import Shards, bucket_of
+from pipeline.prepare import ingest, plan
+from pipeline.shards import event_keys, manifest
+from pipeline.shards.dataset import Shards, bucket_of
+from pipeline.shards.inspection import digest, verify
+from pipeline.shards.manifest import current_manifest
 from tests.serial import without_ray
 
 FULL = EventColumns(action="action", label="label", request_id="request_id")

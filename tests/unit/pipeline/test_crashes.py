@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.events import DataError, EventColumns
-from pipeline.inspection import verify
-from pipeline.manifest import current_manifest
+from pipeline.shards.inspection import verify
+from pipeline.shards.manifest import current_manifest
 from pipeline.storage import Store
 
 FULL = EventColumns(action="action", label="label", request_id="request_id")
@@ -117,7 +117,7 @@ def test_a_killed_run_leaves_the_old_state_or_the_new_one(prepare, two_days, num
 
 
 def test_a_log_that_cannot_be_read_leaves_the_old_state(prepare, two_days, monkeypatch):
-    from pipeline import readers
+    from pipeline.log import readers
 
     before = content(two_days / "old")
 

@@ -22,7 +22,7 @@ from jobs.nightly.gate import (
 )
 from jobs.nightly.guards import day_guards, model_guards
 from jobs.training.results import RankedTargets, ScoredImpressions
-from pipeline.requests import RequestConfig
+from pipeline.batches.requests import RequestConfig
 
 GATE = GateConfig(min_users=100)
 NOBODY = np.zeros(0)

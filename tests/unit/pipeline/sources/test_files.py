@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 
 from pipeline.events import DataError, EventColumns
-from pipeline.readers import FileFormat
-from pipeline.shards import Shards
+from pipeline.log.readers import FileFormat
+from pipeline.shards.dataset import Shards
 from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns, import_files
 
 RATINGS = "uid;movie;when;stars\n1;5;100;3\n2;6;200;4\n1;6;150;5\n"

@@ -1,0 +1,352 @@
+"""Streams batches from sequence shards: exact, resumable at any batch, on any number of ranks.
+
+A TrainLoader's state is two counters and fingerprints of what they count; batch k of epoch e is the same set of users
+with the same requests, negatives and order at every world size. Reads shards (shards.py) in the order of order.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from pipeline.batches import order
+from pipeline.batches.batch import Batch
+from pipeline.batches.history_negatives import expected_history_draws, with_history_negatives
+from pipeline.batches.negatives import (
+    Proposal,
+    Uniform,
+    Weighted,
+    draw_keys,
+    expected_draws,
+    log_of_draws,
+    with_negatives,
+)
+from pipeline.batches.request_index import PartCounts, check_log, request_counts
+from pipeline.batches.requests import RequestConfig, Requests, carried, list_requests, of_part
+from pipeline.batches.sampling import evaluated, sample
+from pipeline.events import DataError
+from pipeline.hashing import hash64
+from pipeline.shards.dataset import Shards
+from pipeline.shards.sequences import UserCodes, UserEvents, offsets_of, ranges
+from pipeline.shards.user_reader import UserReader
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How users become batches."""
+
+    batch_events: int = 65_536
+    """Most events plus candidates of a global batch; one longer user is a batch of its own."""
+    window_row_groups: int = 8
+    """Row groups that are shuffled together and held in memory."""
+    prefetch: int = 2
+    """Batches built ahead in a thread; 0 builds them when asked."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_events", 1), ("window_row_groups", 1), ("prefetch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"loader.{name} is {getattr(self, name)}: it must be at least {least}")
+
+
+class TrainLoader:
+    """Batches of training requests, epoch after epoch, without end."""
+
+    def __init__(
+        self, data: Shards, *, requests: RequestConfig, loader: LoaderConfig, seed: int, rank: int = 0,
+        world_size: int = 1, item_counts: np.ndarray | None = None, pin: bool = False,
+    ) -> None:  # fmt: skip
+        """`item_counts`: those of `training_item_counts` for negatives by popularity, counted here where not given.
+        `pin`: the thread that builds ahead leaves batches in page-locked memory, for a GPU."""
+        self._data, self._requests, self._loader, self._pin = data, requests, loader, pin
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._counts = request_counts(data, requests).train
+        self._cost = _training_cost(self._counts, requests)
+        self._epoch, self._batch = 0, 0
+        self._plans: dict[int, _EpochPlan] = {}
+        self._planning = threading.Lock()
+        if not self._counts.requests.any():
+            raise DataError(f"{data.path}: no training requests under this split; move requests.valid_from")
+        self._proposal: Proposal = Uniform(data.vocabulary.size)
+        if requests.negatives == "popularity":
+            counts = training_item_counts(data, requests=requests) if item_counts is None else item_counts
+            self._proposal = Weighted.popularity(counts, power=requests.popularity_power)
+
+    def num_batches(self, epoch: int) -> int:
+        return self._plan(epoch).num_batches
+
+    def num_requests(self, epoch: int) -> int:
+        """Requests of the epoch over all ranks."""
+        return int(np.minimum(self._counts.requests, self._requests.max_requests).sum())
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """From the cursor on, for ever. The state counts a batch as soon as it is handed out."""
+
+        def batches() -> Iterator[tuple[int, int, Batch]]:
+            epoch, start = self._epoch, self._batch
+            while True:
+                for number, batch in enumerate(self._build(epoch, start), start):
+                    yield epoch, number, batch
+                epoch, start = epoch + 1, 0
+
+        with contextlib.closing(_prefetched(batches, self._loader.prefetch)) as built:
+            for epoch, number, batch in built:
+                last = number + 1 == self.num_batches(epoch)
+                self._epoch, self._batch = (epoch + 1, 0) if last else (epoch, number + 1)
+                yield batch
+
+    def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from `start` on; the cursor stays where it is."""
+        return _prefetched(lambda: self._build(number, start), self._loader.prefetch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch stands, and in what; JSON-able."""
+        return {"epoch": self._epoch, "batch": self._batch, "fingerprint": self._fingerprint()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where another loader stopped, at any world size. DataError names what is not the same."""
+        ours, theirs = self._fingerprint(), state["fingerprint"]
+        if changed := [name for name in ours if ours[name] != theirs.get(name)]:
+            raise DataError(
+                f"{self._data.path}: cannot resume, {' and '.join(changed)} changed since the state was saved; "
+                "restore what it was or start a new run"
+            )
+        self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
+
+    def _fingerprint(self) -> dict[str, str]:
+        """Of everything that decides batch membership; the world size and prefetch do not."""
+        loader = {"batch_events": self._loader.batch_events, "window_row_groups": self._loader.window_row_groups}
+        return {
+            "manifest": self._data.manifest.fingerprint,
+            "requests config": _fingerprint(dataclasses.asdict(self._requests)),
+            "loader config": _fingerprint(loader),
+            "seed": str(self._seed),
+        }
+
+    def _plan(self, epoch: int) -> _EpochPlan:
+        with self._planning:
+            if (plan := self._plans.get(epoch)) is None:
+                users = order.epoch_order(
+                    self._data.index.group, wanted=self._counts.requests > 0, seed=self._seed, epoch=epoch,
+                    window_row_groups=self._loader.window_row_groups,
+                )  # fmt: skip
+                asked = np.minimum(self._counts.requests, self._requests.max_requests)
+                plan = _EpochPlan(users, self._cost, asked, self._loader.batch_events)
+                # Two: the consumer still asks about the epoch that the prefetching thread has left.
+                self._plans = dict([*self._plans.items(), (epoch, plan)][-2:])
+            return plan
+
+    def _build(self, epoch: int, start: int) -> Iterator[Batch]:
+        plan, reader = self._plan(epoch), UserReader(self._data, keep=2 * self._loader.window_row_groups)
+        for number in range(start, plan.num_batches):
+            users = plan.users_of(number, rank=self._rank, world_size=self._world_size)
+            events = reader.read(users)
+            eligible = of_part(list_requests(events, self._requests), "train", self._requests)
+            # The window of events is that of all eligible requests, not of the sample: its cost is what was planned.
+            window = carried(eligible, num_users=len(users), part="train", config=self._requests)
+            chosen = sample(eligible, user_rows=users, seed=self._seed, epoch=epoch, config=self._requests)
+            log_q = None
+            if self._draws_negatives:
+                chosen, log_q = self._with_negatives(chosen, events, users, epoch)
+            batch = _batch(users, events, chosen, *window, num_global_requests=int(plan.num_requests[number]))
+            batch = dataclasses.replace(batch, epoch=epoch, candidate_log_q=log_q)
+            yield batch.pinned() if self._pin else batch
+
+    @property
+    def _draws_negatives(self) -> bool:
+        config = self._requests
+        drawn_here = config.task == "next_item" and config.negatives != "in_batch"
+        return drawn_here and config.num_negatives + config.history_negatives > 0
+
+    def _with_negatives(
+        self, chosen: Requests, events: UserEvents, users: np.ndarray, epoch: int
+    ) -> tuple[Requests, torch.Tensor]:
+        """The requests with negatives after their positives, and the candidates' log_q."""
+        number = self._requests.num_negatives
+        keys = draw_keys(seed=self._seed, epoch=epoch, user=users[chosen.user], request=chosen.key)
+        drawn = with_negatives(
+            chosen.candidate, chosen.offsets, keys=keys, proposal=self._proposal, num_negatives=number
+        )
+        if len(drawn.item) < len(chosen.candidate) + number * len(chosen):
+            raise DataError(
+                f"{self._data.path}: the positives of a training request are all {np.diff(chosen.offsets).max()} items "
+                "that its negatives could be drawn from; set requests.num_negatives to 0"
+            )
+        from_history = self._requests.history_negatives
+        if from_history:
+            drawn = with_history_negatives(
+                drawn, requests=chosen, events=events, keys=hash64(keys, np.uint64(4)), num_negatives=from_history
+            )
+        expected = expected_draws(drawn, proposal=self._proposal, num_negatives=number)
+        if from_history:
+            expected += expected_history_draws(drawn, requests=chosen, events=events, num_negatives=from_history)
+        log_q = log_of_draws(expected)
+        return dataclasses.replace(
+            chosen, candidate=drawn.item, label=drawn.label, offsets=drawn.offsets
+        ), torch.from_numpy(log_q)
+
+
+class EvaluationLoader:
+    """One pass over the requests of a part, in user order; every rank gets the same number of batches."""
+
+    def __init__(
+        self, data: Shards, *, requests: RequestConfig, part: str, batch_events: int, rank: int = 0,
+        world_size: int = 1, limit: int | None = None,
+    ) -> None:  # fmt: skip
+        """`limit`: users, the same ones each time and spread over the data set, until they have so many requests."""
+        if part not in ("valid", "test"):
+            raise ValueError(f"part is {part!r}: it must be valid or test")
+        self._data, self._requests, self._part = data, requests, part
+        self._rank, self._world_size = rank, world_size
+        counts: PartCounts = getattr(request_counts(data, requests), part)
+        users = _evaluated_users(data, counts, limit)
+        self._plan = _EpochPlan(users, counts.events + counts.candidates, counts.requests, batch_events)
+        self.num_batches = self._plan.num_batches
+        self.num_requests = int(counts.requests[users].sum())
+        """Over all ranks."""
+        self.num_skipped = int(counts.skipped.sum())
+        """Requests of the part left out for a short history, over all users."""
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _prefetched(self._build, 2)
+
+    def _build(self) -> Iterator[Batch]:
+        reader = UserReader(self._data, keep=2)
+        for number in range(self.num_batches):
+            users = self._plan.users_of(number, rank=self._rank, world_size=self._world_size)
+            events = reader.read(users)
+            chosen = of_part(list_requests(events, self._requests), self._part, self._requests)
+            chosen = evaluated(chosen, config=self._requests)
+            window = carried(chosen, num_users=len(users), part=self._part, config=self._requests)
+            yield _batch(users, events, chosen, *window, num_global_requests=int(self._plan.num_requests[number]))
+
+
+def training_item_counts(data: Shards, *, requests: RequestConfig, groups: Iterable[int] | None = None) -> np.ndarray:
+    """[vocabulary capacity] int64: how often each row is a positive of a training request, before any cap.
+
+    `groups`: of these row groups only.
+    """
+    check_log(data, requests)
+    counts = np.zeros(data.vocabulary.capacity, np.int64)
+    for group in range(data.num_groups) if groups is None else groups:
+        every = list_requests(data.read(group), requests)
+        train = every.take(every.part == 0)
+        counts += np.bincount(train.candidate[train.label > 0], minlength=len(counts))
+    return counts
+
+
+class _EpochPlan:
+    """The users of an epoch, cut into global batches."""
+
+    def __init__(self, users: np.ndarray, cost: np.ndarray, num_requests: np.ndarray, batch_events: int) -> None:
+        self._users, self._cost = users, cost[users]
+        self._offsets = order.cut_batches(self._cost, batch_events=batch_events)
+        self.num_batches = len(self._offsets) - 1
+        self.num_requests = order.batch_totals(num_requests[users], self._offsets)
+
+    def users_of(self, number: int, *, rank: int, world_size: int) -> np.ndarray:
+        """User rows that a rank serves in a batch, in epoch order."""
+        run = slice(int(self._offsets[number]), int(self._offsets[number + 1]))
+        return self._users[run][order.deal(self._cost[run], world_size=world_size) == rank]
+
+
+def _training_cost(counts: PartCounts, config: RequestConfig) -> np.ndarray:
+    """[users] events plus candidates after the caps; an upper bound where the sample decides how many candidates."""
+    asked = np.minimum(counts.requests, config.max_requests)
+    negatives = config.num_negatives + config.history_negatives if config.task == "next_item" else 0
+    return counts.events + np.minimum(counts.candidates, asked * counts.largest) + asked * negatives
+
+
+def _evaluated_users(data: Shards, counts: PartCounts, limit: int | None) -> np.ndarray:
+    index = data.index
+    users = np.flatnonzero(counts.requests)
+    if limit is not None:
+        users = users[np.argsort(hash64(users), kind="stable")]
+        users = users[: int(np.searchsorted(np.cumsum(counts.requests[users]), limit)) + 1]
+    return users[np.lexsort((index.row[users], index.group[users]))]
+
+
+def _batch(
+    users: np.ndarray, events: UserEvents, chosen: Requests, start: np.ndarray, last: np.ndarray,
+    *, num_global_requests: int,
+) -> Batch:  # fmt: skip
+    """Cut each user's events to start : last and shift the requests' positions along."""
+    places = ranges(events.offsets[:-1] + start, last - start)
+    codes = events.codes or UserCodes(lengths=np.zeros((len(users), 0), np.int64), values=np.zeros(0, np.int64))
+    return Batch(
+        user=_tensor(users),
+        user_feature_lengths=_tensor(codes.lengths),
+        user_feature_values=_tensor(codes.values),
+        event_offsets=_tensor(offsets_of(last - start)),
+        event_item=_tensor(events.item[places]),
+        event_time=_tensor(events.time[places]),
+        event_action=_tensor(events.action[places]),
+        request_user=_tensor(chosen.user),
+        request_position=_tensor(chosen.position - start[chosen.user]),
+        request_time=_tensor(chosen.time),
+        request_key=_tensor(chosen.key),
+        candidate_offsets=_tensor(chosen.offsets),
+        candidate_item=_tensor(chosen.candidate),
+        candidate_label=torch.from_numpy(np.ascontiguousarray(chosen.label, np.float32)),
+        num_global_requests=num_global_requests,
+    )
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.int64))
+
+
+def _fingerprint(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _prefetched(make: Callable[[], Iterator[_T]], ahead: int) -> Generator[_T, None, None]:
+    """The same items, built by a thread that stays at most `ahead` items ahead; its exceptions are raised here."""
+    if ahead == 0:
+        yield from make()
+        return
+    ready: queue.Queue[tuple[_T | None, BaseException | None]] = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def hand_over(item: _T | None, error: BaseException | None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put((item, error), timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in make():
+                hand_over(item, None)
+                if stop.is_set():
+                    return
+            hand_over(None, StopIteration())
+        except BaseException as error:
+            hand_over(None, error)
+
+    thread = threading.Thread(target=work, name="solar-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()

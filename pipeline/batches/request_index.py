@@ -1,0 +1,148 @@
+"""How many requests each user has in each part: what order.py needs to deal work without reading a shard.
+
+Cached as `<shards>/requests/<fingerprint>.parquet` for (manifest, the counting part of RequestConfig): a derived file
+that anyone may recompute, so it is no part of the manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.batches.requests import PARTS, RequestConfig, carried, list_requests, of_part, too_short
+from pipeline.batches.sampling import evaluated
+from pipeline.events import DataError
+from pipeline.shards.dataset import Shards
+from pipeline.storage import Store
+
+_COLUMNS = ("requests", "candidates", "largest", "events", "skipped")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PartCounts:
+    """One part's requests, per user row."""
+
+    requests: np.ndarray
+    """[users] int64, before max_requests."""
+    candidates: np.ndarray
+    """[users] int64: candidates of all these requests, without drawn negatives."""
+    largest: np.ndarray
+    """[users] int64: candidates of the user's largest request."""
+    events: np.ndarray
+    """[users] int64: events a batch carries for the user."""
+    skipped: np.ndarray
+    """[users] int64: requests left out for a history below min_history."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class RequestCounts:
+    """The counts of all parts."""
+
+    train: PartCounts
+    valid: PartCounts
+    test: PartCounts
+
+
+def request_counts(data: Shards, config: RequestConfig) -> RequestCounts:
+    """The cached counts; without a cache they are taken here, in this process (build.index_requests uses Ray)."""
+    cached = load(data, config)
+    if cached is not None:
+        return cached
+    parts = [_count(data, bucket, config) for bucket in data.buckets]
+    return _save(data, config, parts)
+
+
+def load(data: Shards, config: RequestConfig) -> RequestCounts | None:
+    """The counts as cached, None when they are not (or the cache is not whole)."""
+    check_log(data, config)
+    store, name = Store(data.path), _name(data, config)
+    if not store.exists(name):
+        return None
+    try:
+        table = pq.read_table(io.BytesIO(store.read(name)))
+    except (OSError, pa.ArrowException):
+        return None
+    return _from_columns({column: np.asarray(table[column]) for column in table.column_names})
+
+
+def check_log(data: Shards, config: RequestConfig) -> None:
+    """DataError where the log lacks what the task or split needs."""
+    columns = data.manifest.schema["columns"]
+    if config.split == "temporal" and "timestamp" not in columns:
+        raise DataError(f"{data.path}: requests.split is temporal but the log has no timestamps; use leave_one_out")
+    if config.task == "impressions" and "label" not in columns:
+        raise DataError(f"{data.path}: requests.task is impressions but the log has no labels; map a label column")
+    if config.task == "impressions" and not {"request_id", "timestamp"} & set(columns):
+        raise DataError(f"{data.path}: sessions need timestamps, which the log lacks; map request_id")
+
+
+def count_bucket(data: Shards, bucket: int, *, config: RequestConfig, staging: str) -> None:
+    """Count a bucket's users into a file of the staging directory."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table(_count(data, bucket, config)), sink)
+    Store(staging).write(f"requests-{bucket:05d}.parquet", sink.getvalue(), durable=False)
+
+
+def assemble(data: Shards, config: RequestConfig, *, staging: str) -> RequestCounts:
+    """Join what count_bucket left for every bucket, cache it and return it."""
+    parts = []
+    for bucket in data.buckets:
+        table = pq.read_table(io.BytesIO(Store(staging).read(f"requests-{bucket:05d}.parquet")))
+        parts.append({column: np.asarray(table[column]) for column in table.column_names})
+    return _save(data, config, parts)
+
+
+def _count(data: Shards, bucket: int, config: RequestConfig) -> dict[str, np.ndarray]:
+    """{column: [users of the bucket]} in the order of groups and rows."""
+    counted = []
+    for group in data.groups_of(bucket):
+        events = data.read(group)
+        every = list_requests(events, config)
+        short = every.take(too_short(every, config))
+        columns: dict[str, np.ndarray] = {}
+        for part in PARTS:
+            chosen = of_part(every, part, config)
+            chosen = chosen if part == "train" else evaluated(chosen, config=config)
+            start, last = carried(chosen, num_users=events.num_users, part=part, config=config)
+            sizes = np.diff(chosen.offsets)
+            largest = np.zeros(events.num_users, np.int64)
+            np.maximum.at(largest, chosen.user, sizes)
+            values = (
+                np.bincount(chosen.user, minlength=events.num_users),
+                np.bincount(chosen.user, weights=sizes, minlength=events.num_users).astype(np.int64),
+                largest,
+                last - start,
+                np.bincount(short.user[short.part == PARTS.index(part)], minlength=events.num_users),
+            )
+            columns |= {f"{part}_{name}": value for name, value in zip(_COLUMNS, values, strict=True)}
+        counted.append(columns)
+    return {name: np.concatenate([columns[name] for columns in counted]) for name in counted[0]}
+
+
+def _save(data: Shards, config: RequestConfig, parts: list[dict[str, np.ndarray]]) -> RequestCounts:
+    index = data.index
+    # Buckets list users by (group, row); the index by user row.
+    stored = np.lexsort((index.row, index.group))
+    columns = {}
+    for name in parts[0]:
+        values = np.empty(len(stored), np.int64)
+        values[stored] = np.concatenate([part[name] for part in parts])
+        columns[name] = values
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns), sink, compression="zstd")
+    Store(data.path).write(_name(data, config), sink.getvalue())
+    return _from_columns(columns)
+
+
+def _from_columns(columns: dict[str, np.ndarray]) -> RequestCounts:
+    return RequestCounts(
+        **{part: PartCounts(**{name: columns[f"{part}_{name}"] for name in _COLUMNS}) for part in PARTS}
+    )
+
+
+def _name(data: Shards, config: RequestConfig) -> str:
+    return f"requests/{data.manifest.fingerprint[:16]}-{config.counting_fingerprint}.parquet"

@@ -1,0 +1,154 @@
+"""Rewriting what is there: a bucket's files as one (compact), and a data set of the previous format (migrate).
+
+    compact_bucket   a bucket's files -> one file, what stood twice or is forgotten left out           (a task a bucket)
+    index_bucket     a bucket of format 1 -> the keys of its file                                      (a task a bucket)
+    finish, migrated counts, index, manifest                                                           (driver)
+
+Users keep their rows; what a reader gets is the same before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from pipeline.events import DataError, Reason
+from pipeline.prepare.staging import read_table, write_table
+from pipeline.shards.dataset import Shards
+from pipeline.shards.event_keys import EventKeys, write_keys
+from pipeline.shards.manifest import FORMAT_VERSION, Manifest, fingerprint_of, manifest_name, manifest_numbers
+from pipeline.shards.rows import UserRows, runs
+from pipeline.shards.tombstones import Tombstones
+from pipeline.shards.user_columns import PREFIX
+from pipeline.shards.writer import write_index, write_shard
+from pipeline.storage import Store
+
+
+def crowded(data: Shards, *, max_deltas: int) -> list[int]:
+    """Buckets that have more files over their first one than that."""
+    return [bucket for bucket in data.buckets if len(data.files_of(bucket)) - 1 > max_deltas]
+
+
+def compact_bucket(
+    row: dict[str, Any], *, data: Shards, staging: str, forgotten: Tombstones | None = None
+) -> dict[str, Any]:
+    """Write the bucket as one file, without users who are forgotten. Leaves the places of its users.
+
+    Returns bucket, file, the manifest's entry (None when nobody is left), and forgotten (events).
+    """
+    bucket, keys, places = row["bucket"], [], [data.index_table().clear()]
+    dropped = 0
+
+    def parts() -> Iterator[tuple[int, pa.Table]]:
+        for group, rows in enumerate(_regrouped(kept(), limit=data.manifest.config["row_group_events"])):
+            keys.append(EventKeys.of(rows))
+            users = pl.DataFrame({"user_id": rows.user_id, "events": rows.lengths})
+            users = users.with_columns(bucket=pl.lit(bucket, pl.Int64), group=pl.lit(group, pl.Int64))
+            places.append(users.with_columns(row=pl.int_range(pl.len())).select(places[0].columns))
+            yield group, rows.to_table()
+
+    def kept() -> Iterator[UserRows]:
+        nonlocal dropped
+        for group in data.groups_of(bucket):
+            rows = UserRows.from_table(data.read_table(group))
+            rows = rows.with_values([f"{PREFIX}{name}" for name in data.user_features])
+            if forgotten is not None:
+                stays = ~forgotten.among(rows.user_id).to_numpy()
+                dropped += int(rows.lengths[~stays].sum())
+                rows = rows.take(np.flatnonzero(stays))
+            if len(rows.user_id):
+                yield rows
+
+    entry = write_shard(parts(), path=data.path, bucket=bucket)
+    if entry is not None:
+        entry |= {"accepted": entry["events"], "unchecked": 0, "keys": write_keys(keys, path=data.path, bucket=bucket)}
+    write_table(Store(staging), f"places-{bucket:05d}.parquet", pl.concat(places))
+    return {"bucket": bucket, "file": entry, "forgotten": dropped}
+
+
+def finish(built: list[dict[str, Any]], *, data: Shards, staging: str) -> Manifest:
+    """Describe the data set with these buckets rewritten; the caller commits it."""
+    fresh = {b["bucket"]: b["file"] for b in built}
+    files = [file for file in data.manifest.files if file["bucket"] not in fresh]
+    files = sorted([*files, *filter(None, fresh.values())], key=lambda entry: entry["bucket"])
+    forgotten = sum(b["forgotten"] for b in built)
+    fewer = sum(entry["accepted"] for entry in data.manifest.files) - sum(entry["accepted"] for entry in files)
+    counts = data.manifest.counts
+    rejected = counts["rejected"]
+    if forgotten:
+        rejected = rejected | {Reason.FORGOTTEN_USER.value: rejected.get(Reason.FORGOTTEN_USER, 0) + forgotten}
+    counts = counts | {
+        "accepted": counts["accepted"] - fewer,
+        "duplicate": counts["duplicate"] + fewer - forgotten,
+        "rejected": rejected,
+    }
+    places = [read_table(Store(staging), f"places-{bucket:05d}.parquet") for bucket in fresh]
+    before = data.index_table().with_row_index("user_row")
+    stays = before.filter(~pl.col("bucket").is_in(list(fresh))).drop("user_row")
+    found = pl.concat([stays, *places]).join(before.select("user_id", "user_row"), on="user_id").sort("user_row")
+    index = found.drop("user_row")
+    return dataclasses.replace(
+        data.manifest, number=data.manifest.number + 1, parent=data.manifest.fingerprint, counts=counts, files=files,
+        users=index.height, index=write_index(index, path=data.path),
+    )  # fmt: skip
+
+
+def open_version_1(path: str) -> tuple[Shards, str]:
+    """A data set whose latest manifest has format version 1, without keys yet, and that manifest's fingerprint.
+
+    DataError where there is none, or one of another version.
+    """
+    store = Store(path)
+    numbers = manifest_numbers(store)
+    content = store.read(manifest_name(numbers[-1])) if numbers else b"{}"
+    fields = json.loads(content)
+    if (version := fields.get("format_version")) != 1:
+        found = "no prepared data set" if version is None else f"a data set of format version {version}"
+        raise DataError(f"{path}: {found} there; `solar migrate` makes version {FORMAT_VERSION} of version 1")
+    files = [
+        {k: v for k, v in file.items() if k != "row_groups"}
+        | {"groups": list(range(file["row_groups"])), "accepted": file["events"], "unchecked": 0}
+        for file in fields["files"]
+    ]
+    # None: how a file's ends looked was not kept; the whole file is compared instead.
+    inputs = [entry | {"edges": None} for entry in fields["inputs"]]
+    manifest = Manifest(**fields | {"files": files, "inputs": inputs, "format_version": FORMAT_VERSION})
+    return Shards(path, manifest), fingerprint_of(content)
+
+
+def index_bucket(row: dict[str, Any], *, data: Shards) -> dict[str, Any]:
+    """Write the keys of the bucket's one file; bucket and their entry."""
+    keys = [EventKeys.of(UserRows.from_table(data.read_table(group))) for group in data.groups_of(row["bucket"])]
+    return {"bucket": row["bucket"], "keys": write_keys(keys, path=data.path, bucket=row["bucket"])}
+
+
+def migrated(built: list[dict[str, Any]], *, data: Shards, parent: str) -> Manifest:
+    """Describe the data set in the present format; the caller commits it. `parent`: fingerprint of the old manifest."""
+    keys = {b["bucket"]: b["keys"] for b in built}
+    files = [file | {"keys": keys[file["bucket"]]} for file in data.manifest.files]
+    old = data.index_table()
+    bucket = pl.Series([file["bucket"] for file in files], dtype=pl.Int64)
+    index = old.select("user_id", "row", "events", group="row_group", bucket=bucket.gather(old["file"]))
+    return dataclasses.replace(
+        data.manifest, number=data.manifest.number + 1, parent=parent, files=files,
+        index=write_index(index, path=data.path),
+    )  # fmt: skip
+
+
+def _regrouped(groups: Iterable[UserRows], *, limit: int) -> Iterator[UserRows]:
+    """The same users in their order, cut into groups of at most `limit` events; two are in memory at a time."""
+    rest: UserRows | None = None
+    for group in groups:
+        rows = UserRows.concat([rest, group]) if rest else group
+        *full, (first, last) = itertools.pairwise(runs(rows.lengths, limit).tolist())
+        yield from (rows.slice(*run) for run in full)
+        rest = rows.slice(first, last)
+    if rest is not None:
+        yield rest

@@ -1,0 +1,256 @@
+"""What one run of prepare has to do: what is new among the inputs, and whether it may be added to what is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import polars as pl
+
+from pipeline.events import DataError, EventColumns, NotNow, flatten
+from pipeline.log import readers
+from pipeline.log.daily import DailyLog, log_days, whole_days
+from pipeline.log.readers import FileFormat, Input
+from pipeline.prepare import users
+from pipeline.shards.dataset import Shards
+from pipeline.shards.manifest import Manifest, current_manifest
+from pipeline.storage import Store
+
+ADDABLE = ("action", "request_id")
+"""Columns that a log may get when it has events already; earlier ones, and files without it, have none."""
+
+_OWN_NAMES = {"manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests", "tombstones"}
+_LEAST_BUCKETS = 16
+_BUCKET_ROWS = 4_000_000
+_DISK_FACTOR = 3
+"""Staging and shards together stay below this multiple of the input's bytes (gzipped CSV comes closest)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one run of prepare does."""
+
+    out: str
+    parent: Manifest | None
+    columns: EventColumns
+    files: FileFormat
+    schema: dict[str, Any]
+    config: dict[str, Any]
+    """What must stay the same as long as the data set lives."""
+    inputs: list[tuple[Input, str]]
+    """New event files and their checksums."""
+    items: tuple[Input, str] | None
+    """The items table, when it is new."""
+    users: tuple[Input, str] | None
+    """The users table, when it is new, or when there are new events: users who are new may be in it."""
+    users_are_new: bool
+    """False = the table was ingested before; what is known of earlier users stays as it is."""
+    left_out: list[str]
+    """Days that are not whole yet, and why."""
+
+    @property
+    def is_done(self) -> bool:
+        return not self.inputs and self.items is None and self.users is None
+
+    @property
+    def ingest(self) -> str:
+        """Name of this set of inputs."""
+        return hashlib.sha256(repr([checksum for _, checksum in self.inputs]).encode()).hexdigest()[:16]
+
+    @property
+    def shards(self) -> Shards | None:
+        """What the data set holds so far."""
+        return Shards(self.out, self.parent) if self.parent else None
+
+    def empty_events(self) -> pl.DataFrame:
+        """No events, with the columns and types of the log's."""
+        ids = {"int64": pl.Int64(), "string": pl.String()}
+        types = {name: ids[kind] for name, kind in self.schema["id_types"].items()}
+        types |= {"timestamp": pl.Int64(), "order": pl.Int64(), "action": pl.String(), "label": pl.Int8()}
+        return pl.DataFrame(schema={name: types[name] for name in self.schema["columns"]})
+
+    def parts(self) -> list[dict[str, Any]]:
+        """{part, input, row_group} for every part of an event file that can be read on its own."""
+        return _parts([file for file, _ in self.inputs])
+
+    def user_parts(self) -> list[dict[str, Any]]:
+        """The same of the users table."""
+        return _parts([self.users[0]] if self.users else [])
+
+
+def make_plan(
+    events: str, out: str, *, columns: EventColumns | None, files: FileFormat, daily: DailyLog,
+    settings: dict[str, Any], items: str | None, users_table: str | None,
+) -> Plan:  # fmt: skip
+    """Compare the inputs and the configuration with what the data set holds already. DataError when they disagree.
+
+    `items` and `users_table` are by default the log's own, where they are.
+    """
+    found, left_out = whole_days(readers.find_inputs(events, options=files), events=events, daily=daily)
+    _refuse_foreign(out)
+    parent = current_manifest(out)
+    if not found and parent is None:
+        why = left_out[-1] if left_out else f"the log begins after {daily.until}"
+        raise DataError(f"{events}: no day is whole yet ({why}); wait, or see daily.marker and daily.until")
+    if columns is None:
+        columns = _canonical_columns(found[0], files) if parent is None else EventColumns(**parent.config["columns"])
+    if settings["buckets"] is None:
+        settings = settings | {"buckets": parent.config["buckets"] if parent else _buckets_for(found)}
+    config = {"columns": dataclasses.asdict(columns), **settings}
+    if parent is not None:
+        _refuse_other_config(out, config, parent.config)
+    ingested = {entry["name"]: entry for entry in parent.inputs} if parent else {}
+    new = _new_inputs(found, ingested)
+    checksums = {entry["checksum"] for entry in ingested.values()}
+    schema = _schema(parent, [file for file, _ in new], columns=columns, files=files)
+    items_file, users_file = _table(items, events, "items.parquet"), _table(users_table, events, "users.parquet")
+    users_are_new = users_file is not None and users_file[1] not in checksums
+    if users_file is not None and (users_are_new or new):
+        names = set(users.feature_names(users_file[0])) | set(schema.get("user_features", []))
+        schema = schema | {"user_features": sorted(names)}
+    return Plan(
+        out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
+        items=items_file if items_file is not None and items_file[1] not in checksums else None,
+        users=users_file if users_are_new or new else None, users_are_new=users_are_new,
+        left_out=left_out,
+    )  # fmt: skip
+
+
+def pending_days(
+    events: str, out: str, *, files: FileFormat, daily: DailyLog
+) -> tuple[list[datetime.date], dict[datetime.date, str]]:
+    """The whole days of a daily log with files that `out` does not hold under their names, or with other sizes; and why
+    the other days are left out.
+
+    One that is refused shows here again until it is mended: each day can be ingested on its own (`daily.days`).
+    """
+    log = log_days(readers.find_inputs(events, options=files), events=events, daily=daily)
+    parent = current_manifest(out)
+    known = {entry["name"]: entry["bytes"] for entry in parent.inputs} if parent else {}
+    pending = [day for day in sorted(log.files) if any(known.get(file.name) != file.bytes for file in log.files[day])]
+    return pending, log.left_out
+
+
+def require_disk(plan: Plan) -> None:
+    """DataError when the disk cannot hold what the plan writes."""
+    free = Store(plan.out).free_bytes()
+    read = [*plan.inputs, *([plan.users] if plan.users else [])]
+    needed = _DISK_FACTOR * sum(file.bytes for file, _ in read) + (64 << 20)
+    if free is not None and free < needed:
+        raise NotNow(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")
+
+
+def _buckets_for(files: list[Input]) -> int:
+    """So many that a bucket of the first ingest has a few million events."""
+    return min(99_999, max(_LEAST_BUCKETS, -(-sum(map(readers.estimate_rows, files)) // _BUCKET_ROWS)))
+
+
+def _table(path: str | None, events: str, name: str) -> tuple[Input, str] | None:
+    """A table beside the events and its checksum."""
+    if path is None and Store(events).exists(name):
+        path = f"{events.rstrip('/')}/{name}"
+    if path is None:
+        return None
+    found = readers.find_inputs(path, options=FileFormat(format="parquet"))
+    if len(found) > 1:
+        raise DataError(f"{path}: {len(found)} files; a table of items or users is one Parquet file")
+    return found[0], readers.checksum(found[0])
+
+
+def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list[tuple[Input, str]]:
+    """The files that the data set does not hold, under any name, and their checksums."""
+    with ThreadPoolExecutor(4) as pool:
+        known = pool.map(functools.partial(_is_ingested, ingested=ingested), found)
+        unknown = [file for file, is_known in zip(found, known, strict=True) if not is_known]
+        sums = list(pool.map(readers.checksum, unknown))
+    seen = {entry["checksum"] for entry in ingested.values()}
+    new = []
+    for file, checksum in zip(unknown, sums, strict=True):
+        if checksum not in seen:
+            seen.add(checksum)
+            new.append((file, checksum))
+    return new
+
+
+def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
+    """Told by name, size and the file's ends, so that a log of years is not read to add a day."""
+    known = ingested.get(file.name)
+    if known is None:
+        return False
+    if known["bytes"] != file.bytes:
+        change = "grew" if file.bytes > known["bytes"] else "shrank"
+        raise DataError(
+            f"{file.name}: {change} from {known['bytes']} to {file.bytes} bytes after it was ingested; "
+            "restore it, and bring what is new in a file of another name"
+        )
+    same = readers.edges(file) == known["edges"] if known["edges"] else readers.checksum(file) == known["checksum"]
+    if not same:
+        raise DataError(f"{file.name}: its bytes changed after it was ingested; restore it or give it another name")
+    return True
+
+
+def _schema(parent: Manifest | None, new: list[Input], *, columns: EventColumns, files: FileFormat) -> dict[str, Any]:
+    """The log's columns, the types of its ids, and which columns its first events did not have."""
+    if parent is None:
+        schema = readers.log_schema(new, columns=columns, options=files)
+    else:
+        schema = parent.schema
+        if added := [name for name in columns.mapping() if name not in schema["columns"]]:
+            found = readers.log_schema(new, columns=columns, options=files)
+            schema = schema | {
+                "columns": found["columns"],
+                "added": [*schema.get("added", []), *added],
+                "id_types": found["id_types"] | schema["id_types"],
+            }
+    for file in new:
+        readers.describe(file, mapping=mapping_of(file, columns=columns, files=files, schema=schema), options=files)
+    return schema
+
+
+def mapping_of(file: Input, *, columns: EventColumns, files: FileFormat, schema: dict[str, Any]) -> dict[str, str]:
+    """{canonical name: column} of what the file has to have: all but what the log got later and the file lacks."""
+    there = readers.read_schema(file, options=files)
+    mapping = columns.mapping()
+    return {name: column for name, column in mapping.items() if column in there or name not in schema.get("added", [])}
+
+
+def _parts(files: list[Input]) -> list[dict[str, Any]]:
+    pairs = [(file, g) for file in files for g in range(readers.count_row_groups(file))]
+    return [{"part": n, "input": dataclasses.asdict(file), "row_group": g} for n, (file, g) in enumerate(pairs)]
+
+
+def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, Any]) -> None:
+    ours, theirs = flatten(config), flatten(existing)
+    for key in sorted(ours | theirs):
+        is_added = key.removeprefix("columns.") in ADDABLE and theirs.get(key) is None
+        if ours.get(key) != theirs.get(key) and not is_added:
+            raise DataError(
+                f"{out} was prepared with {key} = {theirs.get(key)!r}, this run has {ours.get(key)!r}; "
+                "use the same value or prepare into a new directory"
+            )
+
+
+def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
+    there = readers.read_schema(file, options=files)
+    if "timestamp" not in there and "order" not in there:
+        raise DataError(
+            f"{file.name}: no column 'timestamp' or 'order'; it has {', '.join(there) or 'no columns'}; "
+            "set columns.timestamp"
+        )
+    names = ("timestamp", "order", "action", "label", "request_id")
+    found: dict[str, Any] = {name: name if name in there else None for name in names}
+    return EventColumns(**found)
+
+
+def _refuse_foreign(out: str) -> None:
+    store = Store(out)
+    if store.is_local and os.path.isfile(store.path):
+        raise DataError(f"{out}: is a file; name a directory for the prepared data")
+    for name in store.names():
+        if name not in _OWN_NAMES and not name.startswith(("staging-", ".")):
+            raise DataError(f"{out}: holds {name!r}, which is no prepared data; name an empty or new directory")

@@ -1,0 +1,114 @@
+"""The users table of an event log: one row a user, its features as categories.
+
+    users table --stage_users, a task a row group--> rows by bucket, distinct values --> vocabulary
+    a bucket's rows --values_of--> a list of values a user and feature, stored as codes in the user's row
+
+Only values are a vocabulary. Which user has which of them stands in the user's own row of its shard, so that no file
+and no process ever holds all users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from pipeline.events import DataError, refuse_bad_feature
+from pipeline.log import readers
+from pipeline.log.readers import FileFormat, Input
+from pipeline.prepare.staging import read_fragments, read_table, write_fragments, write_table
+from pipeline.storage import Store
+
+
+def feature_names(file: Input) -> list[str]:
+    """The features of a users table, sorted. DataError: no user_id, no feature, one that is no category or misnamed."""
+    schema = readers.read_schema(file, options=FileFormat(format="parquet"))
+    if "user_id" not in schema:
+        raise DataError(f"{file.name}: no column 'user_id'; it has {', '.join(schema)}; rename the id column")
+    for name, dtype in schema.items():
+        if name != "user_id":
+            refuse_bad_feature(name, dtype, file=file.name)
+    if len(schema) == 1:
+        raise DataError(f"{file.name}: no column beside user_id; add a feature, or remove the file")
+    return sorted(set(schema) - {"user_id"})
+
+
+def stage_users(part: dict[str, Any], *, id_type: str, buckets: int, staging: str) -> dict[str, Any]:
+    """Write the rows of one part of the users table by bucket: user_id and a list of values a feature.
+
+    Returns part, fragments [[file, batch, bucket, rows], ...], values (file name). Rows whose id cannot be an id of
+    the log are left out: no event has it.
+    """
+    file, store, number = Input(**part["input"]), Store(staging), part["part"]
+    names = [name for name in readers.read_schema(file, options=FileFormat(format="parquet")) if name != "user_id"]
+    mapping = {name: name for name in ("user_id", *names)}
+    blocks = readers.read_blocks(file, mapping=mapping, options=FileFormat(), row_group=part["row_group"])
+    table = pl.concat([block.table for block in blocks])
+    wanted = pl.Int64 if id_type == "int64" else pl.String
+    table = table.select(
+        pl.col("user_id").cast(wanted, strict=False), *(as_values(table[name]).alias(name) for name in names)
+    ).filter(pl.col("user_id").is_not_null())
+    values = [table[name].explode().drop_nulls().unique().alias("value") for name in names]
+    listed = [v.to_frame().with_columns(pl.lit(name).alias("feature")) for name, v in zip(names, values, strict=True)]
+    write_table(store, f"user-values-{number:06d}.parquet", pl.concat(listed))
+    fragments = []
+    if table.height:
+        fragments = write_fragments(store, f"users-{number:06d}.arrow", table, buckets=buckets)
+    return {"part": number, "fragments": fragments, "values": f"user-values-{number:06d}.parquet"}
+
+
+def staged_values(staged: list[dict[str, Any]], names: Iterable[str], *, staging: str) -> dict[str, list[str]]:
+    """{feature: its distinct values} over all parts."""
+    values = pl.concat([read_table(Store(staging), result["values"]) for result in staged]).unique()
+    return {name: values.filter(pl.col("feature") == name)["value"].to_list() for name in names}
+
+
+def check_users(bucket: dict[str, Any], *, known: pl.Series, staging: str) -> dict[str, Any]:
+    """How many users of a bucket's part of the table stand there twice, and how many occur in the log.
+
+    `known` are the bucket's users in the data set so far.
+    """
+    store = Store(staging)
+    users = pl.concat([rows["user_id"] for rows in read_fragments(store, bucket["users"])])
+    twice = int((users.value_counts()["count"] > 1).sum())
+    events = [rows["user_id"] for rows in read_fragments(store, bucket["fragments"])]
+    matched = int(users.is_in(pl.concat([known.cast(users.dtype), *events]).unique().implode()).sum())
+    return {"bucket": bucket["bucket"], "twice": twice, "matched": matched}
+
+
+def refuse_bad_users(checked: list[dict[str, Any]], *, file: str) -> None:
+    """DataError when users stand twice in the table or none of them is in the log. No id is named: they are private."""
+    if twice := sum(result["twice"] for result in checked):
+        raise DataError(f"{file}: {twice} user ids stand in more than one row; keep one row a user")
+    if not sum(result["matched"] for result in checked):
+        raise DataError(f"{file}: none of its user ids is in the log; check that both name users the same way")
+
+
+def values_of(
+    users: pl.Series, *, is_new: np.ndarray, table: pl.DataFrame | None, names: Iterable[str]
+) -> pl.DataFrame:
+    """user_id and, for each feature, the list of values that the users table has for each of `users`, in their order.
+
+    Where it has none the list is empty for a user who is new, and null, nothing new is known, for the others.
+    """
+    asked = pl.DataFrame({"user_id": users, "is_new": is_new})
+    columns = []
+    for name in names:
+        rows = pl.DataFrame(schema={"user_id": users.dtype, name: pl.List(pl.String)})
+        if table is not None and name in table.columns:
+            rows = table.select("user_id", name)
+        found = asked.join(rows, on="user_id", how="left", maintain_order="left")
+        nothing = pl.when("is_new").then(pl.lit([], pl.List(pl.String)))
+        columns.append(found.select(pl.coalesce(name, nothing).alias(name)).to_series())
+    return asked.select("user_id").with_columns(columns)
+
+
+def as_values(raw: pl.Series) -> pl.Series:
+    """A list of strings a row, without nulls and empty strings: [a], of a single value a."""
+    lists = (
+        raw if isinstance(raw.dtype, pl.List) else raw.cast(pl.String).to_frame("v").select(pl.concat_list("v"))["v"]
+    )
+    kept = lists.cast(pl.List(pl.String)).fill_null([])
+    return kept.list.eval(pl.element().filter(pl.element().is_not_null() & (pl.element() != "")))

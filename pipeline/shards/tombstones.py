@@ -1,0 +1,76 @@
+"""Who must be forgotten, for ever, without writing down who it is: keyed hashes of user ids.
+
+tombstones/key             32 random bytes, written once; without it no hash can be told from another
+tombstones/<hash>.parquet  BLAKE2b (RFC 7693, 16 bytes, keyed) of each id's decimal or string form, sorted
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import polars as pl
+import pyarrow.parquet as pq
+
+from pipeline.events import DataError
+from pipeline.shards.manifest import Manifest
+from pipeline.shards.writer import write_bytes
+from pipeline.storage import Store
+
+KEY = "tombstones/key"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tombstones:
+    """The users of a data set that are forgotten."""
+
+    key: bytes
+    hashes: frozenset[bytes]
+
+    @classmethod
+    def of(cls, path: str, manifest: Manifest | None) -> Tombstones | None:
+        """Those of a state; None where nobody was ever forgotten. DataError when they or their key cannot be read."""
+        if manifest is None or manifest.tombstones is None:
+            return None
+        store, entry = Store(path), manifest.tombstones
+        try:
+            key, table = store.read(KEY), pq.read_table(io.BytesIO(store.read(entry["name"])))
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{path}: {KEY} or {entry['name']} is missing, so nobody can tell who was forgotten; restore it"
+            ) from error
+        if store.checksum(entry["name"]) != entry["checksum"]:
+            raise DataError(f"{path}: {entry['name']} is damaged (checksum differs); restore it")
+        return cls(key=key, hashes=frozenset(table["user"].to_pylist()))
+
+    @classmethod
+    def empty(cls, path: str) -> Tombstones:
+        """Nobody yet. The data set's key is made where it has none."""
+        store = Store(path)
+        if store.create(KEY, secrets.token_bytes(32)) and store.is_local:
+            os.chmod(store.join(KEY), 0o600)
+        return cls(key=store.read(KEY), hashes=frozenset())
+
+    def with_users(self, users: Iterable[str]) -> Tombstones:
+        """Also these, by the decimal or string form of their ids."""
+        return dataclasses.replace(self, hashes=self.hashes | {self._hash(user) for user in users})
+
+    def write(self, path: str) -> dict[str, Any]:
+        """The manifest's entry."""
+        sink = io.BytesIO()
+        pq.write_table(pl.DataFrame({"user": sorted(self.hashes)}).to_arrow(), sink)
+        return write_bytes(path, sink.getvalue(), "tombstones/")
+
+    def among(self, users: pl.Series) -> pl.Series:
+        """[n] bool: which of these users, by any form of id, are forgotten. A null is nobody."""
+        distinct = users.unique().drop_nulls()
+        found = [self._hash(text) in self.hashes for text in distinct.cast(pl.String).to_list()]
+        return users.replace_strict(distinct, pl.Series(found, dtype=pl.Boolean), default=False)
+
+    def _hash(self, user: str) -> bytes:
+        return hashlib.blake2b(user.encode(), digest_size=16, key=self.key).digest()

@@ -1,0 +1,171 @@
+"""The users table: what becomes of it in the shards, over several ingests, and what is refused."""
+
+import polars as pl
+import pytest
+
+from pipeline.batches.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from pipeline.batches.requests import RequestConfig
+from pipeline.events import DataError
+from pipeline.prepare import ingest
+from pipeline.shards.dataset import Shards
+from pipeline.shards.inspection import digest, verify
+
+
+@pytest.fixture
+def log(write_log, tmp_path):
+    """Users 1, 2 and 3 with two events each."""
+    write_log({"user_id": [1, 1, 2, 2, 3, 3], "item_id": [5, 6, 5, 7, 6, 7], "timestamp": range(6)}, "log/a.parquet")
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def known(prepare, tmp_path):
+    """Prepare `tmp_path/log`, with another users table where one is named: {user: values of each feature}."""
+
+    def run(log, users=None):
+        prepare(log, tmp_path / "out", buckets=3, users=users)
+        assert verify(str(tmp_path / "out")) == []
+        data = Shards.open(str(tmp_path / "out"))
+        rows = data.raw_user_values(range(data.num_groups)).sort("user_id").rows()
+        return data.user_features, {user: values for user, *values in rows}
+
+    return run
+
+
+def test_every_user_has_the_values_of_its_row_or_none(log, write_log, known):
+    table = {
+        "user_id": [3, 1, 99],
+        "sex": ["f", None, "m"],
+        "likes": [["b", "a"], [None, "", "c"], []],
+        "age": [7, 8, 9],
+    }
+    write_log(table, "log/users.parquet")
+    names, values = known(log)
+    assert names == ["age", "likes", "sex"]
+    assert values == {1: [["8"], ["c"], []], 2: [[], [], []], 3: [["7"], ["b", "a"], ["f"]]}
+
+
+def test_codes_reach_the_batches_of_every_loader_user_by_user(log, write_log, known, tmp_path):
+    write_log({"user_id": [3, 1], "sex": ["f", None], "likes": [["b", "a"], ["c"]]}, "log/users.parquet")
+    _, values = known(log)
+    data = Shards.open(str(tmp_path / "out"))
+    vocabulary, raw = data.vocabulary.user_features, data.index.user_id.to_pylist()
+    requests = RequestConfig(min_history=0)
+    train = TrainLoader(data, requests=requests, loader=LoaderConfig(), seed=1)
+    batches = [*train.epoch(0)]
+    write_log({"user_id": [1, 1, 1, 2], "item_id": [5, 6, 7, 5], "timestamp": range(9, 13)}, "log/b.parquet")
+    known(log)
+    grown = Shards.open(str(tmp_path / "out"))
+    batches += [*EvaluationLoader(grown, requests=requests, part="test", batch_events=100)]
+    seen = []
+    for batch in batches:
+        names = ["likes", "sex"]
+        start = 0
+        for user, lengths in zip(batch.user.tolist(), batch.user_feature_lengths.tolist(), strict=True):
+            for name, length, expected in zip(names, lengths, values[raw[user]], strict=True):
+                codes = batch.user_feature_values[start : start + length].tolist()
+                assert [vocabulary[name][code - 2] for code in codes] == expected
+                start += length
+            seen.append(raw[user])
+        assert start == len(batch.user_feature_values)
+    assert sorted(set(seen)) == [1, 2, 3]
+    assert len(seen) > 3
+
+
+def test_a_newer_table_replaces_what_it_names_and_an_older_one_is_for_new_users_alone(log, write_log, known, tmp_path):
+    write_log({"user_id": [1, 2, 4], "sex": ["m", "f", "f"], "age": [1, 2, 4]}, "log/users.parquet")
+    known(log)
+    newer = write_log({"user_id": [2, 3], "age": [None, 33], "zip": ["x", "y"]}, "new.parquet")
+    names, values = known(log, users=str(newer))
+    assert names == ["age", "sex", "zip"]
+    assert values == {1: [["1"], ["m"], []], 2: [[], ["f"], ["x"]], 3: [["33"], [], ["y"]]}
+    write_log({"user_id": [2, 4], "item_id": [5, 5], "timestamp": [50, 51]}, "log/b.parquet")
+    _, values = known(log)
+    assert values == {1: [["1"], ["m"], []], 2: [[], ["f"], ["x"]], 3: [["33"], [], ["y"]], 4: [["4"], ["f"], []]}
+    vocabulary = Shards.open(str(tmp_path / "out")).vocabulary
+    assert vocabulary.user_features == {"age": ("1", "2", "4", "33"), "sex": ("f", "m"), "zip": ("x", "y")}
+    assert Shards.open(str(tmp_path / "out"), number=1).user_features == ["age", "sex"]
+
+
+def test_new_events_leave_buckets_of_other_users_alone(log, write_log, prepare, tmp_path):
+    write_log({"user_id": list(range(20)), "sex": ["m", "f"] * 10}, "log/users.parquet")
+    first = prepare(log, tmp_path / "out", buckets=16).manifest
+    assert prepare(log, tmp_path / "out", buckets=16).reused
+    write_log({"user_id": [1], "item_id": [9], "timestamp": [50]}, "log/b.parquet")
+    second = prepare(log, tmp_path / "out", buckets=16).manifest
+    assert len([file for file in second.files if file not in first.files]) == 1
+    assert [entry["kind"] for entry in second.inputs] == ["events", "users", "events"]
+
+
+def test_a_data_set_without_a_users_table_has_the_bytes_it_always_had(log, prepare, tmp_path):
+    prepare(log, tmp_path / "out")
+    data = Shards.open(str(tmp_path / "out"))
+    assert "user_features" not in data.manifest.schema
+    assert data.read(0).codes is None
+    assert data.read_table(0).column_names == ["user_id", "item", "timestamp"]
+    assert data.user_features == []
+
+
+def test_the_digest_follows_the_values_and_not_how_they_came(log, write_log, prepare, tmp_path):
+    users = {"user_id": [1, 2], "sex": ["m", "f"]}
+    table = write_log(users, "u.parquet")
+    prepare(log, tmp_path / "a", users=str(table))
+    prepare(log, tmp_path / "b")
+    without = digest(str(tmp_path / "b"))
+    prepare(log, tmp_path / "b", users=str(table))
+    prepare(log, tmp_path / "c", users=str(write_log(users | {"sex": ["m", "m"]}, "v.parquet")))
+    whole = digest(str(tmp_path / "a"))
+    assert digest(str(tmp_path / "b")) == whole
+    assert len({whole, without, digest(str(tmp_path / "c"))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"id": [1], "sex": ["m"]}, r"users.parquet: no column 'user_id'; it has id, sex"),
+        ({"user_id": [1]}, r"users.parquet: no column beside user_id"),
+        ({"user_id": [1], "age": [1.5]}, r"feature 'age' is Float64; features are categories: cast it to strings"),
+        ({"user_id": [1], "scores": [[0.5]]}, r"feature 'scores' is List\(Float64\)"),
+        ({"user_id": [1], "time": ["m"]}, r"feature 'time' has a name that requests use"),
+        ({"user_id": [1], "a/b": ["m"]}, r"feature 'a/b' must be named by letters"),
+        ({"user_id": [77, 88], "sex": ["m", "f"]}, r"users.parquet: none of its user ids is in the log"),
+        ({"user_id": ["x"], "sex": ["m"]}, r"users.parquet: none of its user ids is in the log"),
+        ({"user_id": [1, 2, 1, 2, 3], "sex": ["m"] * 5}, r"users.parquet: 2 user ids stand in more than one row"),
+    ],
+)
+def test_a_bad_table_is_refused_in_one_line_and_nothing_is_written(log, write_log, prepare, tmp_path, table, words):
+    write_log(table, "log/users.parquet")
+    with pytest.raises(DataError, match=words) as error:
+        prepare(log, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_without_a_row_is_refused(log, write_log, prepare, tmp_path):
+    write_log({"user_id": pl.Series([], dtype=pl.Int64), "sex": pl.Series([], dtype=pl.String)}, "log/users.parquet")
+    with pytest.raises(DataError, match="none of its user ids is in the log"):
+        prepare(log, tmp_path / "out")
+
+
+def test_features_of_items_and_users_may_share_a_name_but_not_a_table(log, write_log, prepare, tmp_path):
+    write_log({"user_id": [1], "age": [3]}, "log/users.parquet")
+    items = write_log({"item_id": [5], "age": ["new"], "user-age": ["x"]}, "items.parquet")
+    with pytest.raises(DataError, match="item feature 'user-age' and user feature 'age' would share a table"):
+        prepare(log, tmp_path / "out", items=str(items))
+    items = write_log({"item_id": [5], "age": ["new"]}, "items.parquet")
+    prepare(log, tmp_path / "out", items=str(items))
+    vocabulary = Shards.open(str(tmp_path / "out")).vocabulary
+    assert (vocabulary.features["age"].names, vocabulary.user_features["age"]) == (("new",), ("3",))
+
+
+def test_a_table_of_several_row_groups_is_staged_group_by_group(log, write_log, prepare, tmp_path, monkeypatch):
+    read = []
+    original = ingest.stage_users
+    monkeypatch.setattr(
+        ingest, "stage_users", lambda part, **named: read.append(part["row_group"]) or original(part, **named)
+    )
+    write_log({"user_id": ["1", "2", "3"], "sex": ["m", "f", "x"]}, "log/users.parquet", row_group_size=1)
+    prepare(log, tmp_path / "out")
+    assert read == [0, 1, 2]
+    data = Shards.open(str(tmp_path / "out"))
+    assert data.raw_user_values(range(data.num_groups)).sort("user_id")["sex"].to_list() == [["m"], ["f"], ["x"]]
