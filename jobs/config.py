@@ -20,10 +20,10 @@ from jobs.redaction import redacted
 from jobs.tracking import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.job import TrainingConfig
-from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
 from models.attention_tower import TowerConfig
+from models.zoo import MODELS
 from pipeline.batches.loader import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig

@@ -21,8 +21,8 @@ from jobs.config import SECTIONS, ConfigError, RunConfig
 from jobs.console import one_line
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
-from jobs.training.model import MODELS
 from models.sequence_tower import SequenceModel
+from models.zoo import MODELS
 from pipeline.batches.requests import RequestConfig
 
 

@@ -25,7 +25,8 @@ from jobs.run_record import read_json, write_json
 from jobs.tracking import TrackedRun, open_run
 from jobs.train import Trained, open_shards, train
 from jobs.training.checkpoint import latest_checkpoint, read_state
-from jobs.training.model import build_tower, model_settings
+from jobs.training.model import model_settings
+from models.zoo import build_tower
 from pipeline.shards.vocabulary import NUM_RESERVED
 
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")

@@ -31,8 +31,9 @@ from jobs.registry import EXPORT
 from jobs.tracking import metric_name, mlflow_client, tracking_uri
 from jobs.train import Trained, read_json
 from jobs.training.checkpoint import checkpoint_key, table_files
-from jobs.training.model import MODELS, model_settings, user_features
+from jobs.training.model import model_settings, user_features
 from models.embeddings import ITEM_TABLE, USER_TABLE
+from models.zoo import MODELS
 from pipeline.batches.loader import training_item_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards

@@ -213,7 +213,7 @@ class Scorer(RequestReader, PythonModel):
 
 def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recommender:
     """The tower whose classes stand above in the exported file; inside the repository, models/."""
-    from jobs.training.model import build_tower  # scorer: replaced at export
+    from models.zoo import build_tower  # scorer: replaced at export
 
     return build_tower(settings, num_features=num_features)
 

@@ -1,7 +1,8 @@
 """A user's history as a registered model stores it, and how requests bring it: what scores as the whole history does.
 
     a state: the latest events as they are; of a long history also interests, Gram and sum at its last checkpoint
-    (models/checkpoints.py) and, where the model counts repeats, how often and how lately each older item occurred
+    (models/interest_checkpoints.py) and, where the model counts repeats, how often and how recently each older item
+    occurred
 
 One state is the bytes of a safetensors file that carry the digest of the model: rows and vectors are that model's.
 Exported into `scorer.py` beside jobs/scorer.py, so it imports numpy, pyarrow, torch and safetensors alone.

@@ -29,11 +29,12 @@ from jobs.training.checkpoint import (
     set_aside_damaged,
 )
 from jobs.training.job import TrainJob
-from jobs.training.model import build_tower, model_settings, model_tables
+from jobs.training.model import model_settings, model_tables
 from jobs.training.results import primary_metric
 from jobs.training.run_lock import sole_command, wait_for_workers
 from jobs.warm_start import Begun, begin_from, best_of
 from jobs.workers import run_workers
+from models.zoo import build_tower
 from pipeline.batches.request_index import RequestCounts
 from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards

@@ -21,8 +21,9 @@ from jobs.training.checkpoint import (
     read_state,
     table_files,
 )
-from jobs.training.model import build_tower, model_settings, model_tables
+from jobs.training.model import model_settings, model_tables
 from models.embeddings import ITEM_TABLE, TableSpec
+from models.zoo import build_tower
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary_growth import beginnings_of, first_difference

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.attention_tower import HistoryTower, RecentAttention, TowerConfig
 from models.candidate_sets import CandidateSets, gather_rows, start_as_similarity
-from models.checkpoints import checkpoint_interests, history_sums, joined_interests, stored_interests
+from models.interest_checkpoints import checkpoint_interests, history_sums, joined_interests, stored_interests
 from models.interface import HistorySums, ModelInput
 from models.repeats import WINDOWS
 from models.set_attention import SetAttention

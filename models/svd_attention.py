@@ -9,7 +9,8 @@ components and the stable gradient. Lemma (tested): if rank(X) <= R then Q (X W_
 Softmax over R interests is another function than softmax over N events, even then.
 
 Each thing is written twice: the reference form, readable and slow, above the fast form that the models use.
-The letters are those of models/interface.py; K counts histories (models/checkpoints.py: one per checkpoint in use).
+The letters are those of models/interface.py; K counts histories (models/interest_checkpoints.py: one
+per checkpoint in use).
 """
 
 from __future__ import annotations

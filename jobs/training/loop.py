@@ -31,19 +31,14 @@ from jobs.training.dense_state import restore_dense_state
 from jobs.training.evaluation import evaluate
 from jobs.training.in_batch import InBatchNegatives
 from jobs.training.job import TrainJob
-from jobs.training.model import (
-    build_tower,
-    item_features,
-    model_settings,
-    model_tables,
-    user_tables,
-)
+from jobs.training.model import item_features, model_settings, model_tables, user_tables
 from jobs.training.parallel import dense_engine
 from jobs.training.results import primary_metric
 from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
 from jobs.training.telemetry import Reporter, said_by_rank_0
 from models.interface import Recommender
+from models.zoo import build_tower
 from pipeline.batches.loader import TrainLoader
 from pipeline.shards.dataset import Shards
 

@@ -9,36 +9,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.din import Din, DinConfig
 from models.embeddings import ITEM_TABLE, USER_TABLE, ItemFeature, TableSpec, UserCodes
-from models.gru4rec import Gru4Rec, Gru4RecConfig
-from models.hstu import Hstu, HstuConfig
-from models.interface import ModelInput, Recommender, refuse_bad_rows
-from models.light_sans import LightSans, LightSansConfig
-from models.light_sans_sequence import LightSansSequence, LightSansSequenceConfig
-from models.linear_attention import LinearAttention, LinearAttentionConfig
-from models.linrec import LinRec, LinRecConfig
-from models.mean_pooling import MeanPooling, MeanPoolingConfig
-from models.recgrela import RecGrela, RecGrelaConfig
-from models.sasrec import SasRec, SasRecConfig
-from models.solar import Solar, SolarConfig
+from models.interface import ModelInput, refuse_bad_rows
+from models.zoo import MODELS
 from pipeline.batches.batch import Batch
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
-
-MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
-    "solar": (SolarConfig, Solar),
-    "din": (DinConfig, Din),
-    "linear_attention": (LinearAttentionConfig, LinearAttention),
-    "light_sans": (LightSansConfig, LightSans),
-    "mean_pooling": (MeanPoolingConfig, MeanPooling),
-    "recgrela": (RecGrelaConfig, RecGrela),
-    "sasrec": (SasRecConfig, SasRec),
-    "hstu": (HstuConfig, Hstu),
-    "gru4rec": (Gru4RecConfig, Gru4Rec),
-    "linrec": (LinRecConfig, LinRec),
-    "light_sans_sequence": (LightSansSequenceConfig, LightSansSequence),
-}
-"""`model.name` -> (its config, its tower)."""
 
 
 class ItemRows(Protocol):
@@ -69,13 +44,6 @@ def user_features(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[s
 def user_tables(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:
     """The tables of `user_features`."""
     return [f"{USER_TABLE}{name}" for name in user_features(settings, vocabulary)]
-
-
-def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommender:
-    """A tower with its weights drawn from torch's current random state; `settings` = `name` and the config's fields."""
-    config_class, tower_class = MODELS[settings["name"]]
-    config = config_class(**{key: value for key, value in settings.items() if key != "name"})
-    return tower_class(config, num_features=num_features)
 
 
 def model_tables(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[TableSpec]:

@@ -1,1 +1,1 @@
-"""The steps that make and change a data set: ingest, compaction, forgetting, garbage. build.py runs them on Ray Data."""
+"""The steps that create and change a data set: ingest, compaction, forgetting, garbage; build.py runs them on Ray."""

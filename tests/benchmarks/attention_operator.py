@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.candidate_sets import CandidateSets
-from models.checkpoints import checkpoint_interests
+from models.interest_checkpoints import checkpoint_interests
 from models.interface import ModelInput
 from models.svd_attention import Decomposition, Interests, SvdAttention
 

@@ -3,7 +3,7 @@
 RUN is the directory of a trained RecGRELA run, its data set still in place. The latest events of real users go through
 the published form with the trained weights (a causal mask makes any map triangular, so of full rank whatever it is
 made of) and with the weights of either branch left out. The rank counts singular values above a share of the largest:
-means over layers, heads or units, and users, by the number of events. models/attention_rank.py says what the maps are.
+means over layers, heads or units, and users, by the number of events. The maps: tests/support/attention_maps.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.config_reader import stored_config
 from jobs.train import best_checkpoint, open_shards
 from jobs.training.checkpoint import load_dense, read_state, table_files
-from jobs.training.model import build_tower, model_settings
-from models.attention_rank import attention_maps, attention_rank
+from jobs.training.model import model_settings
 from models.embeddings import ITEM_TABLE
 from models.recgrela import RecGrela
+from models.zoo import build_tower
+from tests.support.attention_maps import attention_maps, attention_rank
 
 LENGTHS = (8, 16, 32, 64, 128, 200)
 EVERY = 4

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.training.checkpoint import CheckpointConfig, TrainState
 from jobs.training.checkpoint_writer import CheckpointWriter
-from jobs.training.model import build_tower
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.tables import ShardedTables
 from models.embeddings import ITEM_TABLE, TableSpec
-from tests.distributed.ranks import run_ranks
+from models.zoo import build_tower
+from tests.support.ranks import run_ranks
 
 WIDTH, LOOKED_UP, LATER = 64, 50_000, 5
 

@@ -20,11 +20,11 @@ import torch
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.training.model import MODELS, build_tower
 from models.interface import ModelInput
 from models.recgrela import RecGrela
 from models.recgrela_state import RecGrelaState
 from models.sequence_tower import SequenceModel
+from models.zoo import MODELS, build_tower
 
 WIDTH, ITEMS = 64, 10_000
 TRAINED, TRAINED_SIZE, SCORED_SIZE = 64, 17, 1_000

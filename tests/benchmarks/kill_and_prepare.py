@@ -24,7 +24,7 @@ from prepare_scale import write_day
 
 from pipeline.shards.inspection import verify
 from pipeline.shards.manifest import current_manifest
-from tests.interruptions import Command, orphans
+from tests.support.interruptions import Command, orphans
 
 VICTIMS = ("command", "everything", "SIGINT", "SIGTERM")
 DAY_EVENTS = 1_000_000

@@ -19,9 +19,9 @@ from pathlib import Path
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.commands import SOLAR
-from tests.interruptions import Command, differences, latest_step, learned, orphans
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.commands import SOLAR
+from tests.support.interruptions import Command, differences, latest_step, learned, orphans
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 VICTIMS = ("command", "worker", "worker, restarted", "everything", "SIGINT", "SIGTERM")
 STARTING_SHARE = 0.15

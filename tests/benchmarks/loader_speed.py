@@ -86,7 +86,7 @@ def prepare_shards(root: Path, events: int) -> None:
     import polars as pl
 
     from pipeline import build
-    from tests.serial import without_ray
+    from tests.support.serial import without_ray
 
     without_ray(setattr)
     rng = np.random.default_rng(0)

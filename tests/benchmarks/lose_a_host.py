@@ -25,9 +25,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.kill_and_resume import prepare
-from tests.interruptions import Command, latest_step, telemetry
-from tests.ray_nodes import Node, Nodes
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.interruptions import Command, latest_step, telemetry
+from tests.support.ray_nodes import Node, Nodes
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 BRIDGE = "solarbr"
 NETWORK = "10.213.7"

@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.kill_and_resume import prepare
-from tests.interruptions import Command, latest_step, telemetry
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.interruptions import Command, latest_step, telemetry
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 KILLED_AT = 23
 PHASES = ("restored", "a step", "a new step")

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.scorer import Scorer
-from jobs.training.model import build_tower
 from models.solar import SolarConfig
+from models.zoo import build_tower
 
 MINUTE = 60_000
 START = 1_600_000_000_000

@@ -27,11 +27,11 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.plots import new_figure, save_figure
-from tests.commands import solar
-from tests.daily_log import day_of, write_nightly_recipe
-from tests.month_nights import NightProcess
-from tests.month_world import FIRST_NIGHT, plan_of
-from tests.simulated_month import MODEL, Attempt, Month, frozen_quality, step_document
+from tests.support.commands import solar
+from tests.support.daily_log import day_of, write_nightly_recipe
+from tests.support.month_nights import NightProcess
+from tests.support.month_world import FIRST_NIGHT, plan_of
+from tests.support.simulated_month import MODEL, Attempt, Month, frozen_quality, step_document
 
 GIT_RECIPE = "git-month"
 GIT_GATE = (

@@ -31,7 +31,7 @@ from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.tables import ShardedTables
 from models.embeddings import ITEM_TABLE, TableSpec
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 WIDTH, LOOKED_UP, STEPS = 64, 50_000, 30
 

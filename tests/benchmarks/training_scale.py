@@ -42,12 +42,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster import quiet_environment
 from jobs.training.clock import PARTS, StepClock
 from jobs.training.job import TrainingConfig, TrainJob
-from jobs.training.model import build_tower
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.step import AskedBatch, ask, train_step
 from jobs.training.tables import ShardedTables
 from models.embeddings import ITEM_TABLE, TableSpec
+from models.zoo import build_tower
 from pipeline.batches import order
 from pipeline.batches.batch import Batch
 from pipeline.batches.loader import LoaderConfig
@@ -55,7 +55,7 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.shards.sequences import offsets_of
 from tests.benchmarks.plain_pytorch import Replicated
 from tests.benchmarks.table_size import phase
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ITEMS, WIDTH, STD, CANDIDATES, MAX_REQUESTS = 100_000, 64, 0.02, 17, 64
 MODEL = {"name": "solar", "time_features": False, "set_attention": False, "dropout": 0.0}

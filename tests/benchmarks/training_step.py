@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.training.clock import StepClock
 from jobs.training.job import TrainingConfig, TrainJob
-from jobs.training.model import MODELS, build_tower
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig, dense_engine, quiet_libraries
 from jobs.training.step import ask, train_step
 from jobs.training.tables import ShardedTables
 from models import prefixes, svd_attention
 from models.embeddings import ITEM_TABLE, TableSpec
+from models.zoo import MODELS, build_tower
 from pipeline.batches.batch import Batch
 from pipeline.batches.loader import LoaderConfig
 from pipeline.batches.requests import RequestConfig

@@ -23,8 +23,8 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED
-from tests.distributed.ranks import run_ranks
-from tests.tiny import write_tiny_log
+from tests.support.ranks import run_ranks
+from tests.support.tiny import write_tiny_log
 
 FIRST, STEP = 1_000_000_000, 5_000_000
 """Milliseconds of the tiny log's first event, and between two events of a user."""

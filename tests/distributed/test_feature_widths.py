@@ -21,11 +21,11 @@ from jobs.training.tables import ShardedTables
 from models.embeddings import ItemFeature, TableSpec, UserCodes, initial_rows
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
-from tests.distributed.ranks import run_ranks
 from tests.distributed.test_growth import job_of
 from tests.distributed.test_training_loop import losses, run_each, weights
-from tests.growth import first_day, second_day, tiny_config, whole_table
-from tests.serial import without_ray
+from tests.support.growth import first_day, second_day, tiny_config, whole_table
+from tests.support.ranks import run_ranks
+from tests.support.serial import without_ray
 
 WIDTHS = {"item": 16, "genres": 4, "year": 16, "user-sex": 8}
 ROWS = 12

@@ -30,10 +30,10 @@ from models.embeddings import initial_rows
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
-from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training_loop import losses, run_each, weights
-from tests.growth import commit, facts_of, first_day, second_day, sizes_of, specs_of, tiny_config, whole_table
-from tests.serial import without_ray
+from tests.support.growth import commit, facts_of, first_day, second_day, sizes_of, specs_of, tiny_config, whole_table
+from tests.support.ranks import run_ranks
+from tests.support.serial import without_ray
 
 REQUESTS = {
     "uniform": ["--data.requests.num_negatives", "8"],

@@ -17,7 +17,7 @@ from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.plan import TablesDoNotFit
 from jobs.training.tables import ShardedTables
 from models.embeddings import ItemFeature, TableSpec, UserCodes, initial_rows
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 WIDTH, ITEMS, GENRES = 8, 128, 8
 OPTIMIZER = OptimizerConfig(dense_lr=0.01, sparse_lr=0.1, warmup_steps=0, clip_norm=1.0)

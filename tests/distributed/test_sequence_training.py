@@ -10,15 +10,15 @@ import pytest
 
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.job import TrainingConfig, TrainJob
-from jobs.training.model import MODELS
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
 from models.sequence_tower import SequenceModel
+from models.zoo import MODELS
 from pipeline.batches.loader import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 from tests.distributed import test_training_loop
-from tests.distributed.ranks import run_ranks
 from tests.distributed.test_training_loop import losses, run_each, tiny_shards, weights
+from tests.support.ranks import run_ranks
 
 SEQUENCE_MODELS = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
 REQUESTS = RequestConfig(num_negatives=0)

@@ -38,8 +38,8 @@ from pipeline.batches.loader import LoaderConfig, TrainLoader
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.shards.dataset import Shards
-from tests.distributed.ranks import run_ranks
-from tests.tiny import write_tiny_log
+from tests.support.ranks import run_ranks
+from tests.support.tiny import write_tiny_log
 
 NEXT_ITEM = RequestConfig(num_negatives=8)
 

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from jobs import cli
-from tests.tiny import write_tiny_log
+from tests.support.tiny import write_tiny_log
 
 
 @pytest.fixture

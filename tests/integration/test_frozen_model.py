@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.tracking import mlflow_client
-from tests.commands import solar
+from tests.support.commands import solar
 
 FROZEN = sorted(path for path in (Path(__file__).parents[1] / "frozen").iterdir() if path.is_dir())
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from jobs.training.checkpoint import checkpoint_key
-from tests.commands import refused, solar
-from tests.growth import first_day, second_day
-from tests.serial import without_ray
-from tests.tiny import write_tiny_recipe
+from tests.support.commands import refused, solar
+from tests.support.growth import first_day, second_day
+from tests.support.serial import without_ray
+from tests.support.tiny import write_tiny_recipe
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 from jobs.tracking import mlflow_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from pipeline.build import PrepareConfig, prepare
-from tests.interruptions import Command, differences, learned, orphans, telemetry
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.interruptions import Command, differences, learned, orphans, telemetry
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 SHARDS = PrepareConfig(buckets=3, row_group_events=200)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.tracking import mlflow_client
-from tests.commands import refused, solar
-from tests.tiny import write_tiny_log
+from tests.support.commands import refused, solar
+from tests.support.tiny import write_tiny_log
 
 BOARD = """
 workspace: {workspace}

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from pipeline.build import PrepareConfig, prepare
-from tests.commands import free_ports
-from tests.interruptions import Command, differences, learned, telemetry
-from tests.ray_nodes import Nodes
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.commands import free_ports
+from tests.support.interruptions import Command, differences, learned, telemetry
+from tests.support.ray_nodes import Nodes
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 LOSSES = 2e-3
 """Relative; sums of one and of two workers are rounded differently, and training amplifies that: on this tiny log to

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 
 from jobs.tracking import mlflow_client
-from tests.commands import refused, solar
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.commands import refused, solar
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 
 @pytest.fixture(scope="module")

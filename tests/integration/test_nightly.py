@@ -10,8 +10,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from jobs.tracking import mlflow_client
-from tests.commands import refused, solar
-from tests.daily_log import events_of, write_day, write_nightly_recipe
+from tests.support.commands import refused, solar
+from tests.support.daily_log import events_of, write_day, write_nightly_recipe
 
 RECIPE = {
     "nightly": "states: false",

@@ -19,8 +19,8 @@ from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import digest, verify
 from pipeline.shards.manifest import commit, current_manifest, manifest_numbers
 from pipeline.storage import Store
-from tests.object_store import FAULTS, FaultyProxy
-from tests.serial import without_ray
+from tests.support.object_store import FAULTS, FaultyProxy
+from tests.support.serial import without_ray
 
 CONFIG = build.PrepareConfig(columns=EventColumns(action="action", label="label"), buckets=2, row_group_events=300)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.commands import refused, succeeded
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.commands import refused, succeeded
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 
 @pytest.fixture

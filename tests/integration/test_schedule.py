@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import refused
+from tests.support.commands import refused
 
 NIGHT = """
 import json, os, pathlib, sys, time

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.commands import SOLAR, refused, solar
-from tests.registered import prepared_users, registered, store
+from tests.support.commands import SOLAR, refused, solar
+from tests.support.registered import prepared_users, registered, store
 
 WAIT_SECONDS = 180
 

@@ -24,8 +24,8 @@ from jobs.registry import RegisteredModel
 from jobs.score import score
 from jobs.score_input import UserHistories
 from pipeline.shards.dataset import Shards
-from tests.commands import free_ports
-from tests.registered import prepared_users, registered
+from tests.support.commands import free_ports
+from tests.support.registered import prepared_users, registered
 
 START_SECONDS = 180
 WITHOUT_REPOSITORY = """

@@ -5,9 +5,9 @@ tests/benchmarks/simulated_month.py does the same for a month, with more that go
 
 from __future__ import annotations
 
-from tests.daily_log import day_of
-from tests.month_world import plan_of
-from tests.simulated_month import Month
+from tests.support.daily_log import day_of
+from tests.support.month_world import plan_of
+from tests.support.simulated_month import Month
 
 
 def test_four_nights_with_troubles_end_as_they_must(tmp_path):

@@ -23,9 +23,9 @@ import pytest
 
 from jobs import cli, ray_jobs
 from jobs.training.checkpoint import latest_checkpoint, read_state
-from tests.commands import free_ports
-from tests.ray_nodes import ADDRESS_VARIABLES, RAY
-from tests.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.commands import free_ports
+from tests.support.ray_nodes import ADDRESS_VARIABLES, RAY
+from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 
 @pytest.fixture(scope="module")

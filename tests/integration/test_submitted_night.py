@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import SOLAR, free_ports
-from tests.daily_log import write_day, write_nightly_recipe
-from tests.ray_nodes import Nodes
+from tests.support.commands import SOLAR, free_ports
+from tests.support.daily_log import write_day, write_nightly_recipe
+from tests.support.ray_nodes import Nodes
 
 HEAD = "127.0.0.1"
 

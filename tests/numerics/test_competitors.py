@@ -16,7 +16,7 @@ from models.din import Din, DinConfig
 from models.interface import ModelInput
 from models.light_sans import LightSans, LightSansConfig
 from models.linear_attention import EPS, LinearAttention, LinearAttentionConfig
-from tests.unit.models.model_inputs import NUM_FEATURES, WIDTH, random_inputs, randomise
+from tests.support.model_inputs import NUM_FEATURES, WIDTH, random_inputs, randomise
 
 COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 0, "num_actions": 3}
 HEAD = WIDTH // 2

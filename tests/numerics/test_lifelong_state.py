@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.checkpoints import checkpoint_interests
+from models.interest_checkpoints import checkpoint_interests
 from models.lifelong_state import LifelongState, StateError
 from models.svd_attention import Decomposition
 

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention_rank import attention_maps, attention_rank
 from models.interface import ModelInput
 from models.recgrela import GrelaLayer, RecGrela, RecGrelaConfig
 from models.recgrela_state import RecGrelaState
 from models.running_attention import running_attention
-from tests.unit.models.model_inputs import WIDTH, random_inputs, randomise
+from tests.support.attention_maps import attention_maps, attention_rank
+from tests.support.model_inputs import WIDTH, random_inputs, randomise
 
 L, HEADS = 8, 2
 LENGTHS = (0, 1, L - 1, L, L + 5)

@@ -17,7 +17,7 @@ from models.light_sans_sequence import LightSansSequence, LightSansSequenceConfi
 from models.linrec import LinRec, LinRecConfig
 from models.sasrec import SasRec, SasRecConfig
 from models.sequence_tower import SequenceModel
-from tests.unit.models.model_inputs import WIDTH, random_inputs, randomise
+from tests.support.model_inputs import WIDTH, random_inputs, randomise
 
 L, HEADS = 8, 2
 HEAD = WIDTH // HEADS

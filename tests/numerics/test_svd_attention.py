@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.candidate_sets import CandidateSets
-from models.checkpoints import checkpoint_interests, reference_checkpoint_interests
+from models.interest_checkpoints import checkpoint_interests, reference_checkpoint_interests
 from models.svd_attention import (
     Decomposition,
     Interests,

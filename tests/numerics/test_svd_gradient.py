@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.checkpoints import checkpoint_interests
+from models.interest_checkpoints import checkpoint_interests
 from models.svd_attention import Decomposition, interests_from_gram, reference_interests
 
 

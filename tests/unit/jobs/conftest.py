@@ -11,12 +11,13 @@ import torch
 
 from jobs.register import write_export
 from jobs.registry import RegisteredModel
-from jobs.training.model import build_tower, model_settings, model_tables
+from jobs.training.model import model_settings, model_tables
 from models.solar import SolarConfig
+from models.zoo import build_tower
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
-from tests.unit.models.model_inputs import randomise
+from tests.support.model_inputs import randomise
 from tests.unit.pipeline.conftest import prepare, random_log, write_log
 
 __all__ = ["prepare", "random_log", "write_log"]

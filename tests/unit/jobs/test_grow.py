@@ -19,7 +19,7 @@ from jobs.warm_start import begin_from
 from models.embeddings import initial_rows
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
-from tests.growth import (
+from tests.support.growth import (
     first_day,
     rewrite,
     second_day,
@@ -28,7 +28,7 @@ from tests.growth import (
     whole_table,
     write_model_checkpoint,
 )
-from tests.serial import without_ray
+from tests.support.serial import without_ray
 
 
 @pytest.fixture(scope="module")

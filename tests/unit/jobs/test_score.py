@@ -18,14 +18,9 @@ from jobs.config import ConfigError
 from jobs.console import Console
 from jobs.ranking import ScoreConfig, best_first
 from jobs.score import score
-from jobs.training.model import (
-    build_tower,
-    item_features,
-    model_tables,
-    training_input,
-    user_tables,
-)
+from jobs.training.model import item_features, model_tables, training_input, user_tables
 from models.embeddings import EmbeddingCollections, look_up_ids, pool_features, pool_user_features
+from models.zoo import build_tower
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns

@@ -17,8 +17,8 @@ from jobs.run_record import previous_run, run_facts, write_json
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.warm_start import begin_from, find_checkpoint
 from pipeline.shards.dataset import Shards
-from tests.growth import first_day, rewrite, second_day, specs_of, tiny_config, write_model_checkpoint
-from tests.serial import without_ray
+from tests.support.growth import first_day, rewrite, second_day, specs_of, tiny_config, write_model_checkpoint
+from tests.support.serial import without_ray
 
 
 @pytest.fixture(scope="module")

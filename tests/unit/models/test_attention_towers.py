@@ -15,7 +15,7 @@ from models.interface import Recommender
 from models.light_sans import LightSans, LightSansConfig
 from models.linear_attention import LinearAttention, LinearAttentionConfig
 from models.solar import Solar, SolarConfig
-from tests.unit.models.model_inputs import (
+from tests.support.model_inputs import (
     BASE,
     NUM_FEATURES,
     NUM_ITEMS,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from models.interface import ModelInput, refuse_bad_rows
-from tests.unit.models.model_inputs import empty_inputs, random_inputs
+from tests.support.model_inputs import empty_inputs, random_inputs
 
 
 def checked(inputs: ModelInput) -> ModelInput:

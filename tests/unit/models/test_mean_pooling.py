@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.mean_pooling import MeanPooling, MeanPoolingConfig, history_mean
-from tests.unit.models.model_inputs import NUM_FEATURES, WIDTH, empty_inputs, gradients, random_inputs, randomise
+from tests.support.model_inputs import NUM_FEATURES, WIDTH, empty_inputs, gradients, random_inputs, randomise
 
 
 def build(dtype: torch.dtype = torch.float64) -> MeanPooling:

@@ -8,7 +8,7 @@ import torch
 
 from models.candidate_sets import CandidateSets
 from models.repeats import WINDOWS, RepeatScore, repeats
-from tests.unit.models.model_inputs import empty_inputs, random_inputs
+from tests.support.model_inputs import empty_inputs, random_inputs
 
 MS_PER_HOUR = 3_600_000
 WHOLE = (*WINDOWS, None)

@@ -12,14 +12,7 @@ from models.history import WAVE_DAYS, time_waves
 from models.interface import ModelInput
 from models.request_features import RequestEncoder
 from models.solar import Solar, SolarConfig
-from tests.unit.models.model_inputs import (
-    MS_PER_MINUTE,
-    NUM_FEATURES,
-    NUM_USER_FEATURES,
-    WIDTH,
-    random_inputs,
-    randomise,
-)
+from tests.support.model_inputs import MS_PER_MINUTE, NUM_FEATURES, NUM_USER_FEATURES, WIDTH, random_inputs, randomise
 
 HOUR, DAY = 60 * MS_PER_MINUTE, 24 * 60 * MS_PER_MINUTE
 SMALL = SolarConfig(width=WIDTH, rank=4, recent_window=4, checkpoint_every=4, head_width=0, set_attention=False)

@@ -16,7 +16,7 @@ from models.recgrela import RecGrela, RecGrelaConfig
 from models.repeats import SeenItems
 from models.sasrec import SasRec, SasRecConfig
 from models.sequence_tower import SequenceConfig, SequenceModel, Windows
-from tests.unit.models.model_inputs import (
+from tests.support.model_inputs import (
     NUM_FEATURES,
     NUM_ITEMS,
     WIDTH,

@@ -10,13 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.solar import Solar, SolarConfig
-from tests.unit.models.model_inputs import (
-    BASE,
-    NUM_FEATURES,
-    WIDTH,
-    random_inputs,
-    randomise,
-)
+from tests.support.model_inputs import BASE, NUM_FEATURES, WIDTH, random_inputs, randomise
 
 
 def build(config: SolarConfig, dtype: torch.dtype = torch.float64) -> Solar:

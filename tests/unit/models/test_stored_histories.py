@@ -10,7 +10,7 @@ import torch
 
 from models.interface import ModelInput, StoredHistories
 from models.solar import Solar
-from tests.unit.models.model_inputs import BASE, NUM_FEATURES, random_inputs, randomise
+from tests.support.model_inputs import BASE, NUM_FEATURES, random_inputs, randomise
 
 EVENTS = 1503
 """Longer than the longest window in which repeats are counted."""

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.training.model import MODELS as REGISTERED
 from models.interface import ModelInput
 from models.solar import Solar, SolarConfig
-from tests.unit.models.model_inputs import NUM_FEATURES, NUM_USER_FEATURES, WIDTH, random_inputs
+from models.zoo import MODELS as REGISTERED
+from tests.support.model_inputs import NUM_FEATURES, NUM_USER_FEATURES, WIDTH, random_inputs
 
 MODELS = Path(__file__).parents[3] / "models"
 

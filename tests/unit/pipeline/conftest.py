@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from pipeline import build
-from tests.serial import without_ray
+from tests.support.serial import without_ray
 
 
 @pytest.fixture

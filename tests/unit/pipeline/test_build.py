@@ -17,7 +17,7 @@ from pipeline.shards import event_keys, manifest
 from pipeline.shards.dataset import Shards, bucket_of
 from pipeline.shards.inspection import digest, verify
 from pipeline.shards.manifest import current_manifest
-from tests.serial import without_ray
+from tests.support.serial import without_ray
 
 FULL = EventColumns(action="action", label="label", request_id="request_id")
 

@@ -24,7 +24,7 @@ KILLED = """
 import os, signal, sys
 from pipeline import build
 from pipeline.storage import Store
-from tests.serial import without_ray
+from tests.support.serial import without_ray
 from tests.unit.pipeline.test_crashes import CONFIG, after_operations
 
 without_ray(setattr)

@@ -14,7 +14,7 @@ from jobs.tracking import TrackingConfig, mlflow_client
 from pipeline import build
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
-from tests.serial import without_ray
+from tests.support.serial import without_ray
 from tests.unit.jobs.conftest import random_export, solar_settings
 
 SIZES = {1: 900, 2: 700, 3: 20}

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.commands import SOLAR, free_ports
-from tests.interruptions import orphans
+from tests.support.commands import SOLAR, free_ports
+from tests.support.interruptions import orphans
 
 WAIT_SECONDS = 600.0
 

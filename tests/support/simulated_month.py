@@ -15,10 +15,10 @@ from typing import Any
 
 from jobs.champions import champion, changes, nights
 from jobs.tracking import mlflow_client
-from tests.commands import succeeded
-from tests.daily_log import day_of, events_of, write_nightly_recipe
-from tests.month_nights import MlflowServer, NightProcess, can_mount, small_disk
-from tests.month_world import FIRST_NIGHT, Plan, World
+from tests.support.commands import succeeded
+from tests.support.daily_log import day_of, events_of, write_nightly_recipe
+from tests.support.month_nights import MlflowServer, NightProcess, can_mount, small_disk
+from tests.support.month_world import FIRST_NIGHT, Plan, World
 
 MODEL = "solar-daily"
 RECIPE = "month"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from jobs.json_lines import read_rows
 from jobs.training.checkpoint import latest_checkpoint, read_state
-from tests.commands import SOLAR
+from tests.support.commands import SOLAR
 
 WAIT_SECONDS = 600.0
 """For a moment that must come; only a defect (or a machine that is far too busy) uses it up."""

@@ -14,7 +14,7 @@ from typing import Literal
 
 import polars as pl
 
-from tests.daily_log import day_of, events_of, write_day
+from tests.support.daily_log import day_of, events_of, write_day
 
 Trouble = Literal[
     "bad day", "missing day", "late day", "redelivered", "worse by design", "killed at once", "killed later",

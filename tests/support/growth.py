@@ -16,14 +16,15 @@ from jobs.config import RunConfig
 from jobs.config_reader import load_config
 from jobs.run_record import run_facts
 from jobs.training.checkpoint import commit_files, describe_file
-from jobs.training.model import build_tower, model_settings, model_tables, user_features
+from jobs.training.model import model_settings, model_tables, user_features
 from models.embeddings import TableSpec, initial_rows
+from models.zoo import build_tower
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED
 from pipeline.shards.vocabulary_growth import beginnings_of
-from tests.tiny import NUM_ITEMS, NUM_USERS, write_tiny_log, write_tiny_recipe
+from tests.support.tiny import NUM_ITEMS, NUM_USERS, write_tiny_log, write_tiny_recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.commands import free_ports
+from tests.support.commands import free_ports
 
 RAY = str(Path(sys.executable).parent / "ray")
 ADDRESS_VARIABLES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH")

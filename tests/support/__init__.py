@@ -1,0 +1,1 @@
+"""What tests share: small logs and worlds, processes to run and to kill, and reference computations."""
