@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 from pipeline.build import quiet_ray_data
 from pipeline.events import DataError
 
@@ -24,7 +24,7 @@ def map_in_actors(
     """The answers to all rows, as they come. `opened()` is called once in each of `parallel` actors (None: as many as
     the cluster has cores) and gives what answers a row. Ray must be initialised.
 
-    A ConfigError or DataError of an actor is raised here as it was.
+    A UserError or DataError of an actor is raised here as it was.
     """
     import ray
     import ray.data
@@ -54,7 +54,7 @@ class _Actor:
             self._work = self._work or self._opened()
             return {"answer": json.dumps(self._work(json.loads(row["row"]))), "kind": ""}
         except tuple(_KINDS.values()) as error:
-            return {"answer": str(error), "kind": type(error).__name__}
+            return {"answer": str(error), "kind": "DataError" if isinstance(error, DataError) else "UserError"}
 
 
-_KINDS: dict[str, type[Exception]] = {"ConfigError": ConfigError, "DataError": DataError}
+_KINDS: dict[str, type[Exception]] = {"UserError": UserError, "DataError": DataError}

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -83,25 +83,25 @@ def require_champion(client: MlflowClient, name: str, expected: str | None) -> N
 
 
 def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str, rollback: bool = False) -> Change:
-    """`solar promote`: a person decides. ConfigError: no such model or version."""
+    """`solar promote`: a person decides. UserError: no such model or version."""
     require_model(client, name)
     if or_none(lambda: client.get_model_version(name, version)) is None:
         known = sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int)
-        raise ConfigError(f"promote: model {name!r} has no version {version}; its versions: {', '.join(known)}")
+        raise UserError(f"promote: model {name!r} has no version {version}; its versions: {', '.join(known)}")
     found = champion(client, name)
     if found is not None and str(found.version) == version:
-        raise ConfigError(f"promote: version {version} of {name!r} is the champion already")
+        raise UserError(f"promote: version {version} of {name!r} is the champion already")
     promote(client, name, version, expected=str(found.version) if found else None, why=why, rollback=rollback)
     return changes(client, name)[-1]
 
 
 def roll_back(client: MlflowClient, name: str, *, why: str) -> Change:
     """`solar rollback`: the champion that the present one was promoted over, which must still be in the registry; once
-    more goes one further back. ConfigError."""
+    more goes one further back. UserError."""
     require_model(client, name)
     found, standing = champion(client, name), _succession(changes(client, name))
     if found is None or len(standing) < 2 or standing[-1] != str(found.version):
-        raise ConfigError(
+        raise UserError(
             f"rollback: nothing is known of a champion of {name!r} before the present one: name a version with "
             f"`solar promote {name} --version N --why TEXT`"
         )
@@ -162,10 +162,10 @@ def needed_versions(client: MlflowClient, name: str, *, latest: int = 3) -> dict
 
 
 def require_model(client: MlflowClient, name: str) -> None:
-    """ConfigError that names those that are there."""
+    """UserError that names those that are there."""
     if or_none(lambda: client.get_registered_model(name)) is None:
         known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
-        raise ConfigError(f"no registered model {name!r}: there are {known}")
+        raise UserError(f"no registered model {name!r}: there are {known}")
 
 
 def or_none(look_up: Callable[[], Any]) -> Any | None:

@@ -14,8 +14,8 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from jobs.commands import cluster, data, nightly, schedule, serving, system, training
-from jobs.console import Console, one_line
-from jobs.exit_codes import INTERRUPTED, MISTAKE
+from jobs.host.console import Console, one_line
+from jobs.host.errors import INTERRUPTED, MISTAKE
 from jobs.recipes import recipe_names
 
 USAGE = """\
@@ -85,16 +85,14 @@ def run(arguments: list[str]) -> int:
 def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool) -> int:
     from jsonargparse import ArgumentError
 
-    from jobs.config import ConfigError
     from jobs.failures import Interrupted, WorkerFailure
-    from jobs.training.checkpoint import CheckpointError
-    from jobs.training.plan import TablesDoNotFit
+    from jobs.host.errors import UserError
     from pipeline.events import DataError
 
     console = Console()
     try:
         return command(arguments, console, verbose=verbose)
-    except (ConfigError, DataError, CheckpointError, TablesDoNotFit, ArgumentError, ConnectionError) as error:
+    except (UserError, DataError, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {one_line(error)}")
         return MISTAKE
     except Interrupted:

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from jobs.environment import environment
-from jobs.signals import noted_signals
+from jobs.host.process import environment, noted_signals
 
 OBJECT_STORE_BYTES = 512 << 20
 """Enough for a local run: events travel through files, not through the object store."""

@@ -14,9 +14,9 @@ from types import NoneType
 from typing import Any
 
 from jobs.cluster import ClusterConfig
+from jobs.host.notify import NotifyConfig
+from jobs.host.secrets import redacted
 from jobs.nightly.config import NightlyConfig
-from jobs.notify import NotifyConfig
-from jobs.redaction import redacted
 from jobs.tracking import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.job import TrainingConfig
@@ -31,11 +31,6 @@ from pipeline.sources.files import ImportConfig
 from pipeline.sources.git import GitConfig
 from pipeline.sources.published import PUBLISHED
 from pipeline.sources.synthetic_world import SyntheticConfig
-
-
-class ConfigError(ValueError):
-    """A user's mistake in usage or configuration; one line."""
-
 
 SOURCES = ("movielens-100k", "files", "git", "synthetic", *PUBLISHED)
 

@@ -2,7 +2,7 @@
 
     solar train movielens-100k --config mine.yaml --model.rank 16
 
-A mistake is a ConfigError: one line with the origin (file or command line), the key, the value and the fix.
+A mistake is a UserError: one line with the origin (file or command line), the key, the value and the fix.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from jobs.config import SECTIONS, ConfigError, RunConfig
-from jobs.console import one_line
+from jobs.config import SECTIONS, RunConfig
+from jobs.host.console import one_line
+from jobs.host.errors import UserError
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
 from models.sequence_tower import SequenceModel
@@ -30,10 +31,10 @@ def recipe_path(recipe: str) -> Path:
     """The file of a recipe: a name from `recipe_names()` or a path that ends in .yaml."""
     if recipe.endswith((".yaml", ".yml")):
         if not Path(recipe).is_file():
-            raise ConfigError(f"{recipe}: no such file: give a recipe ({', '.join(recipe_names())}) or a YAML file")
+            raise UserError(f"{recipe}: no such file: give a recipe ({', '.join(recipe_names())}) or a YAML file")
         return Path(recipe)
     if recipe not in recipe_names():
-        raise ConfigError(f"unknown recipe {recipe!r}: one of {', '.join(recipe_names())}, or the path of a YAML file")
+        raise UserError(f"unknown recipe {recipe!r}: one of {', '.join(recipe_names())}, or the path of a YAML file")
     return RECIPES / f"{recipe}.yaml"
 
 
@@ -70,27 +71,25 @@ def load_board(board: str, arguments: Sequence[str], *, only: Sequence[str] = ()
     """
     path = Path(board) if board.endswith((".yaml", ".yml")) else RECIPES / "leaderboards" / f"{board}.yaml"
     if not path.is_file():
-        raise ConfigError(
-            f"unknown leaderboard {board!r}: one of {', '.join(board_names())}, or the path of a YAML file"
-        )
+        raise UserError(f"unknown leaderboard {board!r}: one of {', '.join(board_names())}, or the path of a YAML file")
     values = _read_yaml(path)
     rows = values.pop("models", None)
     if rows in board_names():
         # The same models on other data.
         rows = _read_yaml(RECIPES / "leaderboards" / f"{rows}.yaml")["models"]
     if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
-        raise ConfigError(
+        raise UserError(
             f"{path}: models must hold `ROW NAME: what the row adds` sections, or name a board that does "
             f"({', '.join(board_names())}), holds {rows!r}"
         )
     if unknown := [row for row in only if row not in rows]:
-        raise ConfigError(f"leaderboard: --only {unknown[0]!r}: must be of {', '.join(map(str, rows))}")
+        raise UserError(f"leaderboard: --only {unknown[0]!r}: must be of {', '.join(map(str, rows))}")
     found, names = {}, {}
     for row, added in rows.items():
         origin = f"{path}: models.{row}"
         name = f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', str(row).lower()).strip('-')}"
         if name in names:
-            raise ConfigError(f"{origin}: its runs would be named as those of {names[name]}; give it another name")
+            raise UserError(f"{origin}: its runs would be named as those of {names[name]}; give it another name")
         names[name] = row
         if row in only or not only:
             found[str(row)] = _resolve(
@@ -114,7 +113,7 @@ def _resolve(
     files = [(file, _read_yaml(Path(file))) for file in _config_files(arguments)]
     model = _model_name([(origin, first), *files], arguments)
     if model not in MODELS:
-        raise ConfigError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
+        raise UserError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
     parser = config_parser(command, model=model)
     if (written_for := _model_name([(origin, first)], [])) in MODELS and written_for != model:
         first, default_name = _for_model(first, model, written_for=written_for), f"{default_name}-{model}"
@@ -123,16 +122,16 @@ def _resolve(
         try:
             parser.parse_object(values)
         except (ArgumentError, ValueError) as error:
-            raise ConfigError(f"{layer}: {explain(error, parser)}") from error
+            raise UserError(f"{layer}: {explain(error, parser)}") from error
     try:
         parsed = parser.parse_args(list(arguments), namespace=parser.parse_object(first))
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(f"command line: {explain(error, parser)}") from error
+        raise UserError(f"command line: {explain(error, parser)}") from error
 
     try:
         built = parser.instantiate(parsed)
     except ValueError as error:
-        raise ConfigError(_locate(error, parser, layers, arguments)) from error
+        raise UserError(_locate(error, parser, layers, arguments)) from error
     _check_run(parsed, model)
     _check_log_q(built.training, built.data.requests)
     _check_loss(built.training, built.data.requests, models=(model, *parsed.compare))
@@ -151,25 +150,25 @@ def _check_run(parsed: Any, model: str) -> None:
     """The rules of the fields that belong to no section."""
     others = [name for name in MODELS if name != model]
     if set(parsed.compare) - set(others) or len(set(parsed.compare)) < len(parsed.compare):
-        raise ConfigError(f"compare={list(parsed.compare)}: must be different models other than {model}, of {others}")
+        raise UserError(f"compare={list(parsed.compare)}: must be different models other than {model}, of {others}")
     if not 0 <= parsed.seed < 1 << 31:
-        raise ConfigError(f"seed={parsed.seed}: must be from 0 to 2147483647")
+        raise UserError(f"seed={parsed.seed}: must be from 0 to 2147483647")
     if "://" in parsed.workspace:
-        raise ConfigError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
+        raise UserError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
     if parsed.name and not re.fullmatch(r"\w[\w.-]*", parsed.name):
-        raise ConfigError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
+        raise UserError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
 
 
 def _check_log_q(training: TrainingConfig, requests: RequestConfig) -> None:
     """A correction of draws needs draws; draws that favour what the user knows need the correction."""
     if requests.history_negatives and not training.log_q:
-        raise ConfigError(
+        raise UserError(
             f"data.requests.history_negatives={requests.history_negatives}: needs training.log_q=true, or the model "
             "learns to avoid what its users know; set it"
         )
     if training.log_q and (requests.task != "next_item" or not requests.num_negatives):
         reason = f"task {requests.task}" if requests.task != "next_item" else "data.requests.num_negatives=0"
-        raise ConfigError(f"training.log_q=true: must be false, {reason} draws no negatives to correct for")
+        raise UserError(f"training.log_q=true: must be false, {reason} draws no negatives to correct for")
 
 
 def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Sequence[str]) -> None:
@@ -178,16 +177,14 @@ def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Se
         return
     by_vectors = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
     if others := [name for name in models if name not in by_vectors]:
-        raise ConfigError(
+        raise UserError(
             f"training.loss=catalogue: requests are no vectors to {others[0]}; train {' or '.join(by_vectors)}, "
             "or set it to candidates"
         )
     if requests.task != "next_item":
-        raise ConfigError(
-            f"training.loss=catalogue: task {requests.task} ranks its own candidates; set it to candidates"
-        )
+        raise UserError(f"training.loss=catalogue: task {requests.task} ranks its own candidates; set it to candidates")
     if requests.num_negatives or requests.history_negatives:
-        raise ConfigError(
+        raise UserError(
             f"data.requests.num_negatives={requests.num_negatives}: must be 0 (history_negatives too) with "
             "training.loss=catalogue, where every item is a negative"
         )
@@ -203,14 +200,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: give a readable YAML file") from error
+        raise UserError(f"{path}: {error.strerror}: give a readable YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from error
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must hold `key: value` sections, holds {type(values).__name__}")
+        raise UserError(f"{path}: must hold `key: value` sections, holds {type(values).__name__}")
     for section in ("model", *SECTIONS):
         if not isinstance(values.get(section, {}), dict):
-            raise ConfigError(f"{path}: {section} must hold `key: value` lines, holds {values[section]!r}")
+            raise UserError(f"{path}: {section} must hold `key: value` lines, holds {values[section]!r}")
     return values
 
 

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.console import Console
+from jobs.host.console import Console
 
 TIMEOUT_SECONDS = 180
 NEEDED_DISK_GIB = 5

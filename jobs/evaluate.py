@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.cluster import ray_session
-from jobs.config import ConfigError, RunConfig
-from jobs.console import Console
-from jobs.train import Trained, read_json, run_shards, train_job, write_json
+from jobs.config import RunConfig
+from jobs.host.console import Console
+from jobs.host.errors import UserError
+from jobs.host.files import read_json, write_json
+from jobs.train import Trained, run_shards, train_job
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.job import TrainJob
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
@@ -102,7 +104,7 @@ def evaluate(
     # What a killed command leaves is no evaluation, and in nobody's way.
     staging = directory.absolute().with_name(f".{directory.name}.unfinished")
     if not staging.exists() and not (directory / SUMMARY).exists() and directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"{directory}: not empty and no evaluation: give another --out")
+        raise UserError(f"{directory}: not empty and no evaluation: give another --out")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     _warn(config, shards, systems[0], console)

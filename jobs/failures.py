@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.config import RunConfig
-from jobs.training.checkpoint import CheckpointError
+from jobs.host.errors import UserError
 from jobs.training.parallel import ParallelConfig
-from jobs.training.plan import TablesDoNotFit
 from pipeline.events import DataError
 
 
@@ -25,7 +24,7 @@ def explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, n
     failures = getattr(error, "worker_failures", None) or {None: error}
     causes = {rank: _root(failure) for rank, failure in failures.items()}
     for cause in causes.values():
-        if isinstance(cause, DataError | CheckpointError | TablesDoNotFit):
+        if isinstance(cause, DataError | UserError):
             return cause
     # A signal to the whole process group ends workers too.
     if asked_to_stop and _ranks(causes, _died):

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.console import Stage
-from jobs.json_lines import read_rows
-from jobs.run_record import write_json
+from jobs.host.console import Stage
+from jobs.host.files import read_rows, write_json
 from jobs.tracking import TrackedRun
 from jobs.training.clock import PARTS
 from jobs.training.plan import PLAN_FILE

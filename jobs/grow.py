@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from jobs.config import ConfigError
 from jobs.config_reader import stored_config
-from jobs.console import Console
+from jobs.host.console import Console
+from jobs.host.errors import UserError
+from jobs.host.locks import sole_command
 from jobs.training.checkpoint import (
     checkpoint_key,
     commit_files,
@@ -37,7 +38,6 @@ from jobs.training.checkpoint import (
     table_files,
 )
 from jobs.training.model import model_tables
-from jobs.training.run_lock import sole_command
 from jobs.warm_start import find_checkpoint, misfit, stored_shapes
 from models.embeddings import TableSpec, initial_rows
 from pipeline.shards.dataset import Shards
@@ -48,15 +48,15 @@ ROWS_AT_ONCE = 1 << 16
 
 
 def grow(text: str, console: Console, *, shards_dir: str, out: str) -> Path:
-    """Write the grown checkpoint; returns where it is. ConfigError, DataError, CheckpointError: nothing was written."""
+    """Write the grown checkpoint; returns where it is. UserError, DataError, CheckpointError: nothing was written."""
     if "://" in out:
-        raise ConfigError(f"--out {out}: must be a local or shared directory, not a URI")
+        raise UserError(f"--out {out}: must be a local or shared directory, not a URI")
     checkpoint, target = find_checkpoint(text), Path(out)
     document = read_state(checkpoint, checksums=True)
     config = stored_config("grow", document["config"], str(checkpoint), [])
     shards = Shards.open(absolute(shards_dir))
     if problem := misfit(checkpoint, document, model=config.model, sparse=config.optimizer.sparse, shards=shards):
-        raise ConfigError(f"{checkpoint}: {problem}")
+        raise UserError(f"{checkpoint}: {problem}")
     specs = model_tables(config.model, shards.vocabulary)
     capacities = {each["name"]: each["capacity"] for each in document["tables"]}
     with _staged(target) as staging, console.stage("grow") as stage:
@@ -97,7 +97,7 @@ def _staged(target: Path) -> Iterator[Path]:
     with sole_command(work, otherwise="name another --out"):
         # Whoever wrote the same target held this lock.
         if target.exists():
-            raise ConfigError(f"--out {target}: is there already: name a directory that is not, or remove it")
+            raise UserError(f"--out {target}: is there already: name a directory that is not, or remove it")
         try:
             remove_committed(staging)
             staging.mkdir()

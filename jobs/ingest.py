@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import ClusterConfig, ray_session
-from jobs.config import ConfigError, RunConfig, SourceConfig
-from jobs.console import Console, Stage
+from jobs.config import RunConfig, SourceConfig
+from jobs.host.console import Console, Stage
+from jobs.host.errors import UserError
 from jobs.training.checkpoint import verify_checkpoint
 from pipeline.build import PrepareConfig, Prepared, prepare
 from pipeline.shards.inspection import digest, verify
@@ -48,7 +49,7 @@ def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -
     if source.needs_path:
         what = {"git": "the repository", "files": "the events"}.get(source.name, "the unpacked data set")
         value = "FILE" if source.name == "files" else "DIRECTORY"
-        raise ConfigError(
+        raise UserError(
             f"source.path is not set and {out} is not there: name {what} with --source.path {value}, "
             f"or bring them in with `solar import {source.name}`"
         )
@@ -101,7 +102,7 @@ def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> 
     else:
         manifest = current_manifest(str(path)) if path.exists() else None
         if manifest is None:
-            raise ConfigError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
+            raise UserError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
         _print_manifest(path, manifest, console)
         if with_digest:
             console.line(f"digest        {digest(str(path))}")

@@ -16,12 +16,11 @@ from typing import Any
 
 from jobs.cluster import ray_session
 from jobs.config import RunConfig
-from jobs.console import Console
 from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
+from jobs.host.console import Console
+from jobs.host.files import read_json, read_rows, write_json
 from jobs.ingest import import_missing, prepare_shards
-from jobs.json_lines import read_rows
 from jobs.plots import plot_curves
-from jobs.run_record import read_json, write_json
 from jobs.tracking import TrackedRun, open_run
 from jobs.train import Trained, open_shards, train
 from jobs.training.checkpoint import latest_checkpoint, read_state

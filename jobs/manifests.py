@@ -20,11 +20,12 @@ from typing import Any
 import yaml
 
 from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
-from jobs.config import ConfigError, RunConfig
+from jobs.config import RunConfig
 from jobs.cron import Cron
-from jobs.notify import URL_VARIABLE
+from jobs.host.errors import UserError
+from jobs.host.notify import URL_VARIABLE
+from jobs.host.secrets import redacted
 from jobs.ray_jobs import STOP_GRACE_VARIABLE
-from jobs.redaction import redacted
 from jobs.submit import job_command
 from jobs.training.parallel import ParallelConfig
 
@@ -93,9 +94,9 @@ class Night:
 
 
 def night_of(recipe: str, overrides: Sequence[str], config: RunConfig, cron: Cron) -> Night:
-    """The night of a resolved config; ConfigError where it cannot run in a cluster, or would write down a secret."""
+    """The night of a resolved config; UserError where it cannot run in a cluster, or would write down a secret."""
     if config.notify.url is not None:
-        raise ConfigError(
+        raise UserError(
             f"notify.url: a manifest holds no tokens: leave it away, and set {URL_VARIABLE} in {CREDENTIALS_SECRET}"
         )
     arguments = ["nightly", recipe, "--catch-up", *overrides]
@@ -104,14 +105,12 @@ def night_of(recipe: str, overrides: Sequence[str], config: RunConfig, cron: Cro
         workspace = WORKSPACE
         arguments += ["--workspace", workspace]
     elif not Path(workspace).is_absolute():
-        raise ConfigError(f"workspace={workspace}: must be absolute in a cluster, or unset for {WORKSPACE}")
+        raise UserError(f"workspace={workspace}: must be absolute in a cluster, or unset for {WORKSPACE}")
     command = job_command(arguments, directory=Path.cwd(), workspace=None, same_machine=False)
     files = {name: path.read_text() for name, path in command.files.items()}
     for name, text in files.items():
         if redacted(text) != text:
-            raise ConfigError(
-                f"{command.files[name]}: holds a password: set it in {CREDENTIALS_SECRET}, not in a recipe"
-            )
+            raise UserError(f"{command.files[name]}: holds a password: set it in {CREDENTIALS_SECRET}, not in a recipe")
     name = f"solar-{re.sub(r'[^a-z0-9]+', '-', config.name.lower()).strip('-')}"
     return Night(
         name=name[:MAX_NAME].strip("-"),
@@ -129,15 +128,15 @@ def _in_cluster(argument: str, files: Mapping[str, str]) -> str:
 
 
 def write_manifests(directory: Path, documents: Mapping[str, Sequence[Any]], *, overwrite: bool) -> list[Path]:
-    """Write {file name: [head comment, manifest, ...]}; ConfigError where the directory is in use.
+    """Write {file name: [head comment, manifest, ...]}; UserError where the directory is in use.
 
     With `overwrite` manifests of an earlier time go; anything else there stays.
     """
     if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"--out {directory}: is a file: name a directory")
+        raise UserError(f"--out {directory}: is a file: name a directory")
     if directory.is_dir() and any(directory.iterdir()):
         if not overwrite:
-            raise ConfigError(f"--out {directory}: is not empty: name another directory, or give --overwrite")
+            raise UserError(f"--out {directory}: is not empty: name another directory, or give --overwrite")
         for name in ("access.yaml", "recipe.yaml", "cronjob.yaml", "rayjob.yaml", "raycronjob.yaml"):
             (directory / name).unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.config import ConfigError
-from jobs.exit_codes import INTERRUPTED, MISTAKE, TRY_LATER
+from jobs.host.errors import INTERRUPTED, MISTAKE, TRY_LATER, UserError
 from jobs.manifests import (
     DEADLINE_SECONDS,
     TOKEN_KEY,
@@ -40,7 +39,7 @@ One night now:  kubectl create job --from=cronjob/(name) (name)-now"""
 def cronjob_documents(night: Night, place: PlaceConfig) -> dict[str, list[Any]]:
     """{file name: [head comment, manifest, ...]}."""
     if place.head is None:
-        raise ConfigError("schedule: --emit cronjob: name the standing cluster: --head http://HOST:8265")
+        raise UserError("schedule: --emit cronjob: name the standing cluster: --head http://HOST:8265")
     head = choose_address(place.head, {})
     comment = COMMENT.replace("(name)", night.name)
     return {**shared_documents(night, place), "cronjob.yaml": [comment, _cronjob(night, place, head)]}

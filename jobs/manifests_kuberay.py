@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from jobs.cluster import OBJECT_STORE_BYTES
+from jobs.host.notify import URL_VARIABLE
 from jobs.manifests import (
     CREDENTIALS,
     CREDENTIALS_SECRET,
@@ -21,7 +22,6 @@ from jobs.manifests import (
     recipe_volume,
     shared_documents,
 )
-from jobs.notify import URL_VARIABLE
 from jobs.submit import entrypoint
 
 LOGS_SECONDS = 600

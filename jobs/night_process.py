@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from jobs.redaction import redacted
+from jobs.host.secrets import redacted
 
 SCHEDULED_VARIABLE = "SOLAR_SCHEDULED"
 """Tells a night that its scheduler notifies of failures, once it has given up."""

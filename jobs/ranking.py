@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 from jobs.score_input import Block
 from jobs.scorer import Scorer
 from jobs.scorer_input import Histories, RequestError, flat_offsets, flat_ranges, list_column
@@ -122,7 +122,7 @@ class Ranking:
         try:
             offsets, row = scorer.candidates(block.rows, first_row=block.first_row)
         except RequestError as error:
-            raise ConfigError(f"{self._path}: {error}") from error
+            raise UserError(f"{self._path}: {error}") from error
         counts.candidates += len(row)
         counts.unknown_candidates += int((row == UNKNOWN_ROW).sum())
         logits = self._logits(shown, asked, offsets, row)
@@ -159,9 +159,7 @@ class Ranking:
     def _logits(self, shown: Histories, asked: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
         logits = self._scorer.logits(shown, asked, offsets, row)
         if not np.isfinite(logits).all():
-            raise ConfigError(
-                "the model gives scores that are not numbers: its weights are damaged; use another version"
-            )
+            raise UserError("the model gives scores that are not numbers: its weights are damaged; use another version")
         return logits
 
 

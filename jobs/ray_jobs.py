@@ -1,6 +1,6 @@
 """A Ray cluster seen through its job server (the dashboard): connect, submit, follow, list, stop.
 
-Every way in which this can go wrong for a reason that a user can mend is one line: ConfigError or ConnectionError.
+Every way in which this can go wrong for a reason that a user can mend is one line: UserError or ConnectionError.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.config import ConfigError, redacted
-from jobs.console import Console, one_line
-from jobs.exit_codes import INTERRUPTED
+from jobs.host.console import Console, one_line
+from jobs.host.errors import INTERRUPTED, UserError
+from jobs.host.secrets import redacted, refuse_open_token
 from jobs.job_tags import COMMAND_KEY
-from jobs.permissions import refuse_open_token
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start --head` puts the dashboard unless told otherwise."""
@@ -70,7 +69,7 @@ def choose_address(given: str | None, environment: Mapping[str, str]) -> str:
         return LOCAL_DASHBOARD
     if not re.match(r"https?://[^/\s]+", address):
         host = re.sub(r"^\w+://|:\d+$", "", address)
-        raise ConfigError(
+        raise UserError(
             f"{origin}={redacted(address)}: jobs go to the cluster's dashboard: give --address http://{host}:8265"
         )
     return address.rstrip("/")
@@ -88,7 +87,7 @@ def auth_headers(environment: Mapping[str, str], home: Path) -> dict[str, str]:
         named = environment.get("RAY_AUTH_TOKEN_PATH")
         file = Path(named) if named else home / ".ray" / "auth_token"
         if named and not file.is_file():
-            raise ConfigError(f"RAY_AUTH_TOKEN_PATH={named}: no such file: name the file with the cluster's token")
+            raise UserError(f"RAY_AUTH_TOKEN_PATH={named}: no such file: name the file with the cluster's token")
         if file.is_file():
             refuse_open_token(file)
             token = file.read_text().strip()
@@ -99,7 +98,7 @@ class Cluster:
     """The job server at an address."""
 
     def __init__(self, address: str | None) -> None:
-        """Connect; ConfigError or ConnectionError where it cannot take our jobs."""
+        """Connect; UserError or ConnectionError where it cannot take our jobs."""
         import ray
 
         self._default = not (address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"))
@@ -110,7 +109,7 @@ class Cluster:
             self._client = _Client(self.address, headers=headers)
         there = self._client._server_ray_version
         if there != ray.__version__:
-            raise ConfigError(
+            raise UserError(
                 f"{self.shown}: runs Ray {there}, this is Ray {ray.__version__}: "
                 "use the same version on both sides (pyproject.toml names ours)"
             )
@@ -143,9 +142,9 @@ class Cluster:
         """Upload and submit; returns the job's id."""
         if submission_id is not None:
             if not re.fullmatch(r"\w[\w.-]*", submission_id):
-                raise ConfigError(f"--submission-id {submission_id}: must be letters, digits, '.', '_' and '-'")
+                raise UserError(f"--submission-id {submission_id}: must be letters, digits, '.', '_' and '-'")
             if submission_id in (job.submission_id for job in self.jobs()):
-                raise ConfigError(f"--submission-id {submission_id}: a job there has this id: choose another one")
+                raise UserError(f"--submission-id {submission_id}: a job there has this id: choose another one")
         with self._explained():
             return self._client.submit_job(
                 entrypoint=entrypoint,
@@ -234,27 +233,27 @@ def explained(error: Exception, *, address: str, has_token: bool, default: bool,
     """What Ray's client raised as one line for the user; `named` is the job that was asked for, if any."""
     if isinstance(error, AuthenticationError):
         why = "refuses this token" if has_token else "asks for a token, and there is none here"
-        return ConfigError(
+        return UserError(
             f"{address}: {why}: `ray get-auth-token` prints it on the cluster's head node; store it in "
             "~/.ray/auth_token, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         )
     if isinstance(error, KeyError | requests.exceptions.JSONDecodeError):
-        return ConfigError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
+        return UserError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
     if isinstance(error, requests.exceptions.HTTPError) and error.response is not None:
         code = error.response.status_code
-        return ConfigError(f"{address}: answers {code}, is no Ray dashboard: give --address http://HOST:8265")
+        return UserError(f"{address}: answers {code}, is no Ray dashboard: give --address http://HOST:8265")
     if isinstance(error, requests.exceptions.RequestException | ConnectionError):
         why = "no --address given, and no Ray dashboard on this machine" if default else "does not answer"
         fix = "give --address http://HOST:8265, or start a cluster with `ray start --head`"
         return ConnectionError(f"{address}: {why}: {fix}")
     text = str(error)
     if named and "status code 404" in text:
-        return ConfigError(f"{named}: {address} does not know it: `solar jobs list` shows the ids")
+        return UserError(f"{named}: {address} does not know it: `solar jobs list` shows the ids")
     if "returned 404" in text:
-        return ConfigError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
+        return UserError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
     lines = [line for line in text.splitlines() if line.strip()]
     # A server's own trouble may pass; whoever follows a job asks again.
-    kind = ConnectionError if "status code 5" in text else ConfigError
+    kind = ConnectionError if "status code 5" in text else UserError
     return kind(f"{address}: {redacted(lines[-1] if lines else type(error).__name__)}")
 
 

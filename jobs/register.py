@@ -25,11 +25,12 @@ from torch import Tensor
 
 from jobs.champions import CHALLENGER, CHAMPION, champion, or_none, promote
 from jobs.config import RunConfig
-from jobs.console import Console
 from jobs.evaluate import Evaluated
+from jobs.host.console import Console
+from jobs.host.files import read_json
 from jobs.registry import EXPORT
 from jobs.tracking import metric_name, mlflow_client, tracking_uri
-from jobs.train import Trained, read_json
+from jobs.train import Trained
 from jobs.training.checkpoint import checkpoint_key, table_files
 from jobs.training.model import model_settings, user_features
 from models.embeddings import ITEM_TABLE, USER_TABLE

@@ -26,8 +26,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from jobs.config import ConfigError, redacted
-from jobs.console import one_line
+from jobs.host.console import one_line
+from jobs.host.errors import UserError
+from jobs.host.secrets import redacted
 from jobs.scorer import Scorer
 from jobs.scorer_input import UserFeature
 from jobs.scorer_states import export_digest
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 
-class StoreAway(ConfigError):
+class StoreAway(UserError):
     """MLflow does not answer; nothing is wrong with what was asked."""
 
 
-class NoStore(ConfigError):
+class NoStore(UserError):
     """The workspace has no MLflow store of its own yet, and no other was named."""
 
 
@@ -93,13 +94,13 @@ class RegisteredModel:
         return export_digest(self.directory)
 
     def scorer(self) -> Scorer:
-        """Weights and tables in memory, ready to score. ConfigError when a file is damaged."""
+        """Weights and tables in memory, ready to score. UserError when a file is damaged."""
         scorer = Scorer()
         try:
             scorer.load(self.directory)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = one_line(error)[:200]
-            raise ConfigError(
+            raise UserError(
                 f"{self.uri}: {self.directory} cannot be read ({type(error).__name__}: {reason}); register it again"
             ) from error
         return scorer
@@ -108,11 +109,11 @@ class RegisteredModel:
 def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> RegisteredModel:
     """Resolve models:/NAME@ALIAS or models:/NAME/VERSION and bring its files to this machine.
 
-    ConfigError: another form of URI, no such model, alias or version, a store that does not answer, a missing artifact.
+    UserError: another form of URI, no such model, alias or version, a store that does not answer, a missing artifact.
     """
     asked = _URI.fullmatch(uri)
     if asked is None:
-        raise ConfigError(f"{uri}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise UserError(f"{uri}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
     store = store_uri(tracking, workspace)
     with _explained(store):
         client = mlflow_client(store)
@@ -128,7 +129,7 @@ def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> Regist
 
 
 def store_uri(tracking: TrackingConfig, workspace: str) -> str:
-    """Where to look models up. ConfigError where it would be the workspace's own store and there is none."""
+    """Where to look models up. UserError where it would be the workspace's own store and there is none."""
     if tracking.uri is None and not (Path(workspace) / "mlflow" / "mlflow.db").exists():
         raise NoStore(f"{workspace}/mlflow: no MLflow store there; give --workspace DIR of a run or --tracking.uri URI")
     return tracking_uri(tracking, workspace)
@@ -136,7 +137,7 @@ def store_uri(tracking: TrackingConfig, workspace: str) -> str:
 
 @contextlib.contextmanager
 def open_registry(tracking: TrackingConfig, workspace: str) -> Iterator[MlflowClient]:
-    """A client of the registry, for commands that change it. ConfigError: no store there, or it does not answer."""
+    """A client of the registry, for commands that change it. UserError: no store there, or it does not answer."""
     store = store_uri(tracking, workspace)
     with _explained(store):
         yield mlflow_client(store)
@@ -211,12 +212,12 @@ def _resolve(client: MlflowClient, asked: re.Match[str], *, uri: str, store: str
     models = {model.name: model for model in client.search_registered_models()}
     if name not in models:
         known = f"it has {', '.join(sorted(models))}" if models else "it has none: run `solar register`"
-        raise ConfigError(f"{uri}: no model {name!r} at {redacted(store)}; {known}")
+        raise UserError(f"{uri}: no model {name!r} at {redacted(store)}; {known}")
     if alias:
         known = ", ".join(sorted(models[name].aliases)) or "none"
-        raise ConfigError(f"{uri}: model {name!r} has no alias {alias!r}; its aliases: {known}")
+        raise UserError(f"{uri}: model {name!r} has no alias {alias!r}; its aliases: {known}")
     known = ", ".join(sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int))
-    raise ConfigError(f"{uri}: model {name!r} has no version {asked['version']}; its versions: {known or 'none'}")
+    raise UserError(f"{uri}: model {name!r} has no version {asked['version']}; its versions: {known or 'none'}")
 
 
 def _exported_files(artifact: str, version: ModelVersion, *, uri: str, store: str, workspace: str) -> Path:
@@ -251,7 +252,7 @@ def _download(artifact: str, scratch: str, *, uri: str, store: str) -> Path:
         )
     except Exception as error:
         reason = redacted(one_line(error))[:200]
-        raise ConfigError(f"{uri}: artifact {redacted(artifact)} cannot be fetched: {reason}") from error
+        raise UserError(f"{uri}: artifact {redacted(artifact)} cannot be fetched: {reason}") from error
 
 
 def _complete(directory: Path, *, uri: str) -> Path:
@@ -263,9 +264,7 @@ def _complete(directory: Path, *, uri: str) -> Path:
             names += ["user-values.parquet", *(f"table-user-{name}.safetensors" for name in user_features)]
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
-        raise ConfigError(
-            f"{uri}: artifact {directory / missing[0]} is missing: restore it or register the model again"
-        )
+        raise UserError(f"{uri}: artifact {directory / missing[0]} is missing: restore it or register the model again")
     return directory
 
 
@@ -276,7 +275,7 @@ def _explained(store: str) -> Iterator[None]:
     os.environ.update({key: value for key, value in PATIENCE.items() if before[key] is None})
     try:
         yield
-    except ConfigError:
+    except UserError:
         raise
     # Whatever the store's driver raises: database, network and missing-driver errors share no class.
     except Exception as error:

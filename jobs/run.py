@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 from jobs.cluster import ray_session
-from jobs.config import RunConfig, redacted
-from jobs.console import Console
+from jobs.config import RunConfig
 from jobs.evaluate import Evaluated, evaluate_run
+from jobs.host.console import Console
+from jobs.host.secrets import redacted
 from jobs.ingest import import_missing, prepare_shards
 from jobs.register import Registered, register
 from jobs.report import print_results

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from jobs.config import ConfigError, RunConfig, redacted
+from jobs.config import RunConfig
+from jobs.host.code_version import git_commit
+from jobs.host.errors import UserError
+from jobs.host.files import read_json, write_json
+from jobs.host.locks import LOCK_FILES
+from jobs.host.secrets import redacted
 from jobs.spool import NAME as SPOOL
-from jobs.tracking import TrackedRun, git_commit, open_run, system_facts
+from jobs.tracking import TrackedRun, open_run, system_facts
 from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_state
 from jobs.training.plan import PLAN_FILE
-from jobs.training.run_lock import LOCK_FILES
 from jobs.warm_start import find_checkpoint
 from pipeline.shards.dataset import Shards
 
 RECORD = "run.json"
+
+
 FACTS = ("config", "fingerprint", "manifest", "manifest_fingerprint", "git_commit", "warm_start")
 
 
@@ -40,14 +44,14 @@ def previous_run(config: RunConfig, shards: Shards) -> dict[str, Any]:
         return {}
     if previous["fingerprint"] != config.fingerprint():
         key, there, here = _first_difference(previous["config"], config.as_dict(), config.identity())
-        raise ConfigError(
+        raise UserError(
             f"{config.run_dir}: belongs to another configuration ({key} is {there} there, {here} here): "
             "choose another --name, or remove the directory"
         )
     _refuse_other_beginning(config, previous)
     manifest = shards.manifest
     if previous["manifest_fingerprint"] != manifest.fingerprint:
-        raise ConfigError(
+        raise UserError(
             f"{config.run_dir}: was trained on manifest {previous['manifest']} ({previous['manifest_fingerprint']}), "
             f"the shards are now at manifest {manifest.number} ({manifest.fingerprint}): choose another --name"
         )
@@ -64,14 +68,14 @@ def read_record(run_dir: Path) -> dict[str, Any]:
             fix = f"remove {run_dir}, there is no checkpoint in it"
             if latest_checkpoint(run_dir) is not None:
                 fix = "remove it; the checkpoints say the same, only the MLflow run will be a new one"
-            raise ConfigError(f"{file}: not valid JSON (damaged or cut): {fix}") from error
+            raise UserError(f"{file}: not valid JSON (damaged or cut): {fix}") from error
     latest = latest_checkpoint(run_dir)
     if latest is not None:
         document = read_state(latest)
         return {key: document.get(key) for key in FACTS}
     ours = {*LOCK_FILES, Path(RECORD).with_suffix(".tmp").name}
     if run_dir.exists() and any(path.name not in ours for path in run_dir.iterdir()):
-        raise ConfigError(f"{run_dir}: not empty and not a run: choose another --name or --workspace")
+        raise UserError(f"{run_dir}: not empty and not a run: choose another --name or --workspace")
     return {}
 
 
@@ -88,7 +92,7 @@ def open_tracked_run(config: RunConfig, facts: dict[str, Any], previous: dict[st
             spool=config.run_dir / SPOOL,
         )
     except MlflowException as error:
-        raise ConfigError(f"tracking.uri={redacted(config.tracking.uri)}: {redacted(str(error))}") from error
+        raise UserError(f"tracking.uri={redacted(config.tracking.uri)}: {redacted(str(error))}") from error
     config.run_dir.mkdir(parents=True, exist_ok=True)
     write_json(config.run_dir / RECORD, {**facts, "mlflow_run_id": run.run_id, "mlflow_status": "RUNNING"})
     if run.run_id != previous.get("mlflow_run_id"):
@@ -110,24 +114,6 @@ def close_tracked_run(config: RunConfig, run: TrackedRun, *, status: str) -> boo
     return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Replace the file as a whole; an OSError names it, and leaves the old one."""
-    staged = path.with_suffix(".tmp")
-    try:
-        with staged.open("w") as stream:
-            json.dump(document, stream, indent=1, sort_keys=True)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(staged, path)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def _refuse_other_beginning(config: RunConfig, previous: dict[str, Any]) -> None:
     """The run began from a certain checkpoint, or from the seed. One that is gone by now is not needed any more."""
     begun, asked = previous.get("warm_start"), config.training.warm_start
@@ -136,7 +122,7 @@ def _refuse_other_beginning(config: RunConfig, previous: dict[str, Any]) -> None
     here = checkpoint_key(find_checkpoint(asked)) if asked else None
     if begun != here:
         there = previous["config"]["training"].get("warm_start")
-        raise ConfigError(
+        raise UserError(
             f"{config.run_dir}: belongs to another configuration (training.warm_start is {_beginning(there, begun)} "
             f"there, {_beginning(asked, here)} here): choose another --name, or remove the directory"
         )

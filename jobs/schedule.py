@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cron import Cron
-from jobs.exit_codes import MISTAKE
+from jobs.host.errors import MISTAKE, wait_seconds
+from jobs.host.files import read_json, write_json
 from jobs.night_process import Outcome
-from jobs.retries import wait_seconds
-from jobs.run_record import read_json, write_json
 
 LONGEST_SLEEP_SECONDS = 30.0
 BACKWARDS_SECONDS = 3600.0

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from jobs.actors import map_in_actors
 from jobs.cluster import ClusterConfig, ray_session
-from jobs.config import ConfigError
-from jobs.console import Console, Stage
+from jobs.host.console import Console, Stage
+from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig, ScoreCounts
 from jobs.registry import RegisteredModel
 from jobs.score_input import Part, Requests
@@ -45,13 +45,13 @@ def score(
     cluster: ClusterConfig | None = None,
     parallel: int | None = None,
 ) -> ScoreCounts:
-    """Score every request; the result appears whole or not at all. ConfigError, DataError: a mistake in the input.
+    """Score every request; the result appears whole or not at all. UserError, DataError: a mistake in the input.
 
     `parallel`: actors, each with the model in memory; None = a core each.
     """
     out = Path(config.out)
     if out.exists() and not config.overwrite:
-        raise ConfigError(f"{out}: is there already: name another --out, or add --overwrite")
+        raise UserError(f"{out}: is there already: name another --out, or add --overwrite")
     counts = ScoreCounts()
     with contextlib.closing(Requests(Path(config.requests))) as requests, console.stage("score") as stage:
         requests.refuse_as_result(out)
@@ -130,13 +130,13 @@ def _scored_in_actors(
 
 
 def _states(model: RegisteredModel, config: ScoreConfig, console: Console) -> StoredUsers | None:
-    """The states that the config names. ConfigError: of another model, or none and no shards either."""
+    """The states that the config names. UserError: of another model, or none and no shards either."""
     if config.states is None:
         return None
     refuse_models_without_states(model)
     states = find_states(model, absolute(config.states))
     if states is None and config.shards is None:
-        raise ConfigError(
+        raise UserError(
             f"--states {config.states}: holds no complete states of {model.uri}: build them with --build-states, "
             "or give --shards to read raw histories"
         )
@@ -148,13 +148,13 @@ def _states(model: RegisteredModel, config: ScoreConfig, console: Console) -> St
 def _check_options(requests: Requests, config: ScoreConfig) -> None:
     given = "candidates" in requests.schema.names
     if not given and config.top_k is None:
-        raise ConfigError(
+        raise UserError(
             f"{requests.path}: column 'candidates' is missing: add it, or rank the whole catalogue with --top_k N"
         )
     if not given and config.states is not None and not config.keep_seen:
-        raise ConfigError(
+        raise UserError(
             "--states: do not tell which items a user has seen: rank the whole catalogue with --keep_seen, give "
             "candidates, or leave --states out"
         )
     if given and config.keep_seen:
-        raise ConfigError("--keep_seen: belongs to a ranking of the whole catalogue, but the requests have candidates")
+        raise UserError("--keep_seen: belongs to a ranking of the whole catalogue, but the requests have candidates")

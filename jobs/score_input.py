@@ -15,8 +15,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.config import ConfigError
-from jobs.console import one_line
+from jobs.host.console import one_line
+from jobs.host.errors import UserError
 from jobs.registry import RegisteredTables
 from jobs.scorer import Scorer
 from jobs.scorer_input import NO_TIME, Histories, RequestError, cast_values, flat_offsets, required_column, time_column
@@ -94,14 +94,14 @@ class Requests:
         if path.is_dir():
             names = sorted(file for file in path.glob("*.parquet") if not file.name.startswith((".", "_")))
         if not names:
-            raise ConfigError(f"{path}: no Parquet files there: give a file of requests, or a directory of them")
+            raise UserError(f"{path}: no Parquet files there: give a file of requests, or a directory of them")
         self.files = [RequestFile(name) for name in names]
         self.num_rows, self.schema = sum(file.num_rows for file in self.files), self.files[0].schema
         if not self.num_rows:
-            raise ConfigError(f"{path}: it holds no request")
+            raise UserError(f"{path}: it holds no request")
         for file in self.files[1:]:
             if not file.schema.equals(self.schema):
-                raise ConfigError(f"{file.path}: its columns are not those of {names[0]}: give all files the same ones")
+                raise UserError(f"{file.path}: its columns are not those of {names[0]}: give all files the same ones")
 
     def parts(self, most: int) -> list[Part]:
         """All rows, at most so many a part."""
@@ -114,11 +114,11 @@ class Requests:
         return found
 
     def refuse_as_result(self, out: Path) -> None:
-        """ConfigError where the result would be one of the files, or lie among them."""
+        """UserError where the result would be one of the files, or lie among them."""
         if out.exists() and any(out.samefile(file.path) for file in self.files):
-            raise ConfigError(f"{out}: is the file of the requests: name another --out")
+            raise UserError(f"{out}: is the file of the requests: name another --out")
         if self.path.is_dir() and out.parent.exists() and out.parent.samefile(self.path):
-            raise ConfigError(f"{out}: lies among the files of the requests: name another --out")
+            raise UserError(f"{out}: lies among the files of the requests: name another --out")
 
     def close(self) -> None:
         for file in self.files:
@@ -134,10 +134,10 @@ class RequestFile:
             self._file = pq.ParquetFile(path)
             self.num_rows, self.schema = self._file.metadata.num_rows, self._file.schema_arrow
         if "scores" in self.schema.names:
-            raise ConfigError(f"{path}: column 'scores' is what the result is called: rename it")
+            raise UserError(f"{path}: column 'scores' is what the result is called: rename it")
 
     def blocks(self, scorer: Scorer, sources: Sources, *, part: Part) -> Iterator[Block]:
-        """The requests of a part in order, after a block without any. ConfigError that names the file for whatever
+        """The requests of a part in order, after a block without any. UserError that names the file for whatever
         cannot be read or is no request."""
         with self._explained():
             # No row has the types already: a mistake in them shows before any work.
@@ -171,11 +171,11 @@ class RequestFile:
         try:
             yield
         except RequestError as error:
-            raise ConfigError(f"{self.path}: {error}") from error
+            raise UserError(f"{self.path}: {error}") from error
         except FileNotFoundError as error:
-            raise ConfigError(f"{self.path}: no such file: give the Parquet file of the requests") from error
+            raise UserError(f"{self.path}: no such file: give the Parquet file of the requests") from error
         except (pa.ArrowException, OSError) as error:
-            raise ConfigError(f"{self.path}: no whole Parquet file: {one_line(error)[:160]}") from error
+            raise UserError(f"{self.path}: no whole Parquet file: {one_line(error)[:160]}") from error
 
 
 class UserHistories:
@@ -184,7 +184,7 @@ class UserHistories:
     def __init__(self, data: Shards, scorer: Scorer) -> None:
         self._data = data
         if scorer.uses_time and not self._data.manifest.has_time:
-            raise ConfigError(
+            raise UserError(
                 f"{data.path}: the events have no times, which this model needs: prepare a log with timestamps"
             )
         self._reader = UserReader(self._data, keep=ROW_GROUPS_KEPT)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 
 CANDIDATES_PER_ROW_GROUP = 1 << 20
 
@@ -28,7 +28,7 @@ class ResultFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
         except OSError as error:
-            raise ConfigError(f"{self._path}: {error.strerror}: name a file that can be written") from error
+            raise UserError(f"{self._path}: {error.strerror}: name a file that can be written") from error
         return self
 
     def __exit__(self, *_: object) -> None:

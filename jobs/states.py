@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 
 from jobs.actors import map_in_actors
 from jobs.cluster import ClusterConfig, ray_session
-from jobs.config import ConfigError
-from jobs.console import Console
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.registry import RegisteredModel
 from jobs.score_input import UserHistories
 from jobs.scorer import build_scorer_tower
@@ -73,7 +73,7 @@ def build_states(
 ) -> StatesBuilt:
     """The state of every user of these shards, at a manifest or the latest; what is there already stays.
 
-    ConfigError: a model that reads raw histories, or a directory with the states of another model or of other shards.
+    UserError: a model that reads raw histories, or a directory with the states of another model or of other shards.
     """
     data = Shards.open(absolute(shards), number=manifest)
     refuse_models_without_states(model)
@@ -103,10 +103,10 @@ def build_states(
 
 
 def refuse_models_without_states(model: RegisteredModel) -> None:
-    """ConfigError where nothing shorter than a raw history can stand for one."""
+    """UserError where nothing shorter than a raw history can stand for one."""
     settings = model.settings
     if build_scorer_tower(settings["model"], num_features=len(settings["features"])).kept_events is None:
-        raise ConfigError(
+        raise UserError(
             f"{model.uri}: {settings['model']['name']} reads raw histories, it has no interests to store: score it "
             "with --shards alone"
         )
@@ -139,7 +139,7 @@ def _refuse_other_owner(out: Path, model: RegisteredModel) -> None:
     for number in Store(str(out)).names():
         commit = read_commit(f"{out}/{number}") if number.isdigit() else None
         if commit is not None and commit["digest"] != model.digest:
-            raise ConfigError(
+            raise UserError(
                 f"{out}: holds states of {commit['model']} version {commit['version']} (digest {commit['digest']}), "
                 f"not of {model.uri}: name another --out"
             )
@@ -148,7 +148,7 @@ def _refuse_other_owner(out: Path, model: RegisteredModel) -> None:
 def _refuse_others(commit: dict[str, Any], identity: dict[str, Any], directory: str) -> None:
     for key, value in identity.items():
         if commit[key] != value:
-            raise ConfigError(f"{directory}: holds states of {key} {commit[key]}, not of {value}: name another --out")
+            raise UserError(f"{directory}: holds states of {key} {commit[key]}, not of {value}: name another --out")
 
 
 def _opened(

@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 from jobs.registry import RegisteredModel
 from pipeline.events import DataError
 from pipeline.shards.dataset import bucket_of
@@ -41,14 +41,14 @@ def bucket_file(bucket: int) -> str:
 
 
 def find_states(model: RegisteredModel, directory: Path | str) -> StoredUsers | None:
-    """The complete states of the latest manifest there; None where there are none. ConfigError: another model's."""
+    """The complete states of the latest manifest there; None where there are none. UserError: another model's."""
     numbers = [name for name in Store(str(directory)).names() if re.fullmatch(r"\d{8}", name)]
     for number in sorted(numbers, reverse=True):
         commit = read_commit(f"{directory}/{number}")
         if commit is None:
             continue
         if commit["digest"] != model.digest:
-            raise ConfigError(
+            raise UserError(
                 f"{directory}: states of {commit['model']} (digest {commit['digest']}), not of {model.uri} "
                 f"({model.digest}): build those with --build-states"
             )
@@ -57,18 +57,18 @@ def find_states(model: RegisteredModel, directory: Path | str) -> StoredUsers | 
 
 
 def read_commit(directory: str) -> dict[str, Any] | None:
-    """What makes states complete; None where they are not. ConfigError: it is damaged, or names files elsewhere."""
+    """What makes states complete; None where they are not. UserError: it is damaged, or names files elsewhere."""
     try:
         commit = json.loads(Store(directory).read(COMMIT))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ConfigError(f"{directory}/{COMMIT}: is damaged: remove it and build the states again") from error
+        raise UserError(f"{directory}/{COMMIT}: is damaged: remove it and build the states again") from error
     if not isinstance(commit, dict) or any(key not in commit for key in _REQUIRED) or commit["format"] != 1:
-        raise ConfigError(f"{directory}/{COMMIT}: is no commit of format 1: remove it and build the states again")
+        raise UserError(f"{directory}/{COMMIT}: is no commit of format 1: remove it and build the states again")
     for file in commit["files"]:
         if not _FILE.fullmatch(str(file.get("name"))):
-            raise ConfigError(f"{directory}/{COMMIT}: names {file.get('name')!r}, which is no file of states")
+            raise UserError(f"{directory}/{COMMIT}: names {file.get('name')!r}, which is no file of states")
     return commit
 
 

@@ -12,9 +12,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.config import ConfigError, RunConfig
+from jobs.config import RunConfig
 from jobs.config_reader import stored_config, values_of
 from jobs.evaluate import System
+from jobs.host.errors import UserError
 from jobs.recipes import recipe_names
 from jobs.registry import fetch_model
 from jobs.tracking import TrackingConfig
@@ -69,7 +70,7 @@ def _checkpoint(path: Path, arguments: Sequence[str]) -> Subject:
     stored = stored_config("evaluate", document["config"], str(path), [])
     config = stored_config("evaluate", document["config"], str(path), arguments)
     if config.model != stored.model:
-        raise ConfigError(f"{path}: --model.* cannot change what was trained; remove it")
+        raise UserError(f"{path}: --model.* cannot change what was trained; remove it")
     shards = _training_shards(stored, document["manifest"], path)
     system = System(
         name=config.model["name"],
@@ -84,7 +85,7 @@ def _training_shards(stored: RunConfig, manifest: int, path: Path) -> Shards:
     """The data set as it was when the checkpoint was written: its vocabulary says which row is which item."""
     try:
         return open_shards(stored, number=manifest)
-    except (DataError, ConfigError) as error:
+    except (DataError, UserError) as error:
         raise CheckpointError(
             f"{path}: was trained on manifest {manifest} of {stored.shards_dir}, which cannot be read ({error}); bring "
             "it back, or evaluate the registered model, which carries its items"

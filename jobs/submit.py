@@ -23,12 +23,13 @@ from typing import Any
 import yaml
 
 from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT, WORKER_ENVIRONMENT
-from jobs.config import ConfigError, redacted
-from jobs.console import one_line
-from jobs.notify import URL_VARIABLE
+from jobs.host.code_version import GIT_COMMIT_VARIABLE, git_commit
+from jobs.host.console import one_line
+from jobs.host.errors import UserError
+from jobs.host.notify import URL_VARIABLE
+from jobs.host.secrets import redacted
 from jobs.ray_jobs import STOP_GRACE_VARIABLE, Cluster
 from jobs.recipes import recipe_names
-from jobs.tracking import GIT_COMMIT_VARIABLE, git_commit
 
 PACKAGES = ("jobs", "models", "pipeline")
 CODE_SUFFIXES = (".py", ".yaml", ".html")
@@ -138,12 +139,12 @@ def job_command(arguments: Sequence[str], *, directory: Path, workspace: str | N
         arguments.pop(0)
     name = _checked_name(arguments)
     if any(redacted(argument) != argument for argument in arguments):
-        raise ConfigError(
+        raise UserError(
             f"submit: {redacted(shlex.join(arguments))}: a cluster shows its jobs' commands, so a password must not be "
             "in them: put the setting into a YAML file, or set it in the environment of the cluster's nodes"
         )
     if _given(arguments, "notify.url"):
-        raise ConfigError(
+        raise UserError(
             "submit: --notify.url: a cluster shows its jobs' commands, and a webhook's token must not be there: put it "
             f"into a YAML file, or set {URL_VARIABLE} in the environment of the cluster's nodes"
         )
@@ -174,13 +175,13 @@ def stage(directory: Path, files: Mapping[str, Path]) -> None:
 
 
 def check_size(directory: Path, *, limit: int) -> None:
-    """ConfigError with the largest files where the directory holds more than `limit` bytes."""
+    """UserError with the largest files where the directory holds more than `limit` bytes."""
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
     total = sum(sizes.values())
     if total > limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         named = ", ".join(f"{name} ({sizes[name] / 2**20:.1f} MiB)" for name in largest)
-        raise ConfigError(
+        raise UserError(
             f"submit: the upload has {total / 2**20:.1f} MiB, Ray takes {limit / 2**20:.0f}; the largest: {named}: "
             "keep data outside of the packages and of YAML files"
         )
@@ -191,9 +192,9 @@ def _checked_name(arguments: Sequence[str]) -> str:
 
     jobs = [command for command in COMMANDS if command not in NOT_JOBS]
     if not arguments:
-        raise ConfigError("submit: no command given: put it after --, such as solar submit -- run movielens-100k")
+        raise UserError("submit: no command given: put it after --, such as solar submit -- run movielens-100k")
     if arguments[0] not in jobs:
-        raise ConfigError(f"submit: {arguments[0]!r} cannot be a job: one of {', '.join(jobs)}")
+        raise UserError(f"submit: {arguments[0]!r} cannot be a job: one of {', '.join(jobs)}")
     return arguments[0]
 
 
@@ -205,7 +206,7 @@ def _with_uploaded_files(arguments: Sequence[str], directory: Path) -> tuple[lis
         if value.endswith((".yaml", ".yml")):
             path = directory / value
             if not path.is_file():
-                raise ConfigError(f"submit: {value}: no such file here: name a YAML file to upload, or a recipe")
+                raise UserError(f"submit: {value}: no such file here: name a YAML file to upload, or a recipe")
             inside = not Path(value).is_absolute() and ".." not in Path(value).parts
             target = value if inside else f"uploaded/{len(files)}/{path.name}"
             files[target] = path
@@ -263,16 +264,16 @@ def _workspace(
     """The `--workspace` to add to the command."""
     if name in WITHOUT_WORKSPACE:
         if workspace:
-            raise ConfigError(f"submit: --workspace {workspace}: `solar {name}` writes nothing: leave it away")
+            raise UserError(f"submit: --workspace {workspace}: `solar {name}` writes nothing: leave it away")
         return []
     if _given(arguments, "workspace"):
         if workspace:
-            raise ConfigError(f"submit: --workspace {workspace} is given beside the command's own: give one of them")
+            raise UserError(f"submit: --workspace {workspace} is given beside the command's own: give one of them")
         return []
     if workspace is None and in_files:
         return []
     if workspace is None and not same_machine:
-        raise ConfigError(
+        raise UserError(
             "submit: --workspace DIR is not given, and the cluster is not this machine: name an absolute directory "
             "that all of its nodes mount"
         )
@@ -300,7 +301,7 @@ def _absolute(value: str, directory: Path, named: str, *, same_machine: bool) ->
         return f"[{', '.join(found)}]"
     prefix = SQLITE if value.startswith(SQLITE) else ""
     if not same_machine:
-        raise ConfigError(
+        raise UserError(
             f"submit: {named} {value}: relative to a directory that the cluster does not see: give an absolute path "
             "that all of its nodes mount, or a URI"
         )
@@ -316,7 +317,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from error
+        raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from error
     return values if isinstance(values, dict) else {}
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -18,20 +17,26 @@ from typing import Any
 
 import psutil
 
-from jobs.environment import environment
+from jobs.host.process import environment
 from jobs.spool import IMPATIENT, Point, Spool, is_away
 
 METRICS_PER_REQUEST = 1000
 """MLflow's limit of one log_batch call."""
+
+
 PARAM_LENGTH = 6000
 """MLflow's limit of a parameter's value."""
+
+
 FLUSH_SECONDS = 5.0
+
+
 AWAY_SECONDS = 30.0
 """After MLflow did not answer: until it is asked again."""
+
+
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for an MLflow that is away."""
-GIT_COMMIT_VARIABLE = "SOLAR_GIT_COMMIT"
-"""Environment variable that tells a job which commit its code was uploaded from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,24 +188,6 @@ def system_facts() -> dict[str, Any]:
         "system.memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         **{f"system.{name}": version(name) for name in ("torch", "torchrec", "deepspeed", "ray")},
     }
-
-
-def git_commit() -> str:
-    """Commit of the running code, with `-dirty` where it was changed.
-
-    Outside a checkout what `solar submit` noted down when it uploaded the code, else `unknown`.
-    """
-    root = Path(__file__).resolve().parents[1]
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match", "no-tag"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(GIT_COMMIT_VARIABLE, "unknown")
-    return commit.stdout.strip()
 
 
 def _has_run(client: Any, run_id: str) -> bool:

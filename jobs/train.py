@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster import ray_session
-from jobs.config import ConfigError, RunConfig
-from jobs.console import Console
+from jobs.config import RunConfig
 from jobs.follower import Follower
+from jobs.host.console import Console
+from jobs.host.errors import UserError
+from jobs.host.files import read_json as read_json
+from jobs.host.files import write_json as write_json
+from jobs.host.locks import sole_command, wait_for_workers
 from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, read_record, run_facts
-from jobs.run_record import read_json as read_json
-from jobs.run_record import write_json as write_json
 from jobs.spool import NAME as SPOOL
 from jobs.training.checkpoint import (
     CheckpointError,
@@ -31,7 +33,6 @@ from jobs.training.checkpoint import (
 from jobs.training.job import TrainJob
 from jobs.training.model import model_settings, model_tables
 from jobs.training.results import primary_metric
-from jobs.training.run_lock import sole_command, wait_for_workers
 from jobs.warm_start import Begun, begin_from, best_of
 from jobs.workers import run_workers
 from models.zoo import build_tower
@@ -70,14 +71,14 @@ def train(
             document = read_state(latest, checksums=True)
             if document["train_state"]["finished"]:
                 if shards.manifest.number != present:
-                    raise ConfigError(
+                    raise UserError(
                         f"{config.run_dir}: was trained on manifest {shards.manifest.number}, the shards are now at "
                         f"manifest {present}: choose another --name"
                     )
                 facts = run_facts(config, shards, warm_start=previous.get("warm_start"))
                 return _finished_before(config, facts, previous)
             if not (resume or from_previous):
-                raise ConfigError(
+                raise UserError(
                     f"{config.run_dir}: holds an unfinished run ({latest.name}): add --resume, or --name NEW"
                 )
         if shards.manifest.number != present:
@@ -102,7 +103,7 @@ def _begin(config: RunConfig, shards: Shards, previous: dict[str, Any], console:
             config.training.warm_start, model=config.model, sparse=config.optimizer.sparse, shards=shards
         )
     except CheckpointError as error:
-        raise ConfigError(f"training.warm_start={config.training.warm_start}: {error}") from error
+        raise UserError(f"training.warm_start={config.training.warm_start}: {error}") from error
     console.line(f"{'train':<12} begins from {begun.path} ({begun.key})")
     return begun
 
@@ -151,7 +152,7 @@ def trained_run(config: RunConfig) -> Trained:
     """What a run of this config left behind, finished or not."""
     previous = previous_run(config, run_shards(config))
     if "mlflow_run_id" not in previous:
-        raise ConfigError(f"{config.run_dir}: no run there: run `solar train` first")
+        raise UserError(f"{config.run_dir}: no run there: run `solar train` first")
     return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
 
 
@@ -159,7 +160,7 @@ def require_finished(run_dir: Path) -> None:
     """Refuse a run that still has epochs to go."""
     latest = latest_checkpoint(run_dir)
     if latest is None or not read_state(latest)["train_state"]["finished"]:
-        raise ConfigError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
+        raise UserError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
 
 
 def run_shards(config: RunConfig) -> Shards:
@@ -171,7 +172,7 @@ def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
     """The current data set of a config, or it as manifest `number` describes it."""
     path = absolute(config.shards_dir)
     if current_manifest(path) is None:
-        raise ConfigError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
+        raise UserError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
     return Shards.open(path, number=number)
 
 
@@ -199,7 +200,7 @@ def train_job(
 def best_checkpoint(run_dir: Path) -> Path:
     """The checkpoint with the best validation metric so far, with all its checksums right."""
     if latest_checkpoint(run_dir) is None:
-        raise ConfigError(f"{run_dir}: no checkpoint there: run `solar train` first")
+        raise UserError(f"{run_dir}: no checkpoint there: run `solar train` first")
     chosen = best_of(run_dir)
     read_state(chosen, checksums=True)
     return chosen
@@ -209,8 +210,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from jobs.training.checkpoint import discard_unfinished
+    from jobs.training.group_lock import sole_group
     from jobs.training.loop import train as train_loop
-    from jobs.training.run_lock import sole_group
 
     run_dir, reporter = Path(arguments["job"].run_dir), arguments["reporter"]
     with sole_group(run_dir, tell=lambda text: reporter.row("waiting", text=text)):
@@ -222,21 +223,21 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 
 def _check_model(config: RunConfig, shards: Shards) -> None:
     if config.model.get("time_features") and not shards.manifest.has_time:
-        raise ConfigError(
+        raise UserError(
             f"model.time_features=true: {config.shards_dir} has an order only, no time stamps: "
             "set --model.time_features false"
         )
     if config.optimizer.sparse == "adam" and config.parallel.table_memory == "cached":
-        raise ConfigError(
+        raise UserError(
             "optimizer.sparse=adam with parallel.table_memory=cached: it writes rows beside the GPU's cache: set "
             "--parallel.table_memory host, or --optimizer.sparse rowwise_adagrad"
         )
     if config.model["width"] % 4:
-        raise ConfigError(f"model.width={config.model['width']}: must be a multiple of 4, as tables are stored")
+        raise UserError(f"model.width={config.model['width']}: must be a multiple of 4, as tables are stored")
     widths = config.model.get("feature_width")
     features = [*shards.vocabulary.features, *shards.vocabulary.user_features]
     if isinstance(widths, dict) and (unknown := sorted(set(widths) - set(features))):
-        raise ConfigError(
+        raise UserError(
             f"model.feature_width: {config.shards_dir} has no feature {unknown[0]!r}: it has "
             f"{', '.join(features) or 'none'}; take it out"
         )
@@ -247,7 +248,7 @@ def _check_parts(config: RunConfig, counts: RequestCounts) -> None:
     requests = config.data.requests
     for part in ("train", "valid", "test"):
         if not getattr(counts, part).requests.any():
-            raise ConfigError(
+            raise UserError(
                 f"data.requests: task {requests.task} with split {requests.split} (valid_from {requests.valid_from}, "
                 f"test_from {requests.test_from}) leaves no {part} request in {config.shards_dir}: move the bounds, "
                 "lower min_history, or bring more events"

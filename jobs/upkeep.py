@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.cluster import ClusterConfig, ray_session
-from jobs.console import Console
+from jobs.host.console import Console
 from jobs.ingest import progress_of
 from pipeline.build import compact, forget, migrate
 from pipeline.prepare.forgetting import clean_output, read_users, traces

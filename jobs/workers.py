@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jobs.config import ConfigError, RunConfig
-from jobs.environment import environment
+from jobs.config import RunConfig
 from jobs.failures import Interrupted, WorkerFailure, explained
-from jobs.signals import noted_signals
+from jobs.host.errors import UserError
+from jobs.host.process import environment, noted_signals
 from jobs.training.parallel import ParallelConfig
 
 POLL_SECONDS = 0.5
@@ -155,7 +155,7 @@ def _check_resources(parallel: ParallelConfig) -> None:
     for kind, count in needed.items():
         if there.get(kind, 0) < count:
             asked = [parallel.min_workers, parallel.max_workers] if parallel.elastic else parallel.num_workers
-            raise ConfigError(
+            raise UserError(
                 f"parallel.num_workers={asked}, device={parallel.device}: needs {count} {kind}, "
                 f"this Ray has {there.get(kind, 0):.0f}: lower parallel.num_workers or set parallel.device"
             )

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jobs.console import Console, one_line
+from jobs.host.console import Console, one_line
 from jobs.recipes import recipe_names
 
 
@@ -32,32 +32,32 @@ def recipe_config(command: str, arguments: list[str]) -> Any | None:
 def parse(parser: Any, arguments: list[str]) -> Any:
     from jsonargparse import ArgumentError
 
-    from jobs.config import ConfigError
     from jobs.config_reader import explain
+    from jobs.host.errors import UserError
 
     try:
         return parser.parse_args(arguments)
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(f"{parser.prog.removeprefix('solar ')}: {explain(error, parser)}") from error
+        raise UserError(f"{parser.prog.removeprefix('solar ')}: {explain(error, parser)}") from error
 
 
 def instantiate(parser: Any, parsed: Any) -> Any:
-    from jobs.config import ConfigError
+    from jobs.host.errors import UserError
 
     try:
         return parser.instantiate(parsed)
     except ValueError as error:
-        raise ConfigError(f"{parser.prog.removeprefix('solar ')}: {one_line(error)}") from error
+        raise UserError(f"{parser.prog.removeprefix('solar ')}: {one_line(error)}") from error
 
 
 def usage_error(command: str, text: str) -> Exception:
-    from jobs.config import ConfigError
+    from jobs.host.errors import UserError
 
-    return ConfigError(f"{command}: {text}")
+    return UserError(f"{command}: {text}")
 
 
 def capture(console: Console, workspace: str, command: str, *, verbose: bool) -> None:
-    from jobs.config import ConfigError
+    from jobs.host.errors import UserError
 
     if verbose:
         return
@@ -65,4 +65,4 @@ def capture(console: Console, workspace: str, command: str, *, verbose: bool) ->
     try:
         console.capture_libraries(log)
     except OSError as error:
-        raise ConfigError(f"workspace={workspace}: {error.strerror}: name a directory that can be written") from error
+        raise UserError(f"workspace={workspace}: {error.strerror}: name a directory that can be written") from error

@@ -7,9 +7,8 @@ import time
 from typing import Any
 
 from jobs.commands.arguments import parse, usage_error
-from jobs.console import Console, one_line
-from jobs.exit_codes import INTERRUPTED, MISTAKE
-from jobs.retries import wait_seconds
+from jobs.host.console import Console, one_line
+from jobs.host.errors import INTERRUPTED, MISTAKE, wait_seconds
 
 ADDRESS_HELP = (
     "the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's"

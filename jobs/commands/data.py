@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.commands.arguments import capture, instantiate, parse, usage_error
-from jobs.console import Console, one_line
+from jobs.host.console import Console, one_line
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

@@ -9,8 +9,8 @@ import signal
 from typing import Any
 
 from jobs.commands.arguments import capture, parse, recipe_config, usage_error
-from jobs.console import Console, one_line
-from jobs.exit_codes import TRY_LATER
+from jobs.host.console import Console, one_line
+from jobs.host.errors import TRY_LATER
 from jobs.night_process import SCHEDULED_VARIABLE
 
 

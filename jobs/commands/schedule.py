@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.commands.arguments import usage_error
-from jobs.console import Console
+from jobs.host.console import Console
 from jobs.recipes import recipe_names
 
 SOLAR = (sys.executable, "-P", "-m", "jobs.cli")
@@ -113,7 +113,7 @@ def _check_emit(options: argparse.Namespace) -> None:
 
 def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
     """As manifests."""
-    from jobs.config import ConfigError
+    from jobs.host.errors import UserError
     from jobs.manifests import PlaceConfig, night_of, write_manifests
     from jobs.manifests_cronjob import cronjob_documents
     from jobs.manifests_kuberay import kuberay_documents
@@ -126,7 +126,7 @@ def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace,
             image=options.image, gpu=options.gpu, retries=options.retries, retry_minutes=options.retry_minutes, **given
         )
     except ValueError as error:
-        raise ConfigError(f"schedule: {error}") from error
+        raise UserError(f"schedule: {error}") from error
     what = night_of(night[0], night[1:], config, cron)
     documents = (cronjob_documents if options.emit == "cronjob" else kuberay_documents)(what, place)
     for path in write_manifests(Path(options.out), documents, overwrite=options.overwrite):
@@ -137,11 +137,11 @@ def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace,
 
 def _run(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
     """Here, until a signal."""
+    from jobs.host.locks import sole_command
+    from jobs.host.process import noted_signals
+    from jobs.host.secrets import refuse_open_directory
     from jobs.night_process import run_night
-    from jobs.permissions import refuse_open_directory
     from jobs.schedule import Scheduler, Surroundings
-    from jobs.signals import noted_signals
-    from jobs.training.run_lock import sole_command
 
     directory = Path(config.workspace).absolute() / "schedules" / config.name
     for each in (directory.parents[1], directory.parent, directory):
@@ -191,7 +191,7 @@ def _echo(text: str) -> None:
 
 
 def _notify_failed(config: Any, reason: str, errors: Path, console: Console) -> None:
-    from jobs.notify import notify
+    from jobs.host.notify import notify
 
     event = {
         "event": "failed",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.commands.arguments import capture, parse, usage_error
-from jobs.console import Console, one_line
+from jobs.host.console import Console, one_line
 
 
 def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -65,7 +65,7 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def _refuse_mixed_up(parsed: Any) -> None:
-    """ConfigError for options of scoring beside those of building states, and the other way round."""
+    """UserError for options of scoring beside those of building states, and the other way round."""
     if parsed.parallel is not None and parsed.parallel < 1:
         raise usage_error("score", f"--parallel={parsed.parallel}: must be 1 or more")
     if parsed.build_states:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jobs.commands.arguments import usage_error
-from jobs.console import Console
+from jobs.host.console import Console
 
 
 def doctor(arguments: list[str], console: Console, *, verbose: bool) -> int:

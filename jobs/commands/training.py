@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.commands.arguments import capture, parse, recipe_config, usage_error
-from jobs.console import Console
+from jobs.host.console import Console
 
 
 def run(arguments: list[str], console: Console, *, verbose: bool) -> int:

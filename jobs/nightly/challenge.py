@@ -13,12 +13,13 @@ import datetime
 from typing import Any
 
 from jobs.champions import champion
-from jobs.config import ConfigError
 from jobs.evaluate import System, evaluate
+from jobs.host.errors import UserError
+from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, NightContext
 from jobs.nightly.journal import past_nights
 from jobs.registry import RegisteredModel
-from jobs.train import open_shards, read_json, train
+from jobs.train import open_shards, train
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.warm_start import begin_from
 from pipeline.batches.requests import RequestConfig
@@ -67,7 +68,7 @@ def night_requests(night: NightContext, before: dict[str, Any]) -> RequestConfig
         return night.requests(valid_from=valid_from, test_from=gate_from)
     if train_from >= valid_from:
         moment = datetime.datetime.fromtimestamp(train_from / 1000, datetime.UTC)
-        raise ConfigError(
+        raise UserError(
             f"{night.date}: the champion, version {before['version']}, was trained on requests up to "
             f"{moment:%Y-%m-%d %H:%M} UTC: nothing is new that night; name a later --date"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.champions import needed_versions
 from jobs.config import RunConfig
-from jobs.console import Console
+from jobs.host.console import Console
 from jobs.nightly.journal import past_nights
 from jobs.training.checkpoint import remove_committed
 from pipeline.events import DataError

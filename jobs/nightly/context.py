@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import RunConfig
-from jobs.console import Console
+from jobs.host.console import Console
 from jobs.nightly.journal import Journal
 from jobs.registry import RegisteredModel, fetch_model
 from jobs.tracking import mlflow_client, tracking_uri

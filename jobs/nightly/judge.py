@@ -11,6 +11,7 @@ import numpy as np
 
 from jobs.champions import champion_at_night
 from jobs.evaluate import System, evaluate, read_result
+from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE, NightContext
 from jobs.nightly.gate import (
     Comparison,
@@ -27,7 +28,7 @@ from jobs.nightly.guards import day_guards, latencies, model_guards
 from jobs.nightly.journal import past_nights
 from jobs.register import export_model
 from jobs.registry import EXPORT
-from jobs.train import open_shards, read_json
+from jobs.train import open_shards
 from jobs.training.checkpoint import remove_committed
 from pipeline.batches.requests import RequestConfig
 

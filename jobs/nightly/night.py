@@ -13,8 +13,9 @@ from typing import Any
 
 from jobs.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
 from jobs.cluster import ray_session
-from jobs.config import ConfigError
 from jobs.evaluate import Evaluated
+from jobs.host.errors import UserError
+from jobs.host.files import read_json
 from jobs.nightly import context
 from jobs.nightly.challenge import lacking, measure_champion, night_requests, train_challenger
 from jobs.nightly.collect import collect_old
@@ -26,7 +27,7 @@ from jobs.nightly.take_in import require_input, take_in
 from jobs.register import register
 from jobs.states import build_states, refuse_models_without_states
 from jobs.stored_users import states_directory
-from jobs.train import Trained, read_json
+from jobs.train import Trained
 from pipeline.shards.manifest import why_removed
 from pipeline.storage import absolute
 
@@ -157,7 +158,7 @@ def _build_states(night: NightContext, registered: dict[str, Any], prepared: dic
     model = night.fetch(registered["champion"])
     try:
         refuse_models_without_states(model)
-    except ConfigError as error:
+    except UserError as error:
         return {"built": None, "why": str(error)}
     built = build_states(
         model, shards=night.config.shards_dir, manifest=prepared["manifest"],

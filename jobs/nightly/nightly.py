@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from jobs.champions import ChampionChanged, champion, note_night
-from jobs.config import ConfigError, RunConfig
-from jobs.console import Console, one_line
-from jobs.environment import environment
+from jobs.config import RunConfig
 from jobs.failures import WorkerFailure
+from jobs.host.console import Console, one_line
+from jobs.host.errors import UserError
+from jobs.host.locks import RunInUse, sole_command
+from jobs.host.notify import notify
+from jobs.host.process import environment
+from jobs.host.secrets import refuse_open_directory
 from jobs.night_process import SCHEDULED_VARIABLE
 from jobs.nightly.context import NightContext, nights_directory
 from jobs.nightly.journal import END, Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import REASON_LENGTH, run_night
-from jobs.notify import notify
-from jobs.permissions import refuse_open_directory
 from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
 from jobs.spool import is_away
-from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
-from jobs.training.run_lock import RunInUse, sole_command
+from jobs.training.checkpoint import CheckpointNotWritten
 from pipeline.events import DataError, NotNow
 from pipeline.log.daily import days_told
 from pipeline.prepare.plan import pending_days
@@ -57,7 +58,7 @@ def nightly(
 ) -> list[dict[str, Any]]:
     """Run the night, and with `catch_up` those before it; what each came to.
 
-    TryLater: the day has no input yet, MLflow is away, the disk is full, another night is at work. ConfigError: the
+    TryLater: the day has no input yet, MLflow is away, the disk is full, another night is at work. UserError: the
     recipe has no daily log, or the date is before the last night.
     """
     date, root = night_of(config, options), nights_directory(config)
@@ -88,7 +89,7 @@ def _outcome(
         if is_last:
             raise
         return _given_up(night, "no_input", error)
-    except (ConfigError, DataError, CheckpointError, WorkerFailure) as error:
+    except (UserError, DataError, WorkerFailure) as error:
         if is_last or isinstance(error, _LATER):
             raise
         return _given_up(night, "failed", error)
@@ -109,10 +110,10 @@ def _patience() -> dict[str, str]:
 
 
 def night_of(config: RunConfig, options: NightlyOptions) -> datetime.date:
-    """The day that is meant. ConfigError where the log is not by day."""
+    """The day that is meant. UserError where the log is not by day."""
     daily = config.data.prepare.daily
     if daily.folder is None:
-        raise ConfigError(
+        raise UserError(
             "data.prepare.daily.folder is not set: a night needs a log with a folder a day, as dt=%Y-%m-%d, and its "
             "place in data.events"
         )
@@ -120,12 +121,12 @@ def night_of(config: RunConfig, options: NightlyOptions) -> datetime.date:
 
 
 def dates(root: Path, date: datetime.date, *, catch_up: bool) -> list[datetime.date]:
-    """The nights to do, in order. ConfigError: the date is before the last one that ended, and was not done."""
+    """The nights to do, in order. UserError: the date is before the last one that ended, and was not done."""
     past = [night.date for night in past_nights(root)]
     if date in past or not past:
         return [date]
     if date < past[-1]:
-        raise ConfigError(
+        raise UserError(
             f"--date {date}: the night of {past[-1]} is done already: what comes late enters with the next one"
         )
     if not catch_up:

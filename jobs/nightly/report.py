@@ -16,6 +16,7 @@ import jinja2
 
 from jobs.config import RunConfig
 from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
+from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal, past_nights
 from jobs.nightly.report_plots import (
@@ -28,7 +29,6 @@ from jobs.nightly.report_plots import (
 )
 from jobs.plots import plot_loss, plot_spectrum
 from jobs.report import METRIC_NAMES
-from jobs.train import read_json
 from jobs.training.results import ScoredImpressions, primary_metric
 
 LATEST_DAYS = 14

@@ -30,11 +30,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.host.errors import UserError
 from jobs.training.tables import TableShard
 from pipeline.storage import is_inside, sync
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used; the message names the file and the fix in one line."""
 
 

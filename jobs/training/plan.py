@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from jobs.host.errors import UserError
 from models.embeddings import TableSpec
 
 PLAN_FILE = "plan.json"
@@ -28,7 +29,7 @@ _COPIED_BYTES, _SENT_BYTES = 1 << 26, 1 << 24
 _PROBES = 3
 
 
-class TablesDoNotFit(ValueError):
+class TablesDoNotFit(UserError):
     """A machine has less memory than its rows need; one line with both numbers."""
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.config import ConfigError
-from jobs.console import Console
 from jobs.grow import grow
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.train import _check_model
 from jobs.training.checkpoint import committed_checkpoints, read_state
 from jobs.training.optimizers import OptimizerConfig
@@ -152,11 +152,11 @@ def test_widths_that_cannot_be_are_refused_by_name(days):
         ("6", "feature_width = 6: the width must be a multiple of 4"),
         ('{"taste": 0}', "the width of taste must be a multiple of 4, from 4 to width = 16"),
     ):
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(UserError) as refused:
             tiny_config(directory, "--model.feature_width", value)
         assert told in str(refused.value)
-    with pytest.raises(ConfigError, match=r"unknown key model.feature_width"):
+    with pytest.raises(UserError, match=r"unknown key model.feature_width"):
         tiny_config(directory, "--model.name", "sasrec", "--compare", "[]", "--model.feature_width", "4")
     config = tiny_config(directory, "--model.feature_width", json.dumps({"genre": 4}))
-    with pytest.raises(ConfigError, match="has no feature 'genre': it has genres, taste; take it out"):
+    with pytest.raises(UserError, match="has no feature 'genre': it has genres, taste; take it out"):
         _check_model(config, first)

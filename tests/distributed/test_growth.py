@@ -18,8 +18,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from jobs.config import RunConfig
-from jobs.console import Console
 from jobs.grow import grow
+from jobs.host.console import Console
 from jobs.train import train_job
 from jobs.training import loop
 from jobs.training.checkpoint import checkpoint_key, committed_checkpoints, read_state

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from jobs.host.locks import RunInUse
 from jobs.training import checkpoint_writer
 from jobs.training import step as step_module
 from jobs.training.checkpoint import (
@@ -26,11 +27,11 @@ from jobs.training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
+from jobs.training.group_lock import sole_group
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.loop import train
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.parallel import ParallelConfig
-from jobs.training.run_lock import RunInUse, sole_group
 from jobs.training.step import NonFiniteLoss
 from jobs.training.telemetry import Reporter
 from models.solar import SolarConfig

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.console import Console
+from jobs.host.console import Console
 from jobs.ranking import ScoreConfig
 from jobs.registry import RegisteredModel
 from jobs.score import score

@@ -17,7 +17,7 @@ from jobs.champions import (
     require_champion,
     roll_back,
 )
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 from jobs.tracking import mlflow_client
 
 NAME = "shop"
@@ -83,7 +83,7 @@ def test_rollback_goes_to_the_champion_before_and_once_more_to_the_one_before_th
     assert roll_back(client, NAME, why="bad").version == serving(client) == "2"
     assert {"1", "2"} <= set(needed_versions(client, NAME, latest=1))
     assert roll_back(client, NAME, why="bad as well").version == serving(client) == "1"
-    with pytest.raises(ConfigError, match="solar promote shop --version N"):
+    with pytest.raises(UserError, match="solar promote shop --version N"):
         roll_back(client, NAME, why="bad, too")
     promote(client, NAME, "4", expected="1", why="better")
     assert roll_back(client, NAME, why="bad").version == "1"
@@ -95,7 +95,7 @@ def test_rollback_goes_to_the_champion_before_and_once_more_to_the_one_before_th
 def test_rollback_after_a_change_that_another_tool_made_goes_to_what_served(client):
     promote(client, NAME, "1", expected=None, why="first")
     client.set_registered_model_alias(NAME, "champion", "5")
-    with pytest.raises(ConfigError, match="nothing is known of a champion of 'shop' before the present one"):
+    with pytest.raises(UserError, match="nothing is known of a champion of 'shop' before the present one"):
         roll_back(client, NAME, why="who was that")
     promote(client, NAME, "2", expected="5", why="better")
     assert [roll_back(client, NAME, why="bad").version for _ in range(2)] == ["5", "1"]
@@ -108,9 +108,9 @@ def test_promote_goes_to_any_version_and_rollback_undoes_it(client):
     assert roll_back(client, NAME, why="a mistake").version == serving(client) == "2"
     assert promote_by_hand(client, NAME, "4", why="asked for").before == "2"
     for version, text in (("4", "is the champion already"), ("9", "has no version 9; its versions: 1, 2, 3, 4, 5")):
-        with pytest.raises(ConfigError, match=text):
+        with pytest.raises(UserError, match=text):
             promote_by_hand(client, NAME, version, why="x")
-    with pytest.raises(ConfigError, match="no registered model 'shoe': there are shop"):
+    with pytest.raises(UserError, match="no registered model 'shoe': there are shop"):
         roll_back(client, "shoe", why="x")
 
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from jobs.config import ConfigError
 from jobs.config_reader import load_board, load_config, stored_config
+from jobs.host.errors import UserError
 from jobs.recipes import recipe_names
 
 
 def complaint(*arguments: str, recipe: str = "movielens-100k") -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config("train", recipe, list(arguments))
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -201,5 +201,5 @@ def test_a_board_may_have_the_models_of_another_on_its_own_data():
 def test_settings_of_one_row_need_not_suit_the_others():
     (run,) = load_board("ml-1m", ["--model.shift_windows", "true"], only=["HSTU"])[1].values()
     assert run.model["shift_windows"]
-    with pytest.raises(ConfigError, match=r"--only 'hstu': must be of RecGRELA, repeats, .*HSTU"):
+    with pytest.raises(UserError, match=r"--only 'hstu': must be of RecGRELA, repeats, .*HSTU"):
         load_board("ml-1m", [], only=["hstu"])

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from jobs import grow as grow_module
-from jobs.config import ConfigError
-from jobs.console import Console
 from jobs.grow import grow
+from jobs.host.console import Console
+from jobs.host.errors import UserError
+from jobs.host.locks import sole_command
 from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state, verify_checkpoint
-from jobs.training.run_lock import sole_command
 from jobs.warm_start import begin_from
 from models.embeddings import initial_rows
 from pipeline.events import DataError
@@ -123,14 +123,14 @@ def test_refusals_leave_nothing(days, checkpoint, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch.setattr)
         smaller = first_day(tmp_path / "small")
-    with pytest.raises(ConfigError, match="table item has 256 rows, more than the 128"):
+    with pytest.raises(UserError, match="table item has 256 rows, more than the 128"):
         grow(str(grown), Console(), shards_dir=smaller.path, out=str(out))
-    with pytest.raises(ConfigError, match="must be a local or shared directory"):
+    with pytest.raises(UserError, match="must be a local or shared directory"):
         grow(str(checkpoint), Console(), shards_dir=second.path, out="s3://bucket/grown")
     vocabulary = json.loads((checkpoint / "state.json").read_text())["vocabulary"]
     vocabulary["value:genres"]["digest"] = "0" * 32
     rewrite(checkpoint, vocabulary=vocabulary)
-    with pytest.raises(ConfigError, match="the first 5 values of genres are others"):
+    with pytest.raises(UserError, match="the first 5 values of genres are others"):
         grow(str(checkpoint), Console(), shards_dir=second.path, out=str(out))
     assert left_beside(out) == []
 
@@ -138,7 +138,7 @@ def test_refusals_leave_nothing(days, checkpoint, tmp_path):
 def test_what_is_there_is_never_touched(days, checkpoint, tmp_path):
     out = tmp_path / "place" / "grown"
     out.mkdir(parents=True)
-    with pytest.raises(ConfigError, match="is there already: name a directory that is not, or remove it"):
+    with pytest.raises(UserError, match="is there already: name a directory that is not, or remove it"):
         grow(str(checkpoint), Console(), shards_dir=days[2].path, out=str(out))
     assert (list(out.iterdir()), left_beside(out)) == ([], ["grown"])
 

@@ -9,7 +9,7 @@ import mlflow.artifacts
 import pytest
 import torch
 
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 from jobs.registry import RegisteredTables, fetch_model
 from jobs.tracking import TrackingConfig, mlflow_client
 from pipeline.events import EventColumns
@@ -35,7 +35,7 @@ def workspace(data, export, tmp_path):
 
 
 def complaint(model, workspace, **tracking):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         fetch_model(model, tracking=TrackingConfig(**tracking), workspace=workspace)
     assert "\n" not in str(error.value)
     return str(error.value)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from jobs.config import ConfigError, RunConfig
+from jobs.config import RunConfig
 from jobs.config_reader import load_config
-from jobs.run_record import previous_run, run_facts, write_json
+from jobs.host.errors import UserError
+from jobs.host.files import write_json
+from jobs.run_record import previous_run, run_facts
 from tests.unit.jobs.test_checkpoint_damage import write_checkpoint
 
 SHARDS: Any = SimpleNamespace(manifest=SimpleNamespace(number=3, fingerprint="abc"))
@@ -36,26 +38,26 @@ def test_run_killed_before_its_record_was_in_place_starts_anew(config, run_dir):
 
 def test_directory_of_something_else_is_refused(config, run_dir):
     (run_dir / "notes.txt").touch()
-    with pytest.raises(ConfigError, match="not empty and not a run"):
+    with pytest.raises(UserError, match="not empty and not a run"):
         previous_run(config, SHARDS)
 
 
 def test_damaged_record_is_named_and_removing_it_falls_back_on_the_checkpoint(config, run_dir):
     record = run_dir / "run.json"
     record.write_text('{"fingerp')
-    with pytest.raises(ConfigError, match=rf"run.json: not valid JSON .*: remove {run_dir}, there is no checkpoint"):
+    with pytest.raises(UserError, match=rf"run.json: not valid JSON .*: remove {run_dir}, there is no checkpoint"):
         previous_run(config, SHARDS)
     write_checkpoint(run_dir / "step-00000004", **run_facts(config, SHARDS))
-    with pytest.raises(ConfigError, match=r"run.json: not valid JSON .*: remove it; the checkpoints say the same"):
+    with pytest.raises(UserError, match=r"run.json: not valid JSON .*: remove it; the checkpoints say the same"):
         previous_run(config, SHARDS)
     record.unlink()
     assert previous_run(config, SHARDS) == run_facts(config, SHARDS)
     other = dataclasses.replace(config, seed=config.seed + 1)
-    with pytest.raises(ConfigError, match="belongs to another configuration \\(seed is"):
+    with pytest.raises(UserError, match="belongs to another configuration \\(seed is"):
         previous_run(other, SHARDS)
 
 
 def test_shards_that_changed_are_refused_by_manifest(config, run_dir):
     write_json(run_dir / "run.json", {**run_facts(config, SHARDS), "manifest": 2, "manifest_fingerprint": "old"})
-    with pytest.raises(ConfigError, match="was trained on manifest 2 \\(old\\), the shards are now at manifest 3"):
+    with pytest.raises(UserError, match="was trained on manifest 2 \\(old\\), the shards are now at manifest 3"):
         previous_run(config, SHARDS)

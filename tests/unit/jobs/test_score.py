@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs import score_input
-from jobs.config import ConfigError
-from jobs.console import Console
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig, best_first
 from jobs.score import score
 from jobs.training.model import item_features, model_tables, training_input, user_tables
@@ -176,7 +176,7 @@ def test_what_requests_say_of_their_users_comes_before_what_shards_know_and_unkn
     assert max(abs(a - b) for a, b in zip(rows[2]["scores"], plain[2]["scores"], strict=True)) > 1e-2
     assert (counts.user_values, counts.unknown_user_values) == (5, 1)
     assert rows[1]["hobbies"] == ["h0", "h1", "chess"]
-    with pytest.raises(ConfigError, match="column 'gender' holds double: a user feature is a category"):
+    with pytest.raises(UserError, match="column 'gender' holds double: a user feature is a category"):
         run(model, tmp_path, pa.table({"user_id": [2], "gender": [1.5], "candidates": [[100]]}), shards=data.path)
 
 
@@ -251,7 +251,7 @@ def ask(**columns):
     ],
 )
 def test_a_mistake_in_the_requests_is_one_line_and_leaves_no_result(data, export, tmp_path, requests, words):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run(export(data), tmp_path, requests)
     assert str(error.value).startswith(f"{tmp_path / 'requests.parquet'}: {words}")
     assert "\n" not in str(error.value)
@@ -265,7 +265,7 @@ def test_times_before_the_first_known_event_are_taken_for_seconds(data, export, 
         scorer_json.read_text().replace('"time_range": [\n  0,', '"time_range": [\n  1700000000000,')
     )
     assert "1700000000000" in scorer_json.read_text()
-    with pytest.raises(ConfigError, match=r"column 'time' ends 1970-01-20, before the first event the model knows"):
+    with pytest.raises(UserError, match=r"column 'time' ends 1970-01-20, before the first event the model knows"):
         run(model, tmp_path, ask(time=[1_700_000_001] * 2, history=[[], []], history_time=[[], []]))
 
 
@@ -274,35 +274,35 @@ def test_requests_that_fail_late_leave_the_earlier_result_as_it_was(data, export
     monkeypatch.setattr(score_input, "ROWS_PER_BLOCK", 1)
     run(model, tmp_path, ask())
     before = (tmp_path / "out.parquet").read_bytes()
-    with pytest.raises(ConfigError, match="row 1: column 'candidates' is null"):
+    with pytest.raises(UserError, match="row 1: column 'candidates' is null"):
         run(model, tmp_path, ask(candidates=[[1], None]))
     assert (tmp_path / "out.parquet").read_bytes() == before
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         run(model, tmp_path, ask(), overwrite=False)
-    with pytest.raises(ConfigError, match="is the file of the requests"):
+    with pytest.raises(UserError, match="is the file of the requests"):
         run(model, tmp_path, ask(), out=str(tmp_path / "requests.parquet"))
     assert not list(tmp_path.glob(".*partial"))
 
 
 def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(data, export, tmp_path):
     model, file = export(data), tmp_path / "requests.parquet"
-    with pytest.raises(ConfigError, match="--keep_seen"):
+    with pytest.raises(UserError, match="--keep_seen"):
         run(model, tmp_path, ask(), keep_seen=True)
     whole = file.read_bytes()
     for content in (b"", b"user_id,item_id\n1,2\n", whole[:-20]):
         file.write_bytes(content)
-        with pytest.raises(ConfigError, match="no whole Parquet file"):
+        with pytest.raises(UserError, match="no whole Parquet file"):
             score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
     file.unlink()
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
     with pytest.raises(DataError, match="no prepared data set there"):
         run(model, tmp_path, ask(), shards=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="column 'history' beside --shards"):
+    with pytest.raises(UserError, match="column 'history' beside --shards"):
         run(model, tmp_path, ask(user_id=[1, 2]), shards=data.path)
-    with pytest.raises(ConfigError, match="column 'user_id' holds string: it must hold integers"):
+    with pytest.raises(UserError, match="column 'user_id' holds string: it must hold integers"):
         run(model, tmp_path, pa.table({"user_id": ["a"], "candidates": [[1]]}), shards=data.path)
-    with pytest.raises(ConfigError, match="row 1: user_id is null"):
+    with pytest.raises(UserError, match="row 1: user_id is null"):
         run(model, tmp_path, pa.table({"user_id": [1, None], "candidates": [[1], [1]]}), shards=data.path)
     with pytest.raises(ValueError, match="top_k=0"):
         ScoreConfig(requests="a", out="b", top_k=0)
@@ -312,8 +312,8 @@ def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
     model = export(data)
     table = load_file(model.directory / "table-item.safetensors")["weight"]
     save_file({"weight": table * float("nan")}, model.directory / "table-item.safetensors")
-    with pytest.raises(ConfigError, match="scores that are not numbers"):
+    with pytest.raises(UserError, match="scores that are not numbers"):
         run(model, tmp_path, ask())
     (model.directory / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         run(model, tmp_path, ask())

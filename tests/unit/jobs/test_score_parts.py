@@ -9,8 +9,8 @@ import pytest
 
 from jobs import score as score_module
 from jobs.cluster import ClusterConfig
-from jobs.config import ConfigError
-from jobs.console import Console
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig
 from jobs.score import score
 from jobs.states import build_states
@@ -76,7 +76,7 @@ def test_a_mistake_in_any_part_is_one_line_and_leaves_nothing(data, export, tmp_
     asked[17]["candidates"] = None
     pq.write_table(pa.Table.from_pylist(asked), file)
     before = sorted(path.name for path in tmp_path.iterdir())
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         scored(model, tmp_path, file, "out.parquet", shards=data.path)
     assert str(error.value) == f"{file}: row 17: column 'candidates' is null: give a list, which may be empty"
     with pytest.raises(DataError, match="no prepared data set there"):
@@ -87,15 +87,15 @@ def test_a_mistake_in_any_part_is_one_line_and_leaves_nothing(data, export, tmp_
 def test_directories_that_are_no_requests_are_refused(data, export, tmp_path):
     model, folder = export(data), tmp_path / "folder"
     folder.mkdir()
-    with pytest.raises(ConfigError, match="no Parquet files there"):
+    with pytest.raises(UserError, match="no Parquet files there"):
         scored(model, tmp_path, folder, "out.parquet")
     pq.write_table(requests()[:0], folder / "a.parquet")
-    with pytest.raises(ConfigError, match="it holds no request"):
+    with pytest.raises(UserError, match="it holds no request"):
         scored(model, tmp_path, folder, "out.parquet")
     pq.write_table(requests().drop_columns("place"), folder / "b.parquet")
-    with pytest.raises(ConfigError, match=r"b\.parquet: its columns are not those of .*a\.parquet"):
+    with pytest.raises(UserError, match=r"b\.parquet: its columns are not those of .*a\.parquet"):
         scored(model, tmp_path, folder, "out.parquet")
     (folder / "b.parquet").unlink()
     pq.write_table(requests(), folder / "a.parquet")
-    with pytest.raises(ConfigError, match="lies among the files of the requests"):
+    with pytest.raises(UserError, match="lies among the files of the requests"):
         scored(model, tmp_path, folder, "folder/out.parquet", shards=data.path)

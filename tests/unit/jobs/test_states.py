@@ -11,8 +11,8 @@ import pytest
 
 from jobs import scorer_states
 from jobs.cluster import ClusterConfig, ray_session
-from jobs.config import ConfigError
-from jobs.console import Console
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig
 from jobs.score import score
 from jobs.score_input import UserHistories
@@ -144,7 +144,7 @@ def test_users_are_scored_from_their_states_and_others_from_raw_histories(long_l
     found, counts = ask(model, tmp_path, early, states=str(out), shards=long_log.path)
     assert_same_scores(found, expected)
     assert (counts.from_states, counts.without_state) == (3, 2)
-    with pytest.raises(ConfigError, match="row 0: the user's state has events at or after column 'time'"):
+    with pytest.raises(UserError, match="row 0: the user's state has events at or after column 'time'"):
         ask(model, tmp_path, early, states=str(out))
 
 
@@ -158,24 +158,24 @@ def test_states_of_another_model_are_refused_and_incomplete_ones_do_not_exist(lo
     model, other = export(long_log), export(long_log, name="other", rank=3)
     out, asked = tmp_path / "states", {"user_id": [1], "candidates": [[100]]}
     built(model, long_log, out)
-    with pytest.raises(ConfigError, match=r"states of tiny .*, not of models:/tiny/1"):
+    with pytest.raises(UserError, match=r"states of tiny .*, not of models:/tiny/1"):
         ask(other, tmp_path, asked, states=str(out))
-    with pytest.raises(ConfigError, match=r"holds states of tiny version 1 .* name another --out"):
+    with pytest.raises(UserError, match=r"holds states of tiny version 1 .* name another --out"):
         built(other, long_log, out)
     plain = export(long_log, name="plain", interests=False)
-    with pytest.raises(ConfigError, match="solar reads raw histories, it has no interests to store"):
+    with pytest.raises(UserError, match="solar reads raw histories, it has no interests to store"):
         built(plain, long_log, tmp_path / "plain")
     # Half-built is not built: the next run takes what is whole.
     commit = out / "00000001" / "COMMIT"
     files = json.loads(commit.read_text())["files"]
     commit.unlink()
     (out / "00000001" / files[0]["name"]).unlink()
-    with pytest.raises(ConfigError, match="holds no complete states"):
+    with pytest.raises(UserError, match="holds no complete states"):
         ask(model, tmp_path, asked, states=str(out))
     _, counts = ask(model, tmp_path, asked, states=str(out), shards=long_log.path)
     assert (counts.from_states, counts.without_state) == (0, 1)
     assert "raw histories are read" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="do not tell which items a user has seen"):
+    with pytest.raises(UserError, match="do not tell which items a user has seen"):
         ask(model, tmp_path, {"user_id": [1]}, states=str(out), top_k=3)
     kept = (out / "00000001" / files[1]["name"]).stat()
     assert not built(model, long_log, out).reused
@@ -198,11 +198,11 @@ def test_a_commit_that_names_files_elsewhere_is_refused(long_log, export, tmp_pa
     }
     for name in ("../bucket-00000.parquet", "/etc/passwd", "bucket-00000.parquet/x", None):
         (place / "COMMIT").write_text(json.dumps(commit | {"files": [{"name": name, "bucket": 0}]}))
-        with pytest.raises(ConfigError, match="which is no file of states"):
+        with pytest.raises(UserError, match="which is no file of states"):
             find_states(model, tmp_path / "states")
     for content in ("{", "[]", json.dumps({"format": 2})):
         (place / "COMMIT").write_text(content)
-        with pytest.raises(ConfigError, match="remove it and build the states again"):
+        with pytest.raises(UserError, match="remove it and build the states again"):
             find_states(model, tmp_path / "states")
     (place / "COMMIT").unlink()
     assert find_states(model, tmp_path / "states") is None

@@ -14,8 +14,8 @@ from ray.exceptions import AuthenticationError
 
 from jobs import cli, ray_jobs
 from jobs.cli import COMMANDS
-from jobs.config import ConfigError
-from jobs.console import Console
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.job_tags import shown_tags
 from jobs.ray_jobs import Pending, auth_headers, choose_address, exit_code, explained, outcome, shown_command
 from jobs.recipes import RECIPES
@@ -79,7 +79,7 @@ def test_sqlite_store_becomes_absolute(tmp_path):
     ],
 )
 def test_relative_paths_are_refused_for_a_cluster_elsewhere(tmp_path, arguments, named):
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(UserError, match=named):
         command(tmp_path, *arguments, same_machine=False)
 
 
@@ -90,7 +90,7 @@ def test_paths_inside_yaml_files_become_overrides(tmp_path):
     assert made[3:] == ["--workspace", f"{tmp_path}/ws", "--source.path", f"{tmp_path}/other.csv"]
     made = command(tmp_path, "run", "a.yaml", "--source.path", "/x.csv", workspace="/w", same_machine=False)
     assert made[2:] == ["--source.path", "/x.csv", "--workspace", "/w"]
-    with pytest.raises(ConfigError, match=r"source.path \(in YAML\) raw.csv"):
+    with pytest.raises(UserError, match=r"source.path \(in YAML\) raw.csv"):
         command(tmp_path, "run", "a.yaml", workspace="/w", same_machine=False)
 
 
@@ -108,7 +108,7 @@ def test_yaml_files_from_anywhere_are_uploaded(tmp_path):
     assert made.arguments == ("train", "sub/mine.yaml", "--config", "uploaded/1/far.yml", "--workspace", "/w")
     stage(tmp_path / "upload", made.files)
     assert (tmp_path / "upload" / "uploaded" / "1" / "far.yml").read_text() == "seed: 2"
-    with pytest.raises(ConfigError, match=r"nothere\.yaml: no such file"):
+    with pytest.raises(UserError, match=r"nothere\.yaml: no such file"):
         command(here, "train", "nothere.yaml")
 
 
@@ -124,7 +124,7 @@ def test_yaml_files_from_anywhere_are_uploaded(tmp_path):
     ],
 )
 def test_mistakes_are_told_before_anything_is_uploaded(tmp_path, arguments, workspace, named):
-    with pytest.raises(ConfigError, match=named) as raised:
+    with pytest.raises(UserError, match=named) as raised:
         command(tmp_path, *arguments, workspace=workspace)
     assert "secret" not in str(raised.value)
 
@@ -153,7 +153,7 @@ def test_upload_holds_the_code_and_nothing_else(tmp_path):
 def test_upload_above_the_limit_names_the_largest_files(tmp_path):
     for name, size in (("small.py", 10), ("large.yaml", 3 << 20), ("middle.yaml", 1 << 20)):
         (tmp_path / name).write_bytes(b" " * size)
-    with pytest.raises(ConfigError, match=r"4\.0 MiB, Ray takes 2; the largest: large.yaml \(3\.0 MiB\), middle.yaml"):
+    with pytest.raises(UserError, match=r"4\.0 MiB, Ray takes 2; the largest: large.yaml \(3\.0 MiB\), middle.yaml"):
         check_size(tmp_path, limit=2 << 20)
     check_size(tmp_path, limit=5 << 20)
 
@@ -168,7 +168,7 @@ def test_address_is_the_option_then_the_environment_then_this_machine():
 
 @pytest.mark.parametrize("address", ["head:6379", "ray://head:10001", "head"])
 def test_address_of_another_port_is_answered_with_the_dashboard(address):
-    with pytest.raises(ConfigError, match=f"^RAY_ADDRESS={address}: .* --address http://head:8265$"):
+    with pytest.raises(UserError, match=f"^RAY_ADDRESS={address}: .* --address http://head:8265$"):
         choose_address(None, {"RAY_ADDRESS": address})
 
 
@@ -181,23 +181,23 @@ def test_token_is_found_where_ray_looks_for_it(tmp_path):
     named = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "file")}
     assert auth_headers(named, tmp_path) == {"Authorization": "Bearer file"}
     assert auth_headers({**named, "RAY_AUTH_TOKEN": "direct"}, tmp_path) == {"Authorization": "Bearer direct"}
-    with pytest.raises(ConfigError, match="nothere: no such file"):
+    with pytest.raises(UserError, match="nothere: no such file"):
         auth_headers({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "nothere")}, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("error", "has_token", "kind", "text"),
     [
-        (AuthenticationError("401"), False, ConfigError, "asks for a token, and there is none here"),
-        (AuthenticationError("403"), True, ConfigError, "refuses this token"),
+        (AuthenticationError("401"), False, UserError, "asks for a token, and there is none here"),
+        (AuthenticationError("403"), True, UserError, "refuses this token"),
         (requests.ConnectTimeout("slow"), False, ConnectionError, "does not answer"),
         (ConnectionError("Failed to connect"), False, ConnectionError, "does not answer"),
-        (requests.exceptions.JSONDecodeError("no", "", 0), False, ConfigError, "is no Ray dashboard"),
-        (RuntimeError("Version check returned 404. x"), False, ConfigError, "is no Ray dashboard"),
+        (requests.exceptions.JSONDecodeError("no", "", 0), False, UserError, "is no Ray dashboard"),
+        (RuntimeError("Version check returned 404. x"), False, UserError, "is no Ray dashboard"),
         (
             RuntimeError("Request failed with status code 404: x"),
             False,
-            ConfigError,
+            UserError,
             "job j: http://h does not know it",
         ),
         (RuntimeError("Request failed with status code 500: a\nhttp://u:pw@x"), False, ConnectionError, r"u:\*\*\*@x$"),

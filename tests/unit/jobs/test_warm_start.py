@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.config import ConfigError
-from jobs.run_record import previous_run, run_facts, write_json
+from jobs.host.errors import UserError
+from jobs.host.files import write_json
+from jobs.run_record import previous_run, run_facts
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.warm_start import begin_from, find_checkpoint
 from pipeline.shards.dataset import Shards
@@ -141,12 +142,12 @@ def test_run_belongs_to_the_content_that_it_began_from(checkpoint, days, tmp_pat
     assert previous_run(same, second) == facts
     assert same.fingerprint() == config.fingerprint()
     cold = dataclasses.replace(config, training=dataclasses.replace(config.training, warm_start=None))
-    with pytest.raises(ConfigError, match=r"\(training.warm_start is .* with content \w+ there, null here\): choose"):
+    with pytest.raises(UserError, match=r"\(training.warm_start is .* with content \w+ there, null here\): choose"):
         previous_run(cold, second)
     dense = load_file(checkpoint / "dense.safetensors")
     save_file({name: torch.ones_like(tensor) for name, tensor in dense.items()}, checkpoint / "dense.safetensors")
     rewrite(checkpoint)
-    with pytest.raises(ConfigError, match=rf"content {checkpoint_key(checkpoint)} here\): choose another --name"):
+    with pytest.raises(UserError, match=rf"content {checkpoint_key(checkpoint)} here\): choose another --name"):
         previous_run(config, second)
     # A run has its own checkpoints: what it began from may go.
     shutil.rmtree(checkpoint)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from jobs.config import ConfigError
+from jobs.host.errors import UserError
 from jobs.nightly.journal import Journal, TryLater, past_nights
 from jobs.nightly.nightly import dates
 
@@ -47,5 +47,5 @@ def test_nights_to_do(tmp_path):
     assert dates(tmp_path, DAYS[5], catch_up=True) == DAYS[3:6]
     assert dates(tmp_path, DAYS[5], catch_up=False) == [DAYS[5]]
     assert dates(tmp_path, DAYS[2], catch_up=True) == [DAYS[2]]
-    with pytest.raises(ConfigError, match="--date 2026-03-02: the night of 2026-03-03 is done already"):
+    with pytest.raises(UserError, match="--date 2026-03-02: the night of 2026-03-03 is done already"):
         dates(tmp_path, DAYS[1], catch_up=True)

@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 
 from jobs.champions import champion, nights, note_night, promote
 from jobs.config_reader import load_config
-from jobs.console import Console
+from jobs.host.console import Console
 from jobs.nightly.context import NightContext
 from jobs.nightly.judge import _reference
 from jobs.nightly.night import _register

@@ -6,9 +6,9 @@ import datetime
 
 import pytest
 
-from jobs.config import ConfigError
 from jobs.config_reader import load_config
-from jobs.console import Console
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.nightly import nightly as nightly_module
 from jobs.nightly.context import nights_directory
 from jobs.nightly.journal import END, Journal, TryLater
@@ -62,5 +62,5 @@ def test_missed_night_with_a_damaged_checkpoint_is_given_up_and_the_last_one_say
 
 
 def test_night_before_the_last_one_is_refused(config):
-    with pytest.raises(ConfigError, match="the night of 2026-03-02 is done already"):
+    with pytest.raises(UserError, match="the night of 2026-03-02 is done already"):
         nightly(config, NightlyOptions(date=datetime.date(2026, 3, 1), catch_up=False), Console())

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import requests
 
-from jobs.redaction import redacted, scheme_and_host
+from jobs.host.secrets import redacted, scheme_and_host
 
 EVENTS = ("promoted", "refused", "undecided", "no_input", "failed")
 FACTS = ("event", "model", "date", "version", "reason", "report")

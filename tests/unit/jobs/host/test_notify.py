@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jobs.config_reader import load_config
-from jobs.notify import NotifyConfig, notify
+from jobs.host.notify import NotifyConfig, notify
 
 EVENT = {
     "event": "promoted",

@@ -1,10 +1,11 @@
-"""SIGINT and SIGTERM that are noted instead of raised at once."""
+"""What a process is given from outside: signals that are noted instead of raised, environment variables for a while."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,3 +34,18 @@ def noted_signals(*, second: Callable[[], None] = interrupt) -> Iterator[Callabl
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These variables in the block, for this process and for what it starts; then they are as they were."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from jobs.training.run_lock import RunInUse, sole_command, wait_for_workers
+from jobs.host.locks import RunInUse, sole_command, wait_for_workers
 
 HOLD = """
 import fcntl, os, sys, time

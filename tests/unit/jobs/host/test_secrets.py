@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.config import ConfigError
-from jobs.permissions import refuse_open_directory
+from jobs.host.errors import UserError
+from jobs.host.secrets import refuse_open_directory
 from jobs.ray_jobs import auth_headers
 
 
@@ -14,7 +14,7 @@ def test_directory_that_everybody_may_write_is_refused_with_the_fix(tmp_path, mo
     state = tmp_path / "state"
     state.mkdir()
     state.chmod(mode)
-    with pytest.raises(ConfigError, match=f"^{state}: everybody may write there, .*: chmod o-w {state}$"):
+    with pytest.raises(UserError, match=f"^{state}: everybody may write there, .*: chmod o-w {state}$"):
         refuse_open_directory(state)
 
 
@@ -35,7 +35,7 @@ def test_token_that_others_may_write_is_refused_with_the_fix(tmp_path, mode, pla
     file.write_text("secret-token")
     file.chmod(mode)
     environment = {} if place == "home" else {"RAY_AUTH_TOKEN_PATH": str(file)}
-    with pytest.raises(ConfigError, match=f"^{file}: others may write this token.*: chmod go-w {file}$") as raised:
+    with pytest.raises(UserError, match=f"^{file}: others may write this token.*: chmod go-w {file}$") as raised:
         auth_headers(environment, tmp_path)
     assert "secret-token" not in str(raised.value)
     file.chmod(mode & 0o755)

@@ -1,0 +1,28 @@
+"""Which commit of the code runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+GIT_COMMIT_VARIABLE = "SOLAR_GIT_COMMIT"
+"""Environment variable that tells a job which commit its code was uploaded from."""
+
+
+def git_commit() -> str:
+    """Commit of the running code, with `-dirty` where it was changed.
+
+    Outside a checkout what `solar submit` noted down when it uploaded the code, else `unknown`.
+    """
+    root = Path(__file__).resolve().parents[2]
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match", "no-tag"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get(GIT_COMMIT_VARIABLE, "unknown")
+    return commit.stdout.strip()
