@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns its exit code."""
-    from jobs.cluster import quiet_environment
+    from jobs.cluster.session import quiet_environment
 
     quiet_environment()
     verbose = any(flag in arguments for flag in ("-v", "--verbose"))
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
 def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool) -> int:
     from jsonargparse import ArgumentError
 
-    from jobs.failures import Interrupted, WorkerFailure
+    from jobs.cluster.failures import Interrupted, WorkerFailure
     from jobs.host.errors import UserError
     from pipeline.events import DataError
 

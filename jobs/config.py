@@ -13,7 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from jobs.cluster import ClusterConfig
+from jobs.cluster.parallel import ParallelConfig
+from jobs.cluster.session import ClusterConfig
 from jobs.host.notify import NotifyConfig
 from jobs.host.secrets import redacted
 from jobs.nightly.config import NightlyConfig
@@ -21,7 +22,6 @@ from jobs.tracking import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.job import TrainingConfig
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig
 from models.attention_tower import TowerConfig
 from models.zoo import MODELS
 from pipeline.batches.loader import LoaderConfig

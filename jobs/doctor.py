@@ -136,7 +136,7 @@ def _all_reduce(rank: int, store: str) -> None:
 
 
 def _deepspeed() -> str:
-    from jobs.training.parallel import quiet_libraries
+    from jobs.cluster.worker_group import quiet_libraries
 
     quiet_libraries()
     import deepspeed
@@ -151,7 +151,7 @@ def _deepspeed() -> str:
 def _ray() -> str:
     import ray
 
-    from jobs.cluster import ClusterConfig, ray_session
+    from jobs.cluster.session import ClusterConfig, ray_session
 
     with ray_session(ClusterConfig()):
         resources = ray.cluster_resources()
@@ -213,7 +213,7 @@ CHECKS: dict[str, tuple[Callable[[], str], str]] = {
 
 
 if __name__ == "__main__":
-    from jobs.cluster import quiet_environment
+    from jobs.cluster.session import quiet_environment
 
     quiet_environment()
     print("RESULT", CHECKS[sys.argv[1]][0]())

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.cluster import ray_session
+from jobs.cluster.session import ray_session
+from jobs.cluster.worker_group import run_workers
 from jobs.config import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
@@ -27,7 +28,6 @@ from jobs.train import Trained, run_shards, train_job
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.job import TrainJob
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
-from jobs.workers import run_workers
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
@@ -137,7 +137,10 @@ def evaluate(
                     finished = row["done"]
                     stage.update(finished, num_systems, row["system"])
 
-        run_workers(_evaluate_worker, arguments, config=config, name="evaluate", on_rows=follow)
+        run_workers(
+            _evaluate_worker, arguments, parallel=config.parallel, cluster=config.cluster, run_dir=config.run_dir,
+            name="evaluate", on_rows=follow,
+        )  # fmt: skip
         stage.result = f"{num_systems} systems on the {part} part"
     names = [system.name for system in systems]
     if beside:
@@ -216,9 +219,9 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
 def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(tower, item rows, catalogue) of a system, for the data it is evaluated on. All ranks join."""
     from jobs.training.catalogue import catalogue_of, training_counts
+    from jobs.training.dense_engine import PRECISIONS
     from jobs.training.exported import load_export
     from jobs.training.loop import build_model
-    from jobs.training.parallel import PRECISIONS
 
     if system.job is None:
         tower, rows, vocabulary, counts = load_export(Path(system.weights))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import ClusterConfig, ray_session
+from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.config import RunConfig, SourceConfig
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import ray_session
+from jobs.cluster.session import ray_session
 from jobs.config import RunConfig
 from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
 from jobs.host.console import Console

@@ -19,15 +19,15 @@ from typing import Any
 
 import yaml
 
-from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
+from jobs.cluster.job_client import STOP_GRACE_VARIABLE
+from jobs.cluster.parallel import ParallelConfig
+from jobs.cluster.session import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
+from jobs.cluster.submission import job_command
 from jobs.config import RunConfig
 from jobs.cron import Cron
 from jobs.host.errors import UserError
 from jobs.host.notify import URL_VARIABLE
 from jobs.host.secrets import redacted
-from jobs.ray_jobs import STOP_GRACE_VARIABLE
-from jobs.submit import job_command
-from jobs.training.parallel import ParallelConfig
 
 TOKEN_SECRET, TOKEN_KEY = "solar-ray-token", "auth_token"
 """KubeRay expects this key."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.cluster.job_client import choose_address
 from jobs.host.errors import INTERRUPTED, MISTAKE, TRY_LATER, UserError
 from jobs.manifests import (
     DEADLINE_SECONDS,
@@ -18,7 +19,6 @@ from jobs.manifests import (
     shared_documents,
     token_environment,
 )
-from jobs.ray_jobs import choose_address
 
 MISSED_SECONDS = 6 * 3600
 """A start that was missed by less is made up for; a later one is left to the next night."""

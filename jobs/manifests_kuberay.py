@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-from jobs.cluster import OBJECT_STORE_BYTES
+from jobs.cluster.session import OBJECT_STORE_BYTES
+from jobs.cluster.submission import entrypoint
 from jobs.host.notify import URL_VARIABLE
 from jobs.manifests import (
     CREDENTIALS,
@@ -22,7 +23,6 @@ from jobs.manifests import (
     recipe_volume,
     shared_documents,
 )
-from jobs.submit import entrypoint
 
 LOGS_SECONDS = 600
 """How long a cluster stays after its night, for a look at its logs."""

@@ -40,8 +40,8 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
-SCORER_FILES = ("scorer_input.py", "scorer_states.py", "scorer_requests.py")
-"""What jobs/scorer.py imports, in the order in which it can be concatenated."""
+SCORER_FILES = ("histories.py", "user_states.py", "request_columns.py", "scorer.py")
+"""Of jobs/scorer, in the order in which they can be concatenated."""
 RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -182,20 +182,19 @@ def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary
 
 
 def scorer_source(model: str) -> str:
-    """jobs/scorer.py, its input, its states and every file of models/ that the tower needs, as one file."""
+    """jobs/scorer/scorer.py, its input, its states and every file of models/ that the tower needs, as one file."""
     config_class, tower_class = MODELS[model]
     parts = [
         _module_body(path) for path in _imported_files(REPOSITORY / f"{tower_class.__module__.replace('.', '/')}.py")
     ]
-    parts += [_module_body(REPOSITORY / "jobs" / name) for name in SCORER_FILES]
-    scorer = _module_body(REPOSITORY / "jobs" / "scorer.py")
+    *others, scorer = [_module_body(REPOSITORY / "jobs" / "scorer" / name) for name in SCORER_FILES]
     lines = scorer.splitlines()
     start = next(index for index, line in enumerate(lines) if "# scorer: replaced at export" in line)
     lines[start : start + 3] = [
         f'    config = {config_class.__name__}(**{{key: settings[key] for key in settings if key != "name"}})',
         f"    return {tower_class.__name__}(config, num_features=num_features)",
     ]
-    body = "\n\n".join(["from __future__ import annotations", *parts, "\n".join(lines)])
+    body = "\n\n".join(["from __future__ import annotations", *parts, *others, "\n".join(lines)])
     return f"{body}\n\nimport mlflow  # noqa: E402\n\nmlflow.models.set_model(Scorer())\n"
 
 
@@ -248,7 +247,7 @@ def _items_table(vocabulary: Vocabulary) -> pa.Table:
 
 
 def signature(model: dict[str, Any], vocabulary: Vocabulary) -> Any:
-    """What MLflow lets through to the scorer, which checks it: jobs/scorer.py names the columns.
+    """What MLflow lets through to the scorer, which checks it: jobs/scorer/scorer.py names the columns.
 
     Any type stands where MLflow would spoil values: of a list of strings with a null in it it keeps the first letter
     of each, and it takes no null among numbers. A user feature is a category, or a list of them.

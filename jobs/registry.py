@@ -29,9 +29,9 @@ from torch import Tensor
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.secrets import redacted
-from jobs.scorer import Scorer
-from jobs.scorer_input import UserFeature
-from jobs.scorer_states import export_digest
+from jobs.scorer.histories import UserFeature
+from jobs.scorer.scorer import Scorer
+from jobs.scorer.user_states import export_digest
 from jobs.tracking import TrackingConfig, mlflow_client, tracking_uri
 from pipeline.batches.batch import Batch
 from pipeline.shards.sequences import UserCodes

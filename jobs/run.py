@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.cluster import ray_session
+from jobs.cluster.session import ray_session
 from jobs.config import RunConfig
 from jobs.evaluate import Evaluated, evaluate_run
 from jobs.host.console import Console

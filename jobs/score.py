@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from jobs.actors import map_in_actors
-from jobs.cluster import ClusterConfig, ray_session
+from jobs.cluster.actor_pool import map_in_actors
+from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig, ScoreCounts

@@ -18,9 +18,17 @@ import pyarrow.parquet as pq
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.registry import RegisteredTables
-from jobs.scorer import Scorer
-from jobs.scorer_input import NO_TIME, Histories, RequestError, cast_values, flat_offsets, required_column, time_column
-from jobs.scorer_states import both_known, stored_too_late
+from jobs.scorer.histories import (
+    NO_TIME,
+    Histories,
+    RequestError,
+    cast_values,
+    flat_offsets,
+    required_column,
+    time_column,
+)
+from jobs.scorer.scorer import Scorer
+from jobs.scorer.user_states import both_known, stored_too_late
 from jobs.stored_users import StoredUsers
 from pipeline.events import LATEST_TIME
 from pipeline.shards.dataset import Shards

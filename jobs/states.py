@@ -1,7 +1,7 @@
 """solar score MODEL_URI --build-states --shards DIR: what serving needs of every user, without the raw histories.
 
     WORKSPACE/states/NAME/VERSION/00000003/    of manifest 3 of the shards
-        bucket-00000.parquet                   user_id, last_time, events, state (jobs/scorer_states.py)
+        bucket-00000.parquet                   user_id, last_time, events, state (jobs/scorer/user_states.py)
         COMMIT                                 model's digest, manifest, name, size and checksum of each file
 
 A task a bucket of users, in memory that does not follow their number. States exist for a reader when COMMIT does, which
@@ -23,13 +23,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.actors import map_in_actors
-from jobs.cluster import ClusterConfig, ray_session
+from jobs.cluster.actor_pool import map_in_actors
+from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.registry import RegisteredModel
 from jobs.score_input import UserHistories
-from jobs.scorer import build_scorer_tower
+from jobs.scorer.scorer import build_scorer_tower
 from jobs.stored_users import COMMIT, bucket_file, manifest_directory, read_commit
 from pipeline.prepare.staging import staging_directory
 from pipeline.shards.dataset import Shards

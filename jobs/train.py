@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import ray_session
+from jobs.cluster.session import ray_session
+from jobs.cluster.worker_group import run_workers
 from jobs.config import RunConfig
 from jobs.follower import Follower
 from jobs.host.console import Console
@@ -34,7 +35,6 @@ from jobs.training.job import TrainJob
 from jobs.training.model import model_settings, model_tables
 from jobs.training.results import primary_metric
 from jobs.warm_start import Begun, begin_from, best_of
-from jobs.workers import run_workers
 from models.zoo import build_tower
 from pipeline.batches.request_index import RequestCounts
 from pipeline.build import index_requests
@@ -126,7 +126,10 @@ def _train(
             )
             stored = {**facts, "vocabulary": beginnings_of(shards.vocabulary)}
             arguments = {"job": train_job(config, shards, facts=stored, begun=begun)}
-            run_workers(_train_worker, arguments, config=config, name="train", on_rows=follow, stoppable=True)
+            run_workers(
+                _train_worker, arguments, parallel=config.parallel, cluster=config.cluster, run_dir=config.run_dir,
+                name="train", on_rows=follow, stoppable=True,
+            )  # fmt: skip
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.cluster import ClusterConfig, ray_session
+from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console
 from jobs.ingest import progress_of
 from pipeline.build import compact, forget, migrate

@@ -97,9 +97,9 @@ def _check_submission(parsed: Any) -> None:
 
 def _submit_once(command: list[str], parsed: Any, console: Console, *, tried: int) -> tuple[int, bool]:
     """(exit code, whether the job has ended); each further try is a job with an id of its own."""
-    from jobs.job_tags import read_tags
-    from jobs.ray_jobs import Cluster
-    from jobs.submit import submit as submit_job
+    from jobs.cluster.job_client import Cluster
+    from jobs.cluster.job_text import read_tags
+    from jobs.cluster.submission import submit as submit_job
 
     tags = read_tags(parsed.tag)
     cluster = Cluster(parsed.address)
@@ -140,14 +140,13 @@ def jobs(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parsed = parse(parser, arguments[1:])
     _quiet(verbose)
 
-    from jobs.ray_jobs import Cluster
+    from jobs.cluster.job_client import Cluster
 
     return actions[action](Cluster(parsed.address), parsed, console)
 
 
 def _list(cluster: Any, _parsed: Any, console: Console) -> int:
-    from jobs.job_tags import shown_tags
-    from jobs.ray_jobs import duration, shown_command
+    from jobs.cluster.job_text import duration, shown_command, shown_tags
 
     found = cluster.jobs()
     if not found:
@@ -184,7 +183,8 @@ def _follow(cluster: Any, job_id: str, console: Console) -> int:
 
 def _followed(cluster: Any, job_id: str, console: Console) -> tuple[int, bool]:
     """(exit code, whether the job has ended)."""
-    from jobs.ray_jobs import ConnectionLost, exit_code, outcome
+    from jobs.cluster.job_client import ConnectionLost
+    from jobs.cluster.job_text import exit_code, outcome
 
     try:
         job = cluster.follow(job_id, console)

@@ -100,7 +100,7 @@ def _build(options: type, parser: ArgumentParser, parsed: Any) -> Any:
 def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.cluster import ClusterConfig
+    from jobs.cluster.session import ClusterConfig
     from jobs.ingest import prepare_shards
     from pipeline.build import PrepareConfig
 
@@ -202,7 +202,7 @@ def _shards_parser(command: str) -> ArgumentParser:
     """Of a command that works on shards with Ray."""
     from jsonargparse import ArgumentParser
 
-    from jobs.cluster import ClusterConfig
+    from jobs.cluster.session import ClusterConfig
 
     parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
     parser.add_argument("directory", type=str, help="sequence shards")

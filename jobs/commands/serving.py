@@ -12,7 +12,7 @@ from jobs.host.console import Console, one_line
 def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.cluster import ClusterConfig
+    from jobs.cluster.session import ClusterConfig
     from jobs.ranking import ScoreConfig
     from jobs.registry import fetch_model
     from jobs.score import print_counts

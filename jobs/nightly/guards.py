@@ -15,8 +15,8 @@ import numpy as np
 from jobs.nightly.config import GateConfig
 from jobs.nightly.gate import Guard
 from jobs.score_input import UserHistories
-from jobs.scorer import Scorer
-from jobs.scorer_input import NO_TIME
+from jobs.scorer.histories import NO_TIME
+from jobs.scorer.scorer import Scorer
 from pipeline.shards.dataset import Shards
 
 LATENCY_REQUESTS = 8

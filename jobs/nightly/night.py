@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
-from jobs.cluster import ray_session
+from jobs.cluster.session import ray_session
 from jobs.evaluate import Evaluated
 from jobs.host.errors import UserError
 from jobs.host.files import read_json

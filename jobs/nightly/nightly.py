@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.champions import ChampionChanged, champion, note_night
+from jobs.cluster.failures import WorkerFailure
 from jobs.config import RunConfig
-from jobs.failures import WorkerFailure
 from jobs.host.console import Console, one_line
 from jobs.host.errors import UserError
 from jobs.host.locks import RunInUse, sole_command

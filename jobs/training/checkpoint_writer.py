@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jobs.cluster.telemetry import said_by_rank_0
 from jobs.training.checkpoint import (
     CheckpointConfig,
     CheckpointError,
@@ -39,7 +40,6 @@ from jobs.training.checkpoint import (
 from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
 from jobs.training.plan import available_memory, local_world_size
 from jobs.training.tables import ShardedTables, TableShard
-from jobs.training.telemetry import said_by_rank_0
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.scorer import Scorer, user_vectors
-from jobs.scorer_input import UserFeature
+from jobs.scorer.histories import UserFeature
+from jobs.scorer.scorer import Scorer, user_vectors
 from models.embeddings import UserCodes
 from models.interface import Recommender
 from pipeline.events import DataError

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from jobs.cluster.parallel import ParallelConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig
 from pipeline.batches.loader import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from jobs.cluster.telemetry import Reporter, said_by_rank_0
 from jobs.training.catalogue import Catalogue, catalogue_of, training_counts
 from jobs.training.checkpoint import (
     TrainState,
@@ -27,16 +28,15 @@ from jobs.training.checkpoint import (
 )
 from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.clock import StepClock, cost_of_process
+from jobs.training.dense_engine import dense_engine
 from jobs.training.dense_state import restore_dense_state
 from jobs.training.evaluation import evaluate
 from jobs.training.in_batch import InBatchNegatives
 from jobs.training.job import TrainJob
 from jobs.training.model import item_features, model_settings, model_tables, user_tables
-from jobs.training.parallel import dense_engine
 from jobs.training.results import primary_metric
 from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
-from jobs.training.telemetry import Reporter, said_by_rank_0
 from models.interface import Recommender
 from models.zoo import build_tower
 from pipeline.batches.loader import TrainLoader

@@ -27,10 +27,11 @@ import torch.distributed as dist
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from jobs.cluster.parallel import ParallelConfig
 from jobs.training.checkpoint import CheckpointConfig, TrainState
 from jobs.training.checkpoint_writer import CheckpointWriter
+from jobs.training.dense_engine import dense_engine
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.tables import ShardedTables
 from models.embeddings import ITEM_TABLE, TableSpec
 from models.zoo import build_tower

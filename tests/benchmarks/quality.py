@@ -34,7 +34,7 @@ import polars as pl
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.cluster import quiet_environment, ray_session
+from jobs.cluster.session import quiet_environment, ray_session
 from jobs.config import RunConfig
 from jobs.config_reader import load_config
 from jobs.evaluate import OWN_ITEMS, POPULARITY, baselines
@@ -180,10 +180,10 @@ def run_one(task: tuple) -> str:
     import torch
     import torch.distributed as dist
 
+    from jobs.cluster.worker_group import quiet_libraries
     from jobs.train import open_shards, train_job
     from jobs.training.catalogue import catalogue_of, training_counts
     from jobs.training.evaluation import evaluate_counts
-    from jobs.training.parallel import quiet_libraries
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     torch.set_num_threads(1)
@@ -229,10 +229,10 @@ def run_one(task: tuple) -> str:
 
 def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -> tuple[Any, Options]:
     """(what its best checkpoint gives on the part, how the training went)."""
+    from jobs.cluster.telemetry import Reporter
     from jobs.train import best_checkpoint
     from jobs.training.evaluation import evaluate
     from jobs.training.loop import build_model, train
-    from jobs.training.telemetry import Reporter
 
     class Curve(Reporter):
         """Keeps the validations and prints nothing."""

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.scorer import Scorer
+from jobs.scorer.scorer import Scorer
 from models.solar import SolarConfig
 from models.zoo import build_tower
 

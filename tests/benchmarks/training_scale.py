@@ -39,11 +39,12 @@ import torch.distributed as dist
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.cluster import quiet_environment
+from jobs.cluster.parallel import ParallelConfig
+from jobs.cluster.session import quiet_environment
 from jobs.training.clock import PARTS, StepClock
+from jobs.training.dense_engine import dense_engine
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig, dense_engine
 from jobs.training.step import AskedBatch, ask, train_step
 from jobs.training.tables import ShardedTables
 from models.embeddings import ITEM_TABLE, TableSpec

@@ -23,10 +23,12 @@ import torch
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from jobs.cluster.parallel import ParallelConfig
+from jobs.cluster.worker_group import quiet_libraries
 from jobs.training.clock import StepClock
+from jobs.training.dense_engine import dense_engine
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig, dense_engine, quiet_libraries
 from jobs.training.step import ask, train_step
 from jobs.training.tables import ShardedTables
 from models import prefixes, svd_attention

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from jobs.cluster.parallel import ParallelConfig
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig
 from models.sequence_tower import SequenceModel
 from models.zoo import MODELS
 from pipeline.batches.loader import LoaderConfig

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from jobs.cluster.parallel import ParallelConfig
+from jobs.cluster.telemetry import Reporter
 from jobs.host.locks import RunInUse
 from jobs.training import checkpoint_writer
 from jobs.training import step as step_module
@@ -31,9 +33,7 @@ from jobs.training.group_lock import sole_group
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.loop import train
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.parallel import ParallelConfig
 from jobs.training.step import NonFiniteLoss
-from jobs.training.telemetry import Reporter
 from models.solar import SolarConfig
 from pipeline.batches.loader import LoaderConfig, TrainLoader
 from pipeline.batches.requests import RequestConfig

@@ -127,7 +127,7 @@ def scores_of_training(workplace: Path, requests: list[dict]) -> list[list[float
     """The same requests through the repository's own scorer class and the checkpoint's weights."""
     from jobs.config_reader import load_config
     from jobs.register import export_model
-    from jobs.scorer import Scorer
+    from jobs.scorer.scorer import Scorer
     from jobs.train import trained_run
 
     config = load_config("register", str(workplace / "tiny.yaml"), [])

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli, ray_jobs
+from jobs import cli
+from jobs.cluster import job_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from tests.support.commands import free_ports
 from tests.support.ray_nodes import ADDRESS_VARIABLES, RAY
@@ -189,5 +190,5 @@ def test_cluster_that_cannot_be_used_is_one_line(solar, cluster, monkeypatch, tm
     monkeypatch.setenv("HOME", str(tmp_path))
     refused(solar("submit", "--", "doctor"), "asks for a token, and there is none here")
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
-    monkeypatch.setattr(ray_jobs, "LOCAL_DASHBOARD", closed)
+    monkeypatch.setattr(job_client, "LOCAL_DASHBOARD", closed)
     refused(solar("submit", "--", "doctor"), "no --address given, and no Ray dashboard on this machine")

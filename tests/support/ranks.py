@@ -36,7 +36,7 @@ def _enter(
 ) -> None:
     import torch.distributed as dist
 
-    from jobs.training.parallel import quiet_libraries
+    from jobs.cluster.worker_group import quiet_libraries
 
     # The server's own is as old as the server.
     os.environ.clear()

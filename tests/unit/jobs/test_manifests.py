@@ -18,12 +18,12 @@ import pytest
 import yaml
 
 from jobs import cli
+from jobs.cluster.parallel import ParallelConfig
+from jobs.cluster.submission import job_command
 from jobs.commands.cluster import submit_parser
 from jobs.config import RunConfig
 from jobs.config_reader import load_config
 from jobs.manifests import RECIPES, USER
-from jobs.submit import job_command
-from jobs.training.parallel import ParallelConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 SCHEMAS = Path(os.environ.get("SOLAR_TEST_DATA", "no-test-data")) / "kuberay-schemas"

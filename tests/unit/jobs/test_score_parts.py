@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import score as score_module
-from jobs.cluster import ClusterConfig
+from jobs.cluster.session import ClusterConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig

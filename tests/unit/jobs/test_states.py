@@ -9,14 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import scorer_states
-from jobs.cluster import ClusterConfig, ray_session
+from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig
 from jobs.score import score
 from jobs.score_input import UserHistories
-from jobs.scorer_input import NO_TIME, flat_ranges
+from jobs.scorer import user_states
+from jobs.scorer.histories import NO_TIME, flat_ranges
 from jobs.states import build_states
 from jobs.stored_users import find_states
 from pipeline.events import DataError, EventColumns
@@ -56,7 +56,7 @@ def candidates(scorer, num=30):
 @pytest.mark.parametrize("since", [0, 2, 50, 400])
 @pytest.mark.parametrize("repeats", [True, False])
 def test_a_state_with_what_came_since_scores_as_the_history(long_log, export, since, repeats, monkeypatch):
-    monkeypatch.setattr(scorer_states, "WHOLE_EVENTS", 200)
+    monkeypatch.setattr(user_states, "WHOLE_EVENTS", 200)
     scorer = export(long_log, max_history=10_000, repeats=repeats).scorer()
     users = [scorer_users(long_log, user) for user in (1, 2, 3)]
     whole = raw_history(scorer, long_log, users)
@@ -69,7 +69,7 @@ def test_a_state_with_what_came_since_scores_as_the_history(long_log, export, si
         flat_ranges(whole.offsets[:-1] + before, whole.lengths - before),
         whole.lengths - before,
     )
-    stored = scorer_states.with_latest(stored, later, timed=True)
+    stored = user_states.with_latest(stored, later, timed=True)
     time, (offsets, row) = np.full(3, NO_TIME), candidates(scorer)
     expected = scorer.logits(*scorer.shown(whole, time), offsets, row)
     found = scorer.logits(*scorer.shown(stored, time), offsets, row)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from jobs.cluster.job_client import auth_headers
 from jobs.host.errors import UserError
 from jobs.host.secrets import refuse_open_directory
-from jobs.ray_jobs import auth_headers
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o707, 0o702])

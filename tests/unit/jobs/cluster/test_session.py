@@ -10,12 +10,12 @@ import sys
 import pytest
 import ray
 
-from jobs.cluster import TRIES_VARIABLE, WORKER_ENVIRONMENT, ClusterConfig, ray_session
+from jobs.cluster.session import TRIES_VARIABLE, WORKER_ENVIRONMENT, ClusterConfig, ray_session
 
 TWICE = """
 import os, signal, sys, time
 import ray
-from jobs.cluster import ClusterConfig, ray_session
+from jobs.cluster.session import ClusterConfig, ray_session
 
 def init(**named):
     for _ in range(2):

@@ -30,9 +30,9 @@ from mlflow.pyfunc.model import PythonModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.scorer_input import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
-from jobs.scorer_requests import REQUEST_COLUMNS, RequestReader
-from jobs.scorer_states import pack_states, stored_too_late
+from jobs.scorer.histories import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
+from jobs.scorer.request_columns import REQUEST_COLUMNS, RequestReader
+from jobs.scorer.user_states import pack_states, stored_too_late
 from models.interface import HistorySums, ModelInput, Recommender
 
 FORWARD_ENTRIES = 1 << 16

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
-from jobs.cluster import ClusterConfig
-from jobs.failures import Interrupted, WorkerFailure, cause_text
-from jobs.failures import explained as explained_failure
-from jobs.training.parallel import ParallelConfig
+from jobs.cluster.failures import Interrupted, WorkerFailure, cause_text
+from jobs.cluster.failures import explained as explained_failure
+from jobs.cluster.parallel import ParallelConfig
 from pipeline.events import DataError
 
 LOST = RuntimeError("gloo: connection closed by peer")
@@ -22,10 +20,9 @@ TIMED_OUT = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out wa
 def explained(failures: dict[int, BaseException], *, asked_to_stop: bool = False, max_failures: int = 0) -> Any:
     error: Any = RuntimeError("the group failed")
     error.worker_failures = failures
-    config: Any = SimpleNamespace(
-        parallel=ParallelConfig(num_workers=2), cluster=ClusterConfig(max_failures=max_failures)
+    return explained_failure(
+        error, asked_to_stop=asked_to_stop, parallel=ParallelConfig(num_workers=2), restarts=max_failures, name="run"
     )
-    return explained_failure(error, asked_to_stop=asked_to_stop, config=config, name="run")
 
 
 @pytest.mark.parametrize(

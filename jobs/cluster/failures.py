@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jobs.config import RunConfig
+from jobs.cluster.parallel import ParallelConfig
 from jobs.host.errors import UserError
-from jobs.training.parallel import ParallelConfig
 from pipeline.events import DataError
 
 
@@ -19,8 +18,10 @@ class WorkerFailure(Exception):
     """A worker died or raised; the message says which one and what to do, in one line."""
 
 
-def explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, name: str) -> BaseException:
-    """The error of Ray Train's `fit` as one that is told in a line."""
+def explained(
+    error: BaseException, *, asked_to_stop: bool, parallel: ParallelConfig, restarts: int, name: str
+) -> BaseException:
+    """The error of Ray Train's `fit` as one that is told in a line; `restarts`: how many the group was allowed."""
     failures = getattr(error, "worker_failures", None) or {None: error}
     causes = {rank: _root(failure) for rank, failure in failures.items()}
     for cause in causes.values():
@@ -29,8 +30,8 @@ def explained(error: BaseException, *, asked_to_stop: bool, config: RunConfig, n
     # A signal to the whole process group ends workers too.
     if asked_to_stop and _ranks(causes, _died):
         return Interrupted(name)
-    text, advice = _cause(causes, config.parallel)
-    if advice == _AGAIN and config.cluster.restarts(elastic=config.parallel.elastic) == 0:
+    text, advice = _cause(causes, parallel)
+    if advice == _AGAIN and restarts == 0:
         advice += ", or let Ray restart workers with --cluster.max_failures 3"
     return WorkerFailure(f"{text}: {advice}" if advice else text)
 

@@ -1,25 +1,11 @@
-"""How a model is spread over ranks: TorchRec owns the tables, DeepSpeed owns the tower, never the other way round.
-
-DeepSpeed broadcasts rank 0's parameters of whatever it wraps, so a table inside it would lose every shard but one.
-The order that works: process group (Ray Train's) -> the tables' optimizer, DistributedModelParallel around the tables
-alone (tables.py) -> deepspeed.initialize around the tower alone.
-"""
+"""How a job is spread: how many workers, on which device, at which precision, and when one counts as dead."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import os
-from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import nn
-
-from jobs.training.optimizers import OptimizerConfig
-from jobs.training.plan import KERNELS
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TABLE_MEMORY = ("device", "host", "cached")
+PRECISION = ("fp32", "bf16")
 MIN_STALL_SECONDS = 10.0
 """Ray asks every 2 seconds, and steps that wait for a busy machine are no stall."""
 
@@ -89,44 +75,15 @@ class ParallelConfig:
             raise ValueError(f"device={self.device!r}: must be cpu or cuda")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage={self.zero_stage}: must be 0, 1, 2 or 3")
-        if self.table_memory not in KERNELS:
-            raise ValueError(f"table_memory={self.table_memory!r}: must be {', '.join(KERNELS)}")
+        if self.table_memory not in TABLE_MEMORY:
+            raise ValueError(f"table_memory={self.table_memory!r}: must be {', '.join(TABLE_MEMORY)}")
         if self.table_memory != "device" and self.device == "cpu":
             raise ValueError(f"table_memory={self.table_memory}: must be device where parallel.device is cpu")
         if not 0 < self.table_cache <= 1:
             raise ValueError(f"table_cache={self.table_cache}: must be above 0, and 1 at most")
         if self.precision == "fp16":
             raise ValueError("precision=fp16: loss scaling would leak into the fused table updates; use bf16 or fp32")
-        if self.precision not in PRECISIONS:
+        if self.precision not in PRECISION:
             raise ValueError(f"precision={self.precision!r}: must be fp32 or bf16")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError("precision=bf16 with zero_stage=0: no fp32 master weights; use zero_stage 1, 2 or 3")
-
-
-def dense_engine(tower: nn.Module, *, optimizer: OptimizerConfig, parallel: ParallelConfig) -> Any:
-    """The tower inside a DeepSpeed engine: `engine(inputs)`, `engine.backward(loss)`, `engine.step()`."""
-    import deepspeed
-
-    if parallel.device == "cpu":
-        # The op serves inference only; without it a start needs no C++ compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    config = {
-        "train_batch_size": dist.get_world_size(),
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": parallel.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": parallel.precision == "bf16"},
-        "gradient_clipping": optimizer.clip_norm,
-        "steps_per_print": 1 << 62,
-    }
-    groups = optimizer.parameter_groups(tower)
-    adamw = torch.optim.AdamW(groups, lr=optimizer.dense_lr, betas=optimizer.betas, eps=optimizer.dense_eps)
-    engine, *_ = deepspeed.initialize(model=tower, optimizer=adamw, config=config, dist_init_required=False)
-    return engine
-
-
-def quiet_libraries() -> None:
-    """Silence third-party start-up messages; warnings of our own and all errors stay."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("deepspeed", "DeepSpeed", "torchrec", "torch.distributed", "fbgemm_gpu"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,8 +7,8 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from jobs.failures import cause_text
-from jobs.training.parallel import ParallelConfig
+from jobs.cluster.failures import cause_text
+from jobs.cluster.parallel import ParallelConfig
 
 
 class FailureCallback(UserCallback):

@@ -3,7 +3,7 @@
 What a job needs travels with it: the three packages, pyproject.toml and the YAML files that the command names are
 copied into a directory of their own, which Ray unpacks on the cluster and puts first on the path of the driver and of
 every worker. Data stays where it is: each path of the command becomes absolute here, because the directory in which
-a job runs is temporary. Talking to the cluster is jobs/ray_jobs.py.
+a job runs is temporary. Talking to the cluster is jobs/cluster/job_client.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 
 import yaml
 
-from jobs.cluster import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT, WORKER_ENVIRONMENT
+from jobs.cluster.job_client import STOP_GRACE_VARIABLE, Cluster
+from jobs.cluster.session import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT, WORKER_ENVIRONMENT
 from jobs.host.code_version import GIT_COMMIT_VARIABLE, git_commit
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.notify import URL_VARIABLE
 from jobs.host.secrets import redacted
-from jobs.ray_jobs import STOP_GRACE_VARIABLE, Cluster
 from jobs.recipes import recipe_names
 
 PACKAGES = ("jobs", "models", "pipeline")

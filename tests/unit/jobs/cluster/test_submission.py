@@ -12,14 +12,15 @@ import yaml
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 
-from jobs import cli, ray_jobs
+from jobs import cli
 from jobs.cli import COMMANDS
+from jobs.cluster import job_client
+from jobs.cluster.job_client import Pending, auth_headers, choose_address, explained
+from jobs.cluster.job_text import exit_code, outcome, shown_command, shown_tags
+from jobs.cluster.submission import NOT_JOBS, PATH_OPTIONS, check_size, job_command, stage
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.job_tags import shown_tags
-from jobs.ray_jobs import Pending, auth_headers, choose_address, exit_code, explained, outcome, shown_command
 from jobs.recipes import RECIPES
-from jobs.submit import NOT_JOBS, PATH_OPTIONS, check_size, job_command, stage
 
 
 def command(directory: Path, *arguments: str, workspace: str | None = None, same_machine: bool = True) -> list[str]:
@@ -267,7 +268,7 @@ class Played:
 def submitted(monkeypatch, played: Played, *options: str) -> tuple[int, list[float]]:
     """(exit code, how long was waited before each further try)."""
     waits: list[float] = []
-    monkeypatch.setattr(ray_jobs, "Cluster", played)
+    monkeypatch.setattr(job_client, "Cluster", played)
     monkeypatch.setattr("jobs.commands.cluster.time.sleep", waits.append)
     return cli.run(["submit", *options, "--", "doctor"]), waits
 
@@ -281,7 +282,7 @@ def submitted(monkeypatch, played: Played, *options: str) -> tuple[int, list[flo
         ([75, 2, 0], 2, [60], 2),
         ([130, 0], 130, [], 1),
         ([ConnectionError("away"), 0], 0, [60], 1),
-        ([ray_jobs.ConnectionLost("gone"), 0], 1, [], 1),
+        ([job_client.ConnectionLost("gone"), 0], 1, [], 1),
     ],
 )
 def test_failed_job_is_followed_by_a_new_one(monkeypatch, ends, code, waits, jobs):
@@ -349,8 +350,8 @@ class BrokenStreams:
 
 
 def test_following_goes_on_after_the_stream_broke_and_prints_each_line_once(monkeypatch, capsys):
-    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
-    cluster = object.__new__(ray_jobs.Cluster)
+    monkeypatch.setattr(job_client, "POLL_SECONDS", 0.0)
+    cluster = object.__new__(job_client.Cluster)
     cluster.address = "http://h"
     cluster._client = client = BrokenStreams()  # type: ignore[assignment]
     monkeypatch.setattr(
@@ -364,9 +365,9 @@ def test_following_goes_on_after_the_stream_broke_and_prints_each_line_once(monk
 
 
 def test_following_a_cluster_that_stays_away_is_no_success(monkeypatch):
-    monkeypatch.setattr(ray_jobs, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(ray_jobs, "LOST_SECONDS", 0.01)
-    cluster = object.__new__(ray_jobs.Cluster)
+    monkeypatch.setattr(job_client, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(job_client, "LOST_SECONDS", 0.01)
+    cluster = object.__new__(job_client.Cluster)
     cluster.address = "http://h"
 
     def away(_job_id: str) -> JobDetails:
@@ -374,7 +375,7 @@ def test_following_a_cluster_that_stays_away_is_no_success(monkeypatch):
 
     cluster._client = None  # type: ignore[assignment]
     monkeypatch.setattr(cluster, "job", away, raising=False)
-    with pytest.raises(ray_jobs.ConnectionLost, match="gone"):
+    with pytest.raises(job_client.ConnectionLost, match="gone"):
         cluster.follow("a", Console())
 
 
@@ -395,7 +396,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(monkeypatch, capsys):
 
 def test_pending_job_says_what_it_waits_for(monkeypatch, capsys):
     clock = iter([0.0, 5.0, 11.0, 12.0, 80.0])
-    monkeypatch.setattr(ray_jobs.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(job_client.time, "monotonic", lambda: next(clock))
     pending = Pending(Console())
     for _ in range(4):
         pending.tell(details(status="PENDING", message="waiting for CPUs"))

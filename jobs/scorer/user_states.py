@@ -5,7 +5,7 @@
     occurred
 
 One state is the bytes of a safetensors file that carry the digest of the model: rows and vectors are that model's.
-Exported into `scorer.py` beside jobs/scorer.py, so it imports numpy, pyarrow, torch and safetensors alone.
+Exported into `scorer.py` beside jobs/scorer/scorer.py, so it imports numpy, pyarrow, torch and safetensors alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from jobs.scorer_input import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
+from jobs.scorer.histories import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
 from models.interface import HistorySums, StoredHistories
 
 STATE_FORMAT = "1"

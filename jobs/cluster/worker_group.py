@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from jobs.config import RunConfig
-from jobs.failures import Interrupted, WorkerFailure, explained
+from jobs.cluster.failures import Interrupted, WorkerFailure, explained
+from jobs.cluster.parallel import ParallelConfig
+from jobs.cluster.session import ClusterConfig
 from jobs.host.errors import UserError
 from jobs.host.process import environment, noted_signals
-from jobs.training.parallel import ParallelConfig
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 300.0
@@ -28,12 +31,15 @@ def run_workers(
     function: Callable[[dict[str, Any]], None],
     arguments: dict[str, Any],
     *,
-    config: RunConfig,
+    parallel: ParallelConfig,
+    cluster: ClusterConfig,
+    run_dir: Path,
     name: str,
     on_rows: Callable[[list[dict[str, Any]]], None],
     stoppable: bool = False,
 ) -> None:
-    """Run `function` on every worker of a Ray Train group and hand rank 0's rows to `on_rows`.
+    """Run `function` on every worker of a Ray Train group and hand rank 0's rows to `on_rows`. Ray keeps its own notes
+    in `run_dir`/ray.
 
     `fit` runs beside the main thread, which keeps the signals. The first SIGINT or SIGTERM asks all ranks to
     checkpoint and stop (`stoppable`) and raises Interrupted once they did; the second raises at once.
@@ -43,11 +49,11 @@ def run_workers(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from jobs.failure_callback import FailureCallback
-    from jobs.training.telemetry import Telemetry
+    from jobs.cluster.failure_callback import FailureCallback
+    from jobs.cluster.telemetry import Telemetry
 
-    parallel = config.parallel
     _check_resources(parallel)
+    restarts = cluster.restarts(elastic=parallel.elastic)
     # Beside the driver and Ray Train's controller: the loss of another node must not take it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     telemetry = ray.remote(num_cpus=0)(Telemetry).options(scheduling_strategy=here).remote()
@@ -68,8 +74,8 @@ def run_workers(
         ),
         run_config=ray.train.RunConfig(
             name=f"{name}-{int(time.time())}",
-            storage_path=str((config.run_dir / "ray").absolute()),
-            failure_config=ray.train.FailureConfig(max_failures=config.cluster.restarts(elastic=parallel.elastic)),
+            storage_path=str((run_dir / "ray").absolute()),
+            failure_config=ray.train.FailureConfig(max_failures=restarts),
             callbacks=[FailureCallback(telemetry, parallel)],
         ),
     )
@@ -97,7 +103,9 @@ def run_workers(
                 raise Interrupted(name)
     on_rows(_answer(telemetry.drain.remote()))
     if failure:
-        raise explained(failure[0], asked_to_stop=asked is not None, config=config, name=name) from failure[0]
+        raise explained(
+            failure[0], asked_to_stop=asked is not None, parallel=parallel, restarts=restarts, name=name
+        ) from failure[0]
     if asked is not None:
         raise Interrupted(name)
 
@@ -134,8 +142,8 @@ def _start_worker(arguments: dict[str, Any]) -> None:
     """Runs in every worker: threads, noise, then the job's function."""
     import torch
 
-    from jobs.training.parallel import quiet_libraries
-    from jobs.training.telemetry import Reporter
+    from jobs.cluster.telemetry import Reporter
+    from jobs.cluster.worker_group import quiet_libraries
 
     parallel = arguments["parallel"]
     torch.set_num_threads(parallel.threads_per_worker)
@@ -159,3 +167,12 @@ def _check_resources(parallel: ParallelConfig) -> None:
                 f"parallel.num_workers={asked}, device={parallel.device}: needs {count} {kind}, "
                 f"this Ray has {there.get(kind, 0):.0f}: lower parallel.num_workers or set parallel.device"
             )
+
+
+def quiet_libraries() -> None:
+    """Silence third-party start-up messages; warnings of our own and all errors stay."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("deepspeed", "DeepSpeed", "torchrec", "torch.distributed", "fbgemm_gpu"):
+        logging.getLogger(name).setLevel(logging.ERROR)

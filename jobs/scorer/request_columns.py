@@ -1,6 +1,6 @@
 """What columns of requests say to a model: histories, states, users, times and candidates as rows of its tables.
 
-Exported into `scorer.py` under jobs/scorer.py, whose docstring tells the columns.
+Exported into `scorer.py` under jobs/scorer/scorer.py, whose docstring tells the columns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from jobs.scorer_input import (
+from jobs.scorer.histories import (
     NO_TIME,
     Histories,
     RequestError,
@@ -26,7 +26,7 @@ from jobs.scorer_input import (
     time_column,
     total_order,
 )
-from jobs.scorer_states import appended, export_digest, read_states, state_bytes, with_latest
+from jobs.scorer.user_states import appended, export_digest, read_states, state_bytes, with_latest
 
 UNKNOWN_ROW = 1
 REQUEST_COLUMNS = (
@@ -37,7 +37,7 @@ REQUEST_COLUMNS = (
 
 
 class RequestReader:
-    """Of one model; jobs/scorer.py reads its files."""
+    """Of one model; jobs/scorer/scorer.py reads its files."""
 
     directory: Path
     settings: dict[str, Any]

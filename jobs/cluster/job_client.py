@@ -21,10 +21,10 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from jobs.host.console import Console, one_line
-from jobs.host.errors import INTERRUPTED, UserError
+from jobs.cluster.job_text import COMMAND_KEY, shown_error
+from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.host.secrets import redacted, refuse_open_token
-from jobs.job_tags import COMMAND_KEY
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
 """Where `ray start --head` puts the dashboard unless told otherwise."""
@@ -184,7 +184,7 @@ class Cluster:
         while not job.status.is_terminal():
             waited = time.monotonic() - asked
             if job.status == JobStatus.PENDING and waited > PENDING_SECONDS:
-                console.line(f"job {job_id} has not started; Ray ends it before it does: {_told(job.message)}")
+                console.line(f"job {job_id} has not started; Ray ends it before it does: {shown_error(job.message)}")
                 return job
             if waited > seconds + ANSWER_SECONDS:
                 raise ConnectionError(f"job {job_id} has not ended, it is {job.status}: ask again, or see its node")
@@ -212,7 +212,7 @@ class Cluster:
                         return job
             except (OSError, aiohttp.ClientError, RuntimeError) as error:
                 if time.monotonic() - heard > LOST_SECONDS:
-                    raise ConnectionLost(_told(error)) from error
+                    raise ConnectionLost(shown_error(error)) from error
                 if not told:
                     told = True
                     console.error(f"{self.shown} does not answer; trying for {LOST_SECONDS:.0f} s")
@@ -303,51 +303,4 @@ class Pending:
         waited = time.monotonic() - self._since
         if waited >= self._next:
             self._next = waited + 6 * PENDING_SECONDS
-            self._console.line(f"waiting for {waited:.0f} s: {_told(job.message)}")
-
-
-def exit_code(job: JobDetails) -> int:
-    """The job's own exit code; 130 if it was stopped, 128 + n after signal n, 1 if its driver never ran."""
-    if job.status == JobStatus.SUCCEEDED:
-        return 0
-    if job.status == JobStatus.STOPPED:
-        return INTERRUPTED
-    code = job.driver_exit_code
-    if code is None:
-        return 1
-    return code if code >= 0 else 128 - code
-
-
-def outcome(job: JobDetails) -> str:
-    """How a job ended, in one line."""
-    took = f"after {duration(job)}"
-    if job.status == JobStatus.SUCCEEDED:
-        return f"job {job.submission_id} succeeded {took}"
-    if job.status == JobStatus.STOPPED:
-        return f"job {job.submission_id} was stopped {took}"
-    code = job.driver_exit_code
-    if code is None:
-        return f"job {job.submission_id} failed {took}: {_told(job.message)}"
-    if code < 0:
-        return f"job {job.submission_id} was killed by signal {-code} {took} (9: often the node's memory ran out)"
-    hint = ": no such program on the cluster: name its Python with --python" if code in (126, 127) else ""
-    return f"job {job.submission_id} ended with exit code {code} {took}{hint}"
-
-
-def duration(job: JobDetails) -> str:
-    """Hours, minutes and seconds from its start to its end, or until now."""
-    if not job.start_time:
-        return ""
-    seconds = max(0, round((job.end_time or time.time() * 1000) / 1000 - job.start_time / 1000))
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
-
-
-def shown_command(job: JobDetails) -> str:
-    """The command as the user gave it, or what another tool submitted; no passwords."""
-    return redacted((job.metadata or {}).get(COMMAND_KEY) or job.entrypoint)
-
-
-def _told(text: object) -> str:
-    return redacted(one_line(text or ""))[:500]
+            self._console.line(f"waiting for {waited:.0f} s: {shown_error(job.message)}")

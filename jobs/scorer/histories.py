@@ -2,7 +2,7 @@
 
     history [[a, b], [], [c]]    ->    offsets [0, 2, 2, 3]    row [row of a, of b, of c]
 
-Exported into `scorer.py` beside jobs/scorer.py, so it imports numpy and pyarrow alone.
+Exported into `scorer.py` beside jobs/scorer/scorer.py, so it imports numpy and pyarrow alone.
 """
 
 from __future__ import annotations

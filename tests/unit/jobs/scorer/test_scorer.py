@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 from mlflow.models.utils import _enforce_schema
 
-from jobs import scorer as scorer_module
 from jobs.register import scorer_source, signature
-from jobs.scorer_input import NO_TIME, RequestError
+from jobs.scorer import scorer as scorer_module
+from jobs.scorer.histories import NO_TIME, RequestError
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
 from pipeline.shards.sequences import build_sequences

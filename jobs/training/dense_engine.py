@@ -1,0 +1,41 @@
+"""How a model is spread over ranks: TorchRec owns the tables, DeepSpeed owns the tower, never the other way round.
+
+DeepSpeed broadcasts rank 0's parameters of whatever it wraps, so a table inside it would lose every shard but one.
+The order that works: process group (Ray Train's) -> the tables' optimizer, DistributedModelParallel around the tables
+alone (tables.py) -> deepspeed.initialize around the tower alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from jobs.cluster.parallel import ParallelConfig
+from jobs.training.optimizers import OptimizerConfig
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def dense_engine(tower: nn.Module, *, optimizer: OptimizerConfig, parallel: ParallelConfig) -> Any:
+    """The tower inside a DeepSpeed engine: `engine(inputs)`, `engine.backward(loss)`, `engine.step()`."""
+    import deepspeed
+
+    if parallel.device == "cpu":
+        # The op serves inference only; without it a start needs no C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    config = {
+        "train_batch_size": dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": parallel.precision == "bf16"},
+        "gradient_clipping": optimizer.clip_norm,
+        "steps_per_print": 1 << 62,
+    }
+    groups = optimizer.parameter_groups(tower)
+    adamw = torch.optim.AdamW(groups, lr=optimizer.dense_lr, betas=optimizer.betas, eps=optimizer.dense_eps)
+    engine, *_ = deepspeed.initialize(model=tower, optimizer=adamw, config=config, dist_init_required=False)
+    return engine
