@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.files import read_json, write_json
@@ -33,7 +33,7 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 
 if TYPE_CHECKING:
-    from jobs.registry import RegisteredModel
+    from jobs.tracking.registry import RegisteredModel
 
 EMPTIED = "history emptied"
 POPULARITY = "popularity"

@@ -12,9 +12,9 @@ from typing import Any
 
 from jobs.host.console import Stage
 from jobs.host.files import read_rows, write_json
-from jobs.tracking import TrackedRun
+from jobs.tracking.runs import TrackedRun
 from jobs.training.clock import PARTS
-from jobs.training.plan import PLAN_FILE
+from jobs.training.placement import PLAN_FILE
 
 QUIET_SECONDS = 60.0
 """Without a row after which the bar says so; rows come with every step, and from validations as they go."""

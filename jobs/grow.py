@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.config_reader import stored_config
+from jobs.config.reader import stored_config
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.locks import sole_command
@@ -38,7 +38,7 @@ from jobs.training.checkpoint import (
     table_files,
 )
 from jobs.training.model import model_tables
-from jobs.warm_start import find_checkpoint, misfit, stored_shapes
+from jobs.training.warm_start import find_checkpoint, misfit, stored_shapes
 from models.embeddings import TableSpec, initial_rows
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary_growth import beginnings_of

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster.session import ray_session
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
 from jobs.host.console import Console
 from jobs.host.files import read_json, read_rows, write_json
 from jobs.ingest import import_missing, prepare_shards
 from jobs.plots import plot_curves
-from jobs.tracking import TrackedRun, open_run
+from jobs.tracking.runs import TrackedRun, open_run
 from jobs.train import Trained, open_shards, train
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.model import model_settings

@@ -23,13 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.champions import CHALLENGER, CHAMPION, champion, or_none, promote
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.evaluate import Evaluated
 from jobs.host.console import Console
 from jobs.host.files import read_json
-from jobs.registry import EXPORT
-from jobs.tracking import metric_name, mlflow_client, tracking_uri
+from jobs.tracking.champions import CHALLENGER, CHAMPION, champion, or_none, promote
+from jobs.tracking.registry import EXPORT
+from jobs.tracking.runs import metric_name, mlflow_client, tracking_uri
 from jobs.train import Trained
 from jobs.training.checkpoint import checkpoint_key, table_files
 from jobs.training.model import model_settings, user_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.evaluate import POPULARITY, Evaluated
 from jobs.host.console import Console
 

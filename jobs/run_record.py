@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.host.code_version import git_commit
 from jobs.host.errors import UserError
 from jobs.host.files import read_json, write_json
 from jobs.host.locks import LOCK_FILES
 from jobs.host.secrets import redacted
-from jobs.spool import NAME as SPOOL
-from jobs.tracking import TrackedRun, open_run, system_facts
+from jobs.tracking.runs import TrackedRun, open_run, system_facts
+from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_state
-from jobs.training.plan import PLAN_FILE
-from jobs.warm_start import find_checkpoint
+from jobs.training.placement import PLAN_FILE
+from jobs.training.warm_start import find_checkpoint
 from pipeline.shards.dataset import Shards
 
 RECORD = "run.json"

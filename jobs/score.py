@@ -24,12 +24,12 @@ from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError
 from jobs.ranking import ScoreConfig, ScoreCounts
-from jobs.registry import RegisteredModel
 from jobs.score_input import Part, Requests
 from jobs.score_output import ResultFile, footer
 from jobs.score_parts import PartScorer, read_part
 from jobs.states import refuse_models_without_states
 from jobs.stored_users import StoredUsers, find_states
+from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
 from pipeline.storage import absolute
 

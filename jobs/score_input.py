@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
-from jobs.registry import RegisteredTables
 from jobs.scorer.histories import (
     NO_TIME,
     Histories,
@@ -30,6 +29,7 @@ from jobs.scorer.histories import (
 from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import both_known, stored_too_late
 from jobs.stored_users import StoredUsers
+from jobs.tracking.registry import RegisteredTables
 from pipeline.events import LATEST_TIME
 from pipeline.shards.dataset import Shards
 from pipeline.shards.sequences import UserEvents

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.ranking import Ranking, ScoreConfig, ScoreCounts
-from jobs.registry import RegisteredModel
 from jobs.score_input import Part, RequestFile, Sources, UserHistories
 from jobs.stored_users import StoredUsers
+from jobs.tracking.registry import RegisteredModel
 from pipeline.shards.dataset import Shards
 
 

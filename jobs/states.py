@@ -27,10 +27,10 @@ from jobs.cluster.actor_pool import map_in_actors
 from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.registry import RegisteredModel
 from jobs.score_input import UserHistories
 from jobs.scorer.scorer import build_scorer_tower
 from jobs.stored_users import COMMIT, bucket_file, manifest_directory, read_commit
+from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
 from pipeline.shards.dataset import Shards
 from pipeline.shards.sequences import UserEvents

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.host.errors import UserError
-from jobs.registry import RegisteredModel
+from jobs.tracking.registry import RegisteredModel
 from pipeline.events import DataError
 from pipeline.shards.dataset import bucket_of
 from pipeline.storage import Store

@@ -12,13 +12,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.config import RunConfig
-from jobs.config_reader import stored_config, values_of
+from jobs.config.reader import stored_config, values_of
+from jobs.config.run import RunConfig
 from jobs.evaluate import System
 from jobs.host.errors import UserError
 from jobs.recipes import recipe_names
-from jobs.registry import fetch_model
-from jobs.tracking import TrackingConfig
+from jobs.tracking.registry import fetch_model
+from jobs.tracking.runs import TrackingConfig
 from jobs.train import open_shards, train_job
 from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state
 from pipeline.events import DataError

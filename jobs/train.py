@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.follower import Follower
 from jobs.host.console import Console
 from jobs.host.errors import UserError
@@ -21,7 +21,7 @@ from jobs.host.files import read_json as read_json
 from jobs.host.files import write_json as write_json
 from jobs.host.locks import sole_command, wait_for_workers
 from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, read_record, run_facts
-from jobs.spool import NAME as SPOOL
+from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import (
     CheckpointError,
     CheckpointNotWritten,
@@ -34,7 +34,7 @@ from jobs.training.checkpoint import (
 from jobs.training.job import TrainJob
 from jobs.training.model import model_settings, model_tables
 from jobs.training.results import primary_metric
-from jobs.warm_start import Begun, begin_from, best_of
+from jobs.training.warm_start import Begun, begin_from, best_of
 from models.zoo import build_tower
 from pipeline.batches.request_index import RequestCounts
 from pipeline.build import index_requests

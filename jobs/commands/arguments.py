@@ -12,7 +12,7 @@ from jobs.recipes import recipe_names
 
 def recipe_config(command: str, arguments: list[str]) -> Any | None:
     """The config of a command that takes a recipe; None after --help or --print_config."""
-    from jobs.config_reader import config_parser, load_config
+    from jobs.config.reader import config_parser, load_config
 
     if arguments and arguments[0] in ("-h", "--help"):
         config_parser(command, model="solar").print_help()
@@ -32,7 +32,7 @@ def recipe_config(command: str, arguments: list[str]) -> Any | None:
 def parse(parser: Any, arguments: list[str]) -> Any:
     from jsonargparse import ArgumentError
 
-    from jobs.config_reader import explain
+    from jobs.config.reader import explain
     from jobs.host.errors import UserError
 
     try:

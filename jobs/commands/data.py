@@ -12,13 +12,13 @@ from jobs.host.console import Console, one_line
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from jobs.config import SourceConfig
+    from jobs.config.run import SourceConfig
 
 
 def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.config import SOURCES
+    from jobs.config.run import SOURCES
     from jobs.ingest import import_events
 
     readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic}
@@ -41,14 +41,14 @@ def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def _movielens(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
     """Add the source's arguments; what is returned makes the source of the parsed ones. So do those below."""
-    from jobs.config import SourceConfig
+    from jobs.config.run import SourceConfig
 
     parser.add_argument("--from", type=str | None, default=None, help="a local copy of the wheel or of its files")
     return lambda parsed: SourceConfig(name="movielens-100k", path=parsed["from"])
 
 
 def _files(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
-    from jobs.config import SourceConfig
+    from jobs.config.run import SourceConfig
     from pipeline.sources.files import ImportConfig
 
     parser.add_argument("path", type=str, help="file, directory or pattern of CSV, JSON lines or Parquet")
@@ -65,7 +65,7 @@ def _files(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
 
 def _git(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
-    from jobs.config import SourceConfig
+    from jobs.config.run import SourceConfig
     from pipeline.sources.git import GitConfig
 
     parser.add_argument("path", type=str, nargs="+", help="repositories: worktrees or bare ones")
@@ -74,7 +74,7 @@ def _git(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
 
 def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
-    from jobs.config import SourceConfig
+    from jobs.config.run import SourceConfig
     from pipeline.sources.synthetic_world import SyntheticConfig
 
     parser.add_class_arguments(SyntheticConfig)
@@ -82,7 +82,7 @@ def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
 
 def _published(parser: ArgumentParser, name: str) -> Callable[[Any], SourceConfig]:
-    from jobs.config import SourceConfig
+    from jobs.config.run import SourceConfig
 
     parser.add_argument("path", type=str, help="the unpacked data set, or its file of events")
     return lambda parsed: SourceConfig(name=name, path=parsed.path)

@@ -72,7 +72,7 @@ def _night_parser() -> argparse.ArgumentParser:
 
 
 def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.champions import promote_by_hand
+    from jobs.tracking.champions import promote_by_hand
 
     parser = _model_parser("promote")
     parser.add_argument("--version", type=int, required=True, help="the version that shall serve")
@@ -85,7 +85,7 @@ def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def rollback(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.champions import roll_back
+    from jobs.tracking.champions import roll_back
 
     parser = _model_parser("rollback")
     parser.add_argument("--why", type=str, required=True, help="the reason, kept with the model")
@@ -97,7 +97,7 @@ def rollback(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def history(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.champions import changes, nights, require_model
+    from jobs.tracking.champions import changes, nights, require_model
 
     parsed = parse(_model_parser("history"), arguments)
     with _registry(parsed) as client:
@@ -131,7 +131,7 @@ def _model_parser(command: str) -> Any:
 
 def _registry(parsed: Any) -> Any:
     """The client of the store that a command names; a store that does not answer is one line."""
-    from jobs.registry import open_registry
-    from jobs.tracking import TrackingConfig
+    from jobs.tracking.registry import open_registry
+    from jobs.tracking.runs import TrackingConfig
 
     return open_registry(TrackingConfig(uri=parsed.tracking.uri), parsed.workspace)

@@ -24,7 +24,7 @@ SLICE_SECONDS = 0.5
 
 
 def schedule(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.config_reader import load_config
+    from jobs.config.reader import load_config
     from jobs.cron import Cron
 
     parser = _parser()

@@ -14,12 +14,12 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
     from jobs.cluster.session import ClusterConfig
     from jobs.ranking import ScoreConfig
-    from jobs.registry import fetch_model
     from jobs.score import print_counts
     from jobs.score import score as score_requests
     from jobs.states import build_states
     from jobs.stored_users import states_directory
-    from jobs.tracking import TrackingConfig
+    from jobs.tracking.registry import fetch_model
+    from jobs.tracking.runs import TrackingConfig
 
     parser = ArgumentParser(prog="solar score", exit_on_error=False)
     parser.add_argument("model", type=str, help="models:/NAME@ALIAS or models:/NAME/VERSION")

@@ -22,7 +22,7 @@ def run(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.config_reader import load_board
+    from jobs.config.reader import load_board
     from jobs.leaderboard import Board
     from jobs.leaderboard import leaderboard as run_board
     from jobs.recipes import board_names

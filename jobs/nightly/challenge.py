@@ -12,16 +12,16 @@ import dataclasses
 import datetime
 from typing import Any
 
-from jobs.champions import champion
 from jobs.evaluate import System, evaluate
 from jobs.host.errors import UserError
 from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, NightContext
 from jobs.nightly.journal import past_nights
-from jobs.registry import RegisteredModel
+from jobs.tracking.champions import champion
+from jobs.tracking.registry import RegisteredModel
 from jobs.train import open_shards, train
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
-from jobs.warm_start import begin_from
+from jobs.training.warm_start import begin_from
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import needed_versions
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import past_nights
+from jobs.tracking.champions import needed_versions
 from jobs.training.checkpoint import remove_committed
 from pipeline.events import DataError
 from pipeline.prepare.garbage import collect

@@ -7,11 +7,11 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import Journal
-from jobs.registry import RegisteredModel, fetch_model
-from jobs.tracking import mlflow_client, tracking_uri
+from jobs.tracking.registry import RegisteredModel, fetch_model
+from jobs.tracking.runs import mlflow_client, tracking_uri
 from jobs.train import open_shards
 from jobs.training.job import TrainingConfig
 from pipeline.batches.request_index import RequestCounts

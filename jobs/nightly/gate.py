@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from jobs.nightly.config import GateConfig
+from jobs.config.nightly import GateConfig
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.requests import RequestConfig

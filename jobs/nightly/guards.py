@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.nightly.config import GateConfig
+from jobs.config.nightly import GateConfig
 from jobs.nightly.gate import Guard
 from jobs.score_input import UserHistories
 from jobs.scorer.histories import NO_TIME

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jobs.champions import champion_at_night
 from jobs.evaluate import System, evaluate, read_result
 from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE, NightContext
@@ -27,7 +26,8 @@ from jobs.nightly.gate import (
 from jobs.nightly.guards import day_guards, latencies, model_guards
 from jobs.nightly.journal import past_nights
 from jobs.register import export_model
-from jobs.registry import EXPORT
+from jobs.tracking.champions import champion_at_night
+from jobs.tracking.registry import EXPORT
 from jobs.train import open_shards
 from jobs.training.checkpoint import remove_committed
 from pipeline.batches.requests import RequestConfig

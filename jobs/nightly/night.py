@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
 from jobs.cluster.session import ray_session
 from jobs.evaluate import Evaluated
 from jobs.host.errors import UserError
@@ -27,6 +26,7 @@ from jobs.nightly.take_in import require_input, take_in
 from jobs.register import register
 from jobs.states import build_states, refuse_models_without_states
 from jobs.stored_users import states_directory
+from jobs.tracking.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
 from jobs.train import Trained
 from pipeline.shards.manifest import why_removed
 from pipeline.storage import absolute

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import ChampionChanged, champion, note_night
 from jobs.cluster.failures import WorkerFailure
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.host.console import Console, one_line
 from jobs.host.errors import UserError
 from jobs.host.locks import RunInUse, sole_command
@@ -28,8 +27,9 @@ from jobs.night_process import SCHEDULED_VARIABLE
 from jobs.nightly.context import NightContext, nights_directory
 from jobs.nightly.journal import END, Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import REASON_LENGTH, run_night
-from jobs.registry import PATIENCE, NoStore, StoreAway, open_registry
-from jobs.spool import is_away
+from jobs.tracking.champions import ChampionChanged, champion, note_night
+from jobs.tracking.registry import PATIENCE, NoStore, StoreAway, open_registry
+from jobs.tracking.unsent import is_away
 from jobs.training.checkpoint import CheckpointNotWritten
 from pipeline.events import DataError, NotNow
 from pipeline.log.daily import days_told

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
 from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE

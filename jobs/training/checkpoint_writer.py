@@ -38,7 +38,7 @@ from jobs.training.checkpoint import (
     remove_committed,
 )
 from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
-from jobs.training.plan import available_memory, local_world_size
+from jobs.training.placement import available_memory, local_world_size
 from jobs.training.tables import ShardedTables, TableShard
 
 T = TypeVar("T")

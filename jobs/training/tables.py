@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.plan import plan_tables
+from jobs.training.placement import plan_tables
 from models.embeddings import (
     EmbeddingCollections,
     ItemFeature,

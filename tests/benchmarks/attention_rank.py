@@ -20,7 +20,7 @@ from torch import Tensor
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.config_reader import stored_config
+from jobs.config.reader import stored_config
 from jobs.train import best_checkpoint, open_shards
 from jobs.training.checkpoint import load_dense, read_state, table_files
 from jobs.training.model import model_settings

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from jobs.config import RunConfig
+from jobs.config.run import RunConfig
 from jobs.grow import grow
 from jobs.host.console import Console
 from jobs.train import train_job
@@ -25,7 +25,7 @@ from jobs.training import loop
 from jobs.training.checkpoint import checkpoint_key, committed_checkpoints, read_state
 from jobs.training.job import TrainJob
 from jobs.training.loop import build_model
-from jobs.warm_start import begin_from
+from jobs.training.warm_start import begin_from
 from models.embeddings import initial_rows
 from pipeline.batches.loader import TrainLoader
 from pipeline.batches.requests import RequestConfig

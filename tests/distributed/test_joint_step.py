@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.cluster.parallel import ParallelConfig
-from jobs.training import plan
+from jobs.training import placement as plan
 from jobs.training.dense_engine import dense_engine
 from jobs.training.dense_state import gather_dense_state, local_dense_state, restore_dense_state
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.plan import TablesDoNotFit
+from jobs.training.placement import TablesDoNotFit
 from jobs.training.tables import ShardedTables
 from models.embeddings import ItemFeature, TableSpec, UserCodes, initial_rows
 from tests.support.ranks import run_ranks

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.tracking import mlflow_client
+from jobs.tracking.runs import mlflow_client
 from tests.support.commands import solar
 
 FROZEN = sorted(path for path in (Path(__file__).parents[1] / "frozen").iterdir() if path.is_dir())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.tracking import mlflow_client
+from jobs.tracking.runs import mlflow_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from pipeline.build import PrepareConfig, prepare
 from tests.support.interruptions import Command, differences, learned, orphans, telemetry

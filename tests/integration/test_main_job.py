@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jobs.tracking import mlflow_client
+from jobs.tracking.runs import mlflow_client
 from tests.support.commands import refused, solar
 from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
@@ -125,7 +125,7 @@ def test_champion_scores_in_a_process_without_this_repository_as_training_does(f
 
 def scores_of_training(workplace: Path, requests: list[dict]) -> list[list[float]]:
     """The same requests through the repository's own scorer class and the checkpoint's weights."""
-    from jobs.config_reader import load_config
+    from jobs.config.reader import load_config
     from jobs.register import export_model
     from jobs.scorer.scorer import Scorer
     from jobs.train import trained_run

@@ -20,9 +20,9 @@ import pytest
 
 from jobs.host.console import Console
 from jobs.ranking import ScoreConfig
-from jobs.registry import RegisteredModel
 from jobs.score import score
 from jobs.score_input import UserHistories
+from jobs.tracking.registry import RegisteredModel
 from pipeline.shards.dataset import Shards
 from tests.support.commands import free_ports
 from tests.support.registered import prepared_users, registered

@@ -12,8 +12,8 @@ import polars as pl
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.config import RunConfig
-from jobs.config_reader import load_config
+from jobs.config.reader import load_config
+from jobs.config.run import RunConfig
 from jobs.run_record import run_facts
 from jobs.training.checkpoint import commit_files, describe_file
 from jobs.training.model import model_settings, model_tables, user_features

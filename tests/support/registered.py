@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 
 from jobs.register import log_export
-from jobs.registry import RegisteredModel, fetch_model
-from jobs.tracking import TrackingConfig, mlflow_client
+from jobs.tracking.registry import RegisteredModel, fetch_model
+from jobs.tracking.runs import TrackingConfig, mlflow_client
 from pipeline import build
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards

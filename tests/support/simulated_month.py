@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.champions import champion, changes, nights
-from jobs.tracking import mlflow_client
+from jobs.tracking.champions import champion, changes, nights
+from jobs.tracking.runs import mlflow_client
 from tests.support.commands import succeeded
 from tests.support.daily_log import day_of, events_of, write_nightly_recipe
 from tests.support.month_nights import MlflowServer, NightProcess, can_mount, small_disk

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jobs.register import write_export
-from jobs.registry import RegisteredModel
+from jobs.tracking.registry import RegisteredModel
 from jobs.training.model import model_settings, model_tables
 from models.solar import SolarConfig
 from models.zoo import build_tower

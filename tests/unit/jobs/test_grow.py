@@ -15,7 +15,7 @@ from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.locks import sole_command
 from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state, verify_checkpoint
-from jobs.warm_start import begin_from
+from jobs.training.warm_start import begin_from
 from models.embeddings import initial_rows
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards

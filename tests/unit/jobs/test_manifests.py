@@ -21,8 +21,8 @@ from jobs import cli
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.submission import job_command
 from jobs.commands.cluster import submit_parser
-from jobs.config import RunConfig
-from jobs.config_reader import load_config
+from jobs.config.reader import load_config
+from jobs.config.run import RunConfig
 from jobs.manifests import RECIPES, USER
 
 ROOT = Path(__file__).resolve().parents[3]

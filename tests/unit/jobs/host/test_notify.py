@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.config_reader import load_config
+from jobs.config.reader import load_config
 from jobs.host.notify import NotifyConfig, notify
 
 EVENT = {

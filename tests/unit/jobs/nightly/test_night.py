@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from jobs.champions import champion, nights, note_night, promote
-from jobs.config_reader import load_config
+from jobs.config.reader import load_config
 from jobs.host.console import Console
 from jobs.nightly.context import NightContext
 from jobs.nightly.judge import _reference
 from jobs.nightly.night import _register
+from jobs.tracking.champions import champion, nights, note_night, promote
 
 PROMOTED: dict[str, Any] = {
     "verdict": "promoted", "reasons": ["better"], "primary": "gauc", "metrics": {"solar": {"gauc": 0.7}},

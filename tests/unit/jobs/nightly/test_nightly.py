@@ -6,7 +6,7 @@ import datetime
 
 import pytest
 
-from jobs.config_reader import load_config
+from jobs.config.reader import load_config
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.nightly import nightly as nightly_module

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.config_reader import load_config
+from jobs.config.reader import load_config
 from jobs.nightly.journal import Journal
 from jobs.nightly.report import write_report
 from jobs.nightly.report_plots import reliability

@@ -16,7 +16,7 @@ from jobs.host.errors import UserError
 from jobs.host.files import write_json
 from jobs.run_record import previous_run, run_facts
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
-from jobs.warm_start import begin_from, find_checkpoint
+from jobs.training.warm_start import begin_from, find_checkpoint
 from pipeline.shards.dataset import Shards
 from tests.support.growth import first_day, rewrite, second_day, specs_of, tiny_config, write_model_checkpoint
 from tests.support.serial import without_ray

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from jobs.host.process import environment
-from jobs.spool import IMPATIENT, Point, Spool, is_away
+from jobs.tracking.unsent import IMPATIENT, Point, Spool, is_away
 
 METRICS_PER_REQUEST = 1000
 """MLflow's limit of one log_batch call."""

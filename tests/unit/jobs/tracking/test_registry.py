@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from jobs.host.errors import UserError
-from jobs.registry import RegisteredTables, fetch_model
-from jobs.tracking import TrackingConfig, mlflow_client
+from jobs.tracking.registry import RegisteredTables, fetch_model
+from jobs.tracking.runs import TrackingConfig, mlflow_client
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
 

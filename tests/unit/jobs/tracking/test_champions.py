@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.champions import (
+from jobs.host.errors import UserError
+from jobs.tracking.champions import (
     ChampionChanged,
     champion,
     champion_at_night,
@@ -17,8 +18,7 @@ from jobs.champions import (
     require_champion,
     roll_back,
 )
-from jobs.host.errors import UserError
-from jobs.tracking import mlflow_client
+from jobs.tracking.runs import mlflow_client
 
 NAME = "shop"
 

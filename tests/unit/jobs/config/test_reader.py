@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jobs.config_reader import load_board, load_config, stored_config
+from jobs.config.reader import load_board, load_config, stored_config
 from jobs.host.errors import UserError
 from jobs.recipes import recipe_names
 

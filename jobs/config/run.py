@@ -1,6 +1,6 @@
 """RunConfig: everything a run depends on. Its sections are dataclasses beside their owners; this file composes them.
 
-jobs/config_reader.py reads it from recipes, files and the command line.
+jobs/config/reader.py reads it from recipes, files and the command line.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import ClusterConfig
+from jobs.config.nightly import NightlyConfig
 from jobs.host.notify import NotifyConfig
 from jobs.host.secrets import redacted
-from jobs.nightly.config import NightlyConfig
-from jobs.tracking import TrackingConfig
+from jobs.tracking.runs import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.job import TrainingConfig
 from jobs.training.optimizers import OptimizerConfig

@@ -32,7 +32,7 @@ from jobs.host.secrets import redacted
 from jobs.scorer.histories import UserFeature
 from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import export_digest
-from jobs.tracking import TrackingConfig, mlflow_client, tracking_uri
+from jobs.tracking.runs import TrackingConfig, mlflow_client, tracking_uri
 from pipeline.batches.batch import Batch
 from pipeline.shards.sequences import UserCodes
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
