@@ -13,7 +13,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from jobs.commands import cluster, data, nightly, schedule, serving, system, training
+from jobs.commands import cluster, data, nightly, serving, system, training
+from jobs.commands import scheduling as schedule
 from jobs.host.console import Console, one_line
 from jobs.host.errors import INTERRUPTED, MISTAKE
 from jobs.recipes import recipe_names

@@ -16,10 +16,10 @@ from typing import Any
 
 from jobs.cluster.session import ray_session
 from jobs.config.run import RunConfig
+from jobs.data.prepare import import_missing, prepare_shards
 from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
 from jobs.host.console import Console
 from jobs.host.files import read_json, read_rows, write_json
-from jobs.ingest import import_missing, prepare_shards
 from jobs.plots import plot_curves
 from jobs.tracking.runs import TrackedRun, open_run
 from jobs.train import Trained, open_shards, train

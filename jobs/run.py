@@ -13,10 +13,10 @@ from pathlib import Path
 
 from jobs.cluster.session import ray_session
 from jobs.config.run import RunConfig
+from jobs.data.prepare import import_missing, prepare_shards
 from jobs.evaluate import Evaluated, evaluate_run
 from jobs.host.console import Console
 from jobs.host.secrets import redacted
-from jobs.ingest import import_missing, prepare_shards
 from jobs.register import Registered, register
 from jobs.report import print_results
 from jobs.tracking.runs import tracking_uri

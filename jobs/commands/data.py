@@ -19,7 +19,7 @@ def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
     from jobs.config.run import SOURCES
-    from jobs.ingest import import_events
+    from jobs.data.prepare import import_events
 
     readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic}
     if not arguments or arguments[0] not in (*SOURCES, "-h", "--help"):
@@ -101,7 +101,7 @@ def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
     from jobs.cluster.session import ClusterConfig
-    from jobs.ingest import prepare_shards
+    from jobs.data.prepare import prepare_shards
     from pipeline.build import PrepareConfig
 
     parser = ArgumentParser(prog="solar prepare", exit_on_error=False)
@@ -132,7 +132,7 @@ def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
 def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.ingest import inspect
+    from jobs.data.inspect import inspect
 
     parser = ArgumentParser(prog="solar inspect", exit_on_error=False)
     parser.add_argument("directory", type=str, help="sequence shards or a checkpoint")
@@ -143,19 +143,19 @@ def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def compact(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.upkeep import compact_shards
+    from jobs.data.maintenance import compact_shards
 
     return _on_shards("compact", compact_shards, arguments, console, verbose=verbose)
 
 
 def migrate(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.upkeep import migrate_shards
+    from jobs.data.maintenance import migrate_shards
 
     return _on_shards("migrate", migrate_shards, arguments, console, verbose=verbose)
 
 
 def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.upkeep import check_forgotten, forget_users
+    from jobs.data.maintenance import check_forgotten, forget_users
 
     parser = _shards_parser("forget")
     parser.add_argument("--users", type=str, required=True, help="text with an id a line, or Parquet with user_id")
@@ -175,7 +175,7 @@ def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
 def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.upkeep import collect_garbage
+    from jobs.data.maintenance import collect_garbage
 
     parser = ArgumentParser(prog="solar gc", exit_on_error=False)
     parser.add_argument("directory", type=str, help="sequence shards")

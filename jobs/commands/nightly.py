@@ -11,7 +11,7 @@ from typing import Any
 from jobs.commands.arguments import capture, parse, recipe_config, usage_error
 from jobs.host.console import Console, one_line
 from jobs.host.errors import TRY_LATER
-from jobs.night_process import SCHEDULED_VARIABLE
+from jobs.scheduling.night_process import SCHEDULED_VARIABLE
 
 
 def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:

@@ -13,11 +13,11 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
     from jobs.cluster.session import ClusterConfig
-    from jobs.ranking import ScoreConfig
-    from jobs.score import print_counts
-    from jobs.score import score as score_requests
-    from jobs.states import build_states
-    from jobs.stored_users import states_directory
+    from jobs.serving.build_states import build_states
+    from jobs.serving.ranking import ScoreConfig
+    from jobs.serving.score import print_counts
+    from jobs.serving.score import score as score_requests
+    from jobs.serving.stored_states import states_directory
     from jobs.tracking.registry import fetch_model
     from jobs.tracking.runs import TrackingConfig
 

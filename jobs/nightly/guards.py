@@ -14,9 +14,9 @@ import numpy as np
 
 from jobs.config.nightly import GateConfig
 from jobs.nightly.gate import Guard
-from jobs.score_input import UserHistories
 from jobs.scorer.histories import NO_TIME
 from jobs.scorer.scorer import Scorer
+from jobs.serving.user_histories import UserHistories
 from pipeline.shards.dataset import Shards
 
 LATENCY_REQUESTS = 8

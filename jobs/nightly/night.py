@@ -24,8 +24,8 @@ from jobs.nightly.judge import challenger_export, evaluate_challenger, judge
 from jobs.nightly.report import write_report
 from jobs.nightly.take_in import require_input, take_in
 from jobs.register import register
-from jobs.states import build_states, refuse_models_without_states
-from jobs.stored_users import states_directory
+from jobs.serving.build_states import build_states, refuse_models_without_states
+from jobs.serving.stored_states import states_directory
 from jobs.tracking.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
 from jobs.train import Trained
 from pipeline.shards.manifest import why_removed

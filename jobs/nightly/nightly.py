@@ -23,10 +23,10 @@ from jobs.host.locks import RunInUse, sole_command
 from jobs.host.notify import notify
 from jobs.host.process import environment
 from jobs.host.secrets import refuse_open_directory
-from jobs.night_process import SCHEDULED_VARIABLE
 from jobs.nightly.context import NightContext, nights_directory
 from jobs.nightly.journal import END, Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import REASON_LENGTH, run_night
+from jobs.scheduling.night_process import SCHEDULED_VARIABLE
 from jobs.tracking.champions import ChampionChanged, champion, note_night
 from jobs.tracking.registry import PATIENCE, NoStore, StoreAway, open_registry
 from jobs.tracking.unsent import is_away

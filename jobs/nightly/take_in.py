@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jobs.ingest import prepare_shards
+from jobs.data.prepare import prepare_shards
 from jobs.nightly.context import NightContext
 from jobs.nightly.journal import NoInput
 from jobs.train import open_shards

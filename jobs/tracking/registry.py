@@ -20,22 +20,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.secrets import redacted
-from jobs.scorer.histories import UserFeature
 from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import export_digest
 from jobs.tracking.runs import TrackingConfig, mlflow_client, tracking_uri
-from pipeline.batches.batch import Batch
-from pipeline.shards.sequences import UserCodes
-from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -141,60 +133,6 @@ def open_registry(tracking: TrackingConfig, workspace: str) -> Iterator[MlflowCl
     store = store_uri(tracking, workspace)
     with _explained(store):
         yield mlflow_client(store)
-
-
-class RegisteredTables:
-    """A registered model's tables behind the rows of another data set's vocabulary: `look_up` as ShardedTables has it.
-
-    Items are matched by raw id, actions by name; what the model does not know becomes its unknown row, or no action.
-    """
-
-    def __init__(self, scorer: Scorer, vocabulary: Vocabulary) -> None:
-        raw = vocabulary.raw(torch.arange(NUM_RESERVED, vocabulary.size).numpy())
-        self.device = scorer.item_IC.device
-        self.row_R = torch.cat([torch.arange(NUM_RESERVED), torch.from_numpy(scorer.rows(raw))])
-        """[vocabulary size] the model's row of each row of the data set."""
-        self.code_A = torch.from_numpy(scorer.codes(pa.array(vocabulary.actions, pa.large_string())))
-        """[actions] the model's code of each action code of the data set."""
-        self._users = [
-            (list(vocabulary.user_features).index(name), _value_rows(scorer, name, vocabulary.user_features[name]))
-            if name in vocabulary.user_features
-            else None
-            for name in scorer.user_features
-        ]
-        self._scorer = scorer
-
-    @property
-    def num_unknown_items(self) -> int:
-        """Items of the data set that the model has never seen."""
-        return int((self.row_R[NUM_RESERVED:] < NUM_RESERVED).sum())
-
-    def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
-        """(item_IC, features_IFC) of rows of the data set's vocabulary."""
-        rows_I = self.row_R[item_rows_I]
-        return self._scorer.item_IC[rows_I], self._scorer.features_IFC[rows_I]
-
-    def users(self, codes: UserCodes | None, *, known: np.ndarray) -> tuple[UserFeature, ...]:
-        """The model's user features of requests [B]; `codes` are those of the data set for the `known` ones of them."""
-        found = []
-        for place_and_rows in self._users:
-            lengths, row = np.zeros(len(known), np.int64), np.zeros(0, np.int64)
-            if place_and_rows is not None and codes is not None:
-                place, rows = place_and_rows
-                cells = np.arange(codes.lengths.size) % codes.lengths.shape[1]
-                lengths[known] = codes.lengths[:, place]
-                row = rows[codes.values[np.repeat(cells, codes.lengths.ravel()) == place]]
-            found.append(UserFeature(lengths=lengths, row=row))
-        return tuple(found)
-
-    def translate(self, batch: Batch) -> Batch:
-        """The same batch with the model's action codes; its items stay rows of the data set, which `look_up` maps."""
-        return dataclasses.replace(batch, event_action=self.code_A[batch.event_action])
-
-
-def _value_rows(scorer: Scorer, name: str, values: tuple[str, ...]) -> np.ndarray:
-    """The model's row of each row of a data set's user feature."""
-    return np.concatenate([np.arange(NUM_RESERVED), scorer.value_rows(name, pa.array(values, pa.large_string()))])
 
 
 def _resolve(client: MlflowClient, asked: re.Match[str], *, uri: str, store: str) -> ModelVersion:

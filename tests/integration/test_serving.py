@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.host.console import Console
-from jobs.ranking import ScoreConfig
-from jobs.score import score
-from jobs.score_input import UserHistories
+from jobs.serving.ranking import ScoreConfig
+from jobs.serving.score import score
+from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
 from pipeline.shards.dataset import Shards
 from tests.support.commands import free_ports

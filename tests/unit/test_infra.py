@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.config.reader import config_parser
-from jobs.manifests import CREDENTIALS_SECRET, TOKEN_SECRET, USER
+from jobs.scheduling.kubernetes import CREDENTIALS_SECRET, TOKEN_SECRET, USER
 
 ROOT = Path(__file__).resolve().parents[2]
 INFRA = ROOT / "infra"

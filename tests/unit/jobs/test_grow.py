@@ -13,7 +13,7 @@ from jobs import grow as grow_module
 from jobs.grow import grow
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.host.locks import sole_command
+from jobs.host.locks import RunInUse, sole_command
 from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state, verify_checkpoint
 from jobs.training.warm_start import begin_from
 from models.embeddings import initial_rows
@@ -173,7 +173,7 @@ def test_two_growths_of_one_target_do_not_meet(days, checkpoint, tmp_path):
     out = tmp_path / "place" / "grown"
     with (
         sole_command(out.parent / ".grown.growing"),
-        pytest.raises(CheckpointError, match="is working there: wait for it, or name another --out"),
+        pytest.raises(RunInUse, match="is working there: wait for it, or name another --out"),
     ):
         grow(str(checkpoint), Console(), shards_dir=days[2].path, out=str(out))
     assert left_beside(out) == []

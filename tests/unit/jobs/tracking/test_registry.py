@@ -7,13 +7,10 @@ from pathlib import Path
 
 import mlflow.artifacts
 import pytest
-import torch
 
 from jobs.host.errors import UserError
-from jobs.tracking.registry import RegisteredTables, fetch_model
+from jobs.tracking.registry import fetch_model
 from jobs.tracking.runs import TrackingConfig, mlflow_client
-from pipeline.events import EventColumns
-from pipeline.shards.dataset import Shards
 
 REMOTE = "s3://bucket/models/m-1"
 
@@ -79,21 +76,3 @@ def test_a_store_that_does_not_answer_is_named_without_its_password(tmp_path):
     line = complaint("models:/shop/1", str(tmp_path), uri="postgresql://me:secret@nowhere/db")
     assert "MLflow at postgresql://me:***@nowhere/db does not answer" in line
     assert "secret" not in line
-
-
-def test_tables_answer_to_the_rows_of_another_vocabulary(data, export, prepare, write_log, random_log, tmp_path):
-    scorer = export(data).scorer()
-    log = random_log(num_items=60, seed=5).filter(random_log(num_items=60, seed=5)["item_id"] > 110)
-    write_log(log.with_columns(action=log["action"].replace({"click": "buy"})), "other/events.parquet")
-    prepare(tmp_path / "other", tmp_path / "others", columns=EventColumns(action="action"), buckets=1)
-    vocabulary = Shards.open(str(tmp_path / "others")).vocabulary
-    tables = RegisteredTables(scorer, vocabulary)
-    raw = vocabulary.items.to_pylist()
-    item_IC, features_IFC = tables.look_up(torch.arange(vocabulary.size))
-    known = {item: row for row, item in enumerate(scorer.item_ids.to_pylist(), start=2)}
-    expected = torch.tensor([0, 1, *(known.get(item, 1) for item in raw)])
-    assert torch.equal(item_IC, scorer.item_IC[expected])
-    assert torch.equal(features_IFC, scorer.features_IFC[expected])
-    assert 0 < tables.num_unknown_items == sum(item not in known for item in raw) < len(raw)
-    assert vocabulary.actions == ("", "buy", "view")
-    assert tables.code_A.tolist() == [0, 0, 2]

@@ -12,13 +12,13 @@ import pytest
 from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.ranking import ScoreConfig
-from jobs.score import score
-from jobs.score_input import UserHistories
 from jobs.scorer import user_states
 from jobs.scorer.histories import NO_TIME, flat_ranges
-from jobs.states import build_states
-from jobs.stored_users import find_states
+from jobs.serving.build_states import build_states
+from jobs.serving.ranking import ScoreConfig
+from jobs.serving.score import score
+from jobs.serving.stored_states import find_states
+from jobs.serving.user_histories import UserHistories
 from pipeline.events import DataError, EventColumns
 from pipeline.shards.dataset import Shards
 
@@ -116,7 +116,7 @@ def test_users_are_scored_from_their_states_and_others_from_raw_histories(long_l
     model, out = export(long_log, max_history=10_000), tmp_path / "states"
     states = built(model, long_log, out, parallel=1)
     assert (states.users, states.manifest, states.reused) == (3, 1, False)
-    assert states.bytes_per_user > 5_000
+    assert states.bytes / states.users > 5_000
     again = built(model, long_log, out)
     assert (again.reused, again.users, again.bytes) == (True, 3, states.bytes)
     last = {user: max(time) for user, time in times_of(long_log).items()}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -21,19 +19,13 @@ from jobs.scorer.histories import (
     NO_TIME,
     Histories,
     RequestError,
-    cast_values,
-    flat_offsets,
-    required_column,
     time_column,
 )
 from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import both_known, stored_too_late
-from jobs.stored_users import StoredUsers
-from jobs.tracking.registry import RegisteredTables
+from jobs.serving.stored_states import StoredUsers
+from jobs.serving.user_histories import UserHistories, user_ids
 from pipeline.events import LATEST_TIME
-from pipeline.shards.dataset import Shards
-from pipeline.shards.sequences import UserEvents
-from pipeline.shards.user_reader import UserReader
 
 ROWS_PER_BLOCK = 256
 """Requests in memory together where each brings its history (10,000 events and 1,000 candidates: 50 MB)."""
@@ -41,9 +33,9 @@ ROWS_PER_READ = 4096
 """The same where the histories are in shards: more, because a block reads every row group that its users are in."""
 ROWS_PER_READ_OF_STATES = 1024
 """The same of states (20 KB each, as a tower reads them; more where repeats are counted)."""
+
 EVENTS_PER_BLOCK = 1 << 22
 """Events that shards give to one block (100 MB)."""
-ROW_GROUPS_KEPT = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -186,51 +178,6 @@ class RequestFile:
             raise UserError(f"{self.path}: no whole Parquet file: {one_line(error)[:160]}") from error
 
 
-class UserHistories:
-    """Histories of users by raw id, out of sequence shards: as training reads them."""
-
-    def __init__(self, data: Shards, scorer: Scorer) -> None:
-        self._data = data
-        if scorer.uses_time and not self._data.manifest.has_time:
-            raise UserError(
-                f"{data.path}: the events have no times, which this model needs: prepare a log with timestamps"
-            )
-        self._reader = UserReader(self._data, keep=ROW_GROUPS_KEPT)
-        self._tables = RegisteredTables(scorer, self._data.vocabulary)
-        self._id_type = data.manifest.schema["id_types"]["user_id"]
-        self.has_time = self._data.manifest.has_time
-
-    @functools.cached_property
-    def _users(self) -> pd.Index:
-        return pd.Index(self._data.index.user_id.to_numpy(zero_copy_only=False))
-
-    def users(self, rows: pa.RecordBatch, *, first_row: int) -> np.ndarray:
-        """[B] int64 user rows, -1 for users that are not there."""
-        raw = user_ids(rows, self._id_type, first_row=first_row)
-        return self._users.get_indexer(pd.Index(raw.to_numpy(zero_copy_only=False)))
-
-    def num_events(self, users: np.ndarray) -> np.ndarray:
-        """[B] length of each user's whole sequence, 0 for those that are not there."""
-        return np.where(users < 0, 0, self._data.index.events[users])
-
-    def read(self, users: np.ndarray) -> Histories:
-        """Every event of these users, in total order, as rows and codes of the model."""
-        known = users >= 0
-        return self.of_events(self._reader.read(users[known]), known=known)
-
-    def of_events(self, events: UserEvents, *, known: np.ndarray) -> Histories:
-        """The sequences of the `known` [B] ones of users as rows and codes of the model."""
-        lengths = np.zeros(len(known), np.int64)
-        lengths[known] = np.diff(events.offsets)
-        return Histories(
-            offsets=flat_offsets(lengths),
-            row=self._tables.row_R.numpy()[events.item],
-            time=events.time,
-            action=self._tables.code_A.numpy()[events.action],
-            users=self._tables.users(events.codes, known=known),
-        )
-
-
 def refuse_wrong_unit(time: np.ndarray, name: str, *, time_range: list[int] | None) -> None:
     """RequestError where times [n] cannot be milliseconds: past 2100, or all before the model's first event."""
     asked = time[time < NO_TIME]
@@ -323,15 +270,6 @@ def _stored(
         found = [None if is_late else state for state, is_late in zip(found, late, strict=True)]
         stored = scorer.states(pa.array(found, pa.large_binary()))
     return stored, np.array([state is not None for state in found], bool)
-
-
-def user_ids(rows: pa.RecordBatch, id_type: str, *, first_row: int) -> pa.Array:
-    """The column user_id as int64 or strings. RequestError: it is absent or has a null."""
-    raw = cast_values(required_column(rows, "user_id"), "user_id", id_type)
-    if raw.null_count:
-        missing = first_row + int(np.flatnonzero(np.asarray(raw.is_null()))[0])
-        raise RequestError(f"row {missing}: user_id is null: name the user, or leave the request out")
-    return raw
 
 
 def _range(scorer: Scorer, name: str, batch: pa.RecordBatch) -> list[int] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from jobs.cluster.session import OBJECT_STORE_BYTES
 from jobs.cluster.submission import entrypoint
 from jobs.host.notify import URL_VARIABLE
-from jobs.manifests import (
+from jobs.scheduling.kubernetes import (
     CREDENTIALS,
     CREDENTIALS_SECRET,
     DEADLINE_SECONDS,

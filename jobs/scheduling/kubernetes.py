@@ -2,8 +2,8 @@
 
     access.yaml       ServiceAccount, Role and RoleBinding of the pods, which may ask the API server for nothing
     recipe.yaml       ConfigMap with the YAML files that the command names, where it names any
-    cronjob.yaml      CronJob that submits each night to a standing Ray cluster (jobs/manifests_cronjob.py)
-    rayjob.yaml, raycronjob.yaml      a Ray cluster of its own for each night (jobs/manifests_kuberay.py)
+    cronjob.yaml      CronJob that submits each night to a standing Ray cluster (jobs/scheduling/cronjob.py)
+    rayjob.yaml, raycronjob.yaml      a Ray cluster of its own for each night (jobs/scheduling/kuberay.py)
 
 Secrets are named, never written: `solar-ray-token` holds the cluster's token, `solar-credentials` what becomes the
 environment of the driver and its workers.
@@ -24,10 +24,10 @@ from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
 from jobs.cluster.submission import job_command
 from jobs.config.run import RunConfig
-from jobs.cron import Cron
 from jobs.host.errors import UserError
 from jobs.host.notify import URL_VARIABLE
 from jobs.host.secrets import redacted
+from jobs.scheduling.cron import Cron
 
 TOKEN_SECRET, TOKEN_KEY = "solar-ray-token", "auth_token"
 """KubeRay expects this key."""

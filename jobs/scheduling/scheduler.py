@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.cron import Cron
 from jobs.host.errors import MISTAKE, wait_seconds
 from jobs.host.files import read_json, write_json
-from jobs.night_process import Outcome
+from jobs.scheduling.cron import Cron
+from jobs.scheduling.night_process import Outcome
 
 LONGEST_SLEEP_SECONDS = 30.0
 BACKWARDS_SECONDS = 3600.0

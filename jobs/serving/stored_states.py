@@ -1,4 +1,4 @@
-"""Users' stored states, found and read: jobs/states.py writes them and says what lies where."""
+"""Users' stored states, found and read: jobs/serving/build_states.py writes them and says what lies where."""
 
 from __future__ import annotations
 

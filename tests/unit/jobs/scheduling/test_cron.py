@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from jobs.cron import Cron
+from jobs.scheduling.cron import Cron
 
 BERLIN = ZoneInfo("Europe/Berlin")
 

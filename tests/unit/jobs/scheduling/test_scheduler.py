@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cron import Cron
-from jobs.night_process import Outcome
-from jobs.schedule import Scheduler, Surroundings
+from jobs.scheduling.cron import Cron
+from jobs.scheduling.night_process import Outcome
+from jobs.scheduling.scheduler import Scheduler, Surroundings
 
 
 def at(text: str) -> datetime.datetime:

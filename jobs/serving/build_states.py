@@ -5,7 +5,7 @@
         COMMIT                                 model's digest, manifest, name, size and checksum of each file
 
 A task a bucket of users, in memory that does not follow their number. States exist for a reader when COMMIT does, which
-one exclusive create makes; a run that dies is continued by the next. jobs/stored_users.py reads them.
+one exclusive create makes; a run that dies is continued by the next. jobs/serving/stored_states.py reads them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from jobs.cluster.actor_pool import map_in_actors
 from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.score_input import UserHistories
 from jobs.scorer.scorer import build_scorer_tower
-from jobs.stored_users import COMMIT, bucket_file, manifest_directory, read_commit
+from jobs.serving.stored_states import COMMIT, bucket_file, manifest_directory, read_commit
+from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
 from pipeline.shards.dataset import Shards
@@ -55,10 +55,6 @@ class StatesBuilt:
     """Of all files."""
     reused: bool
     """Everything was there already."""
-
-    @property
-    def bytes_per_user(self) -> float:
-        return self.bytes / max(1, self.users)
 
 
 def build_states(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.cluster.session import ClusterConfig, ray_session
+from jobs.data.prepare import progress_of
 from jobs.host.console import Console
-from jobs.ingest import progress_of
 from pipeline.build import compact, forget, migrate
 from pipeline.prepare.forgetting import clean_output, read_users, traces
 from pipeline.prepare.garbage import collect

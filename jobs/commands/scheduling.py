@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +10,10 @@ from jobs.commands.arguments import usage_error
 from jobs.host.console import Console
 from jobs.recipes import recipe_names
 
-SOLAR = (sys.executable, "-P", "-m", "jobs.cli")
-"""How `solar` is called from here: never a package of that name that lies in the working directory."""
-ROOT = Path(__file__).resolve().parents[2]
-"""Where this package lies, and a night's too."""
-SLICE_SECONDS = 0.5
-"""A signal is noticed so soon while nothing is due."""
-
 
 def schedule(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.config.reader import load_config
-    from jobs.cron import Cron
+    from jobs.scheduling.cron import Cron
 
     parser = _parser()
     if {"-h", "--help"} & set(arguments):
@@ -48,7 +36,10 @@ def schedule(arguments: list[str], console: Console, *, verbose: bool) -> int:
         raise usage_error("schedule", f"--{error}") from error
     if options.emit:
         return _emit(config, cron, [recipe, *overrides, *(["-v"] if verbose else [])], options, console)
-    return _run(config, cron, [recipe, *overrides, *(["-v"] if verbose else [])], options, console)
+    from jobs.scheduling.foreground import run_nights
+
+    night = [recipe, *overrides, *(["-v"] if verbose else [])]
+    return run_nights(config, cron, night, console, retries=options.retries, retry_minutes=options.retry_minutes)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,9 +105,9 @@ def _check_emit(options: argparse.Namespace) -> None:
 def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
     """As manifests."""
     from jobs.host.errors import UserError
-    from jobs.manifests import PlaceConfig, night_of, write_manifests
-    from jobs.manifests_cronjob import cronjob_documents
-    from jobs.manifests_kuberay import kuberay_documents
+    from jobs.scheduling.cronjob import cronjob_documents
+    from jobs.scheduling.kuberay import kuberay_documents
+    from jobs.scheduling.kubernetes import PlaceConfig, night_of, write_manifests
 
     if config.parallel.device == "cuda" and not options.gpu:
         raise usage_error("schedule", "parallel.device=cuda: workers need GPUs: give --gpu")
@@ -133,81 +124,3 @@ def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace,
         console.line(f"{path}")
     console.line(f"read the heads of these files, then: kubectl apply -f {options.out}")
     return 0
-
-
-def _run(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
-    """Here, until a signal."""
-    from jobs.host.locks import sole_command
-    from jobs.host.process import noted_signals
-    from jobs.host.secrets import refuse_open_directory
-    from jobs.night_process import run_night
-    from jobs.schedule import Scheduler, Surroundings
-
-    directory = Path(config.workspace).absolute() / "schedules" / config.name
-    for each in (directory.parents[1], directory.parent, directory):
-        refuse_open_directory(each)
-    errors = directory / "errors.log"
-    recipe, *rest = night
-    command = [*SOLAR, "nightly", recipe, "--catch-up", *rest]
-    here = _path_of_checkout()
-    otherwise = "let it be the only one: one scheduler a recipe and workspace is enough"
-    with sole_command(directory, otherwise=otherwise), noted_signals() as stopped:
-        around = Surroundings(
-            clock=lambda: datetime.datetime.now(datetime.UTC),
-            sleep=lambda seconds: _sleep(seconds, stopped),
-            stopped=stopped,
-            night=lambda: run_night(command, errors=errors, environment=here, stopped=stopped, echo=_echo),
-            failed=lambda outcome: _notify_failed(config, outcome.reason, errors, console),
-            tell=lambda text: console.line(f"{'schedule':<12} {text}"),
-        )
-        scheduler = Scheduler(
-            cron,
-            around,
-            state=directory / "state.json",
-            retries=options.retries,
-            retry_seconds=60 * options.retry_minutes,
-        )
-        scheduler.run()
-    console.error("solar: interrupted; the same command goes on, and makes up for what it misses until then")
-    return 130
-
-
-def _path_of_checkout() -> dict[str, str]:
-    """What a night needs in its environment to find a checkout that was not installed."""
-    if not (ROOT / "pyproject.toml").is_file():
-        return {}
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
-
-
-def _sleep(seconds: float, stopped: Callable[[], bool]) -> None:
-    end = time.monotonic() + seconds
-    while not stopped() and (left := end - time.monotonic()) > 0:
-        time.sleep(min(left, SLICE_SECONDS))
-
-
-def _echo(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
-def _notify_failed(config: Any, reason: str, errors: Path, console: Console) -> None:
-    from jobs.host.notify import notify
-
-    event = {
-        "event": "failed",
-        "model": config.registered_model,
-        "date": _latest_day(config.data.prepare.daily),
-        "version": None,
-        "reason": reason,
-        "report": str(errors),
-    }
-    notify(config.notify, event, lambda text: console.error(f"solar: {text}"))
-
-
-def _latest_day(daily: Any) -> str:
-    """The latest day that is over, which a night begins with."""
-    now = datetime.datetime.now(datetime.UTC)
-    day = now.date() + datetime.timedelta(days=1)
-    while daily.end_of(day) > now:
-        day -= datetime.timedelta(days=1)
-    return day.isoformat()

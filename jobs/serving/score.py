@@ -2,7 +2,7 @@
 
     rows of the input --Ray Data actors, each with the model--> a file a part --here, in input order--> the result
 
-Histories stand in the requests, or come by user_id from stored states (jobs/states.py) or from sequence shards.
+Histories stand in the requests, or come by user_id from stored states (build_states.py) or from sequence shards.
 Candidates stand in the requests, or are the whole catalogue. One row a request leaves, in input order: every other
 column, `candidates` best first (equal scores: in the order in which they were given, the catalogue in the order of its
 table rows) and `scores`, float32 logits. An input of one part is scored in this process, without Ray.
@@ -13,24 +13,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jobs.cluster.actor_pool import map_in_actors
 from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError
-from jobs.ranking import ScoreConfig, ScoreCounts
-from jobs.score_input import Part, Requests
-from jobs.score_output import ResultFile, footer
-from jobs.score_parts import PartScorer, read_part
-from jobs.states import refuse_models_without_states
-from jobs.stored_users import StoredUsers, find_states
+from jobs.serving.build_states import refuse_models_without_states
+from jobs.serving.ranking import Ranking, ScoreConfig, ScoreCounts
+from jobs.serving.request_files import Part, RequestFile, Requests, Sources
+from jobs.serving.stored_states import StoredUsers, find_states
+from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
+from pipeline.shards.dataset import Shards
 from pipeline.storage import absolute
 
 ROWS_PER_PART = 4096
@@ -158,3 +161,97 @@ def _check_options(requests: Requests, config: ScoreConfig) -> None:
         )
     if given and config.keep_seen:
         raise UserError("--keep_seen: belongs to a ranking of the whole catalogue, but the requests have candidates")
+
+
+class PartScorer:
+    """Scores parts: `batches` hands their rows out, a call writes them to a file."""
+
+    def __init__(self, model: RegisteredModel, config: ScoreConfig, states: StoredUsers | None) -> None:
+        self._config = config
+        self._scorer = model.scorer()
+        # The driver has read every byte for it.
+        self._scorer.digest = model.digest
+        self._sources = Sources(
+            states=states,
+            shards=UserHistories(Shards.open(config.shards), self._scorer) if config.shards else None,
+            states_asked=config.states is not None,
+        )
+
+    def batches(self, part: Part, counts: ScoreCounts) -> Generator[pa.RecordBatch, None, None]:
+        """The result's rows of a part, in order, at least one batch; `counts` follow them."""
+        path = Path(part.file)
+        ranking = Ranking(self._scorer, self._config, path=path)
+        with contextlib.closing(RequestFile(path)) as requests:
+            for block in requests.blocks(self._scorer, self._sources, part=part):
+                yield ranking.of(block, counts)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write the part to DIRECTORY/part-NUMBER.arrow; {"number", "file", "counts"}."""
+        part = Part(**{name: row[name] for name in Part.__dataclass_fields__})
+        file, counts, writer = f"{row['directory']}/part-{part.number:08d}.arrow", ScoreCounts(), None
+        try:
+            for rows in self.batches(part, counts):
+                writer = writer or pa.ipc.new_file(file, rows.schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+                writer.write_batch(rows)
+        finally:
+            if writer is not None:
+                writer.close()
+        return {"number": part.number, "file": file, "counts": dataclasses.asdict(counts)}
+
+
+def read_part(file: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a part's file, which is gone afterwards."""
+    with pa.OSFile(file) as stream:
+        part = pa.ipc.open_file(stream)
+        for number in range(part.num_record_batches):
+            yield part.get_batch(number)
+    Path(file).unlink()
+
+
+CANDIDATES_PER_ROW_GROUP = 1 << 20
+
+
+class ResultFile:
+    """A Parquet file that appears under its name when it is complete."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path, self._schema = path, schema
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._waiting: list[pa.RecordBatch] = []
+        self._num_waiting = 0
+
+    def __enter__(self) -> ResultFile:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+        except OSError as error:
+            raise UserError(f"{self._path}: {error.strerror}: name a file that can be written") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+    def write(self, rows: pa.RecordBatch) -> None:
+        self._waiting.append(rows)
+        self._num_waiting += len(rows.column("scores").values)
+        if self._num_waiting >= CANDIDATES_PER_ROW_GROUP:
+            self._flush()
+
+    def publish(self, facts: dict[str, str]) -> None:
+        """Close the file with these facts in its footer and give it its name."""
+        self._flush()
+        self._writer.add_key_value_metadata(facts)
+        self._writer.close()
+        os.replace(self._partial, self._path)
+
+    def _flush(self) -> None:
+        table = pa.Table.from_batches([rows.cast(self._schema) for rows in self._waiting], schema=self._schema)
+        if table.num_rows:
+            self._writer.write_table(table, row_group_size=table.num_rows)
+        self._waiting, self._num_waiting = [], 0
+
+
+def footer(facts: dict[str, Any]) -> dict[str, str]:
+    """What the result says about itself: pq.read_metadata(FILE).metadata."""
+    return {f"solar.{key}": str(value) for key, value in facts.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.night_process import Outcome, run_night
+from jobs.scheduling.night_process import Outcome, run_night
 
 
 def run(program: str, tmp_path: Path, *, stopped: Callable[[], bool] = lambda: False) -> tuple[Outcome, str]:

@@ -1,8 +1,7 @@
-"""solar import, solar prepare, solar inspect: raw data -> event log -> sequence shards, and a look at both."""
+"""solar import, solar prepare: raw data -> event log -> sequence shards."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,7 @@ from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.config.run import RunConfig, SourceConfig
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError
-from jobs.training.checkpoint import verify_checkpoint
 from pipeline.build import PrepareConfig, Prepared, prepare
-from pipeline.shards.inspection import digest, verify
-from pipeline.shards.manifest import current_manifest
 from pipeline.sources.event_log import Imported
 from pipeline.sources.files import import_files
 from pipeline.sources.git import import_git
@@ -85,7 +81,7 @@ def prepare_shards(
         prepared = prepare(absolute(events), absolute(out), config=options, **places, progress=progress_of(stage))
         counts, manifest = prepared.manifest.counts, prepared.manifest
         stage.result = (
-            f"{_found(prepared.reused)}{_events_line(counts)}; {manifest.users:,} users, "
+            f"{_found(prepared.reused)}{events_line(counts)}; {manifest.users:,} users, "
             f"{manifest.items:,} items in {out}"
         )
     for day in prepared.left_out:
@@ -93,59 +89,7 @@ def prepare_shards(
     return prepared
 
 
-def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
-    """Print what a shard directory or a checkpoint holds; 1 if `check` finds damage."""
-    if (path / "COMMIT").exists():
-        problems = verify_checkpoint(path, checksums=check)
-        if not problems:
-            _print_checkpoint(path, console)
-    else:
-        manifest = current_manifest(str(path)) if path.exists() else None
-        if manifest is None:
-            raise UserError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
-        _print_manifest(path, manifest, console)
-        if with_digest:
-            console.line(f"digest        {digest(str(path))}")
-        problems = verify(str(path)) if check else []
-    for problem in problems:
-        console.line(f"damaged: {problem}")
-    if check and not problems:
-        console.line("every file has its size and checksum")
-    return 1 if problems else 0
-
-
-def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
-    counts = manifest.counts
-    rejected = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts["rejected"].items()) if count)
-    console.line(f"shards        {path}, manifest {manifest.number} ({manifest.fingerprint})")
-    console.line(f"events        {_events_line(counts)}{f' ({rejected})' if rejected else ''}")
-    console.line(f"users, items  {manifest.users:,}, {manifest.items:,}")
-    if names := manifest.schema.get("user_features"):
-        console.line(f"user features {', '.join(names)}")
-    console.line(f"time range    {manifest.time_range if manifest.has_time else 'order only'}")
-    buckets = len({file["bucket"] for file in manifest.files})
-    console.line(f"files         {len(manifest.files)} for {buckets} buckets")
-    for entry in manifest.inputs:
-        console.line(f"input         {json.dumps(entry, sort_keys=True)}")
-
-
-def _print_checkpoint(path: Path, console: Console) -> None:
-    document = json.loads((path / "state.json").read_text())
-    state = document["train_state"]
-    console.line(f"checkpoint    {path}")
-    console.line(f"step          {state['step']} (best {state['best_step']}: {state['best_metric']})")
-    console.line(f"trained on    {document['world_size']} ranks, manifest {document['manifest']}")
-    console.line(f"tables        {', '.join('{name} {capacity} x {width}'.format(**t) for t in document['tables'])}")
-    if grown := document.get("grown_from"):
-        console.line(f"grown from    {grown['checkpoint']} ({grown['key']}), manifest {grown['manifest']}")
-    if document.get("warm_start"):
-        path = document["config"]["training"]["warm_start"]
-        console.line(f"began from    {path} ({document['warm_start']}), {state['steps_before']} steps before its own")
-    for entry in json.loads((path / "COMMIT").read_text())["files"]:
-        console.line(f"file          {entry['name']}  {entry['bytes']:,} bytes  {entry['xxh64']}")
-
-
-def _events_line(counts: Any) -> str:
+def events_line(counts: Any) -> str:
     rejected = sum(counts["rejected"].values())
     return (
         f"{counts['read']:,} read = {counts['accepted']:,} accepted + {counts['duplicate']:,} duplicate + "

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from jobs.host.errors import UserError
-from jobs.score_input import Block
 from jobs.scorer.histories import Histories, RequestError, flat_offsets, flat_ranges, list_column
 from jobs.scorer.request_columns import REQUEST_COLUMNS, UNKNOWN_ROW
 from jobs.scorer.scorer import Scorer
+from jobs.serving.request_files import Block
 
 SCORES_PER_PART = 1 << 22
 """Catalogue scores in memory together (requests times items)."""

@@ -23,9 +23,9 @@ from jobs.cluster.submission import job_command
 from jobs.commands.cluster import submit_parser
 from jobs.config.reader import load_config
 from jobs.config.run import RunConfig
-from jobs.manifests import RECIPES, USER
+from jobs.scheduling.kubernetes import RECIPES, USER
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 SCHEMAS = Path(os.environ.get("SOLAR_TEST_DATA", "no-test-data")) / "kuberay-schemas"
 IMAGE = "registry.example/solar:1.2"
 RECIPE = """

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs import score_input
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.ranking import ScoreConfig, best_first
-from jobs.score import score
+from jobs.serving import request_files as score_input
+from jobs.serving.ranking import ScoreConfig, best_first
+from jobs.serving.score import score
 from jobs.training.model import item_features, model_tables, training_input, user_tables
 from models.embeddings import EmbeddingCollections, look_up_ids, pool_features, pool_user_features
 from models.zoo import build_tower

@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import score as score_module
 from jobs.cluster.session import ClusterConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.ranking import ScoreConfig
-from jobs.score import score
-from jobs.states import build_states
+from jobs.serving import score as score_module
+from jobs.serving.build_states import build_states
+from jobs.serving.ranking import ScoreConfig
+from jobs.serving.score import score
 from pipeline.events import DataError
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs.cluster.job_client import choose_address
 from jobs.host.errors import INTERRUPTED, MISTAKE, TRY_LATER, UserError
-from jobs.manifests import (
+from jobs.scheduling.kubernetes import (
     DEADLINE_SECONDS,
     TOKEN_KEY,
     TOKEN_SECRET,

@@ -1,0 +1,66 @@
+"""solar inspect DIR: what is in sequence shards or in a checkpoint, and whether it is undamaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jobs.data.prepare import events_line
+from jobs.host.console import Console
+from jobs.host.errors import UserError
+from jobs.training.checkpoint import verify_checkpoint
+from pipeline.shards.inspection import digest, verify
+from pipeline.shards.manifest import current_manifest
+
+
+def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
+    """Print what a shard directory or a checkpoint holds; 1 if `check` finds damage."""
+    if (path / "COMMIT").exists():
+        problems = verify_checkpoint(path, checksums=check)
+        if not problems:
+            _print_checkpoint(path, console)
+    else:
+        manifest = current_manifest(str(path)) if path.exists() else None
+        if manifest is None:
+            raise UserError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
+        _print_manifest(path, manifest, console)
+        if with_digest:
+            console.line(f"digest        {digest(str(path))}")
+        problems = verify(str(path)) if check else []
+    for problem in problems:
+        console.line(f"damaged: {problem}")
+    if check and not problems:
+        console.line("every file has its size and checksum")
+    return 1 if problems else 0
+
+
+def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
+    counts = manifest.counts
+    rejected = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts["rejected"].items()) if count)
+    console.line(f"shards        {path}, manifest {manifest.number} ({manifest.fingerprint})")
+    console.line(f"events        {events_line(counts)}{f' ({rejected})' if rejected else ''}")
+    console.line(f"users, items  {manifest.users:,}, {manifest.items:,}")
+    if names := manifest.schema.get("user_features"):
+        console.line(f"user features {', '.join(names)}")
+    console.line(f"time range    {manifest.time_range if manifest.has_time else 'order only'}")
+    buckets = len({file["bucket"] for file in manifest.files})
+    console.line(f"files         {len(manifest.files)} for {buckets} buckets")
+    for entry in manifest.inputs:
+        console.line(f"input         {json.dumps(entry, sort_keys=True)}")
+
+
+def _print_checkpoint(path: Path, console: Console) -> None:
+    document = json.loads((path / "state.json").read_text())
+    state = document["train_state"]
+    console.line(f"checkpoint    {path}")
+    console.line(f"step          {state['step']} (best {state['best_step']}: {state['best_metric']})")
+    console.line(f"trained on    {document['world_size']} ranks, manifest {document['manifest']}")
+    console.line(f"tables        {', '.join('{name} {capacity} x {width}'.format(**t) for t in document['tables'])}")
+    if grown := document.get("grown_from"):
+        console.line(f"grown from    {grown['checkpoint']} ({grown['key']}), manifest {grown['manifest']}")
+    if document.get("warm_start"):
+        path = document["config"]["training"]["warm_start"]
+        console.line(f"began from    {path} ({document['warm_start']}), {state['steps_before']} steps before its own")
+    for entry in json.loads((path / "COMMIT").read_text())["files"]:
+        console.line(f"file          {entry['name']}  {entry['bytes']:,} bytes  {entry['xxh64']}")

@@ -1,0 +1,1 @@
+"""Nights on a cron expression: here in the foreground, or as manifests for Kubernetes and KubeRay."""
