@@ -14,13 +14,14 @@ from pathlib import Path
 from jobs.cluster.session import ray_session
 from jobs.config.run import RunConfig
 from jobs.data.prepare import import_missing, prepare_shards
-from jobs.evaluate import Evaluated, evaluate_run
 from jobs.host.console import Console
 from jobs.host.secrets import redacted
-from jobs.register import Registered, register
-from jobs.report import print_results
+from jobs.runs.evaluate import Evaluated, evaluate_run
+from jobs.runs.register import Registered, register
+from jobs.runs.result_tables import print_results
+from jobs.runs.run_dir import Trained, trained_run
+from jobs.runs.train import train
 from jobs.tracking.runs import tracking_uri
-from jobs.train import Trained, train, trained_run
 
 
 def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Registered:

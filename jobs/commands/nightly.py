@@ -16,8 +16,8 @@ from jobs.scheduling.night_process import SCHEDULED_VARIABLE
 
 def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.nightly.journal import TryLater
-    from jobs.nightly.nightly import NightlyOptions, plan_lines
-    from jobs.nightly.nightly import nightly as run_nights
+    from jobs.nightly.nights import NightlyOptions, plan_lines
+    from jobs.nightly.nights import nightly as run_nights
 
     if {"-h", "--help"} & set(arguments):
         console.line(_night_parser().format_help())

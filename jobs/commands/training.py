@@ -23,9 +23,9 @@ def run(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.config.reader import load_board
-    from jobs.leaderboard import Board
-    from jobs.leaderboard import leaderboard as run_board
     from jobs.recipes import board_names
+    from jobs.runs.leaderboard import Board
+    from jobs.runs.leaderboard import leaderboard as run_board
 
     if {"-h", "--help"} & set(arguments):
         console.line(_board_parser().format_help())
@@ -71,7 +71,7 @@ def _board_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def train(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.train import train as train_run
+    from jobs.runs.train import train as train_run
 
     flags = {"resume": "--resume" in arguments, "from_previous": "--from-previous" in arguments}
     config = recipe_config("train", [each for each in arguments if each not in ("--resume", "--from-previous")])
@@ -86,7 +86,7 @@ def train(arguments: list[str], console: Console, *, verbose: bool) -> int:
 def grow(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jsonargparse import ArgumentParser
 
-    from jobs.grow import grow as grow_checkpoint
+    from jobs.runs.grow import grow as grow_checkpoint
 
     parser = ArgumentParser(prog="solar grow", exit_on_error=False)
     parser.add_argument("checkpoint", type=str, help="a committed checkpoint, or a run's directory: its best one")
@@ -99,11 +99,11 @@ def grow(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.evaluate import evaluate as evaluate_systems
-    from jobs.report import print_results
     from jobs.run import evaluate_runs
-    from jobs.subjects import find_subject, is_subject
-    from jobs.train import open_shards
+    from jobs.runs.evaluate import evaluate as evaluate_systems
+    from jobs.runs.result_tables import print_results
+    from jobs.runs.run_dir import open_shards
+    from jobs.runs.weights import find_subject, is_subject
 
     part, out, arguments = _evaluation_options(arguments)
     if arguments and is_subject(arguments[0]):
@@ -143,9 +143,9 @@ def _evaluation_options(arguments: list[str]) -> tuple[str, str | None, list[str
 
 
 def register(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.register import register as register_run
     from jobs.run import evaluate_runs
-    from jobs.train import require_finished
+    from jobs.runs.register import register as register_run
+    from jobs.runs.run_dir import require_finished
 
     config = recipe_config("register", arguments)
     if config is not None:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import Journal
+from jobs.runs.run_dir import open_shards
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.tracking.runs import mlflow_client, tracking_uri
-from jobs.train import open_shards
 from jobs.training.job import TrainingConfig
 from pipeline.batches.request_index import RequestCounts
 from pipeline.batches.requests import RequestConfig

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jobs.evaluate import System, evaluate, read_result
 from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE, NightContext
 from jobs.nightly.gate import (
@@ -25,10 +24,12 @@ from jobs.nightly.gate import (
 )
 from jobs.nightly.guards import day_guards, latencies, model_guards
 from jobs.nightly.journal import past_nights
-from jobs.register import export_model
+from jobs.runs.evaluate import evaluate, read_result
+from jobs.runs.export import export_model
+from jobs.runs.run_dir import open_shards
+from jobs.runs.weights import System
 from jobs.tracking.champions import champion_at_night
 from jobs.tracking.registry import EXPORT
-from jobs.train import open_shards
 from jobs.training.checkpoint import remove_committed
 from pipeline.batches.requests import RequestConfig
 

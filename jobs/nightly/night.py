@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster.session import ray_session
-from jobs.evaluate import Evaluated
 from jobs.host.errors import UserError
 from jobs.host.files import read_json
 from jobs.nightly import context
-from jobs.nightly.challenge import lacking, measure_champion, night_requests, train_challenger
-from jobs.nightly.collect import collect_old
+from jobs.nightly.challenger import lacking, measure_champion, night_requests, train_challenger
+from jobs.nightly.cleanup import collect_old
 from jobs.nightly.context import NightContext
+from jobs.nightly.ingest_day import require_input, take_in
 from jobs.nightly.journal import END
 from jobs.nightly.judge import challenger_export, evaluate_challenger, judge
 from jobs.nightly.report import write_report
-from jobs.nightly.take_in import require_input, take_in
-from jobs.register import register
+from jobs.runs.evaluate import Evaluated
+from jobs.runs.register import register
+from jobs.runs.run_dir import Trained
 from jobs.serving.build_states import build_states, refuse_models_without_states
 from jobs.serving.stored_states import states_directory
 from jobs.tracking.champions import CHAMPION, ChampionChanged, champion, note_night, promote, require_champion
-from jobs.train import Trained
 from pipeline.shards.manifest import why_removed
 from pipeline.storage import absolute
 

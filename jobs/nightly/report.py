@@ -15,7 +15,6 @@ from typing import Any
 import jinja2
 
 from jobs.config.run import RunConfig
-from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
 from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal, past_nights
@@ -27,8 +26,9 @@ from jobs.nightly.report_plots import (
     plot_nights,
     png_of,
 )
-from jobs.plots import plot_loss, plot_spectrum
-from jobs.report import METRIC_NAMES
+from jobs.runs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
+from jobs.runs.plots import plot_loss, plot_spectrum
+from jobs.runs.result_tables import METRIC_NAMES
 from jobs.training.results import ScoredImpressions, primary_metric
 
 LATEST_DAYS = 14

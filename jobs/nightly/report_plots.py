@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from jobs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY
 from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal
-from jobs.plots import new_figure, save_figure
-from jobs.report import METRIC_NAMES
+from jobs.runs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY
+from jobs.runs.plots import new_figure, save_figure
+from jobs.runs.result_tables import METRIC_NAMES
 from jobs.training.results import ScoredImpressions
 
 LATEST_NIGHTS = 60
@@ -178,7 +178,7 @@ def _png(figure: Any) -> bytes:
 
 
 def png_of(draw: Any, *arguments: Any) -> bytes:
-    """What a plot of jobs/plots.py draws, as bytes."""
+    """What a plot of jobs/runs/plots.py draws, as bytes."""
     out = io.BytesIO()
     draw(*arguments, out)
     return out.getvalue()

@@ -1,7 +1,7 @@
 """The registered model: requests (history, candidates) in, scores out; torch, numpy, pandas, pyarrow, safetensors only.
 
-jobs/register.py writes this file, the files beside it that it imports and those of models/ into one `scorer.py` that
-MLflow stores beside the weights and runs where this repository is unknown. `solar score` and evaluation run it too.
+jobs/runs/export.py writes this file, the files beside it that it imports and those of models/ into one `scorer.py`
+that MLflow stores beside the weights and runs where this repository is unknown. `solar score` and evaluation use it.
 
     import mlflow, pandas as pd
     model = mlflow.pyfunc.load_model("models:/solar-movielens-100k@champion")
@@ -70,7 +70,7 @@ class Scorer(RequestReader, PythonModel):
         self.load(Path(context.artifacts["model"]))
 
     def load(self, directory: Path) -> None:
-        """Read what jobs/register.py exported."""
+        """Read what jobs/runs/export.py wrote."""
         self.directory = directory
         self.settings = json.loads((directory / "scorer.json").read_text())
         items = pq.read_table(directory / "items.parquet")

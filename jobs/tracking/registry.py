@@ -2,8 +2,8 @@
 
     fetch_model("models:/solar-shop@champion", ...)  ->  RegisteredModel: version, tags, directory, scorer()
 
-Reads what jobs/register.py exported. Files that a local store holds are used where they lie; others are fetched once to
-WORKSPACE/models/NAME.
+Reads what jobs/runs/export.py wrote. Files that a local store holds are used where they lie; others are fetched once
+to WORKSPACE/models/NAME.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class RegisteredModel:
     alias: str | None
     """The alias it was asked by, None where a version was named."""
     directory: Path
-    """What jobs/register.py exported."""
+    """What jobs/runs/export.py wrote."""
     tags: Mapping[str, str]
     """Of the version: solar.checkpoint, solar.manifest, solar.run_key, ..."""
 

@@ -1,6 +1,6 @@
 """The training loop: read `train` from top to bottom; everything it calls stands below or in a neighbour file.
 
-Runs inside every worker of a Ray Train job (jobs/train.py starts it); every rank takes part in every line.
+Runs inside every worker of a Ray Train job (jobs/runs/train.py starts it); every rank takes part in every line.
 """
 
 from __future__ import annotations

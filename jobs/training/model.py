@@ -17,7 +17,7 @@ from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
 
 
 class ItemRows(Protocol):
-    """Rows of the tables: sharded ones (parallel.py), or those of a registered model."""
+    """Rows of the tables: sharded ones (tables.py), or those of a registered model."""
 
     def look_up(self, item_rows_I: Tensor, /) -> tuple[Tensor, Tensor]:
         """(item_IC, features_IFC) of distinct items."""

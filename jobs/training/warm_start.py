@@ -2,7 +2,7 @@
 
 A vocabulary only grows and its rows never move, so a table trained yesterday is the first rows of today's. That this is
 so is looked up, not believed: a checkpoint carries sizes and digests of what its rows stand for. The rows themselves
-are brought by jobs/training/loop.py, or by `solar grow` (jobs/grow.py).
+are brought by jobs/training/loop.py, or by `solar grow` (jobs/runs/grow.py).
 """
 
 from __future__ import annotations

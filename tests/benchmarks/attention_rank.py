@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.config.reader import stored_config
-from jobs.train import best_checkpoint, open_shards
+from jobs.runs.run_dir import best_checkpoint, open_shards
 from jobs.training.checkpoint import load_dense, read_state, table_files
 from jobs.training.model import model_settings
 from models.embeddings import ITEM_TABLE

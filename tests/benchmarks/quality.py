@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster.session import quiet_environment, ray_session
 from jobs.config.reader import load_config
 from jobs.config.run import RunConfig
-from jobs.evaluate import OWN_ITEMS, POPULARITY, baselines
+from jobs.runs.evaluate import OWN_ITEMS, POPULARITY, baselines
 
 Options = dict[str, Any]
 
@@ -181,7 +181,8 @@ def run_one(task: tuple) -> str:
     import torch.distributed as dist
 
     from jobs.cluster.worker_group import quiet_libraries
-    from jobs.train import open_shards, train_job
+    from jobs.runs.run_dir import open_shards
+    from jobs.runs.train import train_job
     from jobs.training.catalogue import catalogue_of, training_counts
     from jobs.training.evaluation import evaluate_counts
 
@@ -230,7 +231,7 @@ def run_one(task: tuple) -> str:
 def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -> tuple[Any, Options]:
     """(what its best checkpoint gives on the part, how the training went)."""
     from jobs.cluster.telemetry import Reporter
-    from jobs.train import best_checkpoint
+    from jobs.runs.run_dir import best_checkpoint
     from jobs.training.evaluation import evaluate
     from jobs.training.loop import build_model, train
 

@@ -120,7 +120,7 @@ def scores(scorer: Scorer, request: pd.DataFrame) -> np.ndarray:
 
 
 def export(directory: Path, config: SolarConfig, num_items: int) -> None:
-    """A model with random weights, as jobs/register.py writes it."""
+    """A model with random weights, as jobs/runs/register.py writes it."""
     torch.manual_seed(1)
     settings = {"name": "solar", **dataclasses.asdict(config)}
     tower = build_tower(settings, num_features=0)

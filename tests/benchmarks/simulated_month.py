@@ -26,7 +26,7 @@ import polars as pl
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from jobs.plots import new_figure, save_figure
+from jobs.runs.plots import new_figure, save_figure
 from tests.support.commands import solar
 from tests.support.daily_log import day_of, write_nightly_recipe
 from tests.support.month_nights import NightProcess

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.grow import grow
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.train import _check_model
+from jobs.runs.grow import grow
+from jobs.runs.train import _check_model
 from jobs.training.checkpoint import committed_checkpoints, read_state
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.tables import ShardedTables

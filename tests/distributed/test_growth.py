@@ -18,9 +18,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from jobs.config.run import RunConfig
-from jobs.grow import grow
 from jobs.host.console import Console
-from jobs.train import train_job
+from jobs.runs.grow import grow
+from jobs.runs.train import train_job
 from jobs.training import loop
 from jobs.training.checkpoint import checkpoint_key, committed_checkpoints, read_state
 from jobs.training.job import TrainJob

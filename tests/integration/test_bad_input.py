@@ -189,7 +189,7 @@ def test_disk_too_small_for_the_checkpoints_is_refused_before_a_worker_starts(
     assert cli.run([*prepare(log, shards), "--workspace", str(tmp_path / "workspace"), "-v"]) == 0
     capfd.readouterr()
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("jobs.train.shutil.disk_usage", lambda path: usage._replace(free=1 << 20))
+    monkeypatch.setattr("jobs.runs.train.shutil.disk_usage", lambda path: usage._replace(free=1 << 20))
     line = refuses("train", "ml-1m", "--data.shards", str(shards), "--model.time_features", "false")
     assert f"{tmp_path}/workspace/runs/ml-1m: 1 MiB free, its checkpoints need" in line
     assert "lower checkpoint.keep" in line

@@ -126,9 +126,9 @@ def test_champion_scores_in_a_process_without_this_repository_as_training_does(f
 def scores_of_training(workplace: Path, requests: list[dict]) -> list[list[float]]:
     """The same requests through the repository's own scorer class and the checkpoint's weights."""
     from jobs.config.reader import load_config
-    from jobs.register import export_model
+    from jobs.runs.export import export_model
+    from jobs.runs.run_dir import trained_run
     from jobs.scorer.scorer import Scorer
-    from jobs.train import trained_run
 
     config = load_config("register", str(workplace / "tiny.yaml"), [])
     directory = workplace / "exported"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.config.reader import load_config
 from jobs.config.run import RunConfig
-from jobs.run_record import run_facts
+from jobs.runs.record import run_facts
 from jobs.training.checkpoint import commit_files, describe_file
 from jobs.training.model import model_settings, model_tables, user_features
 from models.embeddings import TableSpec, initial_rows

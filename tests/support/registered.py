@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from jobs.register import log_export
+from jobs.runs.export import log_export
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.tracking.runs import TrackingConfig, mlflow_client
 from pipeline import build

@@ -109,7 +109,7 @@ def test_deepspeed_s_knobs_are_ours_and_the_engine_s():
     keys = set(re.findall(r"`((?:parallel|optimizer|checkpoint|data)\.[\w.]+)`", text))
     assert len(keys) > 8
     assert keys <= {action.dest for action in config_parser("train", model="solar")._actions}
-    engine = (ROOT / "jobs" / "training" / "parallel.py").read_text()
+    engine = (ROOT / "jobs" / "training" / "dense_engine.py").read_text()
     for name in re.findall(r"^\| `([\w.]+)`", text, re.MULTILINE):
         assert f'"{name.split(".")[0]}"' in engine
 

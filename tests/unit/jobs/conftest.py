@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.register import write_export
+from jobs.runs.export import write_export
 from jobs.tracking.registry import RegisteredModel
 from jobs.training.model import model_settings, model_tables
 from models.solar import SolarConfig

@@ -9,7 +9,7 @@ import pytest
 
 from jobs.host.errors import UserError
 from jobs.nightly.journal import Journal, TryLater, past_nights
-from jobs.nightly.nightly import dates
+from jobs.nightly.nights import dates
 
 DAYS = [datetime.date(2026, 3, day) for day in range(1, 8)]
 

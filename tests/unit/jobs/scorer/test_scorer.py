@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from mlflow.models.utils import _enforce_schema
 
-from jobs.register import scorer_source, signature
+from jobs.runs.export import scorer_source, signature
 from jobs.scorer import scorer as scorer_module
 from jobs.scorer.histories import NO_TIME, RequestError
 from pipeline.events import EventColumns

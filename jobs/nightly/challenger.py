@@ -12,14 +12,16 @@ import dataclasses
 import datetime
 from typing import Any
 
-from jobs.evaluate import System, evaluate
 from jobs.host.errors import UserError
 from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, NightContext
 from jobs.nightly.journal import past_nights
+from jobs.runs.evaluate import evaluate
+from jobs.runs.run_dir import open_shards
+from jobs.runs.train import train
+from jobs.runs.weights import System
 from jobs.tracking.champions import champion
 from jobs.tracking.registry import RegisteredModel
-from jobs.train import open_shards, train
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.training.warm_start import begin_from
 from pipeline.batches.requests import RequestConfig

@@ -3,7 +3,7 @@
 The subject is a run (by its recipe), a checkpoint or a registered model; data set, split and part may be others than
 those it was trained on. Systems: the model, the model with its history emptied, the models of `compare`, popularity
 and, where people come back to items, what each came to before. Results per target go to DIR/SYSTEM.parquet, the summary
-to DIR/summary.json (jobs/report.py prints it).
+to DIR/summary.json (jobs/runs/result_tables.py prints it).
 """
 
 from __future__ import annotations
@@ -24,40 +24,23 @@ from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.files import read_json, write_json
-from jobs.train import Trained, run_shards, train_job
+from jobs.runs.run_dir import Trained, run_shards
+from jobs.runs.train import train_job
 from jobs.training.checkpoint import checkpoint_key
-from jobs.training.job import TrainJob
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 
 if TYPE_CHECKING:
-    from jobs.tracking.registry import RegisteredModel
+    pass
+from jobs.runs.weights import System
 
 EMPTIED = "history emptied"
 POPULARITY = "popularity"
 OWN_ITEMS = "own items"
 SUMMARY = "summary.json"
 """The last file of an evaluation."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class System:
-    """A trained model: where its weights are, and what it was trained on."""
-
-    name: str
-    key: str
-    """Tells weights apart."""
-    weights: str
-    """A checkpoint, or the export of a registered model."""
-    job: TrainJob | None
-    """The job of the checkpoint; None = `weights` is an export."""
-
-    @classmethod
-    def served(cls, name: str, model: RegisteredModel) -> System:
-        """A registered version, by the files that serve it."""
-        return cls(name=name, key=model.digest, weights=str(model.directory.absolute()), job=None)
 
 
 @dataclasses.dataclass(frozen=True)

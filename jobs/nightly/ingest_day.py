@@ -8,7 +8,7 @@ from typing import Any
 from jobs.data.prepare import prepare_shards
 from jobs.nightly.context import NightContext
 from jobs.nightly.journal import NoInput
-from jobs.train import open_shards
+from jobs.runs.run_dir import open_shards
 from pipeline.events import DataError, NotNow
 from pipeline.prepare.ingested_days import day_counts
 from pipeline.prepare.plan import pending_days

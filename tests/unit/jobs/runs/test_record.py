@@ -13,7 +13,7 @@ from jobs.config.reader import load_config
 from jobs.config.run import RunConfig
 from jobs.host.errors import UserError
 from jobs.host.files import write_json
-from jobs.run_record import previous_run, run_facts
+from jobs.runs.record import previous_run, run_facts
 from tests.unit.jobs.training.test_checkpoint_damage import write_checkpoint
 
 SHARDS: Any = SimpleNamespace(manifest=SimpleNamespace(number=3, fingerprint="abc"))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import grow as grow_module
-from jobs.grow import grow
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.locks import RunInUse, sole_command
+from jobs.runs import grow as grow_module
+from jobs.runs.grow import grow
 from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state, verify_checkpoint
 from jobs.training.warm_start import begin_from
 from models.embeddings import initial_rows

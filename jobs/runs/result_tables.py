@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.config.run import RunConfig
-from jobs.evaluate import POPULARITY, Evaluated
 from jobs.host.console import Console
+from jobs.runs.evaluate import POPULARITY, Evaluated
 
 METRIC_NAMES = {"gauc": "GAUC", "ndcg@10": "NDCG@10, seen removed", "ndcg@10_seen_kept": "NDCG@10, seen kept"}
 

@@ -6,7 +6,6 @@ bar, writes MLflow. The work itself is jobs/training/loop.py.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
 from jobs.config.run import RunConfig
-from jobs.follower import Follower
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.host.files import read_json as read_json
-from jobs.host.files import write_json as write_json
 from jobs.host.locks import sole_command, wait_for_workers
-from jobs.run_record import close_tracked_run, open_tracked_run, previous_run, read_record, run_facts
+from jobs.runs.progress import Follower
+from jobs.runs.record import close_tracked_run, open_tracked_run, previous_run, run_facts
+from jobs.runs.run_dir import Trained, best_checkpoint, open_shards, run_shards
 from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import (
     CheckpointError,
@@ -34,25 +32,12 @@ from jobs.training.checkpoint import (
 from jobs.training.job import TrainJob
 from jobs.training.model import model_settings, model_tables
 from jobs.training.results import primary_metric
-from jobs.training.warm_start import Begun, begin_from, best_of
+from jobs.training.warm_start import Begun, begin_from
 from models.zoo import build_tower
 from pipeline.batches.request_index import RequestCounts
 from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
-from pipeline.shards.manifest import current_manifest
 from pipeline.shards.vocabulary_growth import beginnings_of
-from pipeline.storage import absolute
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """What a training run left behind."""
-
-    run_dir: Path
-    checkpoint: Path
-    """The best checkpoint by the validation metric."""
-    mlflow_run_id: str
-    reused: bool
 
 
 def train(
@@ -151,34 +136,6 @@ def _finished_before(config: RunConfig, facts: dict[str, Any], previous: dict[st
     return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
 
 
-def trained_run(config: RunConfig) -> Trained:
-    """What a run of this config left behind, finished or not."""
-    previous = previous_run(config, run_shards(config))
-    if "mlflow_run_id" not in previous:
-        raise UserError(f"{config.run_dir}: no run there: run `solar train` first")
-    return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
-
-
-def require_finished(run_dir: Path) -> None:
-    """Refuse a run that still has epochs to go."""
-    latest = latest_checkpoint(run_dir)
-    if latest is None or not read_state(latest)["train_state"]["finished"]:
-        raise UserError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
-
-
-def run_shards(config: RunConfig) -> Shards:
-    """The data of the config's run: as it stood when the run began, or as it stands where there is none."""
-    return open_shards(config, number=read_record(config.run_dir).get("manifest"))
-
-
-def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
-    """The current data set of a config, or it as manifest `number` describes it."""
-    path = absolute(config.shards_dir)
-    if current_manifest(path) is None:
-        raise UserError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
-    return Shards.open(path, number=number)
-
-
 def train_job(
     config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None = None, begun: Begun | None = None
 ) -> TrainJob:
@@ -198,15 +155,6 @@ def train_job(
         facts=facts or {},
         warm_start=str(begun.path.absolute()) if begun else None,
     )
-
-
-def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint with the best validation metric so far, with all its checksums right."""
-    if latest_checkpoint(run_dir) is None:
-        raise UserError(f"{run_dir}: no checkpoint there: run `solar train` first")
-    chosen = best_of(run_dir)
-    read_state(chosen, checksums=True)
-    return chosen
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:

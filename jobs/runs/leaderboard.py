@@ -17,12 +17,13 @@ from typing import Any
 from jobs.cluster.session import ray_session
 from jobs.config.run import RunConfig
 from jobs.data.prepare import import_missing, prepare_shards
-from jobs.evaluate import POPULARITY, Evaluated, evaluate_run
 from jobs.host.console import Console
 from jobs.host.files import read_json, read_rows, write_json
-from jobs.plots import plot_curves
+from jobs.runs.evaluate import POPULARITY, Evaluated, evaluate_run
+from jobs.runs.plots import plot_curves
+from jobs.runs.run_dir import Trained, open_shards
+from jobs.runs.train import train
 from jobs.tracking.runs import TrackedRun, open_run
-from jobs.train import Trained, open_shards, train
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.model import model_settings
 from models.zoo import build_tower

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobs.follower import Follower
+from jobs.runs.progress import Follower
 
 
 class FakeStage:

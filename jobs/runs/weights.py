@@ -1,4 +1,4 @@
-"""What `solar evaluate` can be asked about: a run by its recipe, a checkpoint, or a registered model.
+"""Weights that can be evaluated: of a run by its recipe, of a checkpoint, or of a registered model.
 
 A checkpoint and a registered version carry the configuration they were trained under; further arguments change what
 they are evaluated on.
@@ -14,15 +14,34 @@ from pathlib import Path
 
 from jobs.config.reader import stored_config, values_of
 from jobs.config.run import RunConfig
-from jobs.evaluate import System
 from jobs.host.errors import UserError
 from jobs.recipes import recipe_names
-from jobs.tracking.registry import fetch_model
+from jobs.runs.run_dir import open_shards
+from jobs.runs.train import train_job
+from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.tracking.runs import TrackingConfig
-from jobs.train import open_shards, train_job
 from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state
+from jobs.training.job import TrainJob
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """A trained model: where its weights are, and what it was trained on."""
+
+    name: str
+    key: str
+    """Tells weights apart."""
+    weights: str
+    """A checkpoint, or the export of a registered model."""
+    job: TrainJob | None
+    """The job of the checkpoint; None = `weights` is an export."""
+
+    @classmethod
+    def served(cls, name: str, model: RegisteredModel) -> System:
+        """A registered version, by the files that serve it."""
+        return cls(name=name, key=model.digest, weights=str(model.directory.absolute()), job=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

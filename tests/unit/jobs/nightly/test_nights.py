@@ -9,10 +9,10 @@ import pytest
 from jobs.config.reader import load_config
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.nightly import nightly as nightly_module
+from jobs.nightly import nights as nightly_module
 from jobs.nightly.context import nights_directory
 from jobs.nightly.journal import END, Journal, TryLater
-from jobs.nightly.nightly import NightlyOptions, nightly
+from jobs.nightly.nights import NightlyOptions, nightly
 from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
 from pipeline.events import NotNow
 

@@ -1,0 +1,1 @@
+"""A run from the driver's side: trained, evaluated, exported, registered; its directory, its record, its tables."""

@@ -1,0 +1,129 @@
+"""solar register RECIPE: the best checkpoint of a run -> a version in the MLflow registry.
+
+A version holds weights as safetensors, the vocabulary, one self-contained torch-only scorer.py, metrics and lineage; no
+pickle, and this repository is not needed to load it. The first version becomes `champion`; a later one `challenger`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from jobs.config.run import RunConfig
+from jobs.host.console import Console
+from jobs.host.files import read_json
+from jobs.runs.evaluate import Evaluated
+from jobs.runs.export import export_model, log_export, training_shards
+from jobs.runs.run_dir import Trained
+from jobs.tracking.champions import CHALLENGER, CHAMPION, champion, or_none, promote
+from jobs.tracking.registry import EXPORT
+from jobs.tracking.runs import metric_name, mlflow_client, tracking_uri
+from jobs.training.checkpoint import checkpoint_key
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A version in the registry."""
+
+    model: str
+    version: str
+    alias: str
+    uri: str
+    reused: bool
+
+
+def register(
+    config: RunConfig,
+    trained: Trained,
+    evaluated: Evaluated,
+    console: Console,
+    *,
+    set_alias: Callable[[Any, str, str], str] | None = None,
+    tags: Mapping[str, str] = MappingProxyType({}),
+    exported: Path | None = None,
+) -> Registered:
+    """Register the run's best checkpoint once; the same checkpoint again is the same version. `exported`: what
+    `export_model` wrote of it, in a directory named `model`.
+
+    `set_alias(client, name, version)` decides what the version is called, and returns it; by default the first one is
+    the champion, a later one the challenger. `tags` are the version's, beside its lineage.
+    """
+    import mlflow
+
+    set_alias = set_alias or _first_is_champion
+    uri, name = tracking_uri(config.tracking, config.workspace), config.registered_model
+    client = mlflow_client(uri)
+    key = checkpoint_key(trained.checkpoint)
+    found = _find_version(client, name, key)
+    if found is not None:
+        # A crash may have come between the version and its alias.
+        alias = ", ".join(sorted(found.aliases)) or set_alias(client, name, str(found.version))
+        return Registered(name, found.version, alias, f"models:/{name}/{found.version}", True)
+
+    with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
+        if exported is None:
+            exported = Path(scratch) / EXPORT
+            export_model(config, trained.checkpoint, exported)
+        vocabulary = training_shards(config, trained.checkpoint).vocabulary
+        stage.update(1, 3, "log")
+        # Where MLflow's functions log to, for the rest of this process and for those it starts.
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        with mlflow.start_run(run_id=trained.mlflow_run_id):
+            _log_evaluation(config, trained, evaluated)
+            info = log_export(exported, model=config.model, vocabulary=vocabulary)
+        stage.update(2, 3, "version")
+        version = _create_version(client, name, info, trained, {**tags, "solar.run_key": key})
+        alias = set_alias(client, name, str(version.version))
+        stage.result = f"{name} version {version.version}, alias {alias}"
+    return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
+
+
+def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -> None:
+    import mlflow
+
+    from jobs.runs.plots import write_plots
+
+    for system, metrics in evaluated.summary["metrics"].items():
+        prefix = "test" if system == config.model["name"] else f"test/{system.replace(', ', '/')}"
+        mlflow.log_metrics({f"{prefix}/{metric_name(key)}": value for key, value in metrics.items() if value == value})
+    mlflow.log_artifact(str(evaluated.directory / "summary.json"), "evaluation")
+    for plot in write_plots(trained.run_dir, model=config.model["name"]):
+        mlflow.log_artifact(str(plot), "plots")
+
+
+def _create_version(client: Any, name: str, logged: Any, trained: Trained, tags: Mapping[str, str]) -> Any:
+    if or_none(lambda: client.get_registered_model(name)) is None:
+        client.create_registered_model(name)
+    facts = read_json(trained.run_dir / "run.json")
+    lineage = {
+        "solar.checkpoint": str(trained.checkpoint.absolute()),
+        "solar.manifest": str(facts["manifest"]),
+        "solar.manifest_fingerprint": facts["manifest_fingerprint"],
+        "solar.git_commit": facts["git_commit"],
+    }
+    before = champion(client, name)
+    if before is not None:
+        lineage["solar.parent_version"] = str(before.version)
+    # A tracking server refuses a source of this kind without the id that it names; a database does not ask.
+    return client.create_model_version(
+        name, source=logged.model_uri, run_id=trained.mlflow_run_id, model_id=logged.model_id, tags={**lineage, **tags}
+    )
+
+
+def _first_is_champion(client: Any, name: str, version: str) -> str:
+    if champion(client, name) is None:
+        promote(client, name, version, expected=None, why="the first version")
+        return CHAMPION
+    client.set_registered_model_alias(name, CHALLENGER, version)
+    return CHALLENGER
+
+
+def _find_version(client: Any, name: str, key: str) -> Any | None:
+    found = client.search_model_versions(f"name = '{name}'")
+    versions = [version for version in found if version.tags.get("solar.run_key") == key]
+    return client.get_model_version(name, versions[0].version) if versions else None

@@ -1,0 +1,66 @@
+"""A run's directory and its data, found again: what training left, and the shards that it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jobs.config.run import RunConfig
+from jobs.host.errors import UserError
+from jobs.runs.record import previous_run, read_record
+from jobs.training.checkpoint import (
+    latest_checkpoint,
+    read_state,
+)
+from jobs.training.warm_start import best_of
+from pipeline.shards.dataset import Shards
+from pipeline.shards.manifest import current_manifest
+from pipeline.storage import absolute
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a training run left behind."""
+
+    run_dir: Path
+    checkpoint: Path
+    """The best checkpoint by the validation metric."""
+    mlflow_run_id: str
+    reused: bool
+
+
+def trained_run(config: RunConfig) -> Trained:
+    """What a run of this config left behind, finished or not."""
+    previous = previous_run(config, run_shards(config))
+    if "mlflow_run_id" not in previous:
+        raise UserError(f"{config.run_dir}: no run there: run `solar train` first")
+    return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
+
+
+def require_finished(run_dir: Path) -> None:
+    """Refuse a run that still has epochs to go."""
+    latest = latest_checkpoint(run_dir)
+    if latest is None or not read_state(latest)["train_state"]["finished"]:
+        raise UserError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
+
+
+def run_shards(config: RunConfig) -> Shards:
+    """The data of the config's run: as it stood when the run began, or as it stands where there is none."""
+    return open_shards(config, number=read_record(config.run_dir).get("manifest"))
+
+
+def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
+    """The current data set of a config, or it as manifest `number` describes it."""
+    path = absolute(config.shards_dir)
+    if current_manifest(path) is None:
+        raise UserError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
+    return Shards.open(path, number=number)
+
+
+def best_checkpoint(run_dir: Path) -> Path:
+    """The checkpoint with the best validation metric so far, with all its checksums right."""
+    if latest_checkpoint(run_dir) is None:
+        raise UserError(f"{run_dir}: no checkpoint there: run `solar train` first")
+    chosen = best_of(run_dir)
+    read_state(chosen, checksums=True)
+    return chosen
