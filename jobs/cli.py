@@ -1,4 +1,4 @@
-"""The command `solar`: one subcommand a job.
+"""The command `solar`: the list of its commands, and how each of them ends.
 
 A user's mistake ends with one line on stderr and exit code 2; an interruption leaves a resumable state and exits 130;
 anything else is a defect and shows its traceback.
@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from jobs.commands import cluster, data, nightly, serving, system, training
-from jobs.commands import scheduling as schedule
+from jobs.commands import cluster, data, nightly, runs, scheduling, serving, system
+from jobs.commands.arguments import Command, plain, with_settings
 from jobs.host.console import Console, one_line
 from jobs.host.errors import INTERRUPTED, MISTAKE
 from jobs.recipes import recipe_names
@@ -22,31 +22,11 @@ from jobs.recipes import recipe_names
 USAGE = """\
 solar COMMAND ... [-v]
 
-  run RECIPE            import, prepare, train, evaluate, register in one go; reuses what is there
-  leaderboard BOARD     many models under one protocol -> one table (--seeds 1 2 3, --only ROW, --part valid)
-  doctor [--json]       does everything work on this machine?
-  import SOURCE         a public format -> event log (files, git, synthetic, movielens, kuairand, amazon-2023, mind,
-                        taobao, yambda, recbole, movielens-100k)
-  prepare               event log -> sequence shards; again with more events: merges
-  compact DIR           shards: what later ingests brought, rewritten into the users' own files
-  forget DIR            shards: users taken out for ever (--users FILE, --outputs FILE, --verify)
-  gc DIR --keep N       shards: all but the latest N states removed
-  migrate DIR           shards of the previous format made readable
-  inspect DIR           what is in a shard directory or a checkpoint (--verify, --digest)
-  train RECIPE          shards -> checkpoints and an MLflow run (--resume; --from-previous: past a damaged checkpoint)
-  grow CHECKPOINT       the same checkpoint with tables as large as the vocabulary of --shards DIR now (--out DIR)
-  evaluate SUBJECT      a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)
-  register RECIPE       the run's best checkpoint -> MLflow registry
-  score MODEL_URI       a registered model on Parquet requests -> scores and rankings (--states auto; --build-states)
-  nightly RECIPE        a day's log -> a better champion or a reasoned refusal (--date D, --catch-up, --dry-run)
-  promote, rollback, history MODEL    who the champion is (--version N --why TEXT), and every night's decision
-  schedule RECIPE       a night whenever --cron "0 3 * * *" fires, or --emit cronjob|kuberay: manifests for a cluster
-  submit -- COMMAND     any of these as a job of a Ray cluster, its log followed here
-  jobs list|logs|stop   the jobs of a Ray cluster
+{commands}
 
 RECIPE is one of {recipes}, or a YAML file.
-Further configuration follows it: --config FILE, dotted overrides (--model.rank 8), --print_config.
--v shows what the libraries print. `solar COMMAND --help` lists the options.
+Settings follow it: --config FILE, dotted overrides (--model.rank 8), --print_config.
+-v shows what the libraries print. `solar COMMAND --help` lists the options of a command.
 """
 
 
@@ -80,7 +60,7 @@ def run(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         print(f"solar: unknown command {arguments[0]!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
         return MISTAKE
-    return _guarded(COMMANDS[arguments[0]], arguments[1:], verbose=verbose)
+    return _guarded(COMMANDS[arguments[0]].run, arguments[1:], verbose=verbose)
 
 
 def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool) -> int:
@@ -126,34 +106,149 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         return 1
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    "run": training.run,
-    "leaderboard": training.leaderboard,
-    "doctor": system.doctor,
-    "import": data.import_,
-    "prepare": data.prepare,
-    "inspect": data.inspect,
-    "compact": data.compact,
-    "forget": data.forget,
-    "gc": data.gc,
-    "migrate": data.migrate,
-    "train": training.train,
-    "grow": training.grow,
-    "evaluate": training.evaluate,
-    "register": training.register,
-    "nightly": nightly.nightly,
-    "promote": nightly.promote,
-    "rollback": nightly.rollback,
-    "history": nightly.history,
-    "score": serving.score,
-    "schedule": schedule.schedule,
-    "submit": cluster.submit,
-    "jobs": cluster.jobs,
+def _submit(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    return cluster.submit(arguments, console, verbose=verbose, commands=COMMANDS)
+
+
+COMMANDS: Mapping[str, Command] = {
+    "run": Command(
+        run=runs.run,
+        parsers=with_settings(runs.run_parser),
+        usage="RECIPE",
+        does="import, prepare, train, evaluate, register in one go; reuses what is there",
+    ),
+    "leaderboard": Command(
+        run=runs.leaderboard,
+        parsers=with_settings(runs.board_parser),
+        usage="BOARD",
+        does="many models under one protocol -> one table (--seeds 1 2 3, --only ROW, --part valid)",
+    ),
+    "doctor": Command(
+        run=system.doctor,
+        parsers=plain(system.doctor_parser),
+        usage="[--json]",
+        does="does everything work on this machine?",
+    ),
+    "import": Command(
+        run=data.import_,
+        parsers=data.import_parsers,
+        usage="SOURCE",
+        does="a public format, or your own files -> event log",
+        chosen_by=1,
+    ),
+    "prepare": Command(
+        run=data.prepare,
+        parsers=plain(data.prepare_parser),
+        usage="--events E --out DIR",
+        does="event log -> sequence shards; again with more events: merges",
+    ),
+    "inspect": Command(
+        run=data.inspect,
+        parsers=plain(data.inspect_parser),
+        usage="DIR",
+        does="what is in a shard directory or a checkpoint (--verify, --digest)",
+    ),
+    "compact": Command(
+        run=data.compact,
+        parsers=plain(data.compact_parser),
+        usage="DIR",
+        does="shards: what later ingests brought, rewritten into the users' own files",
+    ),
+    "forget": Command(
+        run=data.forget,
+        parsers=plain(data.forget_parser),
+        usage="DIR --users FILE",
+        does="shards and results: users removed for ever (--outputs FILE, --verify)",
+    ),
+    "gc": Command(
+        run=data.gc,
+        parsers=plain(data.gc_parser),
+        usage="DIR --keep N",
+        does="shards: all but the latest N states removed",
+    ),
+    "train": Command(
+        run=runs.train,
+        parsers=with_settings(runs.train_parser),
+        usage="RECIPE",
+        does="shards -> checkpoints and an MLflow run (--resume; --from-previous: past a damaged checkpoint)",
+    ),
+    "grow": Command(
+        run=runs.grow,
+        parsers=plain(runs.grow_parser),
+        usage="CHECKPOINT",
+        does="the same checkpoint with tables as large as the vocabulary of --shards DIR is now (--out DIR)",
+    ),
+    "evaluate": Command(
+        run=runs.evaluate,
+        parsers=with_settings(runs.evaluate_parser),
+        usage="SUBJECT",
+        does="a run (RECIPE), a checkpoint or models:/NAME@ALIAS -> metrics (--part valid|test, --out DIR)",
+    ),
+    "register": Command(
+        run=runs.register,
+        parsers=with_settings(runs.register_parser),
+        usage="RECIPE",
+        does="the run's best checkpoint -> MLflow registry",
+    ),
+    "score": Command(
+        run=serving.score,
+        parsers=plain(serving.score_parser),
+        usage="MODEL_URI",
+        does="a registered model on Parquet requests -> scores and rankings (--states auto; --build-states)",
+    ),
+    "nightly": Command(
+        run=nightly.nightly,
+        parsers=with_settings(nightly.nightly_parser),
+        usage="RECIPE",
+        does="a day's log -> a better champion or a reasoned refusal (--date D, --catch-up, --dry-run)",
+    ),
+    "promote": Command(
+        run=nightly.promote,
+        parsers=plain(nightly.promote_parser),
+        usage="MODEL",
+        does="make any version the champion (--version N --why TEXT)",
+    ),
+    "rollback": Command(
+        run=nightly.rollback,
+        parsers=plain(nightly.rollback_parser),
+        usage="MODEL",
+        does="make the previous champion the champion again (--why TEXT)",
+    ),
+    "history": Command(
+        run=nightly.history,
+        parsers=plain(nightly.history_parser),
+        usage="MODEL",
+        does="every night's decision and every change of the champion",
+    ),
+    "schedule": Command(
+        run=scheduling.schedule,
+        parsers=with_settings(scheduling.schedule_parser),
+        usage="RECIPE",
+        does='a night whenever --cron "0 3 * * *" fires, or --emit cronjob|kuberay: manifests for a cluster',
+        is_job=False,
+    ),
+    "submit": Command(
+        run=_submit,
+        parsers=plain(cluster.submit_parser),
+        usage="-- COMMAND",
+        does="any of these as a job of a Ray cluster, its log followed here",
+        is_job=False,
+    ),
+    "jobs": Command(
+        run=cluster.jobs,
+        parsers=cluster.jobs_parsers,
+        usage="list|logs|stop",
+        does="the jobs of a Ray cluster",
+        chosen_by=1,
+        is_job=False,
+    ),
 }
+"""Every command, in the order in which help shows them. Nothing else knows their names."""
 
 
 def _usage() -> str:
-    return USAGE.format(recipes=", ".join(recipe_names()))
+    lines = [f"  {name} {command.usage:<{30 - len(name)}} {command.does}" for name, command in COMMANDS.items()]
+    return USAGE.format(commands="\n".join(lines), recipes=", ".join(recipe_names()))
 
 
 if __name__ == "__main__":

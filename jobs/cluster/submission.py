@@ -2,12 +2,13 @@
 
 What a job needs travels with it: the three packages, pyproject.toml and the YAML files that the command names are
 copied into a directory of their own, which Ray unpacks on the cluster and puts first on the path of the driver and of
-every worker. Data stays where it is: each path of the command becomes absolute here, because the directory in which
-a job runs is temporary. Talking to the cluster is jobs/cluster/job_client.py.
+every worker. Data stays where it is: each place that the command's parsers know becomes absolute here, because the
+directory in which a job runs is temporary. Talking to the cluster is jobs/cluster/job_client.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 import os
@@ -28,51 +29,15 @@ from jobs.host.code_version import GIT_COMMIT_VARIABLE, git_commit
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.notify import URL_VARIABLE
+from jobs.host.places import Kind, Subject, YamlFile, place_keys, rewritten, takes_option
 from jobs.host.secrets import redacted
-from jobs.recipes import recipe_names
 
 PACKAGES = ("jobs", "models", "pipeline")
 CODE_SUFFIXES = (".py", ".yaml", ".html")
 """What the packages consist of; anything else that lies in them is not code."""
 UPLOAD_LIMIT_BYTES = 100 << 20
 """Ray's dashboard refuses a larger request (DASHBOARD_CLIENT_MAX_SIZE)."""
-NOT_JOBS = ("submit", "jobs", "schedule")
-"""Commands that speak to a cluster from outside."""
-WITHOUT_WORKSPACE = ("doctor", "inspect")
-PATH_OPTIONS = (
-    "workspace",
-    "events",
-    "out",
-    "items_path",
-    "users_path",
-    "from",
-    "requests",
-    "source.path",
-    "source.items_path",
-    "source.users_path",
-    "data.events",
-    "data.shards",
-    "tracking.uri",
-)
-"""Options, and the same keys of a YAML file, whose value is a path or a URI."""
-FIRST_PATH = {"import": 1, "inspect": 0}
-"""The positional arguments of these commands are paths from this one on."""
-FLAGS = (
-    "--verify",
-    "--digest",
-    "--json",
-    "--resume",
-    "--catch-up",
-    "--dry-run",
-    "--overwrite",
-    "--keep_seen",
-    "--print_config",
-    "-v",
-    "--verbose",
-    "-h",
-    "--help",
-)
-"""Options without a value."""
+YAML = (".yaml", ".yml")
 SQLITE = "sqlite:///"
 
 
@@ -93,6 +58,8 @@ def submit(
     arguments: Sequence[str],
     cluster: Cluster,
     *,
+    parsers: Sequence[argparse.ArgumentParser],
+    chosen_by: int = 0,
     workspace: str | None = None,
     submission_id: str | None = None,
     python: str | None = None,
@@ -100,9 +67,14 @@ def submit(
     stop_grace_seconds: int = 60,
     tags: Mapping[str, str] | None = None,
 ) -> tuple[str, JobCommand]:
-    """Hand a command to the cluster; returns the job's id and the command as it runs there."""
+    """Hand a command to the cluster; returns the job's id and the command as it runs there.
+
+    `parsers` read its arguments after its name and the `chosen_by` arguments that choose them.
+    """
     here = cluster.on_this_machine()
-    command = job_command(arguments, directory=Path.cwd(), workspace=workspace, same_machine=here)
+    command = job_command(
+        arguments, parsers=parsers, chosen_by=chosen_by, directory=Path.cwd(), workspace=workspace, same_machine=here
+    )
     python = python or (sys.executable if here else "python")
     environment = {
         **FIXED_ENVIRONMENT,
@@ -128,35 +100,45 @@ def entrypoint(python: str, arguments: Sequence[str]) -> str:
     return f"exec {shlex.quote(python)} -m jobs.cli {shlex.join(arguments)}"
 
 
-def job_command(arguments: Sequence[str], *, directory: Path, workspace: str | None, same_machine: bool) -> JobCommand:
-    """The command with its paths made right for a job.
+def job_command(
+    arguments: Sequence[str],
+    *,
+    parsers: Sequence[argparse.ArgumentParser],
+    chosen_by: int = 0,
+    directory: Path,
+    workspace: str | None,
+    same_machine: bool,
+) -> JobCommand:
+    """The command with its places made right for a job.
 
     Relative paths are meant from `directory`. They become absolute where the whole cluster is `same_machine`;
     elsewhere nobody can know where they lead, and they are refused. YAML files are uploaded from wherever they are.
     """
-    arguments = list(arguments)
-    if arguments[:1] == ["solar"]:
-        arguments.pop(0)
-    name = _checked_name(arguments)
-    if any(redacted(argument) != argument for argument in arguments):
-        raise UserError(
-            f"submit: {redacted(shlex.join(arguments))}: a cluster shows its jobs' commands, so a password must not be "
-            "in them: put the setting into a YAML file, or set it in the environment of the cluster's nodes"
-        )
-    if _given(arguments, "notify.url"):
-        raise UserError(
-            "submit: --notify.url: a cluster shows its jobs' commands, and a webhook's token must not be there: put it "
-            f"into a YAML file, or set {URL_VARIABLE} in the environment of the cluster's nodes"
-        )
-    arguments, files = _with_uploaded_files(arguments, directory)
-    arguments = _with_absolute_paths(name, arguments, directory, same_machine=same_machine)
-    layers = [_read_yaml(path) for path in files.values()]
-    in_files = any("workspace" in layer for layer in layers)
-    arguments += _workspace(name, arguments, workspace, directory, in_files=in_files, same_machine=same_machine)
-    for key, value in _paths_in_files(layers):
-        if not _given(arguments, key) and _is_relative(value):
-            arguments += [f"--{key}", _absolute(value, directory, f"{key} (in YAML)", same_machine=same_machine)]
-    return JobCommand(arguments=tuple(arguments), files=files)
+    _refuse_secrets(arguments)
+    files = _Uploads(directory)
+
+    def rewrite(kind: Kind, value: str, named: str) -> str:
+        if kind in (YamlFile, Subject) and (value.endswith(YAML) or named == "--config"):
+            return files.place_of(value)
+        if kind is YamlFile or (kind is Subject and not (directory / value).is_dir()):
+            return value  # the name of a recipe or board that comes with the code, or a model's URI
+        if not _is_relative(value):
+            return value
+        shown = named if named.startswith("--") else arguments[0]
+        return _absolute(value, directory, shown, same_machine=same_machine)
+
+    first = 1 + chosen_by
+    found = [*arguments[:first], *rewritten(arguments[first:], parsers, rewrite)]
+    layers = [_read_yaml(path) for path in files.found.values()]
+    if takes_option(parsers, "--workspace"):
+        in_files = any("workspace" in layer for layer in layers)
+        found += _workspace(found, workspace, directory, in_files=in_files, same_machine=same_machine)
+    elif workspace:
+        raise UserError(f"submit: --workspace {workspace}: `solar {arguments[0]}` has no workspace: omit it")
+    for key, value in _places_in_files(layers, place_keys(parsers)):
+        if not _given(found, key) and _is_relative(value):
+            found += [f"--{key}", _absolute(value, directory, f"{key} (in YAML)", same_machine=same_machine)]
+    return JobCommand(arguments=tuple(found), files=files.found)
 
 
 def stage(directory: Path, files: Mapping[str, Path]) -> None:
@@ -187,67 +169,41 @@ def check_size(directory: Path, *, limit: int) -> None:
         )
 
 
-def _checked_name(arguments: Sequence[str]) -> str:
-    from jobs.cli import COMMANDS
-
-    jobs = [command for command in COMMANDS if command not in NOT_JOBS]
-    if not arguments:
-        raise UserError("submit: no command given: put it after --, such as solar submit -- run movielens-100k")
-    if arguments[0] not in jobs:
-        raise UserError(f"submit: {arguments[0]!r} cannot be a job: one of {', '.join(jobs)}")
-    return arguments[0]
-
-
-def _with_uploaded_files(arguments: Sequence[str], directory: Path) -> tuple[list[str], dict[str, Path]]:
-    """Arguments that name YAML files by their place in the upload, and these files in the order of the command."""
-    rewritten, files = [], {}
-    for argument in arguments:
-        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if value.endswith((".yaml", ".yml")):
-            path = directory / value
-            if not path.is_file():
-                raise UserError(f"submit: {value}: no such file here: name a YAML file to upload, or a recipe")
-            inside = not Path(value).is_absolute() and ".." not in Path(value).parts
-            target = value if inside else f"uploaded/{len(files)}/{path.name}"
-            files[target] = path
-            argument = f"{option}{equals}{target}"
-        rewritten.append(argument)
-    return rewritten, files
+def _refuse_secrets(arguments: Sequence[str]) -> None:
+    if any(redacted(argument) != argument for argument in arguments):
+        raise UserError(
+            f"submit: {redacted(shlex.join(arguments))}: a cluster shows its jobs' commands, so a password must not be "
+            "in them: put the setting into a YAML file, or set it in the environment of the cluster's nodes"
+        )
+    if _given(arguments, "notify.url"):
+        raise UserError(
+            "submit: --notify.url: a cluster shows its jobs' commands, and a webhook's token must not be there: put it "
+            f"into a YAML file, or set {URL_VARIABLE} in the environment of the cluster's nodes"
+        )
 
 
-def _with_absolute_paths(name: str, arguments: list[str], directory: Path, *, same_machine: bool) -> list[str]:
-    rewritten, option, position = [arguments[0]], "", -1
-    for argument in arguments[1:]:
-        if option:
-            key, value, prefix = option, argument, ""
-            option = ""
-        elif argument.startswith("-"):
-            flag, equals, value = argument.partition("=")
-            key, prefix = flag.removeprefix("--"), f"{flag}{equals}"
-            if not equals:
-                option = "" if argument in FLAGS else key
-                rewritten.append(argument)
-                continue
-        else:
-            position += 1
-            key, value, prefix = "", argument, ""
-        is_path = key in PATH_OPTIONS if key else _is_path(name, position, value, directory)
-        if is_path and _is_relative(value):
-            value = _absolute(value, directory, f"--{key}" if key else name, same_machine=same_machine)
-        rewritten.append(prefix + value)
-    return rewritten
+class _Uploads:
+    """The YAML files of a command, in its order."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.found: dict[str, Path] = {}
+        """{path inside the upload: path here}."""
+
+    def place_of(self, value: str) -> str:
+        """The path inside the upload of a file that the command names."""
+        path = self._directory / value
+        if not path.is_file():
+            raise UserError(f"submit: {value}: no such file here: name a YAML file to upload, or a recipe")
+        inside = not Path(value).is_absolute() and ".." not in Path(value).parts
+        place = value if inside else f"uploaded/{len(self.found)}/{path.name}"
+        self.found[place] = path
+        return place
 
 
-def _is_path(name: str, position: int, value: str, directory: Path) -> bool:
-    """Whether a positional argument is a path: `evaluate` takes a recipe or the directory of a checkpoint."""
-    if name == "evaluate":
-        return position == 0 and value not in recipe_names() and (directory / value).is_dir()
-    return name in FIRST_PATH and position >= FIRST_PATH[name]
-
-
-def _paths_in_files(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """The dotted path keys of the YAML files with their last value."""
-    for key in PATH_OPTIONS:
+def _places_in_files(layers: Sequence[dict[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Those of the dotted keys that YAML files set, with their last value."""
+    for key in keys:
         found = None
         for layer in layers:
             node: Any = layer
@@ -259,13 +215,9 @@ def _paths_in_files(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str
 
 
 def _workspace(
-    name: str, arguments: Sequence[str], workspace: str | None, directory: Path, *, in_files: bool, same_machine: bool
+    arguments: Sequence[str], workspace: str | None, directory: Path, *, in_files: bool, same_machine: bool
 ) -> list[str]:
     """The `--workspace` to add to the command."""
-    if name in WITHOUT_WORKSPACE:
-        if workspace:
-            raise UserError(f"submit: --workspace {workspace}: `solar {name}` writes nothing: leave it away")
-        return []
     if _given(arguments, "workspace"):
         if workspace:
             raise UserError(f"submit: --workspace {workspace} is given beside the command's own: give one of them")

@@ -1,39 +1,115 @@
-"""What subcommands share: recipes, options, and mistakes told in one line."""
+"""What subcommands share: what a command is, recipes with their settings, and mistakes told in one line."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.host.console import Console, one_line
+from jobs.host.errors import UserError
+from jobs.host.places import YamlFile
 from jobs.recipes import recipe_names
 
+if TYPE_CHECKING:
+    from jobs.config.run import RunConfig
 
-def recipe_config(command: str, arguments: list[str]) -> Any | None:
-    """The config of a command that takes a recipe; None after --help or --print_config."""
-    from jobs.config.reader import config_parser, load_config
+Parsers = Sequence[argparse.ArgumentParser]
 
-    if arguments and arguments[0] in ("-h", "--help"):
-        config_parser(command, model="solar").print_help()
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command of `solar`."""
+
+    run: Callable[..., int]
+    """`run(arguments, console, verbose=...)` -> the exit code."""
+    parsers: Callable[[Sequence[str]], Parsers]
+    """What reads its arguments: one parser, or its own options and then the settings of a recipe."""
+    usage: str
+    """Its most important arguments."""
+    does: str
+    """One line of `solar --help`."""
+    chosen_by: int = 0
+    """How many first arguments choose the parser and are not read by it (`import SOURCE`)."""
+    is_job: bool = True
+    """`solar submit` may run it on a cluster."""
+
+
+def recipe_parser(command: str, *, usage: str = "", description: str, subject: type[str] = YamlFile) -> Any:
+    """The own options of a command that takes a recipe; what it does not know are settings (`config_parser`)."""
+    parser = argparse.ArgumentParser(
+        prog=f"solar {command}",
+        usage=" ".join(filter(None, [f"solar {command} RECIPE", usage, "[SETTING VALUE ...]"])),
+        description=description,
+        epilog="Settings: dotted keys of the recipe, as --model.rank 8, and --config FILE for a further YAML file; "
+        "`solar train --help` lists them all.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "recipe", type=subject, metavar="RECIPE", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file"
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and do nothing")
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    return parser
+
+
+def plain(parser: Callable[[], argparse.ArgumentParser]) -> Callable[[Sequence[str]], Parsers]:
+    """The parsers of a command with options of its own alone."""
+    return lambda arguments: [parser()]
+
+
+def with_settings(parser: Callable[[], argparse.ArgumentParser]) -> Callable[[Sequence[str]], Parsers]:
+    """The parsers of a command with options of its own and the settings of a recipe. Settings of other models than
+    SOLAR are not in them: each has one value, and none is a place."""
+
+    def parsers(arguments: Sequence[str]) -> Parsers:
+        from jobs.config.reader import config_parser
+
+        return [own := parser(), config_parser(own.prog.removeprefix("solar "), model="solar")]
+
+    return parsers
+
+
+def read_options(own: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]] | None:
+    """(own options, settings); None after --help. UserError: no recipe is named, or an option is wrong."""
+    command = own.prog.removeprefix("solar ")
+    if {"-h", "--help"} & set(arguments):
+        print(own.format_help(), end="")
         return None
     if not arguments or arguments[0].startswith("-"):
         raise usage_error(command, f"name a recipe first: {', '.join(recipe_names())}, or a YAML file")
-    flags = [argument for argument in arguments[1:] if argument == "--print_config"]
-    config = load_config(command, arguments[0], [argument for argument in arguments[1:] if argument not in flags])
-    if flags:
+    try:
+        return own.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise usage_error(command, str(error)) from error
+
+
+def read_recipe(own: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, RunConfig] | None:
+    """(own options, the resolved configuration); None after --help or --print_config."""
+    from jobs.config.reader import load_config
+
+    if (found := read_options(own, arguments)) is None:
+        return None
+    options, settings = found
+    config = load_config(own.prog.removeprefix("solar "), options.recipe, settings)
+    if options.print_config:
         import yaml
 
         print(yaml.safe_dump(config.as_dict(), sort_keys=False), end="")
         return None
-    return config
+    return options, config
 
 
 def parse(parser: Any, arguments: list[str]) -> Any:
+    """What a jsonargparse parser makes of the arguments. UserError: one line with the key, the value and the fix."""
     from jsonargparse import ArgumentError
 
     from jobs.config.reader import explain
-    from jobs.host.errors import UserError
 
     try:
         return parser.parse_args(arguments)
@@ -42,23 +118,20 @@ def parse(parser: Any, arguments: list[str]) -> Any:
 
 
 def instantiate(parser: Any, parsed: Any) -> Any:
-    from jobs.host.errors import UserError
-
+    """The parsed arguments with their sections as dataclasses. UserError: a section's own rule."""
     try:
         return parser.instantiate(parsed)
     except ValueError as error:
         raise UserError(f"{parser.prog.removeprefix('solar ')}: {one_line(error)}") from error
 
 
-def usage_error(command: str, text: str) -> Exception:
-    from jobs.host.errors import UserError
-
+def usage_error(command: str, text: str) -> UserError:
+    """A mistake in how a command was called."""
     return UserError(f"{command}: {text}")
 
 
 def capture(console: Console, workspace: str, command: str, *, verbose: bool) -> None:
-    from jobs.host.errors import UserError
-
+    """Send what libraries print to a file of WORKSPACE/logs, unless the user asked to see it."""
     if verbose:
         return
     log = Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}.log"

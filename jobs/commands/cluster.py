@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from jobs.commands.arguments import parse, usage_error
+from jobs.commands.arguments import Command, Parsers, parse, usage_error
 from jobs.host.console import Console, one_line
 from jobs.host.errors import INTERRUPTED, MISTAKE, wait_seconds
+from jobs.host.places import Place, new_parser
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 ADDRESS_HELP = (
     "the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's"
@@ -19,19 +24,21 @@ following, not the job. The code and the YAML files that COMMAND names are uploa
 than this machine every path must be absolute and on a file system that all nodes mount (or a URI)."""
 
 
-def submit(arguments: list[str], console: Console, *, verbose: bool) -> int:
+def submit(arguments: list[str], console: Console, *, verbose: bool, commands: Mapping[str, Command]) -> int:
+    """`commands`: all of `solar`, by name."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = submit_parser()
-    if split == len(arguments) and not set(arguments) & {"-h", "--help"}:
-        raise usage_error("submit", "no command given: put it after --, such as solar submit -- run movielens-100k")
-    parsed = parse(parser, arguments[:split])
+    parsed = parse(submit_parser(), arguments[:split])
     _check_submission(parsed)
+    command = arguments[split + 1 :]
+    if command[:1] == ["solar"]:
+        command.pop(0)
+    _check_command(command, commands)
     _quiet(verbose)
-    command = [*arguments[split + 1 :], *(["-v"] if verbose else [])]
+    command += ["-v"] if verbose else []
     for tried in range(1, parsed.retries + 2):
         last = tried > parsed.retries
         try:
-            code, ended = _submit_once(command, parsed, console, tried=tried)
+            code, ended = _submit_once(command, commands[command[0]], parsed, console, tried=tried)
         except ConnectionError as error:
             if last:
                 raise
@@ -47,16 +54,14 @@ def submit(arguments: list[str], console: Console, *, verbose: bool) -> int:
     raise AssertionError("the last try returns or raises")
 
 
-def submit_parser() -> Any:
+def submit_parser() -> ArgumentParser:
     """The parser of what stands before `--`."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog="solar submit", exit_on_error=False, description=SUBMIT_DESCRIPTION)
+    parser = new_parser("submit", description=SUBMIT_DESCRIPTION)
     parser.usage = "solar submit [options] -- COMMAND ..."
     parser.add_argument("--address", type=str | None, default=None, help=ADDRESS_HELP)
     parser.add_argument(
         "--workspace",
-        type=str | None,
+        type=Place | None,
         default=None,
         help="COMMAND's workspace; default: COMMAND's own, or ./workspace where the whole cluster is this machine",
     )
@@ -84,6 +89,14 @@ def submit_parser() -> Any:
     return parser
 
 
+def _check_command(command: list[str], commands: Mapping[str, Command]) -> None:
+    if not command:
+        raise usage_error("submit", "no command given: put it after --, such as solar submit -- run movielens-100k")
+    jobs = [name for name, each in commands.items() if each.is_job]
+    if command[0] not in jobs:
+        raise usage_error("submit", f"{command[0]!r} cannot be a job: one of {', '.join(jobs)}")
+
+
 def _check_submission(parsed: Any) -> None:
     if parsed.stop_grace < 0 or parsed.driver_cpus < 0:
         raise usage_error("submit", "--stop-grace and --driver-cpus must be 0 or more")
@@ -92,10 +105,12 @@ def _check_submission(parsed: Any) -> None:
     if not 0 < parsed.retry_minutes <= 60:
         raise usage_error("submit", f"--retry-minutes {parsed.retry_minutes:g}: must be above 0 and at most 60")
     if parsed.detach and parsed.retries:
-        raise usage_error("submit", "--retries: whoever does not wait cannot try again: leave --detach away")
+        raise usage_error("submit", "--retries: a command that does not wait cannot try again: omit --detach")
 
 
-def _submit_once(command: list[str], parsed: Any, console: Console, *, tried: int) -> tuple[int, bool]:
+def _submit_once(
+    arguments: list[str], command: Command, parsed: Any, console: Console, *, tried: int
+) -> tuple[int, bool]:
     """(exit code, whether the job has ended); each further try is a job with an id of its own."""
     from jobs.cluster.job_client import Cluster
     from jobs.cluster.job_text import read_tags
@@ -105,8 +120,10 @@ def _submit_once(command: list[str], parsed: Any, console: Console, *, tried: in
     cluster = Cluster(parsed.address)
     wanted = parsed.submission_id
     job_id, shown = submit_job(
-        command,
+        arguments,
         cluster,
+        parsers=command.parsers(arguments[1:]),
+        chosen_by=command.chosen_by,
         workspace=parsed.workspace,
         submission_id=f"{wanted}-{tried}" if wanted and tried > 1 else wanted,
         python=parsed.python,
@@ -122,27 +139,33 @@ def _submit_once(command: list[str], parsed: Any, console: Console, *, tried: in
 
 
 def jobs(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jsonargparse import ArgumentParser
-
     actions = {"list": _list, "logs": _logs, "stop": _stop}
     if not arguments or arguments[0] not in actions:
         if set(arguments) & {"-h", "--help"}:
             console.line("solar jobs list | logs ID [--follow] | stop ID, each with [--address http://HOST:8265]")
             return 0
         raise usage_error(f"jobs {arguments[0] if arguments else ''}".strip(), f"name one of {', '.join(actions)}")
-    action = arguments[0]
-    parser = ArgumentParser(prog=f"solar jobs {action}", exit_on_error=False)
+    parsed = parse(_jobs_parser(arguments[0]), arguments[1:])
+    _quiet(verbose)
+
+    from jobs.cluster.job_client import Cluster
+
+    return actions[arguments[0]](Cluster(parsed.address), parsed, console)
+
+
+def jobs_parsers(arguments: Sequence[str]) -> Parsers:
+    """The parser of the action that the first argument names."""
+    return [_jobs_parser(arguments[0])] if arguments else []
+
+
+def _jobs_parser(action: str) -> ArgumentParser:
+    parser = new_parser(f"jobs {action}", description="The jobs of a Ray cluster.")
     if action != "list":
         parser.add_argument("id", type=str, help="the job's id, as `solar jobs list` shows it")
     if action == "logs":
         parser.add_argument("--follow", action="store_true", help="to the end; the exit code is the job's")
     parser.add_argument("--address", type=str | None, default=None, help=ADDRESS_HELP)
-    parsed = parse(parser, arguments[1:])
-    _quiet(verbose)
-
-    from jobs.cluster.job_client import Cluster
-
-    return actions[action](Cluster(parsed.address), parsed, console)
+    return parser
 
 
 def _list(cluster: Any, _parsed: Any, console: Console) -> int:

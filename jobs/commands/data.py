@@ -1,13 +1,14 @@
-"""import, prepare, inspect, compact, forget, gc, migrate: the commands that handle data."""
+"""import, prepare, inspect, compact, forget, gc: the commands that handle data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.commands.arguments import capture, instantiate, parse, usage_error
+from jobs.commands.arguments import Parsers, capture, instantiate, parse, usage_error
 from jobs.host.console import Console, one_line
+from jobs.host.places import Place, new_parser
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -16,20 +17,17 @@ if TYPE_CHECKING:
 
 
 def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jsonargparse import ArgumentParser
-
     from jobs.config.run import SOURCES
     from jobs.data.prepare import import_events
 
-    readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic}
-    if not arguments or arguments[0] not in (*SOURCES, "-h", "--help"):
+    if {"-h", "--help"} & set(arguments[:1]):
+        console.line(f"solar import SOURCE ...: SOURCE is one of {', '.join(SOURCES)}\n`solar import SOURCE --help`")
+        return 0
+    if not arguments or arguments[0] not in SOURCES:
         raise usage_error(f"import {arguments[0] if arguments else ''}".strip(), f"name a source: {', '.join(SOURCES)}")
-    name = arguments[0] if arguments[0] in SOURCES else "files"
-    parser = ArgumentParser(prog=f"solar import {name}", exit_on_error=False)
-    read_source = readers[name](parser) if name in readers else _published(parser, name)
-    parser.add_argument("--out", type=str | None, default=None, help="event log; default: WORKSPACE/events/NAME")
-    parser.add_argument("--workspace", type=str, default="workspace", help="directory of everything written")
-    parsed = parse(parser, arguments[1:] if arguments[0] in SOURCES else arguments)
+    name = arguments[0]
+    parser, read_source = _import_parser(name)
+    parsed = parse(parser, arguments[1:])
     if parsed.out is None and name not in ("movielens-100k", "synthetic"):
         raise usage_error(f"import {name}", "--out DIR is not given: name the event log to write")
     out = parsed.out or str(Path(parsed.workspace) / "events" / name)
@@ -39,11 +37,28 @@ def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
     return 0
 
 
+def import_parsers(arguments: Sequence[str]) -> Parsers:
+    """The parser of the source that the first argument names; none where it names none."""
+    from jobs.config.run import SOURCES
+
+    return [_import_parser(arguments[0])[0]] if arguments and arguments[0] in SOURCES else []
+
+
+def _import_parser(source: str) -> tuple[ArgumentParser, Callable[[Any], SourceConfig]]:
+    """(the parser of `solar import SOURCE`, what makes the source's configuration of the parsed arguments)."""
+    parser = new_parser(f"import {source}", description="A public format, or your own files -> event log.")
+    readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic}
+    read_source = readers[source](parser) if source in readers else _published(parser, source)
+    parser.add_argument("--out", type=Place | None, default=None, help="event log; default: WORKSPACE/events/NAME")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of everything written")
+    return parser, read_source
+
+
 def _movielens(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
     """Add the source's arguments; what is returned makes the source of the parsed ones. So do those below."""
     from jobs.config.run import SourceConfig
 
-    parser.add_argument("--from", type=str | None, default=None, help="a local copy of the wheel or of its files")
+    parser.add_argument("--from", type=Place | None, default=None, help="a local copy of the wheel or of its files")
     return lambda parsed: SourceConfig(name="movielens-100k", path=parsed["from"])
 
 
@@ -51,9 +66,9 @@ def _files(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
     from jobs.config.run import SourceConfig
     from pipeline.sources.files import ImportConfig
 
-    parser.add_argument("path", type=str, help="file, directory or pattern of CSV, JSON lines or Parquet")
-    parser.add_argument("--items_path", type=str | None, default=None, help="table of items and their features")
-    parser.add_argument("--users_path", type=str | None, default=None, help="table of users and their features")
+    parser.add_argument("path", type=Place, help="file, directory or pattern of CSV, JSON lines or Parquet")
+    parser.add_argument("--items_path", type=Place | None, default=None, help="table of items and their features")
+    parser.add_argument("--users_path", type=Place | None, default=None, help="table of users and their features")
     parser.add_class_arguments(ImportConfig)
     return lambda parsed: SourceConfig(
         name="files",
@@ -68,7 +83,7 @@ def _git(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
     from jobs.config.run import SourceConfig
     from pipeline.sources.git import GitConfig
 
-    parser.add_argument("path", type=str, nargs="+", help="repositories: worktrees or bare ones")
+    parser.add_argument("path", type=Place, nargs="+", help="repositories: worktrees or bare ones")
     parser.add_class_arguments(GitConfig)
     return lambda parsed: SourceConfig(name="git", path=tuple(parsed.path), git=_build(GitConfig, parser, parsed))
 
@@ -84,7 +99,7 @@ def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 def _published(parser: ArgumentParser, name: str) -> Callable[[Any], SourceConfig]:
     from jobs.config.run import SourceConfig
 
-    parser.add_argument("path", type=str, help="the unpacked data set, or its file of events")
+    parser.add_argument("path", type=Place, help="the unpacked data set, or its file of events")
     return lambda parsed: SourceConfig(name=name, path=parsed.path)
 
 
@@ -98,20 +113,10 @@ def _build(options: type, parser: ArgumentParser, parsed: Any) -> Any:
 
 
 def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jsonargparse import ArgumentParser
-
-    from jobs.cluster.session import ClusterConfig
     from jobs.data.prepare import prepare_shards
     from pipeline.build import PrepareConfig
 
-    parser = ArgumentParser(prog="solar prepare", exit_on_error=False)
-    parser.add_argument("--events", type=str, required=True, help="event log: file, directory, pattern or s3:// URI")
-    parser.add_argument("--out", type=str, required=True, help="directory of the sequence shards")
-    parser.add_argument("--items_path", type=str | None, default=None, help="items table; default: the log's own")
-    parser.add_argument("--users_path", type=str | None, default=None, help="users table; default: the log's own")
-    parser.add_argument("--workspace", type=str, default="workspace", help="directory of logs")
-    parser.add_class_arguments(PrepareConfig)
-    parser.add_class_arguments(ClusterConfig, "cluster")
+    parser = prepare_parser()
     parsed = parse(parser, arguments)
     built = instantiate(parser, parsed)
     options = _build(PrepareConfig, parser, parsed)
@@ -129,38 +134,55 @@ def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
     return 0
 
 
-def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jsonargparse import ArgumentParser
+def prepare_parser() -> ArgumentParser:
+    from jobs.cluster.session import ClusterConfig
+    from pipeline.build import PrepareConfig
 
+    parser = new_parser("prepare", description="Event log -> sequence shards; again with more files: adds what is new.")
+    parser.add_argument("--events", type=Place, required=True, help="event log: file, directory, pattern or s3:// URI")
+    parser.add_argument("--out", type=Place, required=True, help="directory of the sequence shards")
+    parser.add_argument("--items_path", type=Place | None, default=None, help="items table; default: the log's own")
+    parser.add_argument("--users_path", type=Place | None, default=None, help="users table; default: the log's own")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of logs")
+    parser.add_class_arguments(PrepareConfig)
+    parser.add_class_arguments(ClusterConfig, "cluster")
+    return parser
+
+
+def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.data.inspect import inspect
 
-    parser = ArgumentParser(prog="solar inspect", exit_on_error=False)
-    parser.add_argument("directory", type=str, help="sequence shards or a checkpoint")
+    parsed = parse(inspect_parser(), arguments)
+    return inspect(Path(parsed.directory), console, check=parsed.verify, with_digest=parsed.digest)
+
+
+def inspect_parser() -> ArgumentParser:
+    parser = new_parser("inspect", description="What is in a directory of sequence shards, or in a checkpoint.")
+    parser.add_argument("directory", type=Place, help="sequence shards or a checkpoint")
     parser.add_argument("--verify", action="store_true", help="re-check every size and checksum")
     parser.add_argument("--digest", action="store_true", help="print the logical digest of the shards")
-    parsed = parse(parser, arguments)
-    return inspect(Path(parsed.directory), console, check=parsed.verify, with_digest=parsed.digest)
+    return parser
 
 
 def compact(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.data.maintenance import compact_shards
 
-    return _on_shards("compact", compact_shards, arguments, console, verbose=verbose)
+    parser = compact_parser()
+    parsed = parse(parser, arguments)
+    cluster = instantiate(parser, parsed)["cluster"]
+    capture(console, parsed.workspace, "compact", verbose=verbose)
+    compact_shards(parsed.directory, console, cluster=cluster, verbose=verbose)
+    return 0
 
 
-def migrate(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.data.maintenance import migrate_shards
-
-    return _on_shards("migrate", migrate_shards, arguments, console, verbose=verbose)
+def compact_parser() -> ArgumentParser:
+    return _shards_parser("compact", "Rewrite what later ingests brought into the users' own files.")
 
 
 def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.data.maintenance import check_forgotten, forget_users
 
-    parser = _shards_parser("forget")
-    parser.add_argument("--users", type=str, required=True, help="text with an id a line, or Parquet with user_id")
-    parser.add_argument("--outputs", type=str, nargs="+", default=[], help="results of solar score to clean as well")
-    parser.add_argument("--verify", action="store_true", help="change nothing; look for what is left of the users")
+    parser = forget_parser()
     parsed = parse(parser, arguments)
     cluster = instantiate(parser, parsed)["cluster"]
     if parsed.verify:
@@ -172,40 +194,37 @@ def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
     return 0
 
 
-def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jsonargparse import ArgumentParser
+def forget_parser() -> ArgumentParser:
+    parser = _shards_parser("forget", "Remove users from shards and from results, for ever.")
+    parser.add_argument("--users", type=Place, required=True, help="text with one id per line, or Parquet with user_id")
+    parser.add_argument("--outputs", type=Place, nargs="+", default=[], help="results of solar score to clean as well")
+    parser.add_argument("--verify", action="store_true", help="change nothing; look for what is left of the users")
+    return parser
 
+
+def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.data.maintenance import collect_garbage
 
-    parser = ArgumentParser(prog="solar gc", exit_on_error=False)
-    parser.add_argument("directory", type=str, help="sequence shards")
-    parser.add_argument("--keep", type=int, required=True, help="how many of the latest manifests stay readable")
-    parsed = parse(parser, arguments)
+    parsed = parse(gc_parser(), arguments)
     if parsed.keep < 1:
         raise usage_error("gc", f"--keep is {parsed.keep}: it must be at least 1")
     collect_garbage(parsed.directory, console, keep=parsed.keep)
     return 0
 
 
-def _on_shards(
-    command: str, work: Callable[..., None], arguments: list[str], console: Console, *, verbose: bool
-) -> int:
-    parser = _shards_parser(command)
-    parsed = parse(parser, arguments)
-    cluster = instantiate(parser, parsed)["cluster"]
-    capture(console, parsed.workspace, command, verbose=verbose)
-    work(parsed.directory, console, cluster=cluster, verbose=verbose)
-    return 0
+def gc_parser() -> ArgumentParser:
+    parser = new_parser("gc", description="Remove old states of a data set, and the files that only they name.")
+    parser.add_argument("directory", type=Place, help="sequence shards")
+    parser.add_argument("--keep", type=int, required=True, help="how many of the latest manifests stay readable")
+    return parser
 
 
-def _shards_parser(command: str) -> ArgumentParser:
+def _shards_parser(command: str, description: str) -> ArgumentParser:
     """Of a command that works on shards with Ray."""
-    from jsonargparse import ArgumentParser
-
     from jobs.cluster.session import ClusterConfig
 
-    parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
-    parser.add_argument("directory", type=str, help="sequence shards")
-    parser.add_argument("--workspace", type=str, default="workspace", help="directory of logs")
+    parser = new_parser(command, description=description)
+    parser.add_argument("directory", type=Place, help="sequence shards")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of logs")
     parser.add_class_arguments(ClusterConfig, "cluster")
     return parser

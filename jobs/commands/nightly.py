@@ -6,12 +6,16 @@ import argparse
 import datetime
 import os
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.commands.arguments import capture, parse, recipe_config, usage_error
+from jobs.commands.arguments import capture, parse, read_recipe, recipe_parser
 from jobs.host.console import Console, one_line
 from jobs.host.errors import TRY_LATER
+from jobs.host.places import Place, new_parser
 from jobs.scheduling.night_process import SCHEDULED_VARIABLE
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -19,13 +23,9 @@ def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.nightly.nights import NightlyOptions, plan_lines
     from jobs.nightly.nights import nightly as run_nights
 
-    if {"-h", "--help"} & set(arguments):
-        console.line(_night_parser().format_help())
+    if (found := read_recipe(nightly_parser(), arguments)) is None:
         return 0
-    flags, others = _night_options(arguments)
-    config = recipe_config("nightly", others)
-    if config is None:
-        return 0
+    flags, config = found
     if SCHEDULED_VARIABLE in os.environ:
         # A scheduler in the background of a shell ignores Ctrl-C, and so would its nights, which it stops that way.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,27 +43,15 @@ def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
     return 0
 
 
-def _night_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    try:
-        return _night_parser().parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise usage_error("nightly", f"{error} (a date is written 2026-11-21)") from error
-
-
-def _night_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="solar nightly",
-        usage="solar nightly RECIPE [--date D] [--catch-up] [--dry-run] [SETTING VALUE ...]",
+def nightly_parser() -> argparse.ArgumentParser:
+    parser = recipe_parser(
+        "nightly",
+        usage="[--date D] [--catch-up] [--dry-run]",
         description="One night: the day's log, a challenger, the gate, the registry, the report. Exit code 75: nothing "
-        "is wrong, try again later.",
-        epilog="Settings are those of `solar train --help`; a night's own are --nightly.*, --nightly.gate.* and "
-        "--notify.*.",
-        add_help=False,
-        exit_on_error=False,
-        allow_abbrev=False,
+        "is wrong, try again later. A night's own settings are --nightly.*, --nightly.gate.* and --notify.*.",
     )
     parser.add_argument(
-        "--date", type=datetime.date.fromisoformat, default=None, metavar="D",
+        "--date", type=_date, default=None, metavar="D",
         help="day of the log, as 2026-11-21; default: the latest that is over",
     )  # fmt: skip
     parser.add_argument("--catch-up", action="store_true", help="the days since the last night first, in order")
@@ -71,35 +59,50 @@ def _night_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _date(text: str) -> datetime.date:
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date: write it as 2026-11-21") from None
+
+
 def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.tracking.champions import promote_by_hand
 
-    parser = _model_parser("promote")
-    parser.add_argument("--version", type=int, required=True, help="the version that shall serve")
-    parser.add_argument("--why", type=str, required=True, help="the reason, kept with the model")
-    parsed = parse(parser, arguments)
+    parsed = parse(promote_parser(), arguments)
     with _registry(parsed) as client:
         change = promote_by_hand(client, parsed.model, str(parsed.version), why=parsed.why)
     console.line(f"{parsed.model}: version {change.version} is the champion, before it was {change.before or 'none'}")
     return 0
 
 
+def promote_parser() -> ArgumentParser:
+    parser = _model_parser("promote", "Make any version of a registered model its champion.")
+    parser.add_argument("--version", type=int, required=True, help="the version that shall serve")
+    parser.add_argument("--why", type=str, required=True, help="the reason, kept with the model")
+    return parser
+
+
 def rollback(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.tracking.champions import roll_back
 
-    parser = _model_parser("rollback")
-    parser.add_argument("--why", type=str, required=True, help="the reason, kept with the model")
-    parsed = parse(parser, arguments)
+    parsed = parse(rollback_parser(), arguments)
     with _registry(parsed) as client:
         change = roll_back(client, parsed.model, why=parsed.why)
     console.line(f"{parsed.model}: version {change.version} is the champion again, instead of {change.before}")
     return 0
 
 
+def rollback_parser() -> ArgumentParser:
+    parser = _model_parser("rollback", "Make the previous champion the champion again.")
+    parser.add_argument("--why", type=str, required=True, help="the reason, kept with the model")
+    return parser
+
+
 def history(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.tracking.champions import changes, nights, require_model
 
-    parsed = parse(_model_parser("history"), arguments)
+    parsed = parse(history_parser(), arguments)
     with _registry(parsed) as client:
         require_model(client, parsed.model)
         decided, changed = nights(client, parsed.model), changes(client, parsed.model)
@@ -115,17 +118,21 @@ def history(arguments: list[str], console: Console, *, verbose: bool) -> int:
     return 0
 
 
+def history_parser() -> ArgumentParser:
+    return _model_parser("history", "Every night's decision and every change of the champion, with the reasons.")
+
+
 def _percent(value: Any) -> str:
     return "-" if value is None else f"{value:+.2%}"
 
 
-def _model_parser(command: str) -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
+def _model_parser(command: str, description: str) -> ArgumentParser:
+    parser = new_parser(command, description=description)
     parser.add_argument("model", type=str, help="the registered model's name, as solar-shop")
-    parser.add_argument("--workspace", type=str, default="workspace", help="directory of the MLflow store")
-    parser.add_argument("--tracking.uri", type=str | None, default=None, help="MLflow; default: the workspace's store")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of the MLflow store")
+    parser.add_argument(
+        "--tracking.uri", type=Place | None, default=None, help="MLflow; default: the workspace's store"
+    )
     return parser
 
 

@@ -6,26 +6,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jobs.commands.arguments import usage_error
+from jobs.commands.arguments import read_options, recipe_parser, usage_error, with_settings
+from jobs.commands.nightly import nightly_parser
 from jobs.host.console import Console
-from jobs.recipes import recipe_names
+from jobs.host.places import Place
 
 
 def schedule(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.config.reader import load_config
     from jobs.scheduling.cron import Cron
+    from jobs.scheduling.foreground import run_nights
 
-    parser = _parser()
-    if {"-h", "--help"} & set(arguments):
-        console.line(parser.format_help())
+    if (found := read_options(schedule_parser(), arguments)) is None:
         return 0
-    if not arguments or arguments[0].startswith("-"):
-        raise usage_error("schedule", f"name a recipe first: {', '.join(recipe_names())}, or a YAML file")
-    recipe = arguments[0]
-    try:
-        options, overrides = parser.parse_known_args(arguments[1:])
-    except argparse.ArgumentError as error:
-        raise usage_error("schedule", str(error)) from error
+    options, overrides = found
+    recipe = str(options.recipe)  # a plain string: manifests are written as YAML
     _check(options, overrides)
     if options.emit and options.gpu:
         overrides += ["--parallel.device", "cuda"]
@@ -34,34 +29,30 @@ def schedule(arguments: list[str], console: Console, *, verbose: bool) -> int:
         cron = Cron(options.cron, options.time_zone or config.data.prepare.daily.time_zone)
     except ValueError as error:
         raise usage_error("schedule", f"--{error}") from error
-    if options.emit:
-        return _emit(config, cron, [recipe, *overrides, *(["-v"] if verbose else [])], options, console)
-    from jobs.scheduling.foreground import run_nights
-
     night = [recipe, *overrides, *(["-v"] if verbose else [])]
+    if options.emit:
+        return _emit(config, cron, night, options, console)
     return run_nights(config, cron, night, console, retries=options.retries, retry_minutes=options.retry_minutes)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="solar schedule",
-        usage='solar schedule RECIPE --cron "0 3 * * *" [options] [SETTING VALUE ...]',
+def schedule_parser() -> argparse.ArgumentParser:
+    parser = recipe_parser(
+        "schedule",
+        usage='--cron "0 3 * * *" [options]',
         description="Runs `solar nightly RECIPE --catch-up` whenever the expression fires, until Ctrl-C or SIGTERM; "
-        "with --emit writes the manifests of a cluster that does the same.",
-        epilog="Settings are those of `solar train --help`; each night gets them.",
-        exit_on_error=False,
-        allow_abbrev=False,
-        add_help=False,
+        "with --emit writes the manifests of a cluster that does the same. Each night gets the settings.",
     )
     parser.add_argument("--cron", metavar="EXPRESSION", help="minute, hour, day of month, month, weekday (0: Sunday)")
     parser.add_argument("--time_zone", metavar="ZONE", help="of the expression; default: data.prepare.daily.time_zone")
     parser.add_argument("--retries", type=int, help="further tries of a night that failed; default: 5, kuberay: 2")
-    parser.add_argument("--retry_minutes", type=float, help="before the first of them, then twice as long; default: 5")
+    parser.add_argument(
+        "--retry_minutes", type=float, help="minutes before the first further try, then twice as long; default: 5"
+    )
     parser.add_argument("--emit", choices=("cronjob", "kuberay"), help="write manifests instead of running nights here")
-    parser.add_argument("--out", metavar="DIR", help="--emit: where to")
+    parser.add_argument("--out", type=Place, metavar="DIR", help="--emit: directory of the manifests")
     parser.add_argument("--image", help="--emit: container image, by tag or digest")
-    parser.add_argument("--gpu", action="store_true", help="--emit: workers have a GPU each")
-    parser.add_argument("--namespace", help="--emit: default: default")
+    parser.add_argument("--gpu", action="store_true", help="--emit: workers have one GPU each")
+    parser.add_argument("--namespace", help="--emit: Kubernetes namespace; default: default")
     parser.add_argument("--claim", help="--emit kuberay: PersistentVolumeClaim; default: solar-workspace")
     parser.add_argument("--head", metavar="URL", help="--emit cronjob: dashboard of the cluster, http://HOST:8265")
     parser.add_argument("--overwrite", action="store_true", help="--emit: replace what was written there before")
@@ -80,7 +71,9 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
         raise usage_error("schedule", f"--retries {options.retries}: must be from 0 to 100")
     if not 0 < options.retry_minutes <= 60:
         raise usage_error("schedule", f"--retry_minutes {options.retry_minutes:g}: must be above 0 and at most 60")
-    for flag in ("--date", "--catch-up", "--dry-run", "--print_config"):
+    if options.print_config:
+        raise usage_error("schedule", "--print_config: is for `solar nightly`, which has the same settings")
+    for flag in ("--date", "--catch-up", "--dry-run"):
         if any(argument.split("=")[0] == flag for argument in overrides):
             raise usage_error("schedule", f"{flag}: is for `solar nightly`: each night takes all days that are missing")
 
@@ -99,7 +92,7 @@ def _check_emit(options: argparse.Namespace) -> None:
     if options.emit == "kuberay" and options.head:
         raise usage_error("schedule", "--head: is for --emit cronjob: KubeRay makes a cluster for each night")
     if options.emit == "kuberay" and options.retry_minutes is not None:
-        raise usage_error("schedule", "--retry_minutes: KubeRay tries again at once: leave it away")
+        raise usage_error("schedule", "--retry_minutes: KubeRay tries again at once: omit it")
 
 
 def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
@@ -107,19 +100,20 @@ def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace,
     from jobs.host.errors import UserError
     from jobs.scheduling.cronjob import cronjob_documents
     from jobs.scheduling.kuberay import kuberay_documents
-    from jobs.scheduling.kubernetes import PlaceConfig, night_of, write_manifests
+    from jobs.scheduling.kubernetes import TargetConfig, night_of, write_manifests
 
     if config.parallel.device == "cuda" and not options.gpu:
         raise usage_error("schedule", "parallel.device=cuda: workers need GPUs: give --gpu")
     given = {name: getattr(options, name) for name in ("namespace", "claim", "head") if getattr(options, name)}
     try:
-        place = PlaceConfig(
+        target = TargetConfig(
             image=options.image, gpu=options.gpu, retries=options.retries, retry_minutes=options.retry_minutes, **given
         )
     except ValueError as error:
         raise UserError(f"schedule: {error}") from error
-    what = night_of(night[0], night[1:], config, cron)
-    documents = (cronjob_documents if options.emit == "cronjob" else kuberay_documents)(what, place)
+    parsers = with_settings(nightly_parser)(night)
+    what = night_of(night[0], night[1:], config, cron, parsers=parsers)
+    documents = (cronjob_documents if options.emit == "cronjob" else kuberay_documents)(what, target)
     for path in write_manifests(Path(options.out), documents, overwrite=options.overwrite):
         console.line(f"{path}")
     console.line(f"read the heads of these files, then: kubectl apply -f {options.out}")

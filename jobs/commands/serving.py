@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.commands.arguments import capture, parse, usage_error
 from jobs.host.console import Console, one_line
+from jobs.host.places import Place, StatesPlace, new_parser
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jsonargparse import ArgumentParser
-
     from jobs.cluster.session import ClusterConfig
     from jobs.serving.build_states import build_states
     from jobs.serving.ranking import ScoreConfig
@@ -21,26 +23,7 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.tracking.registry import fetch_model
     from jobs.tracking.runs import TrackingConfig
 
-    parser = ArgumentParser(prog="solar score", exit_on_error=False)
-    parser.add_argument("model", type=str, help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    parser.add_argument("--requests", type=str | None, default=None, help="Parquet: a row a request")
-    parser.add_argument("--out", type=str | None, default=None, help="Parquet file of the result; directory of states")
-    parser.add_argument("--shards", type=str | None, default=None, help="sequence shards with the users' histories")
-    parser.add_argument("--states", type=str | None, default=None, help="the users' stored states: DIR, or auto")
-    parser.add_argument(
-        "--build-states", action="store_true", help="store what serving needs of every user of --shards"
-    )
-    parser.add_argument("--manifest", type=int | None, default=None, help="of the shards, for --build-states")
-    parser.add_argument("--top_k", type=int | None, default=None, help="keep the best so many candidates")
-    parser.add_argument("--keep_seen", action="store_true", help="whole catalogue: rank what the history holds too")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing result")
-    parser.add_argument("--workspace", type=str, default="workspace", help="directory of the MLflow store and of logs")
-    parser.add_argument("--tracking.uri", type=str | None, default=None, help="MLflow; default: the workspace's store")
-    parser.add_argument("--parallel", type=int | None, default=None, help="actors; default: a core each")
-    parser.add_argument(
-        "--cluster.address", type=str | None, default=None, help="Ray; default: RAY_ADDRESS, else local"
-    )
-    parsed = parse(parser, arguments)
+    parsed = parse(score_parser(), arguments)
     _refuse_mixed_up(parsed)
     capture(console, parsed.workspace, "score", verbose=verbose)
     tracking, cluster = TrackingConfig(uri=parsed.tracking.uri), ClusterConfig(address=parsed.cluster.address)
@@ -62,6 +45,30 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
         raise usage_error("score", f"--{one_line(error)}") from error
     print_counts(score_requests(model, config, console, cluster=cluster, parallel=parsed.parallel), console)
     return 0
+
+
+def score_parser() -> ArgumentParser:
+    parser = new_parser(
+        "score", description="A registered model on requests -> ranked candidates with scores; or users' states for it."
+    )
+    add = parser.add_argument
+    add("model", type=str, help="models:/NAME@ALIAS or models:/NAME/VERSION")
+    add("--requests", type=Place | None, default=None, help="Parquet with one row per request: file or directory")
+    add("--out", type=Place | None, default=None, help="Parquet file of the result; with --build-states a directory")
+    add("--shards", type=Place | None, default=None, help="sequence shards with the users' histories")
+    add("--states", type=StatesPlace | None, default=None, help="the users' stored states: a directory, or auto")
+    add("--build-states", action="store_true", help="store what serving needs of every user of --shards")
+    add("--manifest", type=int | None, default=None, help="state of the shards, for --build-states; default: latest")
+    add("--top_k", type=int | None, default=None, help="number of best candidates to keep; default: all that are given")
+    add("--keep_seen", action="store_true", help="whole catalogue: rank items of the history too")
+    add("--overwrite", action="store_true", help="replace an existing result")
+    add("--workspace", type=Place, default="workspace", help="directory of the MLflow store and of logs")
+    add("--tracking.uri", type=Place | None, default=None, help="MLflow; default: the workspace's store")
+    add(
+        "--parallel", type=int | None, default=None, help="actors, each with the model in memory; default: one per core"
+    )
+    add("--cluster.address", type=str | None, default=None, help="Ray; default: RAY_ADDRESS, else local")
+    return parser
 
 
 def _refuse_mixed_up(parsed: Any) -> None:

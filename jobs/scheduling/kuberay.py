@@ -15,7 +15,7 @@ from jobs.scheduling.kubernetes import (
     TOKEN_KEY,
     TOKEN_SECRET,
     Night,
-    PlaceConfig,
+    TargetConfig,
     container,
     metadata,
     node_environment,
@@ -58,15 +58,16 @@ input comes late, let it fire more often (as 0 3-7 * * *); a night that is done 
 {NEEDED}"""
 
 
-def kuberay_documents(night: Night, place: PlaceConfig) -> dict[str, list[Any]]:
+def kuberay_documents(night: Night, target: TargetConfig) -> dict[str, list[Any]]:
     """{file name: [head comment, manifest, ...]}."""
     job, cron = (
-        comment.replace("(name)", night.name).replace("(claim)", place.claim) for comment in (JOB_COMMENT, CRON_COMMENT)
+        comment.replace("(name)", night.name).replace("(claim)", target.claim)
+        for comment in (JOB_COMMENT, CRON_COMMENT)
     )
-    meta, spec = metadata(night, place), _job(night, place)
+    meta, spec = metadata(night, target), _job(night, target)
     schedule = {"schedule": night.cron.portable, "timeZone": night.cron.time_zone, "suspend": False}
     return {
-        **shared_documents(night, place),
+        **shared_documents(night, target),
         "rayjob.yaml": [job, _document("RayJob", meta, {"suspend": True, **spec})],
         "raycronjob.yaml": [cron, _document("RayCronJob", meta, {**schedule, "jobTemplate": spec})],
     }
@@ -76,10 +77,10 @@ def _document(kind: str, meta: dict[str, Any], spec: dict[str, Any]) -> dict[str
     return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": meta, "spec": spec}
 
 
-def _job(night: Night, place: PlaceConfig) -> dict[str, Any]:
+def _job(night: Night, target: TargetConfig) -> dict[str, Any]:
     submitter = container(
         "ray-job-submitter",
-        place,
+        target,
         resources={"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
     )
     return {
@@ -91,33 +92,33 @@ def _job(night: Night, place: PlaceConfig) -> dict[str, Any]:
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": LOGS_SECONDS,
         "activeDeadlineSeconds": DEADLINE_SECONDS,
-        "backoffLimit": place.retries,
+        "backoffLimit": target.retries,
         "metadata": {"schedule": night.name},
         "rayClusterSpec": {
             "rayVersion": version("ray"),
             "authOptions": {"mode": "token", "secretName": TOKEN_SECRET},
-            "headGroupSpec": _head(night, place),
-            "workerGroupSpecs": [_workers(night, place)],
+            "headGroupSpec": _head(night, target),
+            "workerGroupSpecs": [_workers(night, target)],
         },
     }
 
 
-def _head(night: Night, place: PlaceConfig) -> dict[str, Any]:
+def _head(night: Night, target: TargetConfig) -> dict[str, Any]:
     """The driver runs here; num-cpus 0 keeps tasks and workers away from it."""
-    node = _node("ray-head", night, place, {"requests": HEAD, "limits": HEAD})
+    node = _node("ray-head", night, target, {"requests": HEAD, "limits": HEAD})
     node["containers"][0]["ports"] = [{"name": name, "containerPort": port} for name, port in PORTS.items()]
     return {"rayStartParams": {"num-cpus": "0", **_START}, "template": {"spec": node}}
 
 
-def _workers(night: Night, place: PlaceConfig) -> dict[str, Any]:
+def _workers(night: Night, target: TargetConfig) -> dict[str, Any]:
     """A pod for each training worker."""
-    cpus = max(night.parallel.threads_per_worker, GPU_CPUS if place.gpu else 1)
-    resources = {"cpu": str(cpus), "memory": WORKER_MEMORY} | ({"nvidia.com/gpu": "1"} if place.gpu else {})
-    node = _node("ray-worker", night, place, {"requests": resources, "limits": resources})
-    if place.gpu:
+    cpus = max(night.parallel.threads_per_worker, GPU_CPUS if target.gpu else 1)
+    resources = {"cpu": str(cpus), "memory": WORKER_MEMORY} | ({"nvidia.com/gpu": "1"} if target.gpu else {})
+    node = _node("ray-worker", night, target, {"requests": resources, "limits": resources})
+    if target.gpu:
         node["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return {
-        "groupName": "gpu" if place.gpu else "cpu",
+        "groupName": "gpu" if target.gpu else "cpu",
         "replicas": night.parallel.max_workers,
         "minReplicas": night.parallel.min_workers,
         "maxReplicas": night.parallel.max_workers,
@@ -129,11 +130,11 @@ def _workers(night: Night, place: PlaceConfig) -> dict[str, Any]:
 _START = {"object-store-memory": str(OBJECT_STORE_BYTES)}
 
 
-def _node(name: str, night: Night, place: PlaceConfig, resources: dict[str, Any]) -> dict[str, Any]:
+def _node(name: str, night: Night, target: TargetConfig, resources: dict[str, Any]) -> dict[str, Any]:
     """A pod of the cluster: the workspace, the recipe and shared memory that holds the object store."""
     volumes, mounts = recipe_volume(night)
     volumes = [
-        {"name": "workspace", "persistentVolumeClaim": {"claimName": place.claim}},
+        {"name": "workspace", "persistentVolumeClaim": {"claimName": target.claim}},
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": f"{2 * OBJECT_STORE_BYTES >> 20}Mi"}},
         *volumes,
     ]
@@ -144,7 +145,7 @@ def _node(name: str, night: Night, place: PlaceConfig, resources: dict[str, Any]
     ]
     ray = container(
         name,
-        place,
+        target,
         env=node_environment(),
         envFrom=[{"secretRef": {"name": CREDENTIALS_SECRET, "optional": True}}],
         resources=resources,

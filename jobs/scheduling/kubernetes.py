@@ -11,6 +11,7 @@ environment of the driver and its workers.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlaceConfig:
+class TargetConfig:
     """Where nights run."""
 
     image: str
@@ -93,11 +94,16 @@ class Night:
     """How many workers."""
 
 
-def night_of(recipe: str, overrides: Sequence[str], config: RunConfig, cron: Cron) -> Night:
-    """The night of a resolved config; UserError where it cannot run in a cluster, or would write down a secret."""
+def night_of(
+    recipe: str, overrides: Sequence[str], config: RunConfig, cron: Cron, *, parsers: Sequence[argparse.ArgumentParser]
+) -> Night:
+    """The night of a resolved config; UserError where it cannot run in a cluster, or would write down a secret.
+
+    `parsers`: what reads the arguments of `solar nightly`.
+    """
     if config.notify.url is not None:
         raise UserError(
-            f"notify.url: a manifest holds no tokens: leave it away, and set {URL_VARIABLE} in {CREDENTIALS_SECRET}"
+            f"notify.url: a manifest holds no tokens: omit it, and set {URL_VARIABLE} in {CREDENTIALS_SECRET}"
         )
     arguments = ["nightly", recipe, "--catch-up", *overrides]
     workspace = config.workspace
@@ -106,7 +112,7 @@ def night_of(recipe: str, overrides: Sequence[str], config: RunConfig, cron: Cro
         arguments += ["--workspace", workspace]
     elif not Path(workspace).is_absolute():
         raise UserError(f"workspace={workspace}: must be absolute in a cluster, or unset for {WORKSPACE}")
-    command = job_command(arguments, directory=Path.cwd(), workspace=None, same_machine=False)
+    command = job_command(arguments, parsers=parsers, directory=Path.cwd(), workspace=None, same_machine=False)
     files = {name: path.read_text() for name, path in command.files.items()}
     for name, text in files.items():
         if redacted(text) != text:
@@ -163,15 +169,15 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Plain.add_representer(str, _text)
 
 
-def metadata(night: Night, place: PlaceConfig) -> dict[str, Any]:
+def metadata(night: Night, target: TargetConfig) -> dict[str, Any]:
     labels = {"app.kubernetes.io/name": "solar", "app.kubernetes.io/instance": night.name}
-    return {"name": night.name, "namespace": place.namespace, "labels": labels}
+    return {"name": night.name, "namespace": target.namespace, "labels": labels}
 
 
-def shared_documents(night: Night, place: PlaceConfig) -> dict[str, list[Any]]:
+def shared_documents(night: Night, target: TargetConfig) -> dict[str, list[Any]]:
     """access.yaml, and recipe.yaml where the night names files."""
-    meta = metadata(night, place)
-    subject = {"kind": "ServiceAccount", "name": night.name, "namespace": place.namespace}
+    meta = metadata(night, target)
+    subject = {"kind": "ServiceAccount", "name": night.name, "namespace": target.namespace}
     reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": night.name}
     rbac = "rbac.authorization.k8s.io/v1"
     documents: dict[str, list[Any]] = {
@@ -213,10 +219,10 @@ def pod(
     }
 
 
-def container(name: str, place: PlaceConfig, **fields: Any) -> dict[str, Any]:
+def container(name: str, target: TargetConfig, **fields: Any) -> dict[str, Any]:
     """A container that can become no more than it is."""
     safe = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    return {"name": name, "image": place.image, "imagePullPolicy": "IfNotPresent", "securityContext": safe, **fields}
+    return {"name": name, "image": target.image, "imagePullPolicy": "IfNotPresent", "securityContext": safe, **fields}
 
 
 def token_environment() -> list[dict[str, Any]]:

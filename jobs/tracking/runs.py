@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from jobs.host.places import Place
 from jobs.host.process import environment
 from jobs.tracking.unsent import IMPATIENT, Point, Spool, is_away
 
@@ -43,7 +44,7 @@ CLOSE_SECONDS = 60.0
 class TrackingConfig:
     """Where runs and models are recorded."""
 
-    uri: str | None = None
+    uri: Place | None = None
     """MLflow tracking URI; unset = SQLite at WORKSPACE/mlflow/mlflow.db."""
     experiment: str = "solar"
     """MLflow experiment."""

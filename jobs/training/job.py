@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jobs.cluster.parallel import ParallelConfig
+from jobs.host.places import Place
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.optimizers import OptimizerConfig
 from pipeline.batches.loader import LoaderConfig
@@ -41,7 +42,7 @@ class TrainingConfig:
     max_seconds: float = 0.0
     """Seconds of training steps, over all restarts, after which training ends with a validation; 0 = no limit. The
     learning rates end their fall there where this comes before the last step."""
-    warm_start: str | None = None
+    warm_start: Place | None = None
     """A checkpoint, or a run's directory (its best checkpoint), that a new run begins from instead of from the seed:
     weights and optimizer state; steps, learning rates and data begin anew. Rows it lacks are drawn from the seed."""
 

@@ -24,9 +24,10 @@ import pytest
 from jobs import cli
 from jobs.cluster import job_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
+from pipeline.shards.dataset import Shards
 from tests.support.commands import free_ports
 from tests.support.ray_nodes import ADDRESS_VARIABLES, RAY
-from tests.support.tiny import write_tiny_log, write_tiny_recipe
+from tests.support.tiny import NUM_USERS, write_tiny_log, write_tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,28 @@ def test_run_registers_a_model_in_the_workspace_beside_the_command(solar, workpl
     assert [line for line in (out + err).splitlines() if re.search("WARNING|INFO|raylet|deepspeed", line)] == []
     assert (workplace / "ws" / "mlflow" / "mlflow.db").exists()
     assert '"git_commit": "unknown"' not in (workplace / "ws" / "runs" / "tiny" / "run.json").read_text()
+
+
+def test_commands_find_the_places_that_were_named_beside_them(solar, workplace):
+    """Commands whose relative places a job would look for in a temporary directory, all at once."""
+    for copy in ("compacted", "collected", "forgotten"):
+        shutil.copytree(workplace / "ws" / "shards" / "tiny", workplace / copy)
+    (workplace / "left.txt").write_text("1\n")
+    commands = {
+        "compact": ("compact", "compacted"),
+        "gc": ("gc", "collected", "--keep", "1"),
+        "forget": ("forget", "forgotten", "--users", "left.txt"),
+        "grow": ("grow", "ws/runs/tiny", "--shards", "ws/shards/tiny", "--out", "grown"),
+        "inspect": ("inspect", "--verify", "ws/shards/tiny"),
+    }
+    for name, command in commands.items():
+        code, out, err = solar("submit", "--detach", "--submission-id", name, "--", *command)
+        assert code == 0, out + err
+    for name in commands:
+        code, out, err = solar("jobs", "logs", name, "--follow")
+        assert code == 0, out + err
+    assert (workplace / "grown" / "COMMIT").exists()
+    assert Shards.open(str(workplace / "forgotten")).manifest.users == NUM_USERS - 1
 
 
 def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, workplace):

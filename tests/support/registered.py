@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from jobs.host.places import Place
 from jobs.runs.export import log_export
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.tracking.runs import TrackingConfig, mlflow_client
@@ -58,4 +59,4 @@ def registered(place: Path, data: Shards) -> RegisteredModel:
     client = mlflow_client(store(place))
     client.create_registered_model("tiny")
     client.create_model_version("tiny", source=info.model_uri)
-    return fetch_model("models:/tiny/1", tracking=TrackingConfig(uri=store(place)), workspace=str(place))
+    return fetch_model("models:/tiny/1", tracking=TrackingConfig(uri=Place(store(place))), workspace=str(place))

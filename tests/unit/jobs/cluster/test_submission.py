@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,34 @@ from jobs.cli import COMMANDS
 from jobs.cluster import job_client
 from jobs.cluster.job_client import Pending, auth_headers, choose_address, explained
 from jobs.cluster.job_text import exit_code, outcome, shown_command, shown_tags
-from jobs.cluster.submission import NOT_JOBS, PATH_OPTIONS, check_size, job_command, stage
+from jobs.cluster.submission import JobCommand, check_size, job_command, stage
+from jobs.config.run import SOURCES
 from jobs.host.console import Console
 from jobs.host.errors import UserError
+from jobs.host.places import Kind, Place, StatesPlace, Subject, YamlFile, kind_of, place_keys
 from jobs.recipes import RECIPES
 
 
+@functools.cache
+def parsers_of(name: str, *chosen: str) -> Sequence[argparse.ArgumentParser]:
+    """Made once: those of recipes have hundreds of settings."""
+    return COMMANDS[name].parsers(chosen)
+
+
+def made_of(arguments: Sequence[str], directory: Path, *, workspace: str | None, same_machine: bool) -> JobCommand:
+    known = COMMANDS[arguments[0]]
+    return job_command(
+        arguments,
+        parsers=parsers_of(arguments[0], *arguments[1 : 1 + known.chosen_by]),
+        chosen_by=known.chosen_by,
+        directory=directory,
+        workspace=workspace,
+        same_machine=same_machine,
+    )
+
+
 def command(directory: Path, *arguments: str, workspace: str | None = None, same_machine: bool = True) -> list[str]:
-    made = job_command(arguments, directory=directory, workspace=workspace, same_machine=same_machine)
-    return list(made.arguments)
+    return list(made_of(arguments, directory, workspace=workspace, same_machine=same_machine).arguments)
 
 
 def details(**fields: Any) -> JobDetails:
@@ -33,7 +55,7 @@ def details(**fields: Any) -> JobDetails:
 
 
 def test_relative_paths_become_absolute_where_the_cluster_is_this_machine(tmp_path):
-    made = command(tmp_path, "solar", "prepare", "--events", "raw/*.csv", "--out=shards", "--buckets", "3")
+    made = command(tmp_path, "prepare", "--events", "raw/*.csv", "--out=shards", "--buckets", "3")
     assert made == [
         *("prepare", "--events", f"{tmp_path}/raw/*.csv", f"--out={tmp_path}/shards", "--buckets", "3"),
         *("--workspace", f"{tmp_path}/workspace"),
@@ -100,11 +122,8 @@ def test_yaml_files_from_anywhere_are_uploaded(tmp_path):
     (here / "sub").mkdir(parents=True)
     for path in (here / "sub" / "mine.yaml", tmp_path / "far.yml"):
         path.write_text("seed: 2")
-    made = job_command(
-        ["train", "sub/mine.yaml", "--config", str(tmp_path / "far.yml")],
-        directory=here,
-        workspace="/w",
-        same_machine=False,
+    made = made_of(
+        ["train", "sub/mine.yaml", "--config", str(tmp_path / "far.yml")], here, workspace="/w", same_machine=False
     )
     assert made.arguments == ("train", "sub/mine.yaml", "--config", "uploaded/1/far.yml", "--workspace", "/w")
     stage(tmp_path / "upload", made.files)
@@ -116,12 +135,11 @@ def test_yaml_files_from_anywhere_are_uploaded(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "workspace", "named"),
     [
-        ([], None, "no command given"),
-        (["submit", "--", "train"], None, "'submit' cannot be a job"),
         (["train", "ml-1m", "--tracking.uri", "https://user:secret@host"], None, "a password must not be"),
         (["train", "ml-1m", "--notify.url", "https://hooks/secret"], None, "--notify.url: .* SOLAR_NOTIFY_URL"),
         (["train", "ml-1m", "--workspace", "/a"], "/b", "beside the command's own"),
-        (["doctor"], "/b", "writes nothing"),
+        (["doctor"], "/b", "`solar doctor` has no workspace"),
+        (["gc", "shards", "--keep", "1"], "/b", "`solar gc` has no workspace"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_uploaded(tmp_path, arguments, workspace, named):
@@ -130,15 +148,78 @@ def test_mistakes_are_told_before_anything_is_uploaded(tmp_path, arguments, work
     assert "secret" not in str(raised.value)
 
 
-def test_every_other_command_can_be_a_job(tmp_path):
-    for name in set(COMMANDS) - set(NOT_JOBS):
-        assert command(tmp_path, name)[0] == name
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "no command given"),
+        (["--", "submit", "--", "train"], "'submit' cannot be a job"),
+        (["--", "no"], "'no' cannot"),
+    ],
+)
+def test_what_cannot_be_a_job_is_told_before_a_cluster_is_looked_for(arguments, named, capsys):
+    assert cli.run(["submit", "--address", "http://nowhere:1", *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+def places_of(name: str) -> list[tuple[Sequence[str], argparse.Action, Kind]]:
+    """(how its parser is chosen, the argument, what kind of place it is) of all a command's arguments that are one."""
+    chosen = [[source] for source in SOURCES] if name == "import" else [[]]
+    return [
+        (first, action, kind)
+        for first in chosen
+        for parser in parsers_of(name, *first)
+        for action in parser._actions
+        if (kind := kind_of(action))
+    ]
+
+
+JOBS = [name for name, each in COMMANDS.items() if each.is_job]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_place_of_every_command_becomes_absolute_and_is_read_by_its_parser(name, tmp_path):
+    (tmp_path / "mine.yaml").write_text("seed: 2")
+    (tmp_path / "dir").mkdir()
+    values = {Place: "dir", StatesPlace: "dir", Subject: "dir", YamlFile: "mine.yaml"}
+    resolved = {**dict.fromkeys(values, f"{tmp_path}/dir"), YamlFile: "mine.yaml"}
+    for chosen, action, kind in places_of(name):
+        option = next(iter(action.option_strings), None)
+        for given in ([option, values[kind]], [f"{option}={values[kind]}"]) if option else ([values[kind]],):
+            made = command(tmp_path, name, *chosen, *given)
+            expected = resolved[kind] if len(given) == 2 or option is None else f"{option}={resolved[kind]}"
+            assert expected in made, (action.dest, made)
+            assert values[kind] not in made or kind is YamlFile
+
+
+def test_commands_have_places_at_all():
+    without = [name for name in JOBS if not places_of(name)]
+    assert without == ["doctor"]
+
+
+def test_flags_take_no_value_and_several_values_are_all_places(tmp_path):
+    made = command(tmp_path, "forget", "--verify", "shards", "--outputs", "a", "b", "--users", "left.txt")
+    assert made[1:8] == [
+        *("--verify", f"{tmp_path}/shards", "--outputs", f"{tmp_path}/a", f"{tmp_path}/b"),
+        *("--users", f"{tmp_path}/left.txt"),
+    ]
+    made = command(tmp_path, "train", "ml-1m", "--from-previous", "--training.warm_start", "runs/monday", "--resume")
+    assert made[2:6] == ["--from-previous", "--training.warm_start", f"{tmp_path}/runs/monday", "--resume"]
+    made = command(tmp_path, "score", "models:/a/1", "--states", "auto", "--shards", "s", "--build-states", "-v")
+    assert made[1:8] == ["models:/a/1", "--states", "auto", "--shards", f"{tmp_path}/s", "--build-states", "-v"]
+
+
+def test_a_workspace_is_given_to_commands_that_have_one(tmp_path):
+    assert command(tmp_path, "gc", "shards", "--keep", "1") == ["gc", f"{tmp_path}/shards", "--keep", "1"]
+    assert command(tmp_path, "grow", "c", "--shards", "s", "--out", "o")[-1] == f"{tmp_path}/o"
+    assert command(tmp_path, "compact", "shards")[-2:] == ["--workspace", f"{tmp_path}/workspace"]
 
 
 def test_recipes_of_the_package_name_no_paths():
+    keys = place_keys(COMMANDS["train"].parsers([]))
+    assert {"workspace", "data.events", "source.path", "tracking.uri", "training.warm_start"} <= set(keys)
     for recipe in RECIPES.glob("*.yaml"):
         values = yaml.safe_load(recipe.read_text())
-        for key in PATH_OPTIONS:
+        for key in keys:
             section, _, field = key.rpartition(".")
             assert field not in (values.get(section, {}) if section else values), f"{recipe.name}: {key}"
 
@@ -312,7 +393,7 @@ def test_further_tries_have_ids_of_their_own_and_are_told(monkeypatch, capsys):
     [
         (["--retries", "-1"], "--retries -1: must be from 0 to 100"),
         (["--retries", "1", "--retry-minutes", "0"], "--retry-minutes 0: must be above 0"),
-        (["--retries", "1", "--detach"], "leave --detach away"),
+        (["--retries", "1", "--detach"], "omit --detach"),
         (["--tag", "team"], "--tag team: must be KEY=VALUE"),
         (["--tag", "solar_command=x"], "--tag solar_command=x: must be KEY=VALUE"),
         (["--tag", "a=https://u:secret@h"], r"--tag a=https://u:\*\*\*@h: a cluster shows"),

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from jobs import cli
+from jobs.cli import COMMANDS
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.submission import job_command
 from jobs.commands.cluster import submit_parser
@@ -197,7 +198,8 @@ def test_cronjob_submits_what_our_own_parsers_read(emit, tmp_path):
     assert (options.address, options.retries, options.retry_minutes) == ("http://ray-head:8265", 4, 2)
     assert options.tag == ["schedule=solar-mine"]
     night = in_pod(arguments[split + 1 :], container, documents, tmp_path)
-    made = job_command(night, directory=tmp_path, workspace=None, same_machine=False)
+    parsers = COMMANDS["nightly"].parsers(night[1:])
+    made = job_command(night, parsers=parsers, directory=tmp_path, workspace=None, same_machine=False)
     assert made.arguments[0] == "nightly"
     config = parsed(night)
     assert (config.workspace, config.model["rank"], config.parallel.device) == ("/workspace", 8, "cuda")

@@ -1,0 +1,219 @@
+"""run, train, evaluate, register, leaderboard: commands of a recipe or of a board of them; grow: of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from jobs.commands.arguments import capture, parse, read_recipe, recipe_parser, usage_error
+from jobs.host.console import Console
+from jobs.host.places import Place, Subject, YamlFile, new_parser
+
+
+def run(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.run import run as run_all
+
+    if (found := read_recipe(run_parser(), arguments)) is None:
+        return 0
+    _, config = found
+    capture(console, config.workspace, "run", verbose=verbose)
+    run_all(config, console, verbose=verbose)
+    return 0
+
+
+def run_parser() -> argparse.ArgumentParser:
+    return recipe_parser(
+        "run",
+        description="Import, prepare, train, evaluate and register in one go. What is already there is reused: the "
+        "same command continues after an interruption.",
+    )
+
+
+def train(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.runs.train import train as train_run
+
+    if {"-h", "--help"} & set(arguments):
+        print(train_parser().format_help())
+        _print_settings()
+        return 0
+    if (found := read_recipe(train_parser(), arguments)) is None:
+        return 0
+    options, config = found
+    capture(console, config.workspace, "train", verbose=verbose)
+    trained = train_run(config, console, resume=options.resume, from_previous=options.from_previous, verbose=verbose)
+    console.line(f"{'already there: ' if trained.reused else ''}{trained.checkpoint}")
+    return 0
+
+
+def train_parser() -> argparse.ArgumentParser:
+    parser = recipe_parser("train", usage="[--resume]", description="Sequence shards -> checkpoints and an MLflow run.")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished run from its latest checkpoint")
+    parser.add_argument(
+        "--from-previous",
+        action="store_true",
+        help="the same, but rename damaged checkpoints and continue from the latest undamaged one",
+    )
+    return parser
+
+
+def _print_settings() -> None:
+    from jobs.config.reader import config_parser
+
+    settings = config_parser("train", model="solar")
+    settings.usage = argparse.SUPPRESS
+    print("Settings (those of another model: --model.name NAME --print_config)\n")
+    print(settings.format_help().lstrip(), end="")
+
+
+def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.run import evaluate_runs
+    from jobs.runs.evaluate import evaluate as evaluate_systems
+    from jobs.runs.result_tables import print_results
+    from jobs.runs.run_dir import open_shards
+    from jobs.runs.weights import find_subject, is_subject
+
+    parser = evaluate_parser()
+    if arguments and is_subject(arguments[0]) and not {"-h", "--help"} & set(arguments):
+        try:
+            options, settings = parser.parse_known_args(arguments)
+        except argparse.ArgumentError as error:
+            raise usage_error("evaluate", str(error)) from error
+        subject = find_subject(options.recipe, settings)
+        config = subject.config
+        capture(console, config.workspace, "evaluate", verbose=verbose)
+        evaluated = evaluate_systems(
+            config,
+            [subject.system],
+            console,
+            shards=open_shards(config),
+            part=options.part,
+            directory=Path(options.out) if options.out else subject.directory(options.part),
+            verbose=verbose,
+        )
+    else:
+        if (found := read_recipe(parser, arguments)) is None:
+            return 0
+        options, config = found
+        if options.out:
+            raise usage_error("evaluate", "--out is for a checkpoint or a registered model: a run has its own place")
+        capture(console, config.workspace, "evaluate", verbose=verbose)
+        evaluated = evaluate_runs(config, console, part=options.part, verbose=verbose)[1]
+    print_results(config, console, evaluated)
+    console.line(f"results      {evaluated.directory}")
+    return 0
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    parser = recipe_parser(
+        "evaluate",
+        usage="[--part valid|test] [--out DIR]",
+        description="A model -> metrics, beside its baselines. RECIPE is a trained run by its recipe, the directory of "
+        "a checkpoint, or a registered model (models:/NAME@ALIAS or models:/NAME/VERSION).",
+        subject=Subject,
+    )
+    parser.add_argument("--part", choices=("valid", "test"), default="test", help="part of the split; default: test")
+    parser.add_argument(
+        "--out",
+        type=Place,
+        default=None,
+        metavar="DIR",
+        help="directory of the results of a checkpoint or a registered model; default: WORKSPACE/evaluations/NAME",
+    )
+    return parser
+
+
+def register(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.run import evaluate_runs
+    from jobs.runs.register import register as register_run
+    from jobs.runs.run_dir import require_finished
+
+    if (found := read_recipe(register_parser(), arguments)) is None:
+        return 0
+    _, config = found
+    capture(console, config.workspace, "register", verbose=verbose)
+    require_finished(config.run_dir)
+    trained, evaluated = evaluate_runs(config, console, verbose=verbose)
+    registered = register_run(config, trained, evaluated, console)
+    console.line(f"{'already there: ' if registered.reused else ''}{registered.uri} ({registered.alias})")
+    return 0
+
+
+def register_parser() -> argparse.ArgumentParser:
+    return recipe_parser("register", description="The best checkpoint of a finished run -> a version in the registry.")
+
+
+def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.config.reader import load_board
+    from jobs.recipes import board_names
+    from jobs.runs.leaderboard import Board
+    from jobs.runs.leaderboard import leaderboard as run_board
+
+    parser = board_parser()
+    if {"-h", "--help"} & set(arguments):
+        console.line(parser.format_help())
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        raise usage_error("leaderboard", f"name a board first: {', '.join(board_names())}, or a YAML file")
+    for fixed in ("--seed", "--name"):
+        if any(argument.split("=")[0] == fixed for argument in arguments):
+            raise usage_error("leaderboard", f"{fixed}: rows name their runs; seeds are --seeds 1 2 3")
+    try:
+        options, settings = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise usage_error("leaderboard", str(error)) from error
+    name, rows = load_board(options.board, settings, only=options.only)
+    board = Board(name=name, rows=rows, seeds=options.seeds, part=options.part)
+    capture(console, board.protocol.workspace, "leaderboard", verbose=verbose)
+    run_board(board, console, verbose=verbose)
+    return 0
+
+
+def board_parser() -> argparse.ArgumentParser:
+    from jobs.recipes import board_names
+
+    parser = argparse.ArgumentParser(
+        prog="solar leaderboard",
+        usage="solar leaderboard BOARD [--seeds N ...] [--only ROW ...] [--part test|valid] [SETTING VALUE ...]",
+        description="Many models on one data set under one protocol -> one table. Runs that are there are reused.",
+        epilog="Settings are those of `solar train --help`; they hold for every row that runs.",
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "board", type=YamlFile, metavar="BOARD", help=f"one of {', '.join(board_names())}, or the path of a YAML file"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="seeds of every row; the table has means; default: 1",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="ROW", help="rows to run; default: all rows of the board"
+    )
+    parser.add_argument(
+        "--part", choices=("test", "valid"), default="test", help="part that is ranked; valid is for choosing settings"
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this text")
+    return parser
+
+
+def grow(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    from jobs.runs.grow import grow as grow_checkpoint
+
+    parsed = parse(grow_parser(), arguments)
+    grown = grow_checkpoint(parsed.checkpoint, console, shards_dir=parsed.shards, out=parsed.out)
+    console.line(f"{grown}")
+    return 0
+
+
+def grow_parser() -> Any:
+    parser = new_parser("grow", description="A checkpoint -> the same with tables as large as the vocabulary is now.")
+    parser.add_argument("checkpoint", type=Place, help="a committed checkpoint, or a run's directory: its best one")
+    parser.add_argument("--shards", type=Place, required=True, help="sequence shards whose vocabulary has grown")
+    parser.add_argument("--out", type=Place, required=True, help="directory of the new checkpoint; must not exist")
+    return parser

@@ -1,0 +1,149 @@
+"""Arguments that are places: paths and URIs. A relative one depends on the directory in which a command runs.
+
+Parsers give such an argument one of the types below, and `rewritten` walks over a command line as its parsers would. So
+nothing else has to know which arguments are places: cluster/submission.py makes them absolute for a job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+class Place(str):
+    """A path, a pattern of paths, or a URI."""
+
+    words: ClassVar[tuple[str, ...]] = ("null",)
+    """Values that are no place."""
+
+
+class StatesPlace(Place):
+    """Stored states: a directory, or `auto` for the workspace's own."""
+
+    words = (*Place.words, "auto")
+
+
+class YamlFile(str):
+    """A YAML file that a command reads, or the name of one that comes with the code (a recipe, a board)."""
+
+
+class Subject(str):
+    """What can be evaluated: a recipe (YamlFile), the directory of a checkpoint (Place) or a model's URI."""
+
+
+Kind = type[Place] | type[YamlFile] | type[Subject]
+
+
+def new_parser(command: str, *, description: str | None = None) -> ArgumentParser:
+    """The parser of `solar COMMAND`: reads the types above, raises instead of exiting, and shows the docstring of each
+    field of a configuration as its help."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse.typing import register_type
+
+    for kind in (Place, StatesPlace, YamlFile, Subject):
+        register_type(kind, serializer=str, deserializer=_reader_of(kind))
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return ArgumentParser(prog=f"solar {command}", description=description, exit_on_error=False)
+
+
+def kind_of(action: argparse.Action) -> Kind | None:
+    """The kind of place that an argument is, also inside a union, list or tuple; None for any other argument."""
+    if action.dest == "config":
+        return YamlFile
+    kinds = [kind for kind in _types_in(getattr(action, "_typehint", None) or action.type) if _is_kind(kind)]
+    return kinds[0] if kinds else None
+
+
+def place_keys(parsers: Sequence[argparse.ArgumentParser]) -> list[str]:
+    """The dotted configuration keys (`data.shards`) whose value is a Place, in the parsers' order."""
+    return [
+        action.dest
+        for parser in parsers
+        for action in parser._actions
+        if f"--{action.dest}" in action.option_strings and issubclass(kind_of(action) or str, Place)
+    ]
+
+
+def takes_option(parsers: Sequence[argparse.ArgumentParser], option: str) -> bool:
+    """Whether one of the parsers has an option of this name (`--workspace`)."""
+    return any(option in parser._option_string_actions for parser in parsers)
+
+
+def rewritten(
+    arguments: Sequence[str], parsers: Sequence[argparse.ArgumentParser], rewrite: Callable[[Kind, str, str], str]
+) -> list[str]:
+    """The arguments with each place replaced by `rewrite(kind, value, named)`; `named`: its option or positional name.
+
+    Both `--option VALUE` and `--option=VALUE` are understood, options with several values, flags and positional
+    arguments. An option that no parser knows is taken to have one value, as settings of a model have.
+    """
+    options = {name: action for parser in parsers for name, action in parser._option_string_actions.items()}
+    positionals = [action for parser in parsers for action in parser._actions if not action.option_strings]
+    found: list[str] = []
+    waiting: tuple[argparse.Action | None, int] = (None, 0)  # whose values follow, and how many at most
+    for argument in arguments:
+        if _is_option(argument):
+            name, equals, value = argument.partition("=")
+            action = options.get(name)
+            if equals:
+                found.append(f"{name}={_one(action, value, rewrite)}")
+                waiting = (None, 0)
+            else:
+                found.append(argument)
+                waiting = (action, _most_values(action))
+        elif waiting[1]:
+            found.append(_one(waiting[0], argument, rewrite))
+            waiting = (waiting[0], waiting[1] - 1)
+        else:
+            action = positionals[0] if positionals else None
+            if action is not None and action.nargs not in ("+", "*"):
+                positionals.pop(0)
+            found.append(_one(action, argument, rewrite))
+    return found
+
+
+def _one(action: argparse.Action | None, value: str, rewrite: Callable[[Kind, str, str], str]) -> str:
+    kind = kind_of(action) if action is not None else None
+    if action is None or kind is None or value in getattr(kind, "words", ()):
+        return value
+    return rewrite(kind, value, action.option_strings[0] if action.option_strings else action.dest)
+
+
+def _most_values(action: argparse.Action | None) -> int:
+    """How many arguments after an option belong to it, at most."""
+    if action is None or action.nargs is None:
+        return 1
+    if isinstance(action.nargs, int):
+        return action.nargs
+    return 1 if action.nargs == "?" else 1 << 30
+
+
+def _is_option(argument: str) -> bool:
+    """Whether argparse would take it for an option: -1 and -0.5 are values."""
+    return argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit() and argument[1] != "."
+
+
+def _is_kind(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, (Place, YamlFile, Subject))
+
+
+def _types_in(found: Any) -> Iterator[Any]:
+    inner = typing.get_args(found)
+    if not inner:
+        yield found
+    for each in inner:
+        yield from _types_in(each)
+
+
+def _reader_of(kind: type[str]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"expected a path or URI, got {value!r}")
+        return kind(value)
+
+    return read
