@@ -45,7 +45,7 @@ class Placed:
 
 
 def place(rows: UserRows, *, known: pl.DataFrame, num_groups: int, row_group_events: int) -> Placed:
-    """Users in `known` (user_id, group, row) keep their place; new users, sorted by id, get groups from `num_groups` on."""
+    """Users in `known` (user_id, group, row) keep their place; new users, by id, get groups from `num_groups` on."""
     users = pl.DataFrame({"user_id": rows.user_id}).join(known, on="user_id", how="left", maintain_order="left")
     is_new = users["group"].is_null().to_numpy()
     group, row = (users[name].fill_null(-1).to_numpy().copy() for name in ("group", "row"))
