@@ -46,7 +46,7 @@ def cut_batches(cost: np.ndarray, *, batch_events: int) -> np.ndarray:
 
 
 def deal(cost: np.ndarray, *, world_size: int) -> np.ndarray:
-    """[n] int64 rank of each user of a batch: users by falling cost, each to the rank with the least cost so far (LPT)."""
+    """[n] int64 rank of each user of a batch: by falling cost, each to the rank with the least cost so far (LPT)."""
     ranks = np.zeros(len(cost), np.int64)
     if world_size == 1:
         return ranks
