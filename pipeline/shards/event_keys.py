@@ -112,8 +112,8 @@ def write_keys(parts: Sequence[EventKeys], *, path: str, bucket: int) -> dict[st
 def look_up(keys: EventKeys, *, files: Sequence[pq.ParquetFile], latest: int | None, late_days: int) -> np.ndarray:
     """[E] the Found of each event in a bucket's key files.
 
-    Reads the days from `late_days` before the day of `latest` (the last event of the ingest) on, and earlier days in
-    which the new events are not few beside the stored ones. So the cost grows with the new events, not the stored ones.
+    Reads the days from `late_days` before the day of `latest` (the last event of the ingest) on, and earlier days with
+    at most _WORTH_READING stored events per new event. So the cost grows with the new events, not with the stored ones.
     """
     # Choose the days that are worth reading.
     found = np.full(len(keys.time), Found.NEW, np.uint8)
