@@ -1,1 +1,1 @@
-"""Recommenders: tensors in, scores out; single-device code. Start reading at interface.py."""
+"""Recommenders: tensors in, scores out; code for a single device. Start reading at interface.py."""

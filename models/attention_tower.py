@@ -1,11 +1,11 @@
-"""What SOLAR and its competitors share, so that only the reading of the long history differs between them.
+"""The common parts of SOLAR and its competitors, so that they differ only in how they read the long history.
 
     item_ID = items(item rows, item features)          event_ND = events(items of the history, action, time)
-    C += W_O [whole history read by Q = W_Q norm(C) + the request  +  RecentAttention(Q, latest W events)]
-    logit = head(C + the request, item)  [+ repeats(item, history)]
+    C += W_O [whole history read by Q = W_Q norm(C) + request shift  +  RecentAttention(Q, latest W events)]
+    logit = head(C + request shift, item)  [+ repeats(item, history)]
 
-A competitor is a subclass that says how the whole history is read: one file each, the same encoders, recent window,
-head and sizes. Solar repeats the middle line in blocks.
+A competitor is a subclass that defines how the whole history is read: one file each, with the same encoders, recent
+window, head and sizes. Solar repeats the middle line in blocks.
 The letters are those of models/interface.py.
 """
 
@@ -27,43 +27,45 @@ from models.request_features import RequestEncoder, RequestShift
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """What every attention tower has. Every part can be switched off."""
+    """Fields of every attention tower. Every part can be switched off."""
 
     width: int = 64
-    """D, of the model and of the embedding tables."""
+    """D, width of the model and of the embedding tables."""
     feature_width: int | dict[str, int] | None = None
-    """Width of the tables of item and user features, a multiple of 4 up to `width`: one for all, or {feature: width}
-    with `width` for the others; null = `width`. A row is read as if zeros followed it."""
+    """Width of the tables of item and user features, a multiple of 4 up to `width`: one number for all, or {feature:
+    width} with `width` for the other features; null = `width`. Narrower rows are padded with zeros."""
     num_heads: int = 2
-    """Heads of every attention; divides `width`."""
+    """Number of heads of every attention; divides `width`."""
     recent_window: int = 50
-    """W, latest events that are attended to exactly; 0 switches this off."""
+    """W, number of latest events with exact attention; 0 switches it off."""
     head_width: int = 32
-    """Hidden units of the head's network; 0 leaves the inner product alone."""
+    """Hidden units of the head's network; 0 leaves only the inner product."""
     initial_agreement: float = 1.0
-    """Weight, before training, of how like a candidate is to what it found. 1 suits next_item, where similar is likely
-    next. Where candidates were shown, similar is not liked: 0.125 (MovieLens-100K, impressions, 3 seeds: validation
-    LogLoss .636 +- .006 instead of .678 +- .007, GAUC .676 +- .002 instead of .660 +- .017)."""
+    """Weight, before training, of the similarity of a candidate to what it found. 1 suits next_item, where similar
+    items are likely next. Where candidates were shown, similarity does not mean a positive label: use 0.125
+    (MovieLens-100K, impressions, 3 seeds: validation LogLoss .636 +- .006 instead of .678 +- .007, GAUC .676 +- .002
+    instead of .660 +- .017)."""
     dropout: float = 0.1
     """Probability that a unit of an event vector is zeroed in training."""
     num_actions: int = 1
     """Action codes are below this; 1 = the log has no actions."""
     time_features: bool = True
-    """Hour of day, weekday and gap to the previous event are part of an event; the gap to the request of recency."""
+    """Events include hour of day, weekday and gap to the previous event; recency includes the gap to the request."""
     user_features: bool = True
-    """Features of the user who asks shift the query and the state of every candidate (the measurement below with them:
-    AUC .7067, LogLoss .6316)."""
+    """Features of the request's user shift the query and the state of every candidate (with them, the measurement under
+    context_features is AUC .7067, LogLoss .6316)."""
     num_user_features: int = 0
-    """G, user features of the data; 0 = none."""
+    """G, number of user features of the data; 0 = none."""
     context_features: bool = False
-    """Hour of day and weekday of the request do the same, where time_features is on. Off: no better nor worse on
-    MovieLens-100K (impressions, 3 epochs, 3 seeds: validation AUC .6994 against .6987, LogLoss .6351 against .6357)."""
+    """Hour of day and weekday of the request shift them too, if time_features is on. Off by default: neither better nor
+    worse on MovieLens-100K (impressions, 3 epochs, 3 seeds: validation AUC .6994 against .6987, LogLoss .6351 against
+    .6357)."""
     repeats: bool = False
-    """How often and how lately the candidate itself occurs in the history is a part of its score: for data where
-    people come back to items."""
+    """The score includes how often and how recently the candidate itself occurs in the history: for data where people
+    come back to items."""
     absolute_time: bool = False
-    """Waves of absolute time are part of an event and of a request, where time_features is on: attention to the whole
-    history can then weigh by age, and a candidate's score can follow the season."""
+    """Events and requests include waves of absolute time, if time_features is on: attention to the whole history can
+    then depend on age, and a candidate's score can follow the season."""
 
     @property
     def reads_context(self) -> bool:
@@ -77,12 +79,12 @@ class TowerConfig:
 
     @property
     def reads_request(self) -> bool:
-        """Whether anything but the history tells requests apart."""
+        """Whether any request feature is read."""
         return bool(self.user_features and self.num_user_features) or self.reads_context or self.reads_waves
 
     @property
     def latest(self) -> int | None:
-        """Latest events of a history that the tower reads; None = all of them."""
+        """Number of latest events of a history that the tower reads; None = all events."""
         return None
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ class TowerConfig:
 
 
 class HistoryTower(Recommender):
-    """Encoders, head and what is known of a request. `num_features` is F, the item features of the tables."""
+    """Encoders, head and request features. `num_features` is F, the number of item features of the tables."""
 
     def __init__(self, config: TowerConfig, *, num_features: int) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class AttentionTower(HistoryTower):
     def read_history(
         self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets
     ) -> Tensor | None:
-        """out_MD: what each candidate finds in the whole history of its request; None = this is left to the window."""
+        """out_MD: the result of reading the whole history for each candidate; None = only the recent window is read."""
         raise NotImplementedError
 
     def states(
@@ -189,12 +191,12 @@ class AttentionTower(HistoryTower):
         if self.recent is not None:
             recent_MD = self.recent(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
             found_MD = recent_MD if found_MD is None else found_MD + recent_MD
-        assert found_MD is not None, "a config leaves the whole history or the window"
+        assert found_MD is not None, "the config must keep the whole history or the recent window"
         return gather_rows(item_ID, item_M) + self.output(found_MD)
 
 
 def request_encoder(config: TowerConfig) -> RequestEncoder | None:
-    """None where nothing but the history tells requests apart."""
+    """The encoder of request features; None if the config reads none."""
     if not config.reads_request:
         return None
     return RequestEncoder(
@@ -206,8 +208,8 @@ def request_encoder(config: TowerConfig) -> RequestEncoder | None:
 
 
 class RecentAttention(nn.Module):
-    """Candidates attend to the latest W events themselves; recency enters as a score per head: how many events ago, and
-    how long ago (buckets of the gap to the request)."""
+    """Candidates attend to the latest W events themselves. Recency enters as a learned score per head: by how many
+    events ago, and by how long ago (buckets of the gap to the request)."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -222,12 +224,12 @@ class RecentAttention(nn.Module):
         head_width = query_MD.shape[1] // self.num_heads
         event_BW, gap_BW = recent_events(inputs, window=self.window)
         if event_BW.numel() < event_ND.shape[0]:
-            # Long histories, few requests: only what some request sees is projected.
+            # Long histories and few requests: project only the events that some request sees.
             seen_BWD = gather_rows(event_ND, (event_BW - 1).clamp_min(0))
             key_BWD = self.key(seen_BWD)
             value_BWD = self.value(seen_BWD).masked_fill((event_BW == 0)[:, :, None], 0.0)
         else:
-            # Projected once per event, not per request that sees it. Row 0, the event that does not exist, is 0.
+            # Project once per event, not once per request that sees it. Row 0 stands for a missing event and is 0.
             key_BWD, value_BWD = (
                 gather_rows(F.pad(project(event_ND), (0, 0, 1, 0)), event_BW) for project in (self.key, self.value)
             )
@@ -246,21 +248,21 @@ class RecentAttention(nn.Module):
 
 
 class Head(nn.Module):
-    """One logit per candidate: agreement of what it found with its item, a small network over state and item, and a
-    score of the item alone, by which popularity is learned."""
+    """One logit per candidate: the agreement of what it found with its item, a small network over state and item, and a
+    score that depends only on the item, which learns popularity."""
 
     def __init__(self, width: int, *, hidden: int, initial_agreement: float) -> None:
         super().__init__()
         self.width, self.hidden = width, hidden
         self.item = nn.Linear(width, width + hidden + 1)
-        # Agreement is similarity at first.
+        # At the start, agreement is similarity.
         nn.init.eye_(self.item.weight.data[:width]).mul_(initial_agreement)
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
 
     def forward(self, state_MD: Tensor, *, item_ID: Tensor, item_M: Tensor) -> Tensor:
         target_ID, hidden_IX, popularity_I = self.item(item_ID).split([self.width, self.hidden, 1], -1)
-        # What the candidate found, not the candidate: its own square tells nothing of the history and differs by item.
+        # Remove the candidate's own vector: its inner product with itself says nothing about the history.
         found_MD = state_MD - gather_rows(item_ID, item_M)
         logit_M = (found_MD * gather_rows(target_ID, item_M)).sum(-1) / math.sqrt(self.width)
         logit_M = logit_M + gather_rows(popularity_I, item_M).squeeze(-1)

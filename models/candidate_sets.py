@@ -1,12 +1,12 @@
 """Jagged candidate sets, and softmax attention from the candidates of a request to that request's own keys.
 
-    request 0: c c c        sets of like size are computed together as [b, T] (T at most twice the smallest set),
-    request 1: c c c        so that a set of 4,000 beside many of 20 costs no padding to 4,000
+    request 0: c c c        sets of similar size are computed together as [b, T] (T at most twice the smallest set),
+    request 1: c c c        so that one set of 4,000 among many of 20 does not pad them to 4,000
     request 2: c
 
-No parameter lives here: under DeepSpeed ZeRO-3 every module with parameters runs once, while the loop over size groups
-runs as often as the local sets need. The letters are those of models/interface.py; S counts keys, b the requests of a
-group.
+This module has no parameters: under DeepSpeed ZeRO-3 every module with parameters must run once per forward, while the
+loop over size groups runs as often as the local sets need. The letters are those of models/interface.py; S counts keys,
+b the requests of a group.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MASKED_SCORE = -1e30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CandidateSets:
-    """Where the candidates of every request stand, grouped by the size of their set."""
+    """The layout of the candidates of all requests, grouped by the size of their set."""
 
     num_requests: int
     """B."""
     uniform_size: int | None
-    """T if every set has T candidates: then [M] is [B, T] without moving anything and there are no groups."""
+    """T if every set has T candidates: then [M] viewed as [B, T] needs no copy, and there are no groups."""
     group_request: tuple[Tensor, ...]
     """Per group [b] int64: its requests."""
     group_row: tuple[Tensor, ...]
@@ -37,13 +37,14 @@ class CandidateSets:
     group_present: tuple[Tensor, ...]
     """Per group [b, T] bool: not padding."""
     place_M: Tensor
-    """[M] int64: where each candidate stands in the groups laid end to end; empty if there are none."""
+    """[M] int64: position of each candidate in the concatenated groups; empty if there are no groups."""
     request_M: Tensor
     """[M] int64: the request of each candidate."""
 
     @staticmethod
     def from_offsets(candidate_offsets_B1: Tensor, *, device: torch.device) -> CandidateSets:
-        """The layout of the sets that `candidate_offsets_B1` [B + 1], on the host, delimits; indices on `device`."""
+        """The layout of the sets delimited by `candidate_offsets_B1` [B + 1] on the host; indices are on `device`."""
+        # Group the requests by the size of their set, if sizes differ.
         size_B = candidate_offsets_B1.diff()
         num_requests = size_B.numel()
         smallest, largest = (int(size_B.min()), int(size_B.max())) if num_requests else (0, 0)
@@ -58,7 +59,7 @@ class CandidateSets:
                 row_bT = candidate_offsets_B1[request_b, None] + torch.where(present_bT, place_T, 0)
                 groups.append((request_b, row_bT, present_bT))
         requests, rows, presents = zip(*groups, strict=True) if groups else ((), (), ())
-        # The place that each candidate got in the groups laid end to end, padding included.
+        # Find the position of each candidate in the concatenated groups, padding included.
         present = torch.cat([group.flatten() for group in presents]) if groups else torch.zeros(0, dtype=torch.bool)
         row = torch.cat([group.flatten() for group in rows]) if groups else torch.zeros(0, dtype=torch.long)
         place = torch.nonzero(present).squeeze(1)
@@ -137,18 +138,19 @@ def attend_dense(
 
 
 def start_as_similarity(*linears: nn.Linear) -> None:
-    """Identity maps for query, key, value and output: before any training a candidate attends to events like itself,
-    and its score is how like them it is."""
+    """Set query, key, value and output maps to the identity: before training a candidate attends to similar events, and
+    its score is its similarity to them."""
     for linear in linears:
         for part in linear.weight.data.split(linear.in_features):
             nn.init.eye_(part)
 
 
 def gather_rows(table: Tensor, index: Tensor) -> Tensor:
-    """table[index] for a table of any shape behind its first axis; the gradient of bfloat16 rows is summed in float32.
+    """table[index] along the first axis; the table may have any further axes. The gradient of bfloat16 rows is summed
+    in float32.
 
-    An embedding look-up: its backward on a CPU is 2.5x faster than that of index_select (104,000 rows of 64 floats:
-    10 ms against 26 ms, one core).
+    It is an embedding look-up, whose backward on a CPU is 2.5x faster than that of index_select (104,000 rows of 64
+    floats: 10 ms against 26 ms, one core).
     """
     wide = table.flatten(1).float() if table.dtype == torch.bfloat16 else table.flatten(1)
     return F.embedding(index, wide).to(table.dtype).view(*index.shape, *table.shape[1:])

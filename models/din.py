@@ -1,11 +1,11 @@
-"""Softmax target attention over the whole history: what SVD-Attention stands in for, at O(events x candidates).
+"""Softmax target attention over the whole history, which SVD-Attention approximates; costs O(events x candidates).
 
     O = softmax_n(Q k_n / sqrt(d) - slope_h age_n) v_n        over every event n before the request, per head h
 
 After Deep Interest Network (arXiv 1706.06978) in the form of today's rankers: scaled dot products and a softmax instead
 of DIN's activation unit. Recency enters as a learned decay per head (ALiBi, arXiv 2108.12409, with learned slopes); the
-exact window over the latest events is that of every tower here. With `whole_history` off only the window is left: DIN
-over the last W events. The letters are those of models/interface.py; P counts padding columns.
+exact window over the latest events is the same as in every tower here. With `whole_history` off only the window is
+left: DIN over the last W events. The letters are those of models/interface.py; P counts padding columns.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from models.candidate_sets import CandidateSets, start_as_similarity
 from models.interface import ModelInput
 
 HALF_LIVES = (30.0, 300.0)
-"""Events after which the weight of an event has halved at the start of training, for every other head."""
+"""Age in events at which an event's weight is halved at the start of training; heads alternate between the two."""
 DECAY_COLUMNS = 8
-"""The decay is one more column of queries and keys; kernels want a multiple of 8."""
+"""The decay takes one more column of queries and keys; kernels need a multiple of 8, so 8 columns are added."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DinConfig(TowerConfig):
-    """Size and parts of target attention."""
+    """Sizes and parts of target attention."""
 
     whole_history: bool = True
-    """Attend to every event; off, nothing but the latest `recent_window` is read, by `repeats` neither."""
+    """Attend to every event; if off, only the latest `recent_window` events are read, also by `repeats`."""
     decay: bool = True
     """The whole history's weights decay with age at a learned rate."""
 
@@ -71,7 +71,7 @@ class Din(AttentionTower):
             side.unflatten(1, (heads, head_width)) for side in self.key_value(event_ND).chunk(2, dim=1)
         )
         if config.decay:
-            # softmax(q k - slope age) = softmax(q k + slope place): a column of the key, not a bias per request.
+            # softmax(q k - slope age) = softmax(q k + slope place): so decay is a key column, not a bias per request.
             place_N = _place_from_the_end(inputs).to(event_ND, non_blocking=True)
             slope_H = self.log_slope_H.exp() * math.sqrt(head_width)
             query_MHD = _with_column(query_MHD, slope_H.to(query_MD.dtype).expand(query_MD.shape[0], heads))
@@ -86,12 +86,12 @@ class Din(AttentionTower):
 def target_attention(
     query_MHD: Tensor, *, key_NHD: Tensor, value_NHD: Tensor, inputs: ModelInput, scale: float
 ) -> Tensor:
-    """out_MHD: every candidate's softmax over all events before its request; zero for an empty history.
+    """out_MHD: every candidate's softmax attention to all events before its request; zero for an empty history.
 
-    One fused attention per request over views of its user's events: no padding, nothing of size N x M.
+    One fused attention per request over views of its user's events: no padding, no tensor of size N x M.
     """
     if not bool((inputs.request_position_B > 0).any()):
-        # Nobody reads an event: zero, with a gradient of zero for keys and values too.
+        # All histories are empty: return zeros that give zero gradients to keys and values too.
         return query_MHD * 0 + 0 * (key_NHD.sum() + value_NHD.sum())
     size_B = inputs.candidate_offsets_B1.diff().tolist()
     start_B = inputs.event_offsets_U1[inputs.request_user_B].tolist()
@@ -109,12 +109,12 @@ def target_attention(
 
 
 def _place_from_the_end(inputs: ModelInput) -> Tensor:
-    """[N]: minus the events of the same user after this one. Only differences count, and small numbers keep digits."""
+    """[N]: minus the number of the user's later events. Only differences matter; small numbers keep precision."""
     length_U = inputs.event_offsets_U1.diff()
     end_N = torch.repeat_interleave(inputs.event_offsets_U1[1:], length_U)
     return torch.arange(end_N.numel()) - end_N + 1
 
 
 def _with_column(value: Tensor, column: Tensor) -> Tensor:
-    """[X, H, D + P] of [X, H, D]: the column, then zeros."""
+    """[X, H, D] -> [X, H, D + P]: appends the column, then zeros."""
     return torch.cat([value, F.pad(column[:, :, None], (0, DECAY_COLUMNS - 1))], dim=2)

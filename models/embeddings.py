@@ -1,13 +1,13 @@
-"""The sparse part: one TorchRec table for item ids and one per item and user feature, looked up once per step.
+"""The sparse part: one TorchRec table for item ids and one for each item or user feature, looked up once per step.
 
-    items of the batch [7, 9]; genres of 7 = [2, 5], of 9 = []; one user, of gender 3
+    items of the batch [7, 9]; genres of 7 = [2, 5], of 9 = []; one user, with gender 3
 
     KeyedJaggedTensor   item         values [7, 9]   lengths [1, 1, 0]
                         genres       values [2, 5]   lengths [2, 0, 0]
                         user-gender  values [3]      lengths [0, 0, 1]
 
-An item occurs once in a look-up however many events and candidates name it; models/interface.py points into the rows
-by index. jobs/training/tables.py shards the collection over the ranks.
+An item occurs once in a look-up, however many events and candidates refer to it; a ModelInput (models/interface.py)
+refers to the rows by index. jobs/training/tables.py shards the collection over the ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ITEM_TABLE = "item"
 USER_TABLE = "user-"
-"""Before the name of a user feature, in the name of its table."""
+"""Prefix of the name of a user feature's table."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class ItemFeature:
     values: Tensor
 
     def of(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
-        """(values, lengths_I) of the named items, item by item."""
+        """(values, lengths_I) of these items, item by item."""
         starts_I = self.offsets[item_rows_I]
         lengths_I = self.offsets[item_rows_I + 1] - starts_I
         ends_I = lengths_I.cumsum(0)
@@ -62,7 +62,7 @@ class ItemFeature:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserCodes:
-    """The feature values of U users: rows of G tables, any number a user and feature."""
+    """The feature values of U users: rows of G tables, any number per user and feature."""
 
     lengths_UG: Tensor
     """[U, G] int64."""
@@ -71,7 +71,7 @@ class UserCodes:
 
     @classmethod
     def of_nobody(cls, num_features: int) -> UserCodes:
-        """No user, of that many features."""
+        """The codes of zero users, with `num_features` features."""
         none = torch.zeros(0, dtype=torch.int64)
         return cls(lengths_UG=none.new_zeros(0, num_features), values=none)
 
@@ -83,8 +83,8 @@ class UserCodes:
 
 
 def embedding_collection(tables: Sequence[TableSpec], *, device: str = "meta") -> EmbeddingCollection:
-    """Unsharded tables; on the meta device they cost nothing until they are sharded."""
-    # Imported where it is used: most commands read a configuration and need no TorchRec, which takes 2.5 s to import.
+    """Unsharded tables; on the meta device they take no memory until they are sharded."""
+    # Imported here because most commands only read a configuration, and TorchRec takes 2.5 s to import.
     from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
     from torchrec.modules.embedding_modules import EmbeddingCollection
 
@@ -102,7 +102,7 @@ def embedding_collection(tables: Sequence[TableSpec], *, device: str = "meta") -
 
 
 class EmbeddingCollections(nn.Module):
-    """Unsharded tables of any widths: a TorchRec collection, whose tables have one width, for each width."""
+    """Unsharded tables of any widths: one TorchRec collection per width, since a collection's tables have one width."""
 
     def __init__(self, tables: Sequence[TableSpec], *, device: str = "meta") -> None:
         super().__init__()
@@ -110,14 +110,14 @@ class EmbeddingCollections(nn.Module):
         for table in tables:
             self._of_width.setdefault(str(table.width), []).append(table)
         self.collections = nn.ModuleDict(
-            {width: embedding_collection(those, device=device) for width, those in self._of_width.items()}
+            {width: embedding_collection(same_width, device=device) for width, same_width in self._of_width.items()}
         )
 
     def parts(self, ids: KeyedJaggedTensor) -> Iterator[tuple[Any, KeyedJaggedTensor]]:
-        """(a collection, or what it was sharded into; the ids of its tables) for each."""
+        """(collection, the ids of its tables) for each collection, sharded or not."""
         places = {table: place for place, table in enumerate(ids.keys())}
-        for width, those in self._of_width.items():
-            mine = [places[table.name] for table in those]
+        for width, same_width in self._of_width.items():
+            mine = [places[table.name] for table in same_width]
             yield self.collections[width], ids if len(mine) == len(places) else ids.permute(mine)
 
 
@@ -128,7 +128,7 @@ def look_up_ids(
     user_tables: Sequence[str] = (),
     users: UserCodes | None = None,
 ) -> KeyedJaggedTensor:
-    """The ids of one step for every table, as drawn above; `user_tables` are those of the columns of `users`."""
+    """The ids of one step for every table, as drawn above; `user_tables` names the tables of the columns of `users`."""
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
     if users is None or not user_tables:
@@ -152,7 +152,7 @@ def look_up_ids(
 def pool_features(rows: Mapping[str, JaggedTensor], features: Sequence[ItemFeature]) -> tuple[Tensor, Tensor]:
     """(item_IC, features_IFC) of a finished look-up: feature rows averaged per item, zero where there are none.
 
-    Rows of a table that is narrower than C end in zeros: a tower's linear map of them is that of the narrow row.
+    Rows of a table narrower than C are padded with zeros, which do not change the result of a tower's linear map.
     """
     item_IC = rows[ITEM_TABLE].values()
     num_items = item_IC.shape[0]
@@ -183,9 +183,9 @@ def _mean_rows(
 
 
 def initial_rows(table: str, *, seed: int, first: int, num_rows: int, width: int, std: float) -> Tensor:
-    """[num_rows, width] float32 ~ N(0, std^2): rows `first`.. of a table, a function of (seed, table, row) alone.
+    """[num_rows, width] float32 ~ N(0, std^2): rows `first`.. of a table, a function of only (seed, table, row).
 
-    Any rank that owns a row, at any world size, and a table that grew later, start that row from the same values.
+    A row starts with the same values at any world size, on whichever rank owns it, and also in a table that grew later.
     Counter-based: splitmix64 of (seed, table, row, column) twice, then Box-Muller.
     """
     key = np.uint64(int.from_bytes(hashlib.blake2b(f"{seed}/{table}".encode(), digest_size=8).digest(), "little"))

@@ -2,9 +2,9 @@
 
     h_n = GRU(dropout(event row_n), h_{n-1})        state = W h_n + b
 
-Published: the recurrence. Item rows as inputs and as the other side of the logit, and the map back to their width, are
-those of today's implementations (the authors feed one-hot items and have an output layer of its own). Losses and
-negatives are the training's business, not the model's.
+Published: the recurrence. The use of item rows both as inputs and in the logit, and the map back to their width, are
+those of today's implementations (the authors' model reads one-hot items and has a separate output layer). Losses and
+negatives are not part of the model but of the training.
 The letters are those of models/interface.py and models/sequence_tower.py.
 """
 
@@ -23,7 +23,7 @@ class Gru4RecConfig(SequenceConfig):
     """Size of GRU4Rec."""
 
     num_layers: int = 1
-    """Recurrent layers, one above the other."""
+    """Number of stacked recurrent layers."""
     hidden_width: int = 128
     """Units of the recurrent state."""
 

@@ -1,9 +1,10 @@
-"""What a history is to a tower: its events as vectors, and which of them are recent to a request.
+"""Histories in a tower: events as vectors, and the recent events of a request.
 
     item vector + action + hour of day + weekday + gap to the previous event + time  --normalise-->  event_ND
 
-All of it is known when the event happens, whoever asks later: it may enter before the decomposition, which serves every
-request. What depends on the request (how long ago, how many events ago) belongs to the exact recent window alone.
+All these parts are known when the event happens and do not depend on a request, so they may enter before the
+decomposition, which serves every request. Features that depend on the request (how long ago, how many events ago)
+belong only to the exact recent window.
 The letters are those of models/interface.py.
 """
 
@@ -21,7 +22,7 @@ MS_PER_HOUR = 3_600_000
 NUM_GAP_BUCKETS = 32
 """Buckets of a time gap: floor(log2(1 + seconds)); the last begins at 68 years."""
 WAVE_DAYS = tuple(2.0**k for k in range(-2, 14))
-"""Periods of the waves that tell absolute time: six hours to 22 years."""
+"""Periods of the waves that encode absolute time: six hours to 22 years."""
 
 
 class ItemEncoder(nn.Module):
@@ -38,7 +39,7 @@ class ItemEncoder(nn.Module):
 
 
 class EventEncoder(nn.Module):
-    """event_ND: the item's vector, plus what the log says about the event itself."""
+    """event_ND: the item's vector, plus vectors for the event's action and time."""
 
     def __init__(
         self, width: int, *, num_actions: int, time_features: bool, absolute_time: bool, dropout: float
@@ -73,18 +74,18 @@ class EventEncoder(nn.Module):
 def time_waves(time_N: Tensor) -> Tensor:
     """[N, 2 waves] float32: sine and cosine of absolute time at every period of WAVE_DAYS.
 
-    A bilinear form of the waves of two times can be any smooth function of their difference. With them in the events
-    before the decomposition, and in the query, attention to interests can weigh by age, though a Gram is a set.
+    A bilinear form of the waves of two times can be any smooth function of their difference. With waves in the events
+    before the decomposition and in the query, attention to interests can depend on age, although a Gram has no order.
     """
     days_W = torch.tensor(WAVE_DAYS, dtype=torch.float64, device=time_N.device)
     turns_NW = time_N[:, None].double() / (24 * MS_PER_HOUR) / days_W
-    # Whole turns go in float64: of twenty thousand days float32 keeps minutes.
+    # Remove whole turns in float64: at twenty thousand days the precision of float32 is only minutes.
     phase_NW = ((turns_NW - turns_NW.floor()) * (2 * math.pi)).float()
     return torch.cat([phase_NW.sin(), phase_NW.cos()], 1)
 
 
 def previous_gap(event_time_N: Tensor, event_offsets_U1: Tensor) -> Tensor:
-    """[N] bucket of the time since the user's previous event; bucket 0 for the first."""
+    """[N] bucket of the time since the user's previous event; bucket 0 for the user's first event."""
     gap_N = torch.diff(event_time_N, prepend=event_time_N[:1])
     starts = event_offsets_U1[:-1][event_offsets_U1.diff() > 0]
     return gap_bucket(gap_N.index_fill(0, starts.to(gap_N.device, non_blocking=True), 0))
@@ -93,7 +94,7 @@ def previous_gap(event_time_N: Tensor, event_offsets_U1: Tensor) -> Tensor:
 def recent_events(inputs: ModelInput, *, window: int) -> tuple[Tensor, Tensor]:
     """The latest `window` events before each request, oldest first: (event_BW, gap_BW).
 
-    event_BW: [B, W] 1 + index into N, 0 where there is none. gap_BW: [B, W] bucket of the time from event to request.
+    event_BW: [B, W] 1 + index into N, 0 = no event. gap_BW: [B, W] bucket of the time from event to request.
     """
     place_BW = inputs.request_position_B[:, None] + torch.arange(-window, 0)
     event_BW = inputs.event_offsets_U1[inputs.request_user_B][:, None] + place_BW + 1

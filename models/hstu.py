@@ -1,15 +1,15 @@
-"""HSTU: pointwise attention in one block with gate and transformation (arXiv 2402.17152, section 3).
+"""HSTU: pointwise attention, gate and transformation in one block (arXiv 2402.17152, section 3).
 
     [U, V, Q, K] = SiLU(W_1 LN(x))
     A[n, j] = SiLU(Q_n . K_j + position bias(n - j) + time bias(t_n - t_j)) / L        j <= n, per head
     x += W_2 dropout(LN(A V) * U) + b_2
 
-No softmax: how much a history holds of what a query asks for survives, as a popularity does. L is max_length at any
-number of events. As the authors' public code has it on MovieLens: norms without weights, biases shared by the heads,
-time buckets of log(seconds) / 0.301 up to 128, and absolute positions at the input (the paper names the relative bias
-alone; `absolute_positions` switches them off). Ours: t_n is the time of event n, theirs is that of the event after it,
-which a state may not know here; the result is layer-normalised, where theirs and the items are scaled to length 1 and
-the logit divided by 0.05.
+There is no softmax, so the output keeps how much of the history matches a query, not only which part. L is max_length
+for any number of events. From the authors' public code for MovieLens: norms without weights, biases shared by the
+heads, time buckets of log(seconds) / 0.301 up to 128, and absolute positions at the input (the paper has only the
+relative bias; `absolute_positions` switches them off). Differences: here t_n is the time of event n, there that of the
+next event, which a state must not know here; here the result is layer-normalised, there the result and the items are
+scaled to length 1 and the logit is divided by 0.05.
 The letters are those of models/interface.py and models/sequence_tower.py.
 """
 
@@ -33,14 +33,14 @@ MS_PER_SECOND = 1000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HstuConfig(SelfAttentionConfig):
-    """Size and parts of HSTU."""
+    """Sizes and parts of HSTU."""
 
     dropout: float = 0.2
-    """Probability that a unit is zeroed in training: of events and of what a layer adds."""
+    """Probability that a unit is zeroed in training, in event vectors and in the output of a layer."""
     time_bias: bool = True
-    """Attention knows how long ago an event was, not only how many events ago."""
+    """Attention depends on how long ago an event was, not only on how many events ago."""
     absolute_positions: bool = True
-    """A learned vector per position from the window's start is added to an event."""
+    """Add to each event a learned vector for its position from the window's start."""
 
 
 class Hstu(SequenceModel):
@@ -66,7 +66,7 @@ class Hstu(SequenceModel):
 
 
 class HstuLayer(nn.Module):
-    """One block."""
+    """One block of HSTU."""
 
     def __init__(self, config: HstuConfig) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Interests of growing histories: one decomposition every few events, shared by all requests until the next.
+"""Interests of growing histories: one decomposition every few events, shared by all requests until the next one.
 
     user 0, every = 2    a b | c d | e        request at position 5 -> checkpoint 2 (a b c d)
                                               request at position 1 -> row 0, the empty history
 
-The same in training (many requests of a user in one pass) and in serving (stored interests + latest events). What a
-request misses, the events since its checkpoint, is what exact attention over the latest events is for.
-A stored history keeps its Gram too: events that come later are added to it, and so nothing is seen by neither.
+This is the same in training (many requests of a user in one pass) and in serving (stored interests + latest events).
+The interests do not contain the events since the checkpoint; exact attention over the latest events covers them.
+A stored history also keeps its Gram: later events are added to it at each new checkpoint, so no event is lost.
 The letters are those of models/interface.py; K counts the checkpoints that requests use.
 """
 
@@ -53,9 +53,9 @@ def checkpoint_interests(
 ) -> tuple[Interests, Tensor]:
     """Interests at the checkpoints (every `every` events of a user) that some request uses, and checkpoint_B.
 
-    Row 0 of the interests is the empty history: nothing valid, whose attention is 0. An event weighs
-    2^(-age / half_life), age in events; 1 where half_life is 0. Offsets, users and positions are on the host.
-    The Gram's chunks, sums and decomposition are as models/prefixes.py says, never under autocast.
+    Row 0 of the interests is the empty history: no interest is valid, and attention gives 0. An event weighs
+    2^(-age / half_life), age in events, or 1 if half_life is 0. Offsets, users and positions are on the host. Grams are
+    summed as models/prefixes.py describes; sums and decomposition never run under autocast.
     """
     found = _Checkpoints.of_requests(
         event_ND,
@@ -75,7 +75,7 @@ def checkpoint_interests(
 def history_sums(
     event_ND: Tensor, *, inputs: ModelInput, every: int, how: Decomposition, half_life: float
 ) -> HistorySums:
-    """The sums behind `checkpoint_interests`, and those interests."""
+    """The interests of `checkpoint_interests`, and the Grams and sums from which they are computed, per request."""
     found = _Checkpoints.of_requests(
         event_ND,
         event_offsets_U1=inputs.event_offsets_U1,
@@ -96,10 +96,12 @@ def history_sums(
 def stored_interests(
     event_ND: Tensor, *, inputs: ModelInput, every: int, how: Decomposition, half_life: float
 ) -> Interests:
-    """Interests (K = S) of the stored histories with what came since: as they are stored where no checkpoint came
-    since, else those of the stored Gram with the events up to the new checkpoint. Neither spectrum nor gradient."""
+    """Interests (K = S) of the stored histories and the events since: the stored interests if there is no new
+    checkpoint since, else those of the stored Gram plus the events up to the new checkpoint. They have neither a
+    spectrum nor a gradient."""
     stored = inputs.stored
     assert stored is not None
+    # Find the histories with a new checkpoint.
     first_S = inputs.event_offsets_U1[inputs.request_user_B[stored.request_S]]
     missing_S = stored.length_S - stored.kept_S
     then_S = stored.length_S // every * every
@@ -107,6 +109,7 @@ def stored_interests(
     interest_SRD = stored.interest_SRD.double()
     moved = torch.nonzero(now_S > then_S).flatten()
     if moved.numel():
+        # Add the events between the two checkpoints to the stored sums, then decompose.
         grams, sums = [], []
         for s in moved.tolist():
             now, then, start = int(now_S[s]), int(then_S[s]), int(first_S[s] - missing_S[s])
@@ -134,14 +137,14 @@ def stored_interests(
 
 
 def joined_interests(parts: Sequence[Interests]) -> Interests:
-    """The histories of all parts, one after the other."""
+    """The interests of all parts, concatenated."""
     names = [field.name for field in dataclasses.fields(Interests)]
     return Interests(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Checkpoints:
-    """The checkpoints in use and what is known at each."""
+    """The checkpoints in use, with sums and interests at each."""
 
     prefixes: Prefixes
     gram_KDD: Tensor
@@ -164,7 +167,7 @@ class _Checkpoints:
                 event_offsets_U1, user_B=request_user_B, length_B=request_position_B // every * every
             )
             event_N1D = event_ND[:, None]
-            # An estimator that holds U constant differentiates one of the two factors of X^T X.
+            # If U is treated as a constant, only one of the two factors of X^T X gets a gradient.
             left_N1D = event_N1D.detach() if how.gradient == "stop" else event_N1D
             gram_K1DD, sum_K1D = prefixes.outer_sums(left_N1D, event_N1D, half_life=half_life)
             interests = interests_from_gram(
@@ -178,5 +181,5 @@ class _Checkpoints:
 
 
 def _with_empty_history(value: Tensor) -> Tensor:
-    """The same with a row 0 that is the history without events."""
+    """`value` with a row 0 for the history without events."""
     return torch.cat([value.new_zeros(1, *value.shape[1:]), value])

@@ -1,15 +1,15 @@
-"""What a recommender is: the tensors it reads, the scores it returns, the letters of every shape.
+"""The interface of a recommender: the tensors it reads, the scores it returns, and the letters of all shapes.
 
     U users of the batch           N history events of all users (jagged)    B requests of all users
     M candidates of all requests   I distinct items of the batch             C width of an embedding table
     D model width                  H heads                                   R rank: interests of a history
-    W recent events seen exactly   K checkpoints of a history                F item features, G user features
+    W recent events (exact)        K checkpoints of a history                F item features, G user features
     T requests or events of one user, where a tensor is dense over them
     S requests whose older events are stored, E distinct items of those
 
 A tensor's name ends with its shape: `query_MHD` is [M, H, D]; `1` means "plus one" (`event_offsets_U1` is [U + 1]).
-Tables (models/embeddings.py) turn ids into rows; a tower (solar.py and its competitors) turns rows into scores and
-imports torch alone, so that it runs where TorchRec does not.
+Tables (models/embeddings.py) turn ids into rows; a tower (solar.py and its competitors) turns rows into scores. A tower
+imports only torch, so that it also runs where TorchRec does not.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredHistories:
-    """What stands for the older events of S requests, each of a user of its own. Given are the latest events that were
-    kept beside it, then those that came since.
+    """A stored summary of the older events of S requests, all of different users. The events given in the ModelInput
+    are the latest events that were kept beside the summary, then the events since it was stored.
 
         history   a b c d e f g h | i j        length 8, kept 3        given: f g h i j
 
@@ -31,84 +31,86 @@ class StoredHistories:
     """
 
     request_S: Tensor
-    """[S] int64 index into B, rising."""
+    """[S] int64 index into B, ascending."""
     length_S: Tensor
-    """[S] int64: events when it was stored."""
+    """[S] int64: number of events of the history when it was stored."""
     kept_S: Tensor
-    """[S] int64: of these, how many are given again; fewer than `length_S`."""
+    """[S] int64: how many of these are given again, the latest ones; less than `length_S`."""
     interest_SRD: Tensor
-    """[S, R, D]: at the last checkpoint at or before `length_S`; zero rows where not valid."""
+    """[S, R, D]: interests at the last checkpoint at or before `length_S`; zero rows where not valid."""
     gram_SDD: Tensor
-    """[S, D, D]: of the events before that checkpoint."""
+    """[S, D, D]: Gram of the events before that checkpoint."""
     sum_SD: Tensor
-    """[S, D]: their sum."""
+    """[S, D]: sum of the events before that checkpoint."""
     older_offsets_S1: Tensor
-    """[S + 1] int64: request s has the distinct items older_offsets[s] : older_offsets[s + 1] of what is not given."""
+    """[S + 1] int64: entries older_offsets[s] : older_offsets[s + 1] below are the distinct items of request s in the
+    events that are not given."""
     older_item_E: Tensor
-    """[E] int64 index into I; for one request each item once."""
+    """[E] int64 index into I; each item occurs once per request."""
     older_count_E: Tensor
-    """[E] int64: how often it occurs in them."""
+    """[E] int64: how often the item occurs in the events that are not given."""
     older_place_E: Tensor
-    """[E] int64: where it stands last, from 0."""
+    """[E] int64: position of its last occurrence in the history, from 0."""
     older_time_E: Tensor
-    """[E] int64: when that was."""
+    """[E] int64: time of its last occurrence."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelInput:
-    """What a tower reads. Items are looked up once each; events and candidates point into them by index.
+    """The input of a tower. Each distinct item is looked up once; events and candidates refer to items by index.
 
-    What says where things are (event_offsets, request_user, request_position, candidate_offsets) is on the host, all
-    else on the device: a tower plans on the host and never waits for the device to tell it a size.
+    The layout (event_offsets, request_user, request_position, candidate_offsets) is on the host, all other tensors are
+    on the device: a tower plans on the host and never waits for the device to learn a size.
     """
 
     item_IC: Tensor
     """[I, C] embedding rows of the distinct items of this batch, with the gradient of the look-up."""
     features_IFC: Tensor
-    """[I, F, C] one vector per item feature: the mean of its values' rows, zero where an item has none, and in the
-    last columns where the feature's table is narrower than C."""
+    """[I, F, C] one vector per item feature: the mean of its values' rows, zero for an item without values. If the
+    feature's table is narrower than C, the last columns are zero."""
     user_features_UGC: Tensor
-    """[U, G, C] one vector per user feature, as features_IFC has it of items; G may be 0."""
+    """[U, G, C] one vector per user feature, made like features_IFC; G may be 0."""
     event_offsets_U1: Tensor
     """[U + 1] int64, host: user u owns events event_offsets[u] : event_offsets[u + 1], in total order."""
     event_item_N: Tensor
     """[N] int64 index into I."""
     event_time_N: Tensor
-    """[N] int64 milliseconds since 1970 UTC, zero where the log has an order only."""
+    """[N] int64 milliseconds since 1970 UTC, zero where the log has no times."""
     event_action_N: Tensor
     """[N] int64 action code, below `num_actions` of the model's config; 0 = none."""
     request_user_B: Tensor
     """[B] int64, host, not decreasing."""
     request_position_B: Tensor
-    """[B] int64, host: the first so many events of the user are the history."""
+    """[B] int64, host: length of the history, which is the user's first events."""
     request_time_B: Tensor
-    """[B] int64 milliseconds since 1970 UTC, zero where the log has an order only."""
+    """[B] int64 milliseconds since 1970 UTC, zero where the log has no times."""
     candidate_offsets_B1: Tensor
     """[B + 1] int64, host."""
     candidate_item_M: Tensor
     """[M] int64 index into I."""
     num_reserved: int = 0
-    """The first so many of I are no items of their own: padding, and the one that stands for all unknown items."""
+    """The first `num_reserved` of I are not real items: padding, and the row shared by all unknown items."""
     stored: StoredHistories | None = None
-    """Of requests whose older events are not given again (serving); None = every history is given whole."""
+    """Summaries for requests whose older events are not given again (serving); None = every history is complete."""
 
     def refuse_bad_layout(self) -> ModelInput:
-        """This input; ValueError with the value, the rule and the fix where a tower could only return nonsense.
+        """Returns this input; ValueError with the value, the rule and the fix where scores would be meaningless.
 
-        Looks at values on the host alone: on an accelerator nothing waits, and times are taken as they are. Rows have
-        their own check, `refuse_bad_rows`, once a look-up: a catalogue serves many inputs.
+        Checks only values on the host, so it never waits for an accelerator; times on an accelerator are not checked.
+        Rows are checked by `refuse_bad_rows`, once per look-up, because one look-up serves many inputs.
         """
         num_users, num_events = self.event_offsets_U1.numel() - 1, self.event_item_N.numel()
         length_U = self.event_offsets_U1.diff()
         _refuse(
             bool((length_U < 0).any()) or int(self.event_offsets_U1[-1]) != num_events,
-            f"event_offsets end at {int(self.event_offsets_U1[-1])} of {num_events} events: let them rise to it",
+            f"event_offsets end at {int(self.event_offsets_U1[-1])} of {num_events} events: they must rise to "
+            "the number of events",
         )
         size_B, user_B = self.candidate_offsets_B1.diff(), self.request_user_B
         _refuse(
             bool((size_B < 0).any()) or int(self.candidate_offsets_B1[-1]) != self.candidate_item_M.numel(),
             f"candidate_offsets end at {int(self.candidate_offsets_B1[-1])} of {self.candidate_item_M.numel()} "
-            "candidates: let them rise to it",
+            "candidates: they must rise to the number of candidates",
         )
         if user_B.numel():
             _refuse(
@@ -118,8 +120,8 @@ class ModelInput:
             beyond_B = (self.request_position_B < 0) | (self.request_position_B > length_U[user_B])
             _refuse(
                 bool(beyond_B.any()),
-                f"request_position {self.request_position_B[beyond_B][:1].tolist()} lies outside its user's events: "
-                "a history is a number of the user's first events",
+                f"request_position {self.request_position_B[beyond_B][:1].tolist()} is outside its user's events: "
+                "it must be the number of the user's events that are the history",
             )
         if self.event_time_N.device.type == "cpu":
             self._refuse_bad_times()
@@ -140,13 +142,13 @@ class ModelInput:
         _refuse(
             bool(early_B.any()),
             f"request {torch.nonzero(seen_B).flatten()[early_B][:1].tolist()} is earlier than the last event of its "
-            "history: give it its own time",
+            "history: set the time of the request",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HistorySums:
-    """What is stored of B histories, each at its last checkpoint; zero for one that has not come to any."""
+    """The sums to store for B histories, each at its last checkpoint; zero for a history without a checkpoint."""
 
     interest_BRD: Tensor
     """[B, R, D] float64."""
@@ -157,7 +159,7 @@ class HistorySums:
 
 
 def refuse_bad_rows(item_IC: Tensor, features_IFC: Tensor) -> None:
-    """ValueError for looked-up rows of two types or, on the host, that are not finite."""
+    """ValueError for looked-up rows of two different types, or (checked on the host only) rows that are not finite."""
     _refuse(
         item_IC.dtype != features_IFC.dtype or not item_IC.is_floating_point(),
         f"item rows are {item_IC.dtype}, feature rows {features_IFC.dtype}: look both up in one type",
@@ -174,7 +176,7 @@ def refuse_bad_rows(item_IC: Tensor, features_IFC: Tensor) -> None:
 
 
 def refuse_feature_width(feature_width: int | dict[str, int] | None, *, width: int) -> None:
-    """ValueError for a width above `width`, or for one that fbgemm has no tables of."""
+    """ValueError for a feature width above `width`, or one for which fbgemm has no tables."""
     of_feature = feature_width if isinstance(feature_width, dict) else {"": feature_width}
     for name, value in of_feature.items():
         if value is not None and (not 4 <= value <= width or value % 4):
@@ -194,11 +196,11 @@ class Recommender(nn.Module):
 
     @property
     def kept_events(self) -> int | None:
-        """Latest events that are kept beside a stored history; None: this tower reads whole histories alone."""
+        """Number of latest events to keep beside a stored history; None: this tower needs complete histories."""
         return None
 
     def history_sums(self, inputs: ModelInput) -> HistorySums:
-        """What is stored of each request's history, where `kept_events` is a number."""
+        """The sums to store for each request's history. Only for towers whose `kept_events` is not None."""
         raise NotImplementedError
 
     def forward(self, inputs: ModelInput) -> Tensor:

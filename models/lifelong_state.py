@@ -1,10 +1,10 @@
-"""What is kept of a user's lifelong history between two trainings: its Gram matrix, and nothing that grows.
+"""A state of constant size for a user's lifelong history between two trainings: the Gram matrix of the events.
 
     G = sum_n w_n x_n x_n^T        s = sum_n w_n x_n        w = sum_n w_n        w_n = 2^(-age_n / half_life)
 
-A state takes events as they come, forgets events on request, is merged with the state of another period or device, and
-gives the same interests as the whole history would (svd_attention.py): adding is O(D^2) an event, interests are one
-decomposition. The vectors x_n are a model's: a state carries that model's digest and refuses any other.
+Events can be added one by one and removed again, and states of several periods or devices can be merged. The interests
+equal those of the whole history (svd_attention.py). Adding costs O(D^2) per event, interests cost one decomposition.
+The vectors x_n depend on the model, so a state has the model's digest and cannot be combined with another model's.
 The letters are those of models/interface.py; n counts the events of one call, P the entries of a triangle.
 """
 
@@ -23,12 +23,12 @@ from torch import Tensor
 from models.svd_attention import Decomposition, Interests, interests_from_gram
 
 REMOVED_SHARE = 0.5
-"""Share of everything added, as a sum of squares, that may be removed before a state is computed anew. A difference
-keeps the rounding of the larger sum: what is left never has more than twice its own."""
+"""Share of the mass (sum of squares) of all added events that may be removed before the state is recomputed. A
+difference keeps the rounding error of the larger sum, so with 0.5 the relative error at most doubles."""
 
 
 class StateError(ValueError):
-    """A state that cannot be used as asked: one line with the value and the fix."""
+    """A state cannot be used in this way. The message is one line with the value and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,13 @@ class LifelongState:
     sum_D: Tensor
     """[D]."""
     weight: float
-    """The sum of the weights: the number of events where nothing decays."""
+    """The sum of the weights; without decay the number of events."""
     mass: float
-    """Everything that was added since the state was last computed from events, decayed along: the trace of the Gram as
-    if nothing had been removed."""
+    """The trace that the Gram would have if nothing had been removed since the state was last computed from events."""
     digest: str
-    """Names the model whose event vectors these are."""
+    """Digest of the model that made the event vectors."""
     half_life: float = 0.0
-    """In events; 0 = nothing decays."""
+    """In events; 0 = no decay."""
 
     @staticmethod
     def empty(width: int, *, digest: str, half_life: float = 0.0) -> LifelongState:
@@ -55,7 +54,7 @@ class LifelongState:
         if width < 1:
             raise StateError(f"width = {width} must be at least 1")
         if not 0 <= half_life < float("inf"):
-            raise StateError(f"half_life = {half_life} must be a number of events, or 0 to let nothing decay")
+            raise StateError(f"half_life = {half_life} must be a number of events, or 0 for no decay")
         zeros = torch.zeros(width, width, dtype=torch.float64)
         return LifelongState(zeros, zeros[0].clone(), 0.0, 0.0, digest, half_life)
 
@@ -65,7 +64,7 @@ class LifelongState:
         return LifelongState.empty(event_nD.shape[-1], digest=digest, half_life=half_life).add(event_nD)
 
     def add(self, event_nD: Tensor) -> LifelongState:
-        """The state after these events too, oldest first. StateError: another width, a vector that is not finite."""
+        """The state with these events added, oldest first. StateError: another width, or a vector is not finite."""
         event_nD = self._checked(event_nD)
         weight_n = self._weights(torch.arange(event_nD.shape[0] - 1, -1, -1))
         before = self.decay(event_nD.shape[0])
@@ -81,11 +80,11 @@ class LifelongState:
     def merge(self, later: LifelongState, *, num_events: int = 0) -> LifelongState:
         """The state of both histories; with decay, `num_events` says how many events of `later` came after ours."""
         if later.digest != self.digest:
-            raise StateError(f"a state of model {later.digest} cannot join one of {self.digest}; compute it anew")
+            raise StateError(f"states of models {later.digest} and {self.digest} cannot be merged; recompute one")
         if later.half_life != self.half_life or later.sum_D.numel() != self.sum_D.numel():
             raise StateError(
                 f"states of half_life {self.half_life} and width {self.sum_D.numel()}, and of {later.half_life} and "
-                f"{later.sum_D.numel()}, cannot be merged: compute one of them anew"
+                f"{later.sum_D.numel()}, cannot be merged: recompute one of them"
             )
         before = self.decay(num_events)
         return dataclasses.replace(
@@ -99,14 +98,14 @@ class LifelongState:
     def remove(
         self, event_nD: Tensor, *, remaining: Callable[[], Tensor], age_n: Tensor | None = None
     ) -> LifelongState:
-        """The state without these events. With decay, `age_n` counts the events that came after each.
+        """The state without these events. With decay, `age_n` is the number of events after each.
 
-        `remaining` reads the vectors of all other events, oldest first. It is called when more than REMOVED_SHARE of
-        the mass has gone: the state is then computed from events. Their ages are taken to be consecutive then.
+        `remaining` returns the vectors of all other events, oldest first. It is called when more than REMOVED_SHARE of
+        the mass has been removed: the state is then recomputed from these events, as if their ages were consecutive.
         """
         event_nD = self._checked(event_nD)
         if self.half_life and age_n is None:
-            raise StateError(f"half_life = {self.half_life}: removing events needs age_n, the events after each")
+            raise StateError(f"half_life = {self.half_life}: removal needs age_n, the number of events after each")
         weight_n = self._weights(torch.zeros(event_nD.shape[0]) if age_n is None else age_n)
         weighted_nD = event_nD * weight_n[:, None]
         gram_DD = self.gram_DD - _symmetric(weighted_nD.T @ event_nD)
@@ -133,7 +132,7 @@ class LifelongState:
         )
 
     def interests(self, how: Decomposition) -> Interests:
-        """The interests (K = 1) of everything that the state has seen."""
+        """The interests (K = 1) of the events in the state."""
         return interests_from_gram(
             self.gram_DD[None],
             sum_KD=self.sum_D[None],
@@ -142,7 +141,7 @@ class LifelongState:
         )
 
     def serving_interests(self, how: Decomposition) -> Tensor:
-        """interest_RD in float16 for a cache: 2 R D bytes a user. Each entry is off by at most 2^-11 of itself."""
+        """interest_RD in float16 for a cache: 2 R D bytes per user. The relative error of an entry is at most 2^-11."""
         interest_RD = self.interests(how).interest_KRD[0]
         largest = float(interest_RD.abs().max()) if interest_RD.numel() else 0.0
         if largest > torch.finfo(torch.float16).max:
@@ -163,13 +162,13 @@ class LifelongState:
 
     @staticmethod
     def load(path: Path, *, digest: str) -> LifelongState:
-        """The saved state. StateError: not such a file, or the state of another model."""
+        """The saved state. StateError: the file is not a complete state, or is the state of another model."""
         try:
             with safe_open(path, framework="pt") as tensors:
                 facts = json.loads((tensors.metadata() or {})["lifelong_state"])
                 packed_P, sum_D = tensors.get_tensor("gram_P"), tensors.get_tensor("sum_D")
         except (OSError, SafetensorError, KeyError) as error:
-            raise StateError(f"{path}: not a whole lifelong state; compute it from the user's events") from error
+            raise StateError(f"{path}: not a complete lifelong state; compute it from the user's events") from error
         if facts["digest"] != digest:
             raise StateError(f"{path}: state of model {facts['digest']}, not of {digest}; compute it from the events")
         rows, columns = _triangle(sum_D.numel())

@@ -2,9 +2,9 @@
 
     A = softmax_n(X Theta)        P = A^T X        O = softmax(Q (P W_K)^T / tau) P W_V
 
-LightSANs' low-rank decomposition of the sequence axis (SIGIR 2021), read by candidates as SOLAR's interests are: the
-learned analogue of U^T X, and what shows whether the decomposition earns its place. The softmax over events runs over
-growing prefixes as two running sums (models/prefixes.py), exact at every request.
+LightSANs' low-rank decomposition of the sequence axis (SIGIR 2021), read by candidates like SOLAR's interests. It is
+the learned analogue of U^T X: a comparison with it shows whether the decomposition is worth its cost. The softmax over
+the events of growing prefixes is computed with two running sums (models/prefixes.py), exact at every request.
 The letters are those of models/interface.py; K counts histories.
 """
 
@@ -24,10 +24,10 @@ from models.svd_attention import Interests, SvdAttention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LightSansConfig(TowerConfig):
-    """Size and parts of learned pooling."""
+    """Sizes and parts of learned pooling."""
 
     rank: int = 16
-    """R, interests of a history."""
+    """R, number of interests of a history."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,9 +64,9 @@ class LightSans(AttentionTower):
 
 
 def pooled(score_NR: Tensor, *, event_ND: Tensor, inputs: ModelInput, prefixes: Prefixes) -> Tensor:
-    """interest_KRD in float64: per prefix, the mean of its events under the softmax of each column of scores.
+    """interest_KRD in float64: per prefix, the mean of its events weighted by the softmax of each column of scores.
 
-    Scores are relative to the user's largest: an event 700 below it, in a prefix of its own, is where float64 ends.
+    Scores are taken relative to the user's largest. If all scores of a prefix are 700 below it, float64 underflows.
     """
     score_NR = score_NR.double()
     length_U = inputs.event_offsets_U1.diff()

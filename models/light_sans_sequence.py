@@ -5,12 +5,13 @@
     P(K) = softmax_j(K Theta_K)^T K,   P(V) = softmax_j(V Theta_V)^T V                           R x D, before the heads
     x = LN(x + dropout(O W_O + b_O));  x = LN(x + MLP(x))                                           4 D, GELU
 
-published  j runs over all L = max_length positions, padding among them, and every prefix is a sample of its own, read
-           at its last event. A public implementation takes the item softmax over the queries; the paper's is over
-           interests, and so is this one.
-causal     j runs over the events up to n: every position has interests of its own, two running sums in float64. Ours.
+published  j runs over all L = max_length positions, including padding, and every prefix is a separate sample, read at
+           its last event. A public implementation takes the item softmax over the queries; in the paper and here it is
+           over the interests.
+causal     j runs over the events up to n: every position has its own interests, from two running sums in float64. This
+           form is ours.
 
-models/light_sans.py is its pooling read by candidates. The position part costs T x T in both forms.
+models/light_sans.py uses the same pooling, read by candidates. The position part costs T x T in both forms.
 The letters are those of models/interface.py and models/sequence_tower.py; R counts interests, d = D / H.
 """
 
@@ -37,10 +38,10 @@ LIGHT_SANS_NORM_EPS = 1e-12
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LightSansSequenceConfig(TwoFormConfig):
-    """Size and form of LightSANs."""
+    """Sizes and form of LightSANs."""
 
     num_interests: int = 5
-    """R, what a history is pooled into, for keys and for values."""
+    """R, number of interests into which a history is pooled, for keys and for values."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +82,7 @@ class LightSansLayer(TransformerLayer):
         self.position_query_key = nn.Linear(width, 2 * width)
 
     def forward(self, state_KTD: Tensor, position_TD: Tensor) -> Tensor:
+        # Attend to the interests.
         query_KTD, key_KTD, value_KTD = self.query_key_value(state_KTD).chunk(3, dim=2)
         pool = pooled_so_far if self.causal else pooled_over_all
         # [K, T or 1, R, D]: the interests that a position reads.
@@ -91,6 +93,7 @@ class LightSansLayer(TransformerLayer):
         score_KTHR = (query_KTHd[:, :, :, None] * self._heads(key_KTRD).transpose(2, 3)).sum(4) / scale
         weight_KTHR = torch.softmax(score_KTHR, 3)
         found_KTHd = (weight_KTHR[..., None, :] @ self._heads(value_KTRD).transpose(2, 3)).squeeze(3)
+        # Attend to the positions.
         query_THd, key_THd = (
             self._heads(side_TD) for side_TD in self.position_query_key(self.position_norm(position_TD)).chunk(2, dim=1)
         )
@@ -106,14 +109,15 @@ class LightSansLayer(TransformerLayer):
 
 
 def pooled_over_all(score_KTR: Tensor, value_KTD: Tensor) -> Tensor:
-    """interest_K1RD: the mean of the window's positions under the softmax of each column of scores."""
+    """interest_K1RD: the mean of the window's positions weighted by the softmax of each column of scores."""
     return (torch.softmax(score_KTR, 1).mT @ value_KTD)[:, None]
 
 
 def pooled_so_far(score_KTR: Tensor, value_KTD: Tensor) -> Tensor:
-    """interest_KTRD: the same over the positions up to each one.
+    """interest_KTRD: for each position, the same mean over the positions up to it.
 
-    Scores are relative to the window's largest: an event 700 below it, among such alone, is where float64 ends.
+    Scores are taken relative to the window's largest. If all scores up to a position are 700 below it, float64
+    underflows.
     """
     weight_KTR = (score_KTR.double() - score_KTR.detach().double().amax(1, keepdim=True)).exp()
     mass_KTR1 = weight_KTR.cumsum(1)[..., None].clamp_min(torch.finfo(torch.float64).tiny)

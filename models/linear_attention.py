@@ -1,11 +1,11 @@
-"""Linear attention over the whole history: the other way to O(events), which gives up the softmax.
+"""Linear attention over the whole history: another way to O(events), which gives up the softmax.
 
     linear   O = phi(Q) (sum_n phi(k_n) v_n^T) / (phi(Q) sum_n phi(k_n)),  phi = elu + 1
     linrec   O = elu(Q)/|elu(Q)| (sum_n (elu(k_n) / c) v_n^T),  c_d = sqrt(sum_n elu(k_n)_d^2)
 
 `linear` is the cross attention of IFA (arXiv 2406.09742) with the feature map of linear transformers (arXiv
-2006.16236); `linrec` normalises queries by row and keys by column (arXiv 2411.01537). The state of a history is
-D/H x D/H numbers a head and exact at every request (models/prefixes.py), so there are no checkpoints.
+2006.16236); `linrec` normalises queries by row and keys by column (arXiv 2411.01537). The state of a history has
+D/H x D/H numbers per head and is exact at every request (models/prefixes.py), so there are no checkpoints.
 The letters are those of models/interface.py; K counts histories.
 """
 
@@ -28,7 +28,7 @@ EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearAttentionConfig(TowerConfig):
-    """Size and parts of linear attention."""
+    """Sizes and parts of linear attention."""
 
     form: Literal["linear", "linrec"] = "linear"
     """How queries and keys are mapped and normalised."""
@@ -55,6 +55,7 @@ class LinearAttention(AttentionTower):
         key_NHD, value_NHD = (
             side.unflatten(1, (heads, head_width)) for side in self.key_value(event_ND).chunk(2, dim=1)
         )
+        # Sum the state of every history.
         prefixes = Prefixes.of_requests(
             inputs.event_offsets_U1, user_B=inputs.request_user_B, length_B=inputs.request_position_B
         )
@@ -71,6 +72,7 @@ class LinearAttention(AttentionTower):
             square_KH1D, _ = prefixes.outer_sums(torch.ones_like(key_NHD[:, :, :1]), key_NHD**2)
             state_KHDD = state_KHDD / (square_KH1D.mT + EPS).sqrt()
             mass_KHD = torch.zeros_like(state_KHDD[..., 0])
+        # Read it with the queries of the candidates.
         normalise = self.config.form == "linear"
 
         def compute(query_bTD: Tensor, _: Tensor | None, state_bX: Tensor, mass_bD: Tensor) -> Tensor:

@@ -4,11 +4,11 @@
     O_h = elu(Q) / |elu(Q)|_row (elu(K) / |elu(K)|_column)^T V / sqrt(d)
     x = LN(x + dropout(O W_O + b_O));  x = LN(x + MLP(x))                 4 D, GELU
 
-published  the columns of K run over all L = max_length positions, padding among them, and every prefix is a sample of
-           its own, read at its last event. The paper puts this attention into models of others; the layer around it
-           and the 1/sqrt(d) are those of its public code.
-causal     column norms and K^T V run over the events up to n: all prefixes of a window in one pass. Ours; the norm of
-           a column at n is a vector that divides the query, so that it is one running sum more.
+published  the columns of K run over all L = max_length positions, including padding, and every prefix is a separate
+           sample, read at its last event. The paper inserts this attention into other models; the layer around it and
+           the 1/sqrt(d) are those of its public code.
+causal     column norms and K^T V run over the events up to n: all prefixes of a window in one pass. This form is ours;
+           the column norms at n are a vector that divides the query, which needs one more running sum.
 
 The letters are those of models/interface.py and models/sequence_tower.py.
 """
@@ -35,7 +35,7 @@ from models.sequence_tower import (
 
 LINREC_NORM_EPS = 1e-12
 LENGTH_EPS = 1e-6
-"""Least length of a row or column that is divided by; the public code has none."""
+"""Lower bound of the norm of a row or column in a division; the public code has no such bound."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class LinRec(SequenceModel):
 
 
 class LinRecLayer(TransformerLayer):
-    """Attention and feed-forward network, each with a residual and a norm behind it."""
+    """Attention and feed-forward network, each followed by a residual sum and a norm."""
 
     def __init__(self, config: LinRecConfig) -> None:
         super().__init__(config, norm_eps=LINREC_NORM_EPS)
@@ -71,7 +71,7 @@ class LinRecLayer(TransformerLayer):
         self.query_key_value = nn.Linear(config.width, 3 * config.width)
 
     def forward(self, state_KTD: Tensor) -> Tensor:
-        # Sums over a history want more digits than bfloat16 has.
+        # Sums over a history need more precision than bfloat16 has.
         sides_KTD = self.query_key_value(state_KTD).to(torch.promote_types(state_KTD.dtype, torch.float32))
         query_XTd, key_XTd, value_XTd = (
             split_heads(side_KTD, self.num_heads) for side_KTD in sides_KTD.chunk(3, dim=2)

@@ -1,4 +1,5 @@
-"""Mean pooling: the honest baseline. A history is the mean of its items, whatever their order, number or fit.
+"""Mean pooling, a baseline: a history is the mean of its items, regardless of their order and number, and of the
+candidate.
 
     user_B = W mean(item rows of the history)        logit = <user_B, item> / sqrt(C) + popularity(item)
 
@@ -22,9 +23,9 @@ class MeanPoolingConfig:
     """Size of the baseline."""
 
     width: int = 64
-    """C, of the embedding tables and of the pooled vector."""
+    """C, width of the embedding tables and of the pooled vector."""
     feature_width: int | dict[str, int] | None = None
-    """Width of the tables of item features, as attention towers have it."""
+    """Width of the tables of item features, as in attention towers (models/attention_tower.py)."""
     dropout: float = 0.1
     """Probability that a unit of the pooled vector is zeroed in training."""
 
@@ -61,7 +62,7 @@ class MeanPooling(Recommender):
 def history_mean(item_IC: Tensor, inputs: ModelInput) -> Tensor:
     """mean_BC of the items before each request, from one cumulative sum over all users; zero for an empty history.
 
-    The sum runs in float64: a mean is the difference of two of its rows, and the later ones hold every earlier user.
+    The sum is in float64: a history's sum is the difference of two of its rows, which contain all earlier users too.
     """
     sum_NC = F.embedding(inputs.event_item_N, item_IC).double().cumsum(0)
     sum_N1C = torch.cat([sum_NC.new_zeros(1, sum_NC.shape[1]), sum_NC])

@@ -1,4 +1,4 @@
-"""Metrics of ranking and of probability: pure functions of scores; no model, no data set.
+"""Metrics of ranking and of probability: pure functions of scores and labels.
 
 Ranking (next item):  rank of the one relevant candidate among all -> HR@k, NDCG@k, MRR@k, one value per request.
 Impressions:          AUC, GAUC, LogLoss, calibration over labelled candidates.
@@ -21,7 +21,7 @@ def rank_of_target(logits_BI: Tensor, target_B: Tensor, *, excluded_BI: Tensor |
     """rank_B = 1 + (candidates with a higher score) + (others with the same score) / 2, float64.
 
     `excluded_BI` marks items that do not compete (seen before, padding); the target always competes. A target whose
-    score is not finite is last; another score that is not finite is never better.
+    score is not finite is last; other items whose score is not finite never rank above the target.
     """
     target_logit_B1 = logits_BI.gather(1, target_B[:, None])
     competes_BI = torch.isfinite(logits_BI)
@@ -36,12 +36,12 @@ def rank_of_target(logits_BI: Tensor, target_B: Tensor, *, excluded_BI: Tensor |
 
 
 def hit_rate(rank: ArrayLike | Tensor, *, k: int) -> NDArray[np.float64]:
-    """1 where the target is among the first k."""
+    """1 where the target is among the first k, else 0."""
     return (_array(rank) <= k).astype(np.float64)
 
 
 def ndcg(rank: ArrayLike | Tensor, *, k: int) -> NDArray[np.float64]:
-    """1 / log2(1 + rank) where the target is among the first k, else 0: one relevant item, so the ideal gain is 1."""
+    """1 / log2(1 + rank) where the target is among the first k, else 0. With one relevant item the ideal gain is 1."""
     ranks = _array(rank)
     return np.where(ranks <= k, 1 / np.log2(1 + ranks), 0.0)
 
@@ -53,7 +53,7 @@ def reciprocal_rank(rank: ArrayLike | Tensor, *, k: int) -> NDArray[np.float64]:
 
 
 def auc(score: ArrayLike | Tensor, label: ArrayLike | Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counting half; nan where one class is missing.
+    """Probability that a positive scores above a negative, where ties count half; nan if a class is missing.
 
     (sum of the positives' mean ranks - P (P + 1) / 2) / (P Q) for P positives and Q negatives (Mann and Whitney).
     """
@@ -70,16 +70,16 @@ def auc(score: ArrayLike | Tensor, label: ArrayLike | Tensor) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gauc:
-    """AUC inside each user, averaged with the user's impressions as weight."""
+    """The mean of each user's AUC, weighted by the user's number of impressions."""
 
     value: float
-    """nan where no user has both classes."""
+    """nan if no user has both classes."""
     num_users: int
     """Users that have both classes."""
     num_users_skipped: int
-    """Users with one class only: they have no AUC."""
+    """Users with only one class, who have no AUC."""
     num_impressions: int
-    """Impressions of the users counted."""
+    """Impressions of the users that have both classes."""
 
 
 def gauc(score: ArrayLike | Tensor, label: ArrayLike | Tensor, user: ArrayLike | Tensor) -> Gauc:
@@ -103,7 +103,7 @@ def gauc(score: ArrayLike | Tensor, label: ArrayLike | Tensor, user: ArrayLike |
 
 
 def log_loss(logit: ArrayLike | Tensor, label: ArrayLike | Tensor) -> float:
-    """Mean binary cross-entropy in nats of sigmoid(logit); nan without impressions."""
+    """Mean binary cross-entropy of sigmoid(logit), in nats; nan without impressions."""
     logits, labels = _array(logit), _array(label)
     if logits.size == 0:
         return float("nan")
@@ -111,7 +111,7 @@ def log_loss(logit: ArrayLike | Tensor, label: ArrayLike | Tensor) -> float:
 
 
 def calibration(logit: ArrayLike | Tensor, label: ArrayLike | Tensor) -> float:
-    """Sum of predicted probabilities over number of positives: 1 is calibrated; nan without positives."""
+    """Sum of predicted probabilities divided by the number of positives: 1 is calibrated; nan without positives."""
     logits, labels = _array(logit), _array(label)
     if labels.sum() == 0:
         return float("nan")
@@ -128,7 +128,7 @@ class Interval:
 
 
 def bootstrap_interval(values: ArrayLike, *, seed: int, num_resamples: int = 2000, level: float = 0.95) -> Interval:
-    """The mean of one value per user, and the interval that covers `level` of the means of resampled users."""
+    """The mean of `values` (one per user), and the interval that contains the share `level` of the resampled means."""
     per_user = _array(values)
     if per_user.size == 0:
         raise ValueError("values is empty: an interval needs at least one user; evaluate on more users")
@@ -141,7 +141,7 @@ def bootstrap_ratio_interval(
 ) -> Interval:
     """mean(values) / mean(baseline) over the same users, resampled together.
 
-    The ratio is infinite where a mean of `baseline` is 0, nan where both means are.
+    The ratio is infinite if only the mean of `baseline` is 0, and nan if both means are 0.
     """
     above, below = _array(values), _array(baseline)
     if above.shape != below.shape or above.size == 0:
@@ -157,7 +157,7 @@ def bootstrap_ratio_interval(
 
 
 def _resamples(num_users: int, seed: int, num_resamples: int):
-    """Index arrays [n, num_users] of users drawn with replacement, in pieces of at most about 10 M entries."""
+    """Index arrays [n, num_users] of users drawn with replacement; an array has at most about 10 M entries."""
     generator = np.random.default_rng(seed)
     piece = max(1, min(num_resamples, 10_000_000 // num_users))
     for start in range(0, num_resamples, piece):
@@ -165,7 +165,7 @@ def _resamples(num_users: int, seed: int, num_resamples: int):
 
 
 def _interval(value: float, resampled: NDArray[np.float64], *, level: float) -> Interval:
-    """Quantiles of the resampled values that exist (0 / 0 has none)."""
+    """The interval from the quantiles of the resampled values; nan (from 0 / 0) is ignored."""
     known = resampled[~np.isnan(resampled)]
     if known.size == 0:
         return Interval(value=value, low=float("nan"), high=float("nan"))

@@ -1,15 +1,15 @@
-"""Sums over growing histories: every prefix that some request reads, each event touched once.
+"""Sums over growing histories: one for every prefix that some request reads; each event is processed once.
 
     user 0    a b c | d e | f        prefixes in use: abc, abcde, abcdef
-              span    span  span     a prefix is the one before it, decayed, plus its own span
+              span    span  span     sum of a prefix = decayed sum of the previous prefix + sum over its own span
 
     sum_KHLD[k] = sum over the events n of prefix k of 2^(-age_n / half_life) left_NHL[n] (x) right_NHD[n]
 
 SVD-Attention's Gram (left = right = the events), linear attention's state (left = features of the keys, right = values)
-and learned pooling (left = weights) are such sums. Nothing has size events x candidates, no history is padded to the
-longest, and memory grows with events plus prefixes.
+and learned pooling (left = weights) are such sums. No tensor has size events x candidates, no history is padded to the
+longest one, and memory grows with events plus prefixes.
 The letters are those of models/interface.py; K counts prefixes, L and D are widths of the two sides, S counts segments
-(a span, or its part on one side of EXACT_EVENTS), G chunks of E events. What says where things are lives on the host.
+(a span, or its part on one side of EXACT_EVENTS), G chunks of E events. Indices and lengths are on the host.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_EVENTS = 128
-"""Events of one product where spans are short: the products of a batch take CHUNK_EVENTS / L times less memory than
-its events."""
+"""Events per product where spans are short: the products of a batch take CHUNK_EVENTS / L times less memory than its
+events."""
 LONG_SPAN = 64
-"""Mean events of a span from which, on a CPU, one product a span without any copy beats a batched one: forward and
-backward of 80,000 events of width 64 take 185 ms against 244 at 64 events a span, 46 against 89 at 512 (one core)."""
+"""Mean span length from which, on a CPU, one product per span without copies is faster than a batched product: forward
+and backward of 80,000 events of width 64 take 185 ms against 244 at 64 events per span, 46 against 89 at 512 (1 core).
+"""
 RUN_EVENTS = 1024
-"""Events of one product where spans are long. A Gram of 10,000 events is off by 3e-8 of its norm so, and by 1.1e-7 as
+"""Events per product where spans are long. The error of a Gram of 10,000 events is then 3e-8 of its norm, and 1.1e-7 as
 one float32 product."""
 EXACT_EVENTS = 128
-"""A history's first so many events are multiplied in float64, later ones in float32 in short runs that are summed in
-float64. What may be short of rank is exact so; what is long costs a third."""
+"""A history's first EXACT_EVENTS events are multiplied in float64; later ones in float32, in short runs that are summed
+in float64. So short histories, whose Gram may not have full rank, are exact, and long ones cost a third."""
 
 
 def weight_of(length_K: Tensor, half_life: float) -> Tensor:
-    """[K] float64: the sum of the weights of so many events; their number without decay."""
+    """[K] float64: the sum of the weights of length_K events; without decay their number."""
     count_K = length_K.double()
     if not half_life:
         return count_K
@@ -51,13 +52,13 @@ class Prefixes:
     start_K: Tensor
     """[K] int64: row in N of the user's first event."""
     length_K: Tensor
-    """[K] int64: events of the prefix, at least 1."""
+    """[K] int64: number of events of the prefix, at least 1."""
     previous_K: Tensor
-    """[K] int64: events of the user's previous prefix, or 0; the span lies between the two."""
+    """[K] int64: number of events of the user's previous prefix, or 0; the span is what follows them."""
     rank_K: Tensor
-    """[K] int64: shorter prefixes of the same user."""
+    """[K] int64: number of shorter prefixes of the same user."""
     place_B: Tensor
-    """[B] int64: 1 + the prefix of each request; 0 for the empty history."""
+    """[B] int64: 1 + index in K of each request's prefix; 0 for the empty history."""
 
     @staticmethod
     def of_requests(event_offsets_U1: Tensor, *, user_B: Tensor, length_B: Tensor) -> Prefixes:
@@ -78,14 +79,15 @@ class Prefixes:
         )
 
     def weight_K(self, half_life: float) -> Tensor:
-        """[K] float64: the sum of the weights of a prefix's events; its number of events without decay."""
+        """[K] float64: the sum of the weights of a prefix's events; without decay their number."""
         return weight_of(self.length_K, half_life)
 
     def outer_sums(self, left_NHL: Tensor, right_NHD: Tensor, *, half_life: float = 0.0) -> tuple[Tensor, Tensor]:
-        """(sum_KHLD, right_KHD) in float64; right_KHD is the same sum of right_NHD alone, without gradient.
+        """(sum_KHLD, right_KHD) in float64; right_KHD is the same weighted sum of right_NHD, without gradient.
 
-        `half_life` in events; 0 = every event weighs 1. The latest event of a prefix always does.
+        `half_life` in events; 0 = every event weighs 1. The latest event of a prefix always weighs 1.
         """
+        # Scale both sides by the root of the events' weights at the end of their span.
         device, num_prefixes = right_NHD.device, self.length_K.numel()
         root_N = torch.ones(right_NHD.shape[0], dtype=right_NHD.dtype, device=device)
         decay_K = torch.ones(num_prefixes, dtype=torch.float64)
@@ -94,6 +96,7 @@ class Prefixes:
             decay_K = torch.exp2(-(self.length_K - self.previous_K).double() / half_life)
             same, right_NHD = left_NHL is right_NHD, right_NHD * root_N[:, None, None]
             left_NHL = right_NHD if same else left_NHL * root_N[:, None, None]
+        # Sum over each span, then add the previous prefix of the same user.
         spans = self._spans(exact=right_NHD.dtype == torch.float64)
         long = int((self.length_K - self.previous_K).sum()) >= LONG_SPAN * num_prefixes
         if long and device.type == "cpu":
@@ -104,7 +107,7 @@ class Prefixes:
         return _RunningSum.apply(found[0], running), _RunningSum.apply(found[1], running)
 
     def _weight_N(self, half_life: float, num_events: int) -> Tensor:
-        """[N] float64: 2^(-age / half_life) at the end of the event's span; 0 for events of no prefix."""
+        """[N] float64: 2^(-age / half_life) at the end of the event's span; 0 for an event in no prefix."""
         span_K = self.length_K - self.previous_K
         age_n = (span_K.cumsum(0) - 1).repeat_interleave(span_K) - torch.arange(int(span_K.sum()))
         row_n = (self.start_K + self.length_K - 1).repeat_interleave(span_K) - age_n
@@ -126,7 +129,7 @@ class Prefixes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Segments:
-    """Runs of rows, each of one prefix, whose products are taken in one dtype. On the host."""
+    """Runs of rows, each within one prefix, whose products are computed in one dtype. On the host."""
 
     prefix_S: Tensor
     first_S: Tensor
@@ -135,22 +138,22 @@ class _Segments:
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """First row and the one after the last, of each."""
+        """(first row, last row + 1) of each segment."""
         return list(zip(self.first_S.tolist(), (self.first_S + self.length_S).tolist(), strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Spans:
-    """The spans of all prefixes, cut where the dtype of the products changes."""
+    """The spans of all prefixes, split where the dtype of the products changes."""
 
     num_prefixes: int
     segments: list[_Segments]
 
 
 def _batched_products(left_NHL: Tensor, right_NHD: Tensor, root_N: Tensor, spans: _Spans) -> tuple[Tensor, Tensor]:
-    """Per prefix, in float64: the products left (x) right over its span, and the sum of root_n right_n.
+    """Per prefix, in float64: the sum of left (x) right over its span, and the sum of root_n right_n.
 
-    Segments are cut into chunks of equally many events; only the last chunk of each is padded.
+    Segments are cut into chunks of equally many events; only the last chunk of a segment is padded.
     """
     widths = (right_NHD.shape[1], left_NHL.shape[2], right_NHD.shape[2])
     product_KHLD = right_NHD.new_zeros(spans.num_prefixes, *widths, dtype=torch.float64)
@@ -161,7 +164,7 @@ def _batched_products(left_NHL: Tensor, right_NHD: Tensor, root_N: Tensor, spans
         )
 
         def chunks(value: Tensor, row_GE=row_GE, absent_GE=absent_GE, dtype=segments.dtype) -> Tensor:
-            """[G, H, E, width]; rows beyond a segment are zero."""
+            """[G, H, E, width]; rows after the end of a segment are zero."""
             found = F.embedding(row_GE, value.flatten(1)).to(dtype).masked_fill(absent_GE[:, :, None], 0.0)
             return found.unflatten(2, value.shape[1:]).transpose(1, 2)
 
@@ -186,7 +189,7 @@ def _chunks_of(segments: _Segments, *, most: int) -> tuple[Tensor, Tensor, Tenso
 
 
 class _LongProducts(torch.autograd.Function):
-    """The same for long spans on a CPU: views of the rows, no gather, nothing saved but the two sides."""
+    """`_batched_products` for long spans on a CPU: views of the rows, no gather, nothing saved except the two sides."""
 
     @staticmethod
     def forward(
@@ -232,7 +235,7 @@ class _LongProducts(torch.autograd.Function):
 
 
 def _in_runs(left_nL: Tensor, right_nD: Tensor) -> Tensor:
-    """left^T right from products of at most RUN_EVENTS rows, which are summed in float64."""
+    """left^T right as a float64 sum of products of at most RUN_EVENTS rows."""
     whole = right_nD.shape[0] // RUN_EVENTS
     if not whole:
         return left_nL.T @ right_nD
@@ -242,14 +245,14 @@ def _in_runs(left_nL: Tensor, right_nD: Tensor) -> Tensor:
 
 
 def _gradient_of(value: Tensor, spans: _Spans) -> Tensor:
-    """Zero where no prefix reads; not even written where all rows will be."""
+    """A gradient buffer: zeros for rows that no prefix reads; left uninitialised if all rows will be written."""
     read = sum(int(segments.length_S.sum()) for segments in spans.segments)
     return torch.empty_like(value) if read == value.shape[0] else torch.zeros_like(value)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Running:
-    """Per step of the running sum: the prefixes that have so many before them, and their decays."""
+    """The steps of the running sum: step i has the prefixes with rank i and their decays."""
 
     steps: tuple[tuple[Tensor, Tensor], ...]
 
@@ -263,8 +266,8 @@ class _Running:
 
 
 class _RunningSum(torch.autograd.Function):
-    """In place, value[k] += decay[k] * value[k - 1] within each user, shortest prefix first: as many steps as the most
-    prefixes of a user. A user's sum never holds another user's rounding error."""
+    """In place, value[k] += decay[k] * value[k - 1] within each user, shortest prefix first; the number of steps is the
+    largest number of prefixes of a user. A user's sum never contains another user's rounding errors."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, running: _Running) -> Tensor:

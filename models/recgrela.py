@@ -8,16 +8,16 @@
     x += DropPath(((O + S) * G) Wo + bo)                            the gate is the rank selector
     x += MLP(LN(x))                                                 4 D, GELU
 
-published  j runs over all L = max_length positions, padding among them, and every prefix is a sample of its own, read
-           at its last event: as in the authors' public code, from two layers on (with one, theirs drops x).
-causal     j runs over the events up to n, their number is L, padding is no event: all prefixes of a window in one pass
-           (running_attention.py). Our form: it is what the published one cannot be, and deviates in both points.
+published  j runs over all L = max_length positions, including padding, and every prefix is a separate sample, read at
+           its last event: as in the authors' public code with two or more layers (with one layer, theirs drops x).
+causal     j runs over the events up to n, L is their number, and padding is not an event: all prefixes of a window in
+           one pass (running_attention.py). This form is ours and differs from the published one in j and in L.
 
-Positions count from the window's start, before the heads are split; an attention score depends on their difference
-alone. With width 64 and 4 layers the tower has 217,984 parameters: 128 of the first norm, and per layer 256 of two
-norms, 3 x 4,160 of gate, input and output, 8,320 of queries and keys, 320 of the convolution, 33,088 of the MLP. With
-the 3,417 x 64 table of MovieLens-1M (padding is a row of it) that is the published 436,672.
-That `augmentation` and `selector` are these two branches is our reading of the abstract.
+Positions count from the window's start and are applied before the heads are split; an attention score depends only on
+their difference. With width 64 and 4 layers the tower has 217,984 parameters: 128 of the first norm, and per layer 256
+of two norms, 3 x 4,160 of gate, input and output, 8,320 of queries and keys, 320 of the convolution, 33,088 of the MLP.
+With the 3,417 x 64 table of MovieLens-1M (padding is a row of it) that is the published 436,672.
+Identifying the abstract's `augmentation` and `selector` with these two branches is our interpretation.
 The letters are those of models/interface.py and models/sequence_tower.py.
 """
 
@@ -48,24 +48,24 @@ KERNEL = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecGrelaConfig(TwoFormConfig):
-    """Size and parts of RecGRELA; the defaults are the published ones but for the form."""
+    """Sizes and parts of RecGRELA; the defaults are the published ones except for the form."""
 
     num_heads: int = 4
-    """H, heads of the attention; divides `width`."""
+    """H, number of heads of the attention; divides `width`."""
     num_layers: int = 4
-    """Layers, each of which reads the whole window."""
+    """Number of layers; each reads the whole window."""
     drop_path: float = 0.1
-    """Probability that a layer's attention is left out for a window in training."""
+    """Probability that a layer's attention is skipped for a window in training."""
     rank_augmentation: bool = True
-    """The convolution of the values is added to what attention finds."""
+    """Add the convolution of the values to the output of the attention."""
     rank_selector: bool = True
-    """A gate multiplies the sum."""
+    """Multiply this sum by a gate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._refuse_no_share("drop_path")
         if self.width % 2:
-            raise ValueError(f"width = {self.width} must be even: rotary positions turn pairs of units; change it")
+            raise ValueError(f"width = {self.width} must be even: rotary positions rotate pairs of units; change it")
 
 
 class RecGrela(SequenceModel):
@@ -89,10 +89,10 @@ class RecGrela(SequenceModel):
 
 @dataclasses.dataclass(frozen=True)
 class GrelaParts:
-    """What a layer makes of its input before positions are mixed; each ends with D."""
+    """The tensors that a layer computes from its input before positions are mixed; the last axis of each is D."""
 
     query: Tensor
-    """Qt, in float32 at least, as is all but `value` and `gate`."""
+    """Qt. Like all fields except `value` and `gate`, at least float32."""
     key: Tensor
     """Kt."""
     rotated_query: Tensor
@@ -106,7 +106,7 @@ class GrelaParts:
 
 
 class GrelaLayer(nn.Module):
-    """One layer. `parts`, `local_mix` and `finish` are all of it but the sums over positions."""
+    """One layer. `parts`, `local_mix` and `finish` are the whole layer except the sums over positions."""
 
     def __init__(self, config: RecGrelaConfig) -> None:
         super().__init__()
@@ -131,10 +131,10 @@ class GrelaLayer(nn.Module):
         return self.finish(state_KTD, mixed_KTD, gate=parts.gate)
 
     def parts(self, state: Tensor, place: Tensor) -> GrelaParts:
-        """Of state [..., D] at positions `place`, which has the shape of state without D or its last axes."""
+        """The parts of state [..., D] at positions `place`, whose shape broadcasts to that of state without D."""
         normed = self.norm(state)
         value = self.input(normed)
-        # Sums over a history want more digits than bfloat16 has; angles too.
+        # Sums over a history need more precision than bfloat16 has, and so do angles.
         query_key = self.query_key(value).to(torch.promote_types(value.dtype, torch.float32))
         query, key = (F.elu(query_key) + 1).chunk(2, dim=-1)
         return GrelaParts(
@@ -147,7 +147,7 @@ class GrelaLayer(nn.Module):
         )
 
     def local_mix(self, value_KTD: Tensor) -> Tensor:
-        """S [K, T - 3, D]: of every position behind the first three, which are the context of the fourth."""
+        """S [K, T - 3, D] of all positions except the first three, which serve as context of the fourth."""
         assert self.local is not None, "the layer has no rank augmentation"
         return F.silu(self.local(value_KTD.mT)).mT
 
@@ -155,10 +155,10 @@ class GrelaLayer(nn.Module):
         """The layer's output from its input and the mixed positions."""
         if gate is not None:
             mixed = mixed * gate
-        state = state + self._some_paths(self.output(mixed))
+        state = state + self._drop_paths(self.output(mixed))
         return state + self.mlp(self.mlp_norm(state))
 
-    def _some_paths(self, value: Tensor) -> Tensor:
+    def _drop_paths(self, value: Tensor) -> Tensor:
         if not self.training or not self.drop_path:
             return value
         shape = (value.shape[0], *[1] * (value.dim() - 1))
@@ -176,7 +176,7 @@ def attend_to_all(parts: GrelaParts, *, num_heads: int) -> Tensor:
 
 
 def attend_causally(parts: GrelaParts, *, num_heads: int) -> Tensor:
-    """O_KTD of the causal form: every position reads those up to its own, and 1/L is one by their number."""
+    """O_KTD of the causal form: every position reads the positions up to its own, and L is their number."""
     query, key, rotated_query, rotated_key, value = _heads(parts, num_heads)
     count_T1 = events_so_far(value.shape[1], like=value)
     sum_XTD = running_attention(rotated_query, key_XTD=rotated_key, value_XTV=value) / count_T1
@@ -185,11 +185,11 @@ def attend_causally(parts: GrelaParts, *, num_heads: int) -> Tensor:
 
 
 def rotate(value: Tensor, place: Tensor) -> Tensor:
-    """value [..., D] with each pair of units (2i, 2i + 1) turned by place * 10000^(-2i/D) radians."""
+    """value [..., D] with each pair of units (2i, 2i + 1) rotated by place * 10000^(-2i/D) radians."""
     num_pairs = value.shape[-1] // 2
     step = ROTARY_BASE ** (-torch.arange(num_pairs, device=value.device, dtype=torch.float64) / num_pairs)
     angle = place[..., None].double() * step
-    # As complex numbers a seventh of the time that sines and cosines of even and odd units take.
+    # Complex numbers take a seventh of the time of sines and cosines of even and odd units.
     turn = torch.polar(torch.ones_like(angle), angle).to(value.dtype.to_complex())
     pairs = torch.view_as_complex(value.unflatten(-1, (num_pairs, 2)).contiguous())
     return torch.view_as_real(pairs * turn).flatten(-2)

@@ -1,11 +1,11 @@
-"""What RecGRELA's causal form keeps of a history: one event a step, and nothing that grows.
+"""A state of constant size for RecGRELA's causal form, updated with one event per step.
 
     outer += KR_n^T V_n        key += Kt_n        O_n = QR_n (outer / n) / (Qt_n . key / n + 1e-6)     per layer, head
 
-The state after n events is the one that the causal form (recgrela.py) computes from a window of the same n events.
-A window starts anew beyond max_length events and forgets what was before; a state reads all of a history, and positions
-go on counting: scores depend on differences of positions, but those beyond max_length are differences that training
-has never shown. To forget as the window does, build a state anew from the latest max_length events.
+The state after n events equals what the causal form (recgrela.py) computes from a window of the same n events. A window
+holds at most max_length events and forgets earlier ones, whereas a state reads the complete history and its positions
+keep counting: scores depend on differences of positions, and differences beyond max_length never occur in training.
+To forget as a window does, build a new state from the latest max_length events.
 The letters are those of models/interface.py; X counts users, L layers, E = D / H the width of a head.
 """
 
@@ -21,27 +21,27 @@ from models.recgrela import KERNEL, MASS_EPS, GrelaLayer, RecGrela
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecGrelaState:
-    """The state of X users; `add` returns a new one. Plain tensors, float32 at least but for tail and state."""
+    """The state of X users; `add` returns a new one. Plain tensors, at least float32 except tail and state."""
 
     count_X: Tensor
-    """[X] int64: events so far."""
+    """[X] int64: number of events so far."""
     outer_XLHEE: Tensor
     """The sum of KR^T V over the events."""
     key_XLD: Tensor
     """The sum of Kt over the events."""
     tail_XL3D: Tensor
-    """The values of the last three events, oldest first: the convolution reads them. Zero where there was none."""
+    """The values V of the last three events, oldest first, for the convolution. Zero for missing events."""
     state_XD: Tensor
-    """What `request_states` gives a request at this point of the history."""
+    """The result of `request_states` for a request at this point of the history."""
 
     @staticmethod
     def empty(model: RecGrela, num_users: int) -> RecGrelaState:
-        """The state of users without events. ValueError: a model that has no such state, or that is in training."""
+        """The state of users without events. ValueError: the model is not causal, or is in training mode."""
         config = model.config
         if not model.causal:
-            raise ValueError("form = published reads every position at every position: a state wants form = causal")
+            raise ValueError("form = published reads later positions too: a state needs form = causal")
         if model.training:
-            raise ValueError("the model is in training, its dropout would enter the state: call eval() first")
+            raise ValueError("the model is in training mode, so dropout would enter the state: call eval() first")
         padding_D = model.padding_D
         sums = {"dtype": torch.promote_types(padding_D.dtype, torch.float32), "device": padding_D.device}
         users, layers, width = num_users, config.num_layers, config.width
@@ -53,12 +53,12 @@ class RecGrelaState:
             tail_XL3D=padding_D.new_zeros(users, layers, KERNEL - 1, width),
             state_XD=padding_D.expand(users, width),
         )
-        # Without events a request reads one padding, which no later event sees.
+        # Without events a request reads one padding vector, which later events do not see.
         return dataclasses.replace(nothing, state_XD=nothing.add(model, nothing.state_XD).state_XD)
 
     @torch.no_grad()
     def add(self, model: RecGrela, vector_XD: Tensor) -> RecGrelaState:
-        """The state after one more event of each user, whose rows are `vector_XD`."""
+        """The state after one more event of each user; `vector_XD` are the item vectors of the events."""
         state_XD = model.norm(vector_XD)
         outers, keys, tails = [], [], []
         for i, layer in enumerate(model.layers):
@@ -91,5 +91,5 @@ class RecGrelaState:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, contiguous, to be saved; `RecGrelaState(**tensors)` is the state again."""
+        """All tensors by name, contiguous, for saving; `RecGrelaState(**tensors)` restores the state."""
         return {field.name: getattr(self, field.name).contiguous() for field in dataclasses.fields(self)}

@@ -1,12 +1,12 @@
-"""What a history says of a candidate exactly, however long it is: how often and how lately the candidate itself occurs.
+"""Repeats: how often and how recently the candidate itself occurs in its history, exact for any length.
 
     repeat_M = MLP(log(1 + count in the latest w events) for each w, log(1 + events since), log(1 + hours since))
-    repeat_M = b where the candidate occurs in the history, else 0             (what all items can be given at once)
+    repeat_M = b where the candidate occurs in the history, else 0           (a form that can score all items at once)
 
-A vector of a history, be it a mean or R interests, tells what its items are like, not which of thousands they were.
-Where people come back to items that is the strongest signal there is (personal frequency of next-basket recommendation,
-arXiv 2109.14233), and no item needs training for it. One sort of the batch's events and some binary searches a
-candidate: O((N + M) log N), nothing of size N x M.
+A vector of a history, whether a mean or R interests, tells what its items are like, but not which items they are. Where
+people come back to items, repeats are the strongest signal (personal frequency in next-basket recommendation, arXiv
+2109.14233), and they need no training per item. The cost is one sort of the batch's events and a few binary searches
+per candidate: O((N + M) log N), with no tensor of size N x M.
 The letters are those of models/interface.py; X counts the arguments of the MLP.
 """
 
@@ -24,23 +24,23 @@ from models.history import MS_PER_HOUR
 from models.interface import ModelInput
 
 WINDOWS = (16, 128, 1024)
-"""Latest events in which a candidate is counted, beside all that are read."""
+"""Windows of latest events in which a candidate is counted, in addition to the window of all events read."""
 HIDDEN = 16
 NEVER = torch.iinfo(torch.int32).max
-"""Beyond every position of a sequence."""
+"""Larger than every position in a sequence."""
 
 
 class RepeatScore(nn.Module):
-    """One number per candidate, a part of its logit; the same for all that do not occur in their history."""
+    """One number per candidate, added to its logit; the same for all candidates that are not in their history."""
 
     def __init__(self, *, time_features: bool, latest: int | None = None) -> None:
-        """latest: events of a history that are read; None = all."""
+        """latest: number of latest events of a history that are read; None = all."""
         super().__init__()
         self.time_features = time_features
         self.windows = (*(window for window in WINDOWS if latest is None or window < latest), latest)
         self.hidden = nn.Linear(len(self.windows) + 1 + time_features, HIDDEN)
         self.last = nn.Linear(HIDDEN, 1, bias=False)
-        # A start without it: the model learns it where people come back.
+        # Start at zero; training learns the score where people come back to items.
         nn.init.zeros_(self.last.weight)
 
     def forward(self, inputs: ModelInput, *, candidates: CandidateSets) -> Tensor:
@@ -51,31 +51,31 @@ class RepeatScore(nn.Module):
 
 
 class RepeatBias(nn.Module):
-    """b, one number: far below 0 where nobody comes back to an item, above it where people do."""
+    """b, one learned number: far below 0 where nobody comes back to items, above 0 where people do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bias_1 = nn.Parameter(torch.zeros(1))
 
     def forward(self) -> Tensor:
-        # Not the parameter itself: spread over ranks, it is whole in here alone.
+        # Return a copy: if the parameter is sharded over ranks, it is complete only inside this forward.
         return self.bias_1.float() + 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SeenItems:
-    """Which of all items the histories of requests hold: U x I numbers, for models that score all items at once."""
+    """Which items are in the histories of requests: U x I numbers, for models that score all items at once."""
 
     first_UI: Tensor
-    """int32: where in its user's events an item stands first, from 0; NEVER where it does not."""
+    """int32: position of the item's first occurrence in the user's events, from 0; NEVER if it does not occur."""
     user_B: Tensor
-    """[B] int64."""
+    """[B] int64 index in U."""
     position_B: Tensor
-    """[B] int64: the first so many events of the user are the history."""
+    """[B] int64: length of the history, which is the user's first events."""
 
     @staticmethod
     def of_requests(inputs: ModelInput, *, first_item: int = 0) -> SeenItems:
-        """Of all requests; items below `first_item` are left out."""
+        """The seen items of all requests; items below `first_item` are omitted."""
         device = inputs.event_item_N.device
         first_UI = first_places(inputs.event_item_N, inputs.event_offsets_U1, num_items=inputs.item_IC.shape[0])
         return SeenItems(
@@ -85,7 +85,7 @@ class SeenItems:
         )
 
     def before(self, request_P: Tensor | slice) -> Tensor:
-        """[P, I] bool: whether each item stands in the history of each of these requests."""
+        """[P, I] bool: whether each item is in the history of each of these requests."""
         return self.first_UI[self.user_B[request_P]] < self.position_B[request_P, None]
 
 
@@ -100,15 +100,16 @@ def first_places(event_item_N: Tensor, event_offsets_U1: Tensor, *, num_items: i
 
 
 def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | None], time_features: bool) -> Tensor:
-    """[M, X] float32: the arguments above, 0 for a candidate that does not occur in the last window or is no known
-    item. windows: ascending; None, at the end, = all events."""
+    """[M, X] float32: the arguments of the MLP; 0 for a candidate that is unknown or does not occur in the last window.
+    windows: ascending; None, as the last one, = all events."""
     item_M, device = inputs.candidate_item_M, inputs.candidate_item_M.device
     seen = _Occurrences.of_stored(inputs) if inputs.stored is not None else _Occurrences.of_given(inputs)
     num_events = seen.item_N.shape[0]
     start_M, end_M, length_M = (
         value_B.to(device, non_blocking=True)[request_M] for value_B in (seen.start_B, seen.end_B, seen.length_B)
     )
-    # An item's events stand together and in order, and a user's are one range of rows: counting is subtraction.
+    # Sort the entries by item and row. An item's entries within a user are then one run, and the count in a window is
+    # the difference of two positions.
     stride = num_events + 1
     key_N, order_N = torch.sort(seen.item_N * stride + torch.arange(num_events, device=device))
     until_M = torch.searchsorted(key_N, item_M * stride + end_M)
@@ -116,11 +117,12 @@ def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | No
     known_M = item_M >= inputs.num_reserved
     counts = []
     for window in windows:
-        # Whatever a window reaches stands there event by event.
+        # All events inside a window (not None) are given, so each has its own entry.
         first_M = start_M if window is None else torch.maximum(start_M, end_M - window)
         from_M = torch.searchsorted(key_N, item_M * stride + first_M)
         found_M = until_M - from_M if before_N1 is None else before_N1[until_M] - before_N1[from_M]
         counts.append(found_M * known_M)
+    # Find the last occurrence.
     seen_M = counts[-1] > 0
     last_M = torch.where(seen_M, torch.cat([key_N.new_zeros(1), key_N])[until_M] - item_M * stride, 0)
     place_M = last_M - start_M if seen.place_N is None else F.pad(seen.place_N, (0, 1))[last_M]
@@ -133,21 +135,21 @@ def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | No
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Occurrences:
-    """Which items occurred in the histories, by user and then by time: the events; before them, for a stored history,
-    one entry for each item of the events that are not given."""
+    """Occurrences of items in the histories, by user and then by time. Every given event is an entry; for a stored
+    history, entries for the distinct items of the events that are not given precede them."""
 
     item_N: Tensor
     time_N: Tensor
     count_N: Tensor | None
-    """How many events an entry is; None = one each."""
+    """How many events an entry stands for; None = one each."""
     place_N: Tensor | None
-    """Its place in the whole history; None = what its place among the user's entries says."""
+    """Position of the entry in the complete history; None = its position among the user's entries."""
     start_B: Tensor
-    """The first entry of each request's history; on the host, as the next two."""
+    """First entry of each request's history; on the host, like the next two fields."""
     end_B: Tensor
-    """Behind its last one."""
+    """Last entry of each request's history, plus one."""
     length_B: Tensor
-    """Events of the whole history."""
+    """Number of events of the complete history."""
 
     @staticmethod
     def of_given(inputs: ModelInput) -> _Occurrences:
@@ -164,16 +166,17 @@ class _Occurrences:
 
     @staticmethod
     def of_stored(inputs: ModelInput) -> _Occurrences:
-        """Those of a batch that has stored histories: they alone have more in front."""
+        """The occurrences of a batch with stored histories; only users with one have additional entries."""
         stored, offsets_U1 = inputs.stored, inputs.event_offsets_U1
         assert stored is not None
+        # Find the first entry of each user.
         user_S = inputs.request_user_B[stored.request_S]
         older_U, missing_U = torch.zeros(2, offsets_U1.numel() - 1, dtype=torch.int64)
         older_U[user_S] = stored.older_offsets_S1.diff()
         missing_U[user_S] = stored.length_S - stored.kept_S
         given_U = offsets_U1.diff()
         start_U = F.pad((older_U + given_U).cumsum(0), (1, 0))[:-1]
-        # Entries are gathered from the events with the older items behind them.
+        # Order the entries: a user's older items, then the given events.
         owner_N = torch.repeat_interleave(given_U)
         place_n = torch.arange(owner_N.numel()) - offsets_U1[:-1][owner_N]
         owner_E = user_S[torch.repeat_interleave(stored.older_offsets_S1.diff())]
@@ -183,16 +186,16 @@ class _Occurrences:
         to = torch.cat([(start_U + older_U)[owner_N] + place_n, start_U[owner_E] + rank_E])
         by_place_E = torch.argsort(to)
 
-        def laid(given_N: Tensor, older_E: Tensor) -> Tensor:
+        def in_order(given_N: Tensor, older_E: Tensor) -> Tensor:
             return torch.cat([given_N, older_E])[by_place_E]
 
         start_B = start_U[inputs.request_user_B]
         position_B = inputs.request_position_B
         return _Occurrences(
-            item_N=laid(inputs.event_item_N, stored.older_item_E),
-            time_N=laid(inputs.event_time_N, stored.older_time_E),
-            count_N=laid(torch.ones_like(place_n), stored.older_count_E),
-            place_N=laid(missing_U[owner_N] + place_n, stored.older_place_E),
+            item_N=in_order(inputs.event_item_N, stored.older_item_E),
+            time_N=in_order(inputs.event_time_N, stored.older_time_E),
+            count_N=in_order(torch.ones_like(place_n), stored.older_count_E),
+            place_N=in_order(missing_U[owner_N] + place_n, stored.older_place_E),
             start_B=start_B,
             end_B=start_B + older_U[inputs.request_user_B] + position_B,
             length_B=missing_U[inputs.request_user_B] + position_B,

@@ -1,9 +1,10 @@
-"""What is known of a request beside its history: features of its user, and when it is made.
+"""Request features: features of the user, and the time of the request.
 
     request_BD = LayerNorm(W [mean vector of each user feature] + hour of day + weekday + W [time])
 
-It shifts the query and the state of every candidate of the request. A score that is the same for all candidates would
-rank nothing: it is the candidate's own interests and item that the shifted vectors meet.
+This vector shifts the query and the state of every candidate of the request. Added to the score itself, it would be the
+same for all candidates and could not change their ranking; the shifted query and state interact with each candidate's
+item and with the history.
 The letters are those of models/interface.py.
 """
 
@@ -18,8 +19,8 @@ from models.interface import ModelInput
 
 
 class RequestEncoder(nn.Module):
-    """request_BD of every request. A request without a time (0) has neither hour nor weekday, a user without values no
-    features: what is unknown enters the sum as zero."""
+    """request_BD of every request. Unknown parts of the sum are zero: hour, weekday and waves of a request without a
+    time (0), and the features of a user without values."""
 
     def __init__(self, width: int, *, num_user_features: int, context: bool, absolute_time: bool) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class RequestShift(nn.Module):
         super().__init__()
         self.query = nn.Linear(width, width, bias=False)
         self.state = nn.Linear(width, width, bias=False)
-        # A start without the shift: the model learns it where it helps.
+        # Start without a shift; training learns it where it helps.
         nn.init.zeros_(self.query.weight)
         nn.init.zeros_(self.state.weight)
 

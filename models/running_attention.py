@@ -2,8 +2,8 @@
 
     out[t] = sum_{j <= t} (query[t] . key[j]) value[j]
 
-A chunk of E positions is computed with its E x E scores; what was before it enters as one D x V matrix. Time and memory
-grow with the length of the window, E + D V / E numbers a position.
+Within a chunk of E positions the E x E scores are computed; all earlier positions enter as one D x V matrix. Time and
+memory are linear in the length of the window: E + D V / E numbers per position.
 The letters are those of models/interface.py; X counts windows times heads, T positions, V is a value's width, Z counts
 chunks of E positions.
 """
@@ -18,10 +18,10 @@ MIN_CHUNK_POSITIONS = 16
 
 
 def running_attention(query_XTD: Tensor, *, key_XTD: Tensor, value_XTV: Tensor, chunk: int | None = None) -> Tensor:
-    """out_XTV, in the dtype of the arguments; bfloat16 is not enough for sums of many events.
+    """out_XTV, in the dtype of the arguments; bfloat16 is not precise enough for sums over many events.
 
-    chunk: E; None = D, where scores and sums take equally much (48 x 200 positions of width 16, forward and backward on
-    one core: 6 ms with chunks of 16, 11 with 64, 22 with one of 200).
+    chunk: E; None = D, where scores and sums cost the same (48 x 200 positions of width 16, forward and backward on one
+    core: 6 ms with chunks of 16, 11 with 64, 22 with one of 200).
     """
     num_positions, width = query_XTD.shape[1:]
     chunk = min(chunk or max(width, MIN_CHUNK_POSITIONS), num_positions)
@@ -38,12 +38,12 @@ def running_attention(query_XTD: Tensor, *, key_XTD: Tensor, value_XTV: Tensor, 
 
 
 def split_heads(value_KTD: Tensor, num_heads: int) -> Tensor:
-    """[K * H, T, D / H] of [K, T, D]: head h is the h-th run of columns."""
+    """[K, T, D] -> [K * H, T, D / H]: head h is the h-th run of columns."""
     return value_KTD.unflatten(2, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def join_heads(value_XTV: Tensor, num_heads: int) -> Tensor:
-    """[K, T, H * V] of [K * H, T, V]: undoes `split_heads`."""
+    """[K * H, T, V] -> [K, T, H * V]: the inverse of `split_heads`."""
     return value_XTV.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
 
 

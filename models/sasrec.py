@@ -1,12 +1,13 @@
-"""SASRec: causal softmax self-attention (arXiv 1808.09781), in the arrangement that its implementations share.
+"""SASRec: causal softmax self-attention (arXiv 1808.09781), in the form that its implementations share.
 
     x = dropout(sqrt(D) event rows + position)                     per layer:
     q = LN(x);  x = q + W_O softmax_causal(W_Q q (W_K x)^T / sqrt(d)) W_V x
     h = LN(x);  x = h + FFN(h),  FFN = W_2 ReLU(W_1 h), D units        state = LN(x)
 
-Published: normalised queries beside keys and values that are not, and residuals from what is normalised. The output map
-W_O is that of common PyTorch code; the authors' own has none. Positions count from the window's start (theirs from its
-end, which makes a state depend on where the window stops), so a state is the same whatever comes later.
+Published: queries are normalised, keys and values are not, and residuals start from the normalised vectors. The output
+map W_O is that of common PyTorch code; the authors' code has none. Positions count from the window's start (in the
+authors' code from its end, which makes a state depend on where the window stops), so later events do not change a
+state.
 The letters are those of models/interface.py and models/sequence_tower.py.
 """
 
@@ -29,9 +30,9 @@ class SasRecConfig(SelfAttentionConfig):
     """Size of SASRec."""
 
     num_heads: int = 1
-    """H, heads of every attention; divides `width`."""
+    """H, number of heads of every attention; divides `width`."""
     dropout: float = 0.2
-    """Probability that a unit is zeroed in training: of events, attention weights and feed-forward network."""
+    """Probability that a unit is zeroed in training, in event vectors, attention weights and feed-forward network."""
 
 
 class SasRec(SequenceModel):

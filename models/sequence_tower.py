@@ -1,17 +1,17 @@
-"""Sequence models: a request is one vector, a candidate another, and a logit their inner product [+ repeat].
+"""Sequence models: a request is a vector, a candidate is a vector, and the logit is their inner product [+ repeat].
 
     user's events       a b c d e f g h | i j          max_length = 4, requests after c, f and h
 
     causal, training    [a b c]   [e f g h]            windows end at the user's last request; f reads e f
     causal, evaluation  [a b c]   [c d e f] [e f g h]  every request reads exactly its latest max_length events
-    published           [a b c .] [c d e f] [e f g h]  so does every request always; padded on the right to max_length
+    published           [a b c .] [c d e f] [e f g h]  the same, in training too; padded on the right to max_length
 
-The field's models (recgrela.py, sasrec.py, hstu.py, gru4rec.py, linrec.py, light_sans_sequence.py) differ in `encode`
-alone. A causal model runs once a window and serves all requests in it. In training a request reads 1 to max_length of
-its latest events, so that all positions of a user cost one pass; in evaluation it reads all of them, and its score
-depends on nothing else in the batch. (Requests among a user's first max_length events share a window there too.) What
-comes after an event changes no state before it, so padding on the right is never read. A published form without
-causality runs once a prefix.
+The field's models (recgrela.py, sasrec.py, hstu.py, gru4rec.py, linrec.py, light_sans_sequence.py) differ only in
+`encode`. A causal model runs once per window and serves all requests in it. In training a request reads between 1 and
+max_length of its latest events, so that all positions of a user cost one pass; in evaluation it reads all max_length,
+and its score does not depend on the rest of the batch. (Requests among a user's first max_length events share a window
+in evaluation too.) Later events do not change earlier states, so padding on the right has no effect. A published form
+that is not causal runs once per prefix.
 The letters are those of models/interface.py; K counts windows, T their positions.
 """
 
@@ -29,31 +29,31 @@ from models.interface import ModelInput, Recommender
 from models.repeats import RepeatBias, repeats
 
 PADDING_SEED = 20_250_613
-"""All ranks draw the same padding vector, which no optimizer keeps in step."""
+"""Fixed, so that all ranks draw the same padding vector: it is not trained, so no optimizer keeps it equal."""
 INITIAL_STD = 0.02
-"""Of linear maps, positions and padding at the start, as most public code of the field has it."""
+"""Initial standard deviation of linear maps, positions and padding, as in most public code of the field."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceConfig:
-    """What every sequence model has."""
+    """Fields of every sequence model."""
 
     width: int = 64
-    """D, of the model, of the embedding tables and of a request's vector."""
+    """D, width of the model, of the embedding tables and of a request's vector."""
     num_layers: int = 2
-    """Layers, each of which reads the whole window."""
+    """Number of layers; each reads the whole window."""
     dropout: float = 0.1
     """Probability that a unit is zeroed in training, wherever the model has a dropout."""
     max_length: int = 200
-    """L, latest events of a history that are read at most."""
+    """L, the number of latest events of a history that are read."""
     item_features: bool = False
-    """The vectors of an item's features are added to its row. Off, as published: an item is its row alone."""
+    """Add the vectors of an item's features to its row. Off, as published: an item is only its row."""
     shift_windows: bool = False
-    """In training the windows of a history longer than max_length end anywhere, drawn anew each time, so that no event
-    always stands at the start of one. (The published forms have no window that requests share.)"""
+    """In training the windows of a history longer than max_length end at a random place, drawn again each time, so that
+    no event is always at the start of a window. (The published forms have no windows shared by requests.)"""
     repeats: bool = False
-    """A learned number is added to the logits of the items in a history (all of it): it rules out what was seen where
-    nobody comes back to it, so that no state has to know every item by itself, and lifts it where people do."""
+    """Add a learned number to the logits of the items in the complete history. It excludes seen items where nobody
+    comes back to them, so that a state need not remember every item, and it raises them where people come back."""
 
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "max_length"):
@@ -71,10 +71,10 @@ class SequenceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfAttentionConfig(SequenceConfig):
-    """What every sequence model with attention has."""
+    """Fields of every sequence model with attention."""
 
     num_heads: int = 2
-    """H, heads of every attention; divides `width`."""
+    """H, number of heads of every attention; divides `width`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,34 +85,35 @@ class SelfAttentionConfig(SequenceConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoFormConfig(SelfAttentionConfig):
-    """What every sequence model has whose published attention reads all positions of a window."""
+    """Fields of every sequence model whose published attention reads all positions of a window."""
 
     form: Literal["published", "causal"] = "causal"
-    """Whether every prefix is a sample of its own, or all prefixes of a window are computed in one pass."""
+    """published: every prefix is a separate sample; causal: all prefixes of a window are computed in one pass."""
 
     @property
     def causal(self) -> bool:
-        """Whether a state depends on the events up to its own alone."""
+        """Whether a state depends only on the events up to its own."""
         return self.form == "causal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form not in ("published", "causal"):
             raise ValueError(
-                f"form = {self.form!r} must be published (a sample per prefix) or causal (all prefixes in one pass)"
+                f"form = {self.form!r} must be published (one sample per prefix) or causal (all prefixes in one pass)"
             )
 
 
 class SequenceModel(Recommender):
-    """A tower whose requests are vectors. `num_features` is F; subclasses say in `encode` how events are read.
+    """A tower whose requests are vectors. `num_features` is F; subclasses define in `encode` how events are read.
 
-    An empty history is a window that holds one padding vector: its state is defined, and all parameters learn from it.
-    The padding vector is drawn as a row of the table is and stays as drawn. (Public code of the published forms reads
-    the table's padding row, which no look-up trains; the full softmax may move it there.)
+    An empty history is a window with one padding vector: its state is defined, and all parameters learn from it. The
+    padding vector is drawn like a row of the table and never changes. (Public code of the published forms reads the
+    table's padding row, which no look-up trains; with a full softmax it may move.)
     """
 
     causal = True
-    """Whether a state depends on the events up to its own alone. If not, every prefix has a window of max_length."""
+    """Whether a state depends only on the events up to its own. If not, every prefix has its own window of max_length.
+    """
 
     def __init__(self, config: SequenceConfig, *, num_features: int = 0) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class SequenceModel(Recommender):
         self.repeat = RepeatBias() if config.repeats else None
 
     def item_vectors(self, inputs: ModelInput) -> Tensor:
-        """vector_ID: what events and candidates are made of."""
+        """vector_ID: the item vectors that both events and candidates use."""
         vector_ID = inputs.item_IC
         if self.shared.item_features:
             vector_ID = vector_ID + inputs.features_IFC.sum(1)
@@ -137,7 +138,7 @@ class SequenceModel(Recommender):
         windows = self.windows(inputs)
         blocks = windows.in_blocks(self.shared.max_length) if self.causal else [windows]
         state_BD = torch.cat([self._states_of(block, inputs, vector_ID) for block in blocks])
-        # Block by block until here; back in the order of the requests.
+        # The states are in the order of the blocks: put them back into the order of the requests.
         place_B = torch.cat([block.request_B for block in blocks]).argsort()
         return gather_rows(state_BD, place_B.to(vector_ID.device, non_blocking=True))
 
@@ -146,7 +147,7 @@ class SequenceModel(Recommender):
         return gather_rows(state_KTD.flatten(0, 1), windows.place_B.to(vector_ID.device, non_blocking=True))
 
     def windows(self, inputs: ModelInput) -> Windows:
-        """The windows that this model runs over for these requests."""
+        """The windows in which this model reads the histories of these requests."""
         length = self.shared.max_length
         return Windows.of_requests(
             inputs,
@@ -167,8 +168,8 @@ class SequenceModel(Recommender):
     def forward(self, inputs: ModelInput, *, vectors: Literal[True]) -> tuple[Tensor, Tensor, Tensor | None]: ...
 
     def forward(self, inputs: ModelInput, *, vectors: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
-        """logits_M; with `vectors` what they are inner products of and what is added where a candidate occurs in the
-        history, (state_BD, vector_ID, repeat_1), float32."""
+        """logits_M; with `vectors` instead (state_BD, vector_ID, repeat_1) in float32: a logit is the inner product of
+        a state and a vector, plus repeat_1 if the candidate occurs in the history."""
         vector_ID = self.item_vectors(inputs)
         state_BD = self.request_states(inputs, vector_ID)
         repeat_1 = None if self.repeat is None else self.repeat()
@@ -187,25 +188,26 @@ class SequenceModel(Recommender):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Runs of events that a model reads at once, on the host. There is always one, of one position at least."""
+    """Runs of events that a model reads at once, on the host. There is always at least one window with one position."""
 
     event_KT: Tensor
-    """[K, T] int64: 1 + row of the event in N; 0 = padding, which stands behind all events of the window."""
+    """[K, T] int64: 1 + row of the event in N; 0 = padding, which follows all events of the window."""
     request_B: Tensor
     """[B] int64: the requests that are served, ascending: all of a batch, or those of a block."""
     place_B: Tensor
-    """[B] int64: where in K x T each request's state stands: at its last event, or at a padding if it has none."""
+    """[B] int64: the position in K x T of each request's state: its last event, or a padding if it has no events."""
 
     @staticmethod
     def of_requests(
         inputs: ModelInput, *, max_length: int, shared: bool, shifted: bool = False, num_positions: int | None = None
     ) -> Windows:
-        """Windows of at most `max_length` events, and of `num_positions` or as many positions as the longest needs.
+        """Windows of at most `max_length` events, padded to `num_positions` or to the length of the longest window.
 
-        shared: a user's windows follow each other backwards from the user's last request, and a request reads its
-        window up to its own position: 1 to max_length events. Otherwise each request reads all its latest events. With
-        `num_positions` no two requests of different position share a window.
+        shared: a user's windows are laid end to end backwards from the user's last request, and a request reads its
+        window up to its own position: 1 to max_length events. Otherwise each request reads its latest max_length
+        events. With `num_positions`, requests with different positions never share a window.
         """
+        # Find the first event of each request's window.
         user_B, position_B = inputs.request_user_B, inputs.request_position_B
         if shared:
             last_U = torch.zeros_like(inputs.event_offsets_U1[1:]).scatter_reduce(0, user_B, position_B, "amax")
@@ -218,14 +220,14 @@ class Windows:
         start_B = start_B.clamp_min(0)
         own_B = start_B if num_positions is None else position_B
         stride = int(position_B.max()) + 1 if position_B.numel() else 1
-        # Requests without a history read none of anybody's events: they share a window of padding.
+        # Give each distinct window a row. Requests with an empty history share a window of padding.
         key_B = torch.where(position_B > 0, user_B * stride + own_B, -1)
         key_K, window_B = torch.unique(key_B, return_inverse=True)
         start_K, stop_K = (
             torch.zeros_like(key_K).scatter_reduce(0, window_B, value_B, "amax") for value_B in (start_B, position_B)
         )
         first_K = inputs.event_offsets_U1[(key_K // stride).clamp_min(0)] + start_K
-        # A rank without work runs the model all the same: over one window of padding.
+        # A rank without requests also runs the model, on one window of padding.
         first_K, length_K = (F.pad(value, (0, int(not key_K.numel()))) for value in (first_K, stop_K - start_K))
         width = max(1, int(length_K.max())) if num_positions is None else num_positions
         place_T = torch.arange(width)
@@ -236,10 +238,10 @@ class Windows:
         )
 
     def in_blocks(self, max_length: int) -> list[Windows]:
-        """These windows apart by length, so that short ones need not be as wide as long ones: up to a quarter of
-        `max_length`, up to half of it, above (MovieLens-1M, windows of 200: 1.2 positions an event instead of 1.7).
+        """These windows in three blocks by length, so that short ones are not padded to the longest: up to a quarter of
+        `max_length`, up to half, above half (MovieLens-1M, windows of 200: 1.2 positions per event instead of 1.7).
 
-        Always as many blocks, an empty one being a window of padding: under ZeRO-3 every forward is a collective.
+        There are always three blocks, an empty one has a window of padding: under ZeRO-3 every forward is a collective.
         """
         num_positions = self.event_KT.shape[1]
         length_K, window_B = (self.event_KT > 0).sum(1), self.place_B // num_positions
@@ -258,13 +260,13 @@ class Windows:
         )
 
     def events(self, inputs: ModelInput, vector_ID: Tensor, padding_D: Tensor) -> Tensor:
-        """vector_KTD of the windows' events."""
+        """vector_KTD: the vectors of the windows' events."""
         event_KT = self.event_KT.to(inputs.event_item_N.device, non_blocking=True)
         item_N1 = F.pad(inputs.event_item_N + 1, (1, 0))
         return gather_rows(torch.cat([padding_D[None], vector_ID]), item_N1[event_KT])
 
     def times(self, inputs: ModelInput) -> Tensor:
-        """time_KT: [K, T] int64 milliseconds; 0 where there is no event."""
+        """time_KT: [K, T] int64 milliseconds; 0 for padding."""
         event_KT = self.event_KT.to(inputs.event_time_N.device, non_blocking=True)
         return F.pad(inputs.event_time_N, (1, 0))[event_KT]
 
@@ -281,7 +283,7 @@ class Positions(nn.Module):
 
 
 def draw_weights(module: nn.Module) -> None:
-    """Linear maps N(0, 0.02), biases 0: for `module.apply`, as public code of the field starts."""
+    """Initialise linear maps to N(0, 0.02) and biases to 0, as public code of the field does. For `module.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=INITIAL_STD)
         if module.bias is not None:
@@ -289,7 +291,7 @@ def draw_weights(module: nn.Module) -> None:
 
 
 class FeedForward(nn.Module):
-    """W_2 dropout(act(W_1 x)) with dropout behind it; both maps have a bias."""
+    """dropout(W_2 dropout(act(W_1 x))); both maps have a bias."""
 
     def __init__(self, width: int, *, hidden: int, activation: nn.Module, dropout: float) -> None:
         super().__init__()
@@ -301,9 +303,9 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """What stands behind the attention of a layer: x = LN(x + dropout(W_O found + b_O)); LN(x + MLP(x)), 4 D, GELU.
+    """The part of a layer after its attention: x = LN(x + dropout(W_O found + b_O)); LN(x + MLP(x)), 4 D, GELU.
 
-    Subclasses find something, and end with `finish`.
+    Subclasses compute `found`, the output of their attention, and call `finish`.
     """
 
     def __init__(self, config: SelfAttentionConfig, *, norm_eps: float) -> None:
@@ -316,6 +318,6 @@ class TransformerLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, eps=norm_eps)
 
     def finish(self, state_KTD: Tensor, found_KTD: Tensor) -> Tensor:
-        """state_KTD behind the layer, of the one before it and what its attention found."""
+        """state_KTD after the layer, from its input and the output of its attention."""
         state_KTD = self.norm(state_KTD + self.dropout(self.output(found_KTD)))
         return self.mlp_norm(state_KTD + self.mlp(state_KTD))

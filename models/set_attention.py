@@ -1,8 +1,9 @@
-"""Candidates of one request attend to each other: permutation-equivariant, no positions, no other request.
+"""Candidates of one request attend to each other: permutation-equivariant, without positions or other requests.
 
-Up to `exact_up_to` candidates the softmax runs over the set itself; above, over the principal components of the set, by
-the same W_K and W_V (P = U^T C, so P W_K = U^T C W_K): O(T R) instead of O(T^2). The two are different functions; the
-low-rank form for thousands of candidates follows SOLAR's set-aware claim, its details are inferred.
+In sets of up to `exact_up_to` candidates the softmax runs over the candidates; in larger sets it runs over the set's
+principal components, with the same W_K and W_V (P = U^T C, so P W_K = U^T C W_K): O(T R) instead of O(T^2). The two are
+different functions; the low-rank form for thousands of candidates follows SOLAR's set-aware claim, its details are
+inferred.
 The letters are those of models/interface.py; b counts the requests of a group, T the candidates of each.
 """
 
@@ -19,8 +20,9 @@ from models.svd_attention import START_TEMPERATURE, Decomposition, Interests, in
 
 
 class SetAttention(nn.Module):
-    """out_MD from query, key and value projections of the candidates. Weights are its own, not of nn.Linear: they are
-    used once a size group, and ZeRO-3 keeps a module's own parameters together for its whole forward."""
+    """out_MD from query, key and value projections of the candidates. The weights are parameters of this module, not of
+    nn.Linear modules: they are used once per size group, and ZeRO-3 gathers a module's own parameters for its whole
+    forward."""
 
     def __init__(self, width: int, *, num_heads: int, rank: int, exact_up_to: int) -> None:
         super().__init__()
@@ -28,7 +30,7 @@ class SetAttention(nn.Module):
         self.weight_4DD = nn.Parameter(torch.empty(4, width, width))
         """Query, key, value, output."""
         self.log_temperature_2H = nn.Parameter(torch.zeros(2, num_heads))
-        """Row 0 for the exact, row 1 for the low-rank form."""
+        """Row 0 for the exact form, row 1 for the low-rank form."""
         nn.init.uniform_(self.weight_4DD, -1 / math.sqrt(width), 1 / math.sqrt(width))
         nn.init.constant_(self.log_temperature_2H[1], math.log(START_TEMPERATURE))
 

@@ -1,14 +1,14 @@
-"""SOLAR: candidates attend to the interests of a lifelong history, to its latest events, and to each other.
+"""SOLAR: candidates attend to the interests of a lifelong history, to the latest events, and to each other.
 
     block:  C += W_O [SVDAttention(norm(C), interests) + RecentAttention(norm(C), latest W events)]
             C += SetAttention(norm(C))
             C += FFN(norm(C))
     head:   logit = <C - item, W item> / sqrt(D) + MLP([C, item]) + popularity(item)  [+ repeats(item, history)]
 
-What is known of a request beside its history (request_features.py) shifts the first query and the C of the head.
+Request features (request_features.py) shift the first query and the C that the head reads.
 
 The operator and the set-wise view are SOLAR's (arXiv 2603.02561, Kuaishou, 2026), which published no code: block, head
-and every size are inferred. The recent window is ours: interests are a set and lose the order of events.
+and all sizes are inferred. The recent window is our addition: interests do not keep the order of events.
 The letters are those of models/interface.py.
 """
 
@@ -32,33 +32,33 @@ from models.svd_attention import Decomposition, Interests, SvdAttention
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SolarConfig(TowerConfig):
-    """Size and parts of SOLAR. Every part can be switched off."""
+    """Sizes and parts of SOLAR. Every part can be switched off."""
 
     num_layers: int = 1
-    """Blocks, 1 to 2. All of them read one decomposition."""
+    """Number of blocks, 1 or 2. All blocks read the same decomposition."""
     interests: bool = True
     """Attend to the principal components of the history before the request's checkpoint."""
     rank: int = 16
-    """R, interests of a history; at most `width`."""
+    """R, number of interests of a history; at most `width`."""
     checkpoint_every: int = 16
     """Events between two decompositions of a user's growing history."""
     half_life: float = 0.0
-    """Events after which an event weighs half in the interests; 0 = all weigh the same."""
+    """Age in events at which an event's weight in the interests is one half; 0 = all events weigh the same."""
     gradient: Literal["stable", "exact", "stop"] = "stable"
-    """Through the decomposition (models/svd_attention.py); exact and stop are ablations."""
+    """Gradient of the decomposition (models/svd_attention.py); exact and stop are ablations."""
     canonical_sign: bool = True
     """Interests point along the sum of their events; off is an ablation."""
     divide_by_events: bool = True
     """Interests are divided by the square root of the history's length; off is an ablation."""
     softmax: bool = True
-    """Over the interests; off (the bilinear form) is an ablation."""
+    """Softmax over the interests; off (the bilinear form) is an ablation."""
     set_attention: bool = True
-    """Candidates of a request attend to each other. Better off where negatives are sampled: training then sees sets of
-    17 and evaluation the whole catalogue (MovieLens-100K, next item: no better, and 30 % slower)."""
+    """Candidates of a request attend to each other. Switch it off where negatives are sampled: training then sees sets
+    of 17 and evaluation the whole catalogue (MovieLens-100K, next item: no better, and 30 % slower)."""
     set_attention_exact_up_to: int = 2048
-    """Candidates of a set up to which that is exact; above, candidates attend to the set's principal components."""
+    """Largest set for exact set attention; in larger sets candidates attend to the set's principal components."""
     ffn_multiple: int = 0
-    """Hidden width of the feed-forward network of a block, in widths; 0 switches it off."""
+    """Hidden width of a block's feed-forward network, as a multiple of `width`; 0 switches it off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,19 +71,19 @@ class SolarConfig(TowerConfig):
         if self.num_layers not in (1, 2):
             raise ValueError(f"num_layers = {self.num_layers} must be 1 or 2")
         if not 0 <= self.half_life < math.inf:
-            raise ValueError(f"half_life = {self.half_life} must be a number of events, or 0 to let nothing decay")
+            raise ValueError(f"half_life = {self.half_life} must be a number of events, or 0 for no decay")
         if self.interests and 0 < self.recent_window < self.checkpoint_every:
             raise ValueError(
                 f"recent_window = {self.recent_window} must be at least checkpoint_every = {self.checkpoint_every}, or "
-                "events after a checkpoint would be seen by neither; raise recent_window or lower checkpoint_every"
+                "some events after a checkpoint would be in neither; raise recent_window or lower checkpoint_every"
             )
         if not self.interests and self.recent_window == 0:
             raise ValueError("interests = false and recent_window = 0 leave no history; switch one of them on")
-        self.decomposition  # noqa: B018 (refuses what it cannot be)
+        self.decomposition  # noqa: B018 (raises ValueError for invalid settings)
 
     @property
     def decomposition(self) -> Decomposition:
-        """How interests are taken."""
+        """The settings of the decomposition."""
         return Decomposition(
             rank=self.rank,
             gradient=self.gradient,
@@ -110,8 +110,8 @@ class Solar(HistoryTower):
         candidates: CandidateSets,
     ) -> Tensor:
         history = self._history(event_ND, inputs)
-        # The first block reads items, not candidates: what a candidate needs before it meets its request is computed
-        # once per distinct item.
+        # The first block reads items, not candidates: what does not depend on the request is computed once per distinct
+        # item.
         state = item_ID
         for i, block in enumerate(self.blocks):
             state = block(
@@ -125,8 +125,8 @@ class Solar(HistoryTower):
 
     @property
     def kept_events(self) -> int | None:
-        """The window's and those since the checkpoint, and one more to tell the gap before the first of them; all that
-        exact repeats are counted in."""
+        """Enough for the recent window and for the events since the checkpoint, plus one event to compute the time gap
+        before the first of them; with `repeats`, also enough for their largest window."""
         if not self.config.interests:
             return None
         kept = max(self.config.recent_window, self.config.checkpoint_every) + 1
@@ -134,15 +134,15 @@ class Solar(HistoryTower):
 
     @torch.no_grad()
     def history_sums(self, inputs: ModelInput) -> HistorySums:
-        """What a stored history holds of the events that are not kept."""
+        """The sums that a stored history has for the events that are not kept."""
         event_ND = self.events(self.items(inputs.item_IC, inputs.features_IFC), inputs)
         return history_sums(event_ND, inputs=inputs, **self._how())
 
     @torch.no_grad()
     def interests(self, inputs: ModelInput) -> tuple[Interests, Tensor]:
-        """The spectrum of real users: interests at the checkpoints in use, and checkpoint_B.
+        """The spectrum of real histories: interests at the checkpoints in use, and checkpoint_B.
 
-        `singular_KR[k] ** 2 / energy_K[k]` is the share of a history's energy that each component holds.
+        `singular_KR[k] ** 2 / energy_K[k]` is each component's share of the energy of history k.
         """
         item_ID = self.items(inputs.item_IC, inputs.features_IFC)
         history = self._history(self.events(item_ID, inputs), inputs)
@@ -157,7 +157,7 @@ class Solar(HistoryTower):
             return History(event_ND=event_ND, inputs=inputs, interests=None, checkpoint_B=None)
         position_B, stored = inputs.request_position_B, inputs.stored
         if stored is not None:
-            # Of these the events given are not the history.
+            # The given events of a stored request are not its complete history: its interests are computed below.
             position_B = position_B.index_fill(0, stored.request_S, 0)
         interests, checkpoint_B = checkpoint_interests(
             event_ND,
@@ -179,20 +179,20 @@ class Solar(HistoryTower):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class History:
-    """All histories of a batch, as the blocks read them."""
+    """All histories of a batch, in the form that the blocks read."""
 
     event_ND: Tensor
     """[N, D] normalised event vectors."""
     inputs: ModelInput
-    """Where they belong."""
+    """Which events belong to which request."""
     interests: Interests | None
-    """Interests at the checkpoints in use, or None where they are switched off."""
+    """Interests at the checkpoints in use; None if interests are switched off."""
     checkpoint_B: Tensor | None
-    """[B] row of `interests` that a request reads; 0 is the empty history. None as `interests`."""
+    """[B] row of `interests` for each request; row 0 is the empty history. None if `interests` is None."""
 
 
 class SolarBlock(nn.Module):
-    """state_MD after one round of attention to the history, to the set, and a feed-forward network."""
+    """state_MD after attention to the history, attention within the set, and a feed-forward network."""
 
     def __init__(self, config: SolarConfig) -> None:
         super().__init__()
@@ -227,12 +227,14 @@ class SolarBlock(nn.Module):
         history: History,
         candidates: CandidateSets,
     ) -> Tensor:
-        """`state` is [M, D], or [I, D] with `item_M` in the first block, where the request shifts the query too."""
+        """`state` is [M, D]; in the first block it is [I, D], with `item_M`, and the request shifts the query."""
+        # Make the queries, in the first block once per distinct item.
         query_MD = self.query(self.norm(state))
         if item_M is not None:
             state, query_MD = gather_rows(state, item_M), gather_rows(query_MD, item_M)
         if query_shift_MD is not None:
             query_MD = query_MD + query_shift_MD
+        # Attend to the interests and to the recent events.
         found = []
         if self.lifelong is not None and history.interests is not None and history.checkpoint_B is not None:
             found.append(
@@ -243,6 +245,7 @@ class SolarBlock(nn.Module):
         if self.recent is not None:
             found.append(self.recent(query_MD, event_ND=history.event_ND, inputs=history.inputs, candidates=candidates))
         state = state + self.output(found[0] if len(found) == 1 else found[0] + found[1])
+        # Attend to the other candidates of the set.
         if self.set is not None and self.set_norm is not None:
             state = state + self.set(self.set_norm(state), candidates=candidates)
         if self.ffn is not None and self.ffn_norm is not None:

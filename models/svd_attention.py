@@ -6,9 +6,9 @@
 The idea is SOLAR's (arXiv 2603.02561); its code is not public. Inferred and checked here: the Gram form
 X^T X = V S^2 V^T, the canonical sign, the division by sqrt(N) with a learned temperature, the mask of degenerate
 components and the stable gradient. Lemma (tested): if rank(X) <= R then Q (X W_K)^T (X W_V) = Q K^T V for every Q.
-Softmax over R interests is another function than softmax over N events, even then.
+Softmax over R interests is a different function from softmax over N events, even then.
 
-Each thing is written twice: the reference form, readable and slow, above the fast form that the models use.
+Each function is written twice: first a readable, slow reference form, then the fast form that the models use.
 The letters are those of models/interface.py; K counts histories (models/interest_checkpoints.py: one
 per checkpoint in use).
 """
@@ -25,27 +25,27 @@ from torch import Tensor, nn
 from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
 
 GRADIENT_EPS = 1e-6
-"""Damping of the eigenvector gradient, relative to the pair of eigenvalues. Against the exact gradient: cosine 1.000,
-0.998, 0.946 at rank 8, 16, 32; finite for every input. Relative to the largest eigenvalue it would be 0.62."""
+"""Damping of the eigenvector gradient, relative to the pair of eigenvalues. Cosine to the exact gradient: 1.000, 0.998,
+0.946 at rank 8, 16, 32; finite for every input. With damping relative to the largest eigenvalue the cosine is 0.62."""
 START_TEMPERATURE = 6.0
 """P / sqrt(N) alone gives nearly uniform weights (entropy 3.45 of 3.47 at 32 interests): start at 4 to 8 times that."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decomposition:
-    """How interests are taken from a Gram."""
+    """How interests are computed from a Gram."""
 
     rank: int
     """R, at least 1 and at most D."""
     gradient: Literal["stable", "exact", "stop"] = "stable"
-    """stable: damped by `gradient_eps`; exact: explodes where eigenvalues meet; stop: U is a constant, which is another
-    estimator (P = U^T X with gradient to X alone) and here as an ablation."""
+    """stable: damped by `gradient_eps`; exact: explodes where two eigenvalues are nearly equal; stop: U is treated as a
+    constant, which is another estimator (P = U^T X with a gradient only to X), included as an ablation."""
     gradient_eps: float = GRADIENT_EPS
     """Damping of the stable gradient."""
     canonical_sign: bool = True
-    """Interests point along the sum of the events; off, their signs are LAPACK's: an ablation."""
+    """Interests point along the sum of the events; off (signs as LAPACK returns them) is an ablation."""
     divide_by_events: bool = True
-    """Interests are divided by sqrt(N), so that attention does not sharpen as a history grows; off: an ablation."""
+    """Interests are divided by sqrt(N), so that attention does not sharpen as a history grows; off is an ablation."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -63,7 +63,7 @@ class Interests:
     interest_KRD: Tensor
     """[K, R, D] S_R V_R^T / sqrt(N) with the canonical sign, in the Gram's dtype; zero where not valid."""
     valid_KR: Tensor
-    """[K, R] bool: the component stands above the rounding noise of the Gram."""
+    """[K, R] bool: the component is above the rounding noise of the Gram."""
     singular_KR: Tensor
     """[K, R] singular values of the history (not divided by sqrt(N)), without gradient."""
     energy_K: Tensor
@@ -75,8 +75,8 @@ def reference_interests(history_ND: Tensor, *, rank: int, half_life: float = 0.0
 
         interest_RD = sign_i s_i v_i / sqrt(sum_n w_n),   sign_i = sign(v_i . sum_n w_n x_n)
 
-    The decomposition is that of sqrt(w_n) x_n, with w_n = 2^(-age_n / half_life), or 1 where half_life is 0. Zero rows
-    stand for components that do not exist or lie below the mask of a float64 Gram.
+    It decomposes the matrix with rows sqrt(w_n) x_n, where w_n = 2^(-age_n / half_life), or 1 if half_life is 0. Zero
+    rows stand for components that do not exist, or that a float64 Gram could not tell from rounding noise.
     """
     history_ND = history_ND.double()
     num_events, width = history_ND.shape
@@ -96,12 +96,14 @@ def reference_interests(history_ND: Tensor, *, rank: int, half_life: float = 0.0
 def interests_from_gram(
     gram_KDD: Tensor, *, sum_KD: Tensor, weight_K: Tensor, how: Decomposition, single_K: Tensor | None = None
 ) -> Interests:
-    """Interests of K histories from G = X^T X, the sum of their events and of their weights: equal to the reference.
+    """Interests of K histories from G = X^T X, the sum of the events and the sum of their weights; equal to the
+    reference.
 
-    `weight_K` is the number of events where nothing decays. Components with s_i <= sqrt(D eps) s_1 are masked: rounding
-    leaves nothing of them. `single_K` (bool, on the host) says which histories are decomposed in float32, whose eps
-    then counts; the others are in the Gram's dtype. ValueError: more interests than D.
+    Without decay `weight_K` is the number of events. Components with s_i <= sqrt(D eps) s_1 are masked, because they
+    consist of rounding errors. `single_K` (bool, on the host) says which histories are decomposed in float32, with its
+    eps; the others use the Gram's dtype. ValueError: more interests than D.
     """
+    # Decompose.
     width = gram_KDD.shape[-1]
     if how.rank > width:
         raise ValueError(f"rank = {how.rank} must not exceed the width {width} of the events; lower rank")
@@ -114,21 +116,23 @@ def interests_from_gram(
         how.gradient_eps if how.gradient == "stable" else 0.0,
         single_K,
     )
+    # Mask rounding noise.
     value_KR = value_KD[:, : how.rank]
     eps_K = torch.where(single_K, torch.finfo(torch.float32).eps, torch.finfo(gram_KDD.dtype).eps)
     floor_K1 = width * eps_K.to(value_KD, non_blocking=True)[:, None] * value_KD[:, :1].detach()
     valid_KR = value_KR.detach() > floor_K1
-    # The square root of a masked value is never taken: its gradient would be infinite at zero.
+    # Never take the square root of a masked value: its gradient is infinite at zero.
     singular_KR = torch.where(valid_KR, value_KR, 1.0).sqrt() * valid_KR
     scale_KR = singular_KR
     if how.divide_by_events:
         scale_KR = scale_KR / torch.where(weight_K > 0, weight_K, 1.0).sqrt()[:, None]
     if how.canonical_sign:
-        # A singular vector's sign is arbitrary. This choice does not depend on the order of the events or the batch.
+        # A singular vector's sign is arbitrary. This choice depends neither on the order of events nor on the batch.
         negative_KR = (direction_KRD.detach() @ sum_KD.detach()[:, :, None]).squeeze(-1) < 0
         scale_KR = scale_KR * torch.where(negative_KR, -1.0, 1.0)
     if stop:
-        # v^T G / s^2 = v^T, and the Gram's gradient reaches its right factor alone: that of P = (X v / s)^T X.
+        # v^T G / s^2 = v^T. The Gram passes its gradient only to its right factor, so this is the gradient of
+        # P = (X v / s)^T X.
         safe_KR = torch.where(valid_KR, value_KR, 1.0)
         direction_KRD = (direction_KRD @ gram_KDD) / safe_KR[:, :, None]
     return Interests(
@@ -148,7 +152,7 @@ def reference_svd_attention(
     temperature_H: Tensor,
     softmax: bool = True,
 ) -> Tensor:
-    """O = softmax(Q (P W_K)^T / tau) P W_V of one request, head by head; interests that are zero rows do not exist.
+    """O = softmax(Q (P W_K)^T / tau) P W_V of one request, head by head; zero rows of P are ignored.
 
     tau = sqrt(D / H) / temperature. Without any interest the result is zero. Without softmax the form is bilinear.
     """
@@ -173,9 +177,9 @@ def reference_svd_attention(
 class SvdAttention(nn.Module):
     """Candidates attend to the interests of their request's history.
 
-    W_K and W_V are linear and without bias, as the lemma asks: all that is not linear acts on events before the
-    decomposition. One decomposition serves every head, layer and candidate of a request. `softmax` off is the bilinear
-    form of the lemma: an ablation.
+    W_K and W_V are linear and without bias, as the lemma requires: everything non-linear acts on events before the
+    decomposition. One decomposition serves every head, layer and candidate of a request. Without `softmax` this is the
+    bilinear form of the lemma, an ablation.
     """
 
     def __init__(self, width: int, *, num_heads: int, softmax: bool = True) -> None:
@@ -207,15 +211,16 @@ class SvdAttention(nn.Module):
 
 
 class _StableEigh(torch.autograd.Function):
-    """Eigenvalues (not negative, largest first) and the R strongest eigenvectors, as rows, of symmetric matrices; the
-    gradient stays finite.
+    """Eigenvalues (not negative, largest first) and the R strongest eigenvectors, as rows, of symmetric matrices, with
+    a gradient that is always finite.
 
         Gbar = V [diag(Lbar) + F o (V^T Vbar)] V^T
         F_ij = D_ij / (D_ij^2 + eps (l_i + l_j)^2),   D_ij = l_j - l_i
 
-    Inferred; eps = 0 is the textbook gradient. Eigenvalues are divided by the largest first, so that squares of very
-    large or small ones neither overflow nor vanish. Gbar is left as it comes: whatever made the symmetric G adds its
-    transpose. Only the first R columns of Lbar and Vbar exist, which makes everything but the last product D x R.
+    Inferred; eps = 0 is the textbook gradient. Eigenvalues are first divided by the largest one, so that squares of
+    very large or small ones neither overflow nor vanish. Gbar is not made symmetric: the backward of the operation that
+    made the symmetric G adds the transpose. Lbar and Vbar have only their first R columns, so all products except the
+    last are D x R.
     """
 
     @staticmethod
@@ -237,23 +242,23 @@ class _StableEigh(torch.autograd.Function):
             vector_kDD = vector_kDD.to(value_KD)
             value_kD, vector_bar_kDR = value_KD[place_k], direction_bar_KRD[place_k].mT
             largest_k11 = torch.where(value_kD[:, :1] > 0, value_kD[:, :1], 1.0)[:, :, None]
-            # LAPACK's order, smallest first, is kept for the rows: only the R columns are turned.
+            # The rows keep LAPACK's order, smallest first; only the R columns are reversed.
             share_kD1 = value_kD.flip(-1)[:, :, None] / largest_k11
             share_k1R = value_kD[:, None, : ctx.rank] / largest_k11
             gap_kDR = share_k1R - share_kD1
             damped_kDR = gap_kDR**2 + ctx.eps * (share_k1R + share_kD1) ** 2
             safe_kDR = damped_kDR > torch.finfo(damped_kDR.dtype).tiny
             factor_kDR = torch.where(safe_kDR, gap_kDR / torch.where(safe_kDR, damped_kDR, 1.0), 0.0)
-            # Divided last: two components below the mask can have a factor near the largest float, times 0.
+            # Divide last: for two masked components the factor can be near the largest float, and is multiplied by 0.
             inner_kDR = factor_kDR * (vector_kDD.mT @ vector_bar_kDR) / largest_k11
-            # The j-th strongest stands j-th from the end.
+            # The j-th strongest is the j-th from the end.
             inner_kDR[:, -ctx.rank :] += torch.diag_embed(value_bar_KD[place_k][:, : ctx.rank]).flip(1)
             parts.append(vector_kDD @ inner_kDR @ vector_kDD[:, :, -ctx.rank :].flip(-1).mT)
         return _assembled(ctx.groups, parts), None, None, None
 
 
 def _same_precision(single_K: Tensor, device: torch.device) -> list[tuple[Any, bool]]:
-    """(places, whether in float32) of the histories that are decomposed together."""
+    """(histories, whether in float32) of each group of histories that are decomposed together."""
     if not bool(single_K.any()) or bool(single_K.all()):
         return [(slice(None), bool(single_K.any()))]
     return [
@@ -263,7 +268,7 @@ def _same_precision(single_K: Tensor, device: torch.device) -> list[tuple[Any, b
 
 
 def _assembled(groups: list[tuple[Any, bool]], parts: list[Tensor]) -> Tensor:
-    """The parts back in the order of all histories."""
+    """The parts put back into the order of all histories."""
     if len(parts) == 1:
         return parts[0]
     whole = parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])

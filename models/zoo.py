@@ -1,4 +1,4 @@
-"""Every model by its name: what `model.name` may say, and the tower that it builds."""
+"""All models by name: the values of `model.name`, and the config and tower of each."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ MODELS: Mapping[str, tuple[type, type[Recommender]]] = {
     "linrec": (LinRecConfig, LinRec),
     "light_sans_sequence": (LightSansSequenceConfig, LightSansSequence),
 }
-"""`model.name` -> (its config, its tower)."""
+"""{`model.name`: (config class, tower class)}."""
 
 
 def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommender:
-    """A tower with its weights drawn from torch's current random state; `settings` = `name` and the config's fields."""
+    """A tower with weights drawn from torch's current random state; `settings`: `name` and the config's fields."""
     config_class, tower_class = MODELS[settings["name"]]
     config = config_class(**{key: value for key, value in settings.items() if key != "name"})
     return tower_class(config, num_features=num_features)

@@ -1,8 +1,8 @@
-"""The event log's contract: which columns it has, which rows are accepted, and in which order events stand.
+"""The event log's contract: which columns it has, which rows are accepted, and how events are ordered.
 
 A validated event has user_id and item_id (int64 or string), `timestamp` (int64 milliseconds since 1970 UTC) and / or
-`order` (int64), and optionally action (string), label (0 or 1) and request_id. Whatever a reader (readers.py) finds
-becomes either such an event or a rejected row with a Reason; nothing is dropped in silence.
+`order` (int64), and optionally action (string), label (0 or 1) and request_id. Each row that a reader
+(log/readers.py) finds becomes either such an event or a rejected row with a Reason; no row is dropped silently.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 LATEST_TIME = 4_102_444_800_000
-"""2100-01-01 in milliseconds: later times come from a wrong unit."""
+"""2100-01-01 in milliseconds: a later time means that the unit is wrong."""
 LONGEST_ACTION = 128
 """Characters in the name of an action; a longer one is free text, not a category."""
 
@@ -25,15 +25,15 @@ ID_COLUMNS = ("user_id", "item_id", "request_id")
 
 
 class DataError(ValueError):
-    """A mistake in the user's data: one line that names the file, column or value, and the fix."""
+    """A mistake in the user's data. The message is one line that names the file, column or value, and the fix."""
 
 
 class NotNow(DataError):
-    """Nothing is wrong with the data, and the same again may succeed later: a full disk, another writer."""
+    """The data is fine and a later retry may succeed: the disk is full, or another writer was faster."""
 
 
 class Reason(enum.StrEnum):
-    """Why a row was rejected; of several reasons the first one here is reported."""
+    """Why a row was rejected; where several reasons apply, the first in this list is reported."""
 
     MALFORMED_ROW = "malformed row"
     MISSING_USER = "missing user"
@@ -49,31 +49,31 @@ class Reason(enum.StrEnum):
     INVALID_LABEL = "invalid label"
     INVALID_REQUEST = "invalid request"
     FORGOTTEN_USER = "forgotten user"
-    """Of a user whom the data set must not know any more (tombstones.py): counted, but not kept in the quarantine."""
+    """The user was forgotten (shards/tombstones.py): the row is counted, but not kept in the quarantine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EventColumns:
-    """Which column of the file plays which part; None = the log has no such column."""
+    """Which column of the file has which role; None = the log has no such column."""
 
     user_id: str = "user_id"
-    """Who acted: integer or string."""
+    """The user who acted: integer or string."""
     item_id: str = "item_id"
-    """On what: integer or string."""
+    """The item acted on: integer or string."""
     timestamp: str | None = "timestamp"
-    """When: an Arrow timestamp of any unit (UTC unless it has a zone) or a number of `timestamp_unit`."""
+    """Time of the event: an Arrow timestamp of any unit (UTC unless it has a zone) or a number in `timestamp_unit`."""
     order: str | None = None
-    """Integer that orders a user's events where times are absent or tie."""
+    """Integer that orders a user's events where times are absent or equal."""
     action: str | None = None
     """Category of the event; an empty value means none."""
     label: str | None = None
-    """1 for a positive, 0 for a shown item that got no response."""
+    """1 for a positive, 0 for an item that was shown and got no response."""
     request_id: str | None = None
-    """Which events were shown together; an empty value means the event belongs to no request."""
+    """Events with the same value were shown together; an empty value means that the event belongs to no request."""
     timestamp_unit: str = "s"
     """s, ms, us or ns: the unit of numeric timestamps since 1970."""
     integer_ids: bool = False
-    """Text files only: ids are whole numbers (else strings, so that 007 and 7 differ)."""
+    """Text files only: ids are whole numbers. Otherwise they are strings, so 007 and 7 are different ids."""
 
     def __post_init__(self) -> None:
         if self.timestamp is None and self.order is None:
@@ -85,19 +85,19 @@ class EventColumns:
             raise ValueError(f"column {twice[0]!r} is mapped twice: map each column to one of user_id, item_id, ...")
 
     def mapping(self) -> dict[str, str]:
-        """{canonical name: column in the file} of the columns that are there."""
+        """{canonical name: column in the file} for the columns that the log has."""
         canonical = ("user_id", "item_id", "timestamp", "order", "action", "label", "request_id")
         return {name: column for name in canonical if (column := getattr(self, name)) is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Validated:
-    """Every row of a block, in one of two tables."""
+    """The rows of a block; each is in exactly one of two tables."""
 
     events: pl.DataFrame
-    """Canonical columns, in the order of the file."""
+    """Canonical columns; rows in the order of the file."""
     rejected: pl.DataFrame
-    """reason, record (the row as JSON, or the line as it stood)."""
+    """reason, record (the row as JSON, or the unparsed line)."""
 
 
 def validate(
@@ -106,7 +106,7 @@ def validate(
     """Split raw rows into events and rejected rows.
 
     `block` has canonical column names and the file's own types (all strings for text files); `id_types` says "int64"
-    or "string" for each id column. Raises DataError when a column's type cannot be what it stands for.
+    or "string" for each id column. Raises DataError when a column's type does not fit its role.
     """
     checks: list[tuple[Reason, pl.Expr]] = []
     values: list[pl.Expr] = []
@@ -132,13 +132,13 @@ def validate(
 
 
 def total_order(columns: list[str]) -> list[str]:
-    """The columns that order a user's events, of those there are: time, order, item, action, then the rest."""
+    """The sort keys of a user's events, out of `columns`: time, order, item, action, then the other columns."""
     leading = ["timestamp", "order", "item_id", "action"]
     return [c for c in leading if c in columns] + sorted(c for c in columns if c not in leading and c != "user_id")
 
 
 def identity(columns: list[str]) -> list[str]:
-    """The columns that make two rows the same event, of those there are."""
+    """The columns, out of `columns`, that identify an event: rows equal in all of them are the same event."""
     return [c for c in ("user_id", "item_id", "timestamp", "order", "action") if c in columns]
 
 
@@ -160,7 +160,7 @@ def _read_id(block: pl.DataFrame, name: str, columns: EventColumns, id_types: di
     if not dtype.is_integer() and not isinstance(dtype, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
         raise _wrong_type(name, columns, dtype, "integers or strings")
     text = raw.cast(pl.String)
-    # The text of a number is never empty, and making it would be most of validation's work.
+    # A number as text is never empty, and the conversion to text would take most of validation's time.
     missing = raw.is_null() if dtype.is_integer() else text.is_null() | (text == "")
     value = raw.cast(pl.Int64, strict=False) if wanted == "int64" else text
     if isinstance(dtype, (pl.Categorical, pl.Enum)) and wanted == "int64":
@@ -190,7 +190,7 @@ def _read_timestamp(block: pl.DataFrame, name: str, columns: EventColumns, id_ty
 def _number_to_milliseconds(raw: pl.Expr, unit: str) -> pl.Expr:
     if unit != "s":
         return raw.cast(pl.Int64, strict=False) // _PER_MILLISECOND[unit]
-    # Seconds may carry a fraction; rounding to microseconds first undoes the binary error of 0.123 * 1000.
+    # Seconds may have a fraction; rounding to microseconds first removes the floating-point error of 0.123 * 1000.
     seconds = raw.cast(pl.Float64, strict=False)
     bounded = pl.when(seconds.is_finite() & (seconds.abs() < 1e12)).then(seconds)
     return (bounded * 1e6).round(0).cast(pl.Int64) // 1_000
@@ -244,7 +244,7 @@ def _wrong_type(name: str, columns: EventColumns, dtype: pl.DataType, wanted: st
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"columns": {"user_id": "u"}} -> {"columns.user_id": "u"}, as a user writes keys."""
+    """{"columns": {"user_id": "u"}} -> {"columns.user_id": "u"}: keys as a user writes them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -252,7 +252,8 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 RESERVED_NAMES = ("history", "history_time", "history_action", "candidates", "time", "scores", "user_id", "item_id")
-"""Columns that mean something else in a request, where a feature of its user is a column of the feature's name."""
+"""Not allowed as names of user features: in a request, which has one column per user feature, these have another
+meaning."""
 
 
 def refuse_bad_feature(name: str, dtype: pl.DataType, *, file: str) -> None:
@@ -261,6 +262,8 @@ def refuse_bad_feature(name: str, dtype: pl.DataType, *, file: str) -> None:
     if not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null))):
         raise DataError(f"{file}: feature {name!r} is {dtype}; features are categories: cast it to strings")
     if name in RESERVED_NAMES:
-        raise DataError(f"{file}: feature {name!r} has a name that requests use for something else; rename it")
+        raise DataError(f"{file}: feature {name!r} has a name that is reserved in requests; rename it")
     if not re.fullmatch(r"\w[\w -]*", name):
-        raise DataError(f"{file}: feature {name!r} must be named by letters, digits, '_', '-' and spaces; rename it")
+        raise DataError(
+            f"{file}: the name of feature {name!r} may have only letters, digits, '_', '-' and spaces; rename it"
+        )

@@ -1,7 +1,7 @@
-"""Where files live: a directory on a local disk or in any fsspec store (s3://bucket/prefix), seen the same way.
+"""Where files live: a directory on a local disk or in any fsspec store (s3://bucket/prefix), behind one interface.
 
-Only what the commit protocol of shards.py needs: whole-file writes that are never seen half-written, and a create that
-exactly one of several racing writers wins.
+It offers only what the commit protocol of shards/manifest.py needs: whole-file writes that no reader sees
+half-written, and a create operation that exactly one of several racing writers wins.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Store:
         return int(self.fs.info(self.join(name))["size"])
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted names of what lies directly in `folder`; empty when it does not exist."""
+        """Sorted names of the files and folders directly in `folder`; empty when `folder` does not exist."""
         self.fs.invalidate_cache()
         try:
             found = self.fs.ls(self.join(folder), detail=False)
@@ -61,9 +61,9 @@ class Store:
             return checksum_stream(stream)
 
     def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
-        """Replace or create the file; a reader sees the old bytes or all the new ones.
+        """Replace or create the file; a reader sees either the old bytes or all of the new ones.
 
-        Files that a power cut may take (staging) need not be `durable`.
+        Files that may be lost in a power cut (staging) need not be `durable`.
         """
         if not self.is_local:
             self.fs.pipe_file(self.join(name), data)
@@ -75,7 +75,7 @@ class Store:
             sync(target.parent)
 
     def adopt(self, local_path: str, name: str) -> None:
-        """Move a finished local file to `name`, replacing nothing but equal bytes: names carry a content hash."""
+        """Move a finished local file to `name`. A file already there has equal bytes: names contain a content hash."""
         local_file = Path(local_path)
         if not self.is_local:
             self.fs.put_file(str(local_file), self.join(name))
@@ -88,12 +88,12 @@ class Store:
         sync(target.parent)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Create the file with all its bytes; False when it exists already. One of several racing writers wins."""
+        """Create the file with all its bytes; False when it exists already. Exactly one of several writers wins."""
         if not self.is_local:
             try:
                 self.fs.pipe_file(self.join(name), data, mode="create")
             except FileExistsError:
-                # It may be ours: a create whose answer got lost is sent again, and finds itself.
+                # The file may be ours: a create request whose response was lost is retried, and finds its own file.
                 return self.read(name) == data
             return True
         target = Path(self.join(name))
@@ -113,14 +113,14 @@ class Store:
             self.fs.rm(self.join(folder), recursive=True)
 
     def scratch(self) -> tempfile.TemporaryDirectory[str]:
-        """A local folder for files under construction: inside a local store, so that adopting them is a rename."""
+        """A local folder for unfinished files. In a local store it is inside the store, so `adopt` is a rename."""
         if not self.is_local:
             return tempfile.TemporaryDirectory(prefix="solar-")
         Path(self.path).mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=".scratch-", dir=self.path)
 
     def free_bytes(self) -> int | None:
-        """Free disk space, None for a store without such a limit."""
+        """Free disk space; None for a remote store, which has no such limit."""
         if not self.is_local:
             return None
         folder = Path(self.path).absolute()
@@ -130,17 +130,17 @@ class Store:
 
 
 def absolute(path: str) -> str:
-    """The same place for processes that work in another directory."""
+    """The path as an absolute one, so that processes with another working directory find the same place."""
     return path if "://" in path else os.path.abspath(path)
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name that a file holds stays in its directory: what is read there may come from elsewhere."""
+    """Whether a name read from a file stays inside the directory; the file may come from an untrusted place."""
     return bool(name) and not name.startswith("/") and ".." not in name.split("/")
 
 
 def adopt(store: Store, local: str, prefix: str) -> dict[str, Any]:
-    """Move a finished local Parquet file into the store, named by its content; name, bytes and checksum."""
+    """Move a finished local Parquet file into the store under a content hash; returns name, bytes and checksum."""
     folder, _, leaf = local.rpartition("/")
     scratch = Store(folder)
     checksum, size = scratch.checksum(leaf), scratch.size(leaf)
@@ -150,7 +150,7 @@ def adopt(store: Store, local: str, prefix: str) -> dict[str, Any]:
 
 
 def checksum_stream(stream: IO[bytes]) -> str:
-    """xxh3-128 of what is left in the stream, in hexadecimal."""
+    """xxh3-128 of the rest of the stream, in hexadecimal."""
     digest = xxhash.xxh3_128()
     for chunk in _chunks(stream):
         digest.update(chunk)

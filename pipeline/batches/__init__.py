@@ -1,1 +1,1 @@
-"""Sequence shards -> batches: which requests exist, what is drawn for them, in which order and on which rank."""
+"""Sequence shards -> batches: which requests exist, which negatives they get, in which order and on which rank."""

@@ -1,7 +1,7 @@
 """Hard negatives of next_item requests: items of the request's own history. Pure numpy.
 
-Where people come back to items, a positive competes above all with what its user touched before, and among all items of
-a catalogue a uniform draw hardly ever meets one of those.
+Where people come back to items, a positive competes above all with items from its user's history, and a uniform draw
+from the catalogue hardly ever takes one of these.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pipeline.shards.sequences import UserEvents, offsets_of
 def with_history_negatives(
     drawn: Candidates, *, requests: Requests, events: UserEvents, keys: np.ndarray, num_negatives: int
 ) -> Candidates:
-    """The candidates and, after them, items at `num_negatives` places of each request's history, drawn by keys [B].
+    """The candidates and, after them, items from `num_negatives` places of each request's history, drawn by keys [B].
 
-    An item that is a candidate already is not added again: a request gets at most so many, and none without a history.
+    An item that is a candidate already is not added again, so a request gets at most `num_negatives` of them, and none
+    if its history is empty.
     """
     num_requests, sizes = len(requests), np.diff(drawn.offsets)
     place = draws_below(requests.position, keys=keys, count=num_negatives)
@@ -27,7 +28,7 @@ def with_history_negatives(
     exists = requests.position[request] > 0
     item = np.concatenate([drawn.item, events.item[(events.offsets[requests.user][:, None] + place)[exists]]])
     request = np.concatenate([np.repeat(np.arange(num_requests), sizes), request[exists]])
-    # Stable: of equal items of a request the first stays, and of the candidates that were there before each.
+    # The sort is stable: among equal items of a request the first is kept, and so is every earlier candidate.
     order = np.lexsort((item, request))
     again = np.zeros(len(item), bool)
     again[order[1:]] = (item[order[1:]] == item[order[:-1]]) & (request[order[1:]] == request[order[:-1]])
@@ -42,9 +43,9 @@ def with_history_negatives(
 def expected_history_draws(
     candidates: Candidates, *, requests: Requests, events: UserEvents, num_negatives: int
 ) -> np.ndarray:
-    """[M] float64: how often `num_negatives` draws from the history add the item, 1 - (1 - its share)^n: at most once.
+    """[M] float64: probability that `num_negatives` draws from the history add the item, 1 - (1 - its share)^n.
 
-    For a positive, which is never added, it is what another item of its share would have.
+    A positive, which is never added, gets the value that another item of its share would have.
     """
     request = np.repeat(np.arange(len(requests)), np.diff(candidates.offsets))
     length = requests.position[request]
@@ -53,8 +54,8 @@ def expected_history_draws(
 
 
 def count_before(events: UserEvents, *, user: np.ndarray, item: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """[M] how many of the first `position` events of the user are of the item."""
-    # An item's events stand together and in order, and a user's are one range of rows: counting is subtraction.
+    """[M] how many of the user's first `position` events have the item."""
+    # Sorted by item and row, an item's events within a user are one run: the count is a difference of two positions.
     stride = np.int64(len(events.item) + 1)
     known = np.sort(events.item * stride + np.arange(len(events.item)))
     first = item * stride + events.offsets[user]

@@ -1,7 +1,7 @@
-"""Streams batches from sequence shards: exact, resumable at any batch, on any number of ranks.
+"""Streams batches from sequence shards: reproducible, resumable at any batch, on any number of ranks.
 
-A TrainLoader's state is two counters and fingerprints of what they count; batch k of epoch e is the same set of users
-with the same requests, negatives and order at every world size. Reads shards (shards.py) in the order of order.py.
+A TrainLoader's state is two counters and fingerprints of the data and configuration; batch k of epoch e has the same
+users, requests, negatives and order at every world size. Reads shards (shards/dataset.py) in the order of order.py.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class LoaderConfig:
     """How users become batches."""
 
     batch_events: int = 65_536
-    """Most events plus candidates of a global batch; one longer user is a batch of its own."""
+    """Most events plus candidates of a global batch; a user with more is a batch of its own."""
     window_row_groups: int = 8
     """Row groups that are shuffled together and held in memory."""
     prefetch: int = 2
-    """Batches built ahead in a thread; 0 builds them when asked."""
+    """Batches built ahead in a thread; 0 builds each one on demand."""
 
     def __post_init__(self) -> None:
         for name, least in (("batch_events", 1), ("window_row_groups", 1), ("prefetch", 0)):
@@ -60,14 +60,14 @@ class LoaderConfig:
 
 
 class TrainLoader:
-    """Batches of training requests, epoch after epoch, without end."""
+    """An endless stream of batches of training requests, epoch after epoch."""
 
     def __init__(
         self, data: Shards, *, requests: RequestConfig, loader: LoaderConfig, seed: int, rank: int = 0,
         world_size: int = 1, item_counts: np.ndarray | None = None, pin: bool = False,
     ) -> None:  # fmt: skip
-        """`item_counts`: those of `training_item_counts` for negatives by popularity, counted here where not given.
-        `pin`: the thread that builds ahead leaves batches in page-locked memory, for a GPU."""
+        """`item_counts`: the result of `training_item_counts`, for negatives by popularity; None = counted here.
+        `pin`: put batches into page-locked memory, for a GPU."""
         self._data, self._requests, self._loader, self._pin = data, requests, loader, pin
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._counts = request_counts(data, requests).train
@@ -86,11 +86,11 @@ class TrainLoader:
         return self._plan(epoch).num_batches
 
     def num_requests(self, epoch: int) -> int:
-        """Requests of the epoch over all ranks."""
+        """Requests of the epoch, over all ranks."""
         return int(np.minimum(self._counts.requests, self._requests.max_requests).sum())
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        """From the cursor on, for ever. The state counts a batch as soon as it is handed out."""
+        """Batches from the cursor on, without end. A batch counts in the state as soon as it is yielded."""
 
         def batches() -> Iterator[tuple[int, int, Batch]]:
             epoch, start = self._epoch, self._batch
@@ -106,25 +106,25 @@ class TrainLoader:
                 yield batch
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from `start` on; the cursor stays where it is."""
+        """The batches of one epoch from `start` on; does not move the cursor."""
         return _prefetched(lambda: self._build(number, start), self._loader.prefetch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch stands, and in what; JSON-able."""
+        """Number of the next batch, and the fingerprint of the stream; can be stored as JSON."""
         return {"epoch": self._epoch, "batch": self._batch, "fingerprint": self._fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another loader stopped, at any world size. DataError names what is not the same."""
+        """Continue where another loader stopped, at any world size. DataError names what differs."""
         ours, theirs = self._fingerprint(), state["fingerprint"]
         if changed := [name for name in ours if ours[name] != theirs.get(name)]:
             raise DataError(
                 f"{self._data.path}: cannot resume, {' and '.join(changed)} changed since the state was saved; "
-                "restore what it was or start a new run"
+                "undo the change or start a new run"
             )
         self._epoch, self._batch = int(state["epoch"]), int(state["batch"])
 
     def _fingerprint(self) -> dict[str, str]:
-        """Of everything that decides batch membership; the world size and prefetch do not."""
+        """Fingerprints of everything that determines the batches; world size and prefetch do not."""
         loader = {"batch_events": self._loader.batch_events, "window_row_groups": self._loader.window_row_groups}
         return {
             "manifest": self._data.manifest.fingerprint,
@@ -140,9 +140,9 @@ class TrainLoader:
                     self._data.index.group, wanted=self._counts.requests > 0, seed=self._seed, epoch=epoch,
                     window_row_groups=self._loader.window_row_groups,
                 )  # fmt: skip
-                asked = np.minimum(self._counts.requests, self._requests.max_requests)
-                plan = _EpochPlan(users, self._cost, asked, self._loader.batch_events)
-                # Two: the consumer still asks about the epoch that the prefetching thread has left.
+                num_requests = np.minimum(self._counts.requests, self._requests.max_requests)
+                plan = _EpochPlan(users, self._cost, num_requests, self._loader.batch_events)
+                # Keep two plans: the consumer may still be in the epoch that the prefetching thread has left.
                 self._plans = dict([*self._plans.items(), (epoch, plan)][-2:])
             return plan
 
@@ -152,7 +152,7 @@ class TrainLoader:
             users = plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
             eligible = of_part(list_requests(events, self._requests), "train", self._requests)
-            # The window of events is that of all eligible requests, not of the sample: its cost is what was planned.
+            # Take the events of all eligible requests, not only of the sample: the plan's costs count all of them.
             window = carried(eligible, num_users=len(users), part="train", config=self._requests)
             chosen = sample(eligible, user_rows=users, seed=self._seed, epoch=epoch, config=self._requests)
             log_q = None
@@ -172,6 +172,7 @@ class TrainLoader:
         self, chosen: Requests, events: UserEvents, users: np.ndarray, epoch: int
     ) -> tuple[Requests, torch.Tensor]:
         """The requests with negatives after their positives, and the candidates' log_q."""
+        # Draw negatives from the proposal.
         number = self._requests.num_negatives
         keys = draw_keys(seed=self._seed, epoch=epoch, user=users[chosen.user], request=chosen.key)
         drawn = with_negatives(
@@ -180,8 +181,9 @@ class TrainLoader:
         if len(drawn.item) < len(chosen.candidate) + number * len(chosen):
             raise DataError(
                 f"{self._data.path}: the positives of a training request are all {np.diff(chosen.offsets).max()} items "
-                "that its negatives could be drawn from; set requests.num_negatives to 0"
+                "from which its negatives could be drawn; set requests.num_negatives to 0"
             )
+        # Add negatives from the history.
         from_history = self._requests.history_negatives
         if from_history:
             drawn = with_history_negatives(
@@ -203,7 +205,7 @@ class EvaluationLoader:
         self, data: Shards, *, requests: RequestConfig, part: str, batch_events: int, rank: int = 0,
         world_size: int = 1, limit: int | None = None,
     ) -> None:  # fmt: skip
-        """`limit`: users, the same ones each time and spread over the data set, until they have so many requests."""
+        """`limit`: take users, always the same ones, spread over the data set, until they have this many requests."""
         if part not in ("valid", "test"):
             raise ValueError(f"part is {part!r}: it must be valid or test")
         self._data, self._requests, self._part = data, requests, part
@@ -213,9 +215,9 @@ class EvaluationLoader:
         self._plan = _EpochPlan(users, counts.events + counts.candidates, counts.requests, batch_events)
         self.num_batches = self._plan.num_batches
         self.num_requests = int(counts.requests[users].sum())
-        """Over all ranks."""
+        """Requests of the pass, over all ranks."""
         self.num_skipped = int(counts.skipped.sum())
-        """Requests of the part left out for a short history, over all users."""
+        """Requests of the part that are left out because their history is too short, over all users."""
 
     def __len__(self) -> int:
         return self.num_batches
@@ -237,7 +239,7 @@ class EvaluationLoader:
 def training_item_counts(data: Shards, *, requests: RequestConfig, groups: Iterable[int] | None = None) -> np.ndarray:
     """[vocabulary capacity] int64: how often each row is a positive of a training request, before any cap.
 
-    `groups`: of these row groups only.
+    `groups`: count only in these row groups.
     """
     check_log(data, requests)
     counts = np.zeros(data.vocabulary.capacity, np.int64)
@@ -258,16 +260,16 @@ class _EpochPlan:
         self.num_requests = order.batch_totals(num_requests[users], self._offsets)
 
     def users_of(self, number: int, *, rank: int, world_size: int) -> np.ndarray:
-        """User rows that a rank serves in a batch, in epoch order."""
+        """The user rows of a batch that belong to this rank, in epoch order."""
         run = slice(int(self._offsets[number]), int(self._offsets[number + 1]))
         return self._users[run][order.deal(self._cost[run], world_size=world_size) == rank]
 
 
 def _training_cost(counts: PartCounts, config: RequestConfig) -> np.ndarray:
-    """[users] events plus candidates after the caps; an upper bound where the sample decides how many candidates."""
-    asked = np.minimum(counts.requests, config.max_requests)
+    """[users] events plus candidates after the caps; an upper bound where the sample determines the candidates."""
+    num_requests = np.minimum(counts.requests, config.max_requests)
     negatives = config.num_negatives + config.history_negatives if config.task == "next_item" else 0
-    return counts.events + np.minimum(counts.candidates, asked * counts.largest) + asked * negatives
+    return counts.events + np.minimum(counts.candidates, num_requests * counts.largest) + num_requests * negatives
 
 
 def _evaluated_users(data: Shards, counts: PartCounts, limit: int | None) -> np.ndarray:
@@ -283,7 +285,7 @@ def _batch(
     users: np.ndarray, events: UserEvents, chosen: Requests, start: np.ndarray, last: np.ndarray,
     *, num_global_requests: int,
 ) -> Batch:  # fmt: skip
-    """Cut each user's events to start : last and shift the requests' positions along."""
+    """Cut each user's events to start : last, and shift the requests' positions accordingly."""
     places = ranges(events.offsets[:-1] + start, last - start)
     codes = events.codes or UserCodes(lengths=np.zeros((len(users), 0), np.int64), values=np.zeros(0, np.int64))
     return Batch(
@@ -314,7 +316,7 @@ def _fingerprint(fields: dict[str, Any]) -> str:
 
 
 def _prefetched(make: Callable[[], Iterator[_T]], ahead: int) -> Generator[_T, None, None]:
-    """The same items, built by a thread that stays at most `ahead` items ahead; its exceptions are raised here."""
+    """The items of `make()`, built by a thread at most `ahead` items in advance; its exceptions are raised here."""
     if ahead == 0:
         yield from make()
         return

@@ -4,9 +4,9 @@
     windows of 2      [D  A] [C  E] [B]            users permuted within a window
     users             d1 a3 a1 d2 | e1 c2 ...
     global batches    [d1 a3 a1] [d2 e1] [c2 ...   longest runs whose cost fits batch_events
-    dealt to 2 ranks   d1|a3 a1   ...              even cost
+    dealt to 2 ranks   d1|a3 a1   ...              balanced cost
 
-Every rank computes all of it alone and they agree without a collective; nothing but `deal` knows of ranks.
+Every rank computes the whole order, so ranks agree without a collective; only `deal` depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pipeline.shards.sequences import offsets_of
 def epoch_order(group: np.ndarray, *, wanted: np.ndarray, window_row_groups: int, seed: int, epoch: int) -> np.ndarray:
     """User rows in the order of an epoch.
 
-    group: [users] int64, the row group of each user. wanted: [users] bool, users that have work.
+    group: [users] int64, the row group of each user. wanted: [users] bool, users that have requests.
     """
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64)))
     num_groups = int(group.max(initial=-1)) + 1
     place_of_group = np.empty(num_groups, np.int64)
     place_of_group[generator.permutation(num_groups)] = np.arange(num_groups)
-    # Drawn for every user, wanted or not: a user's place does not depend on who else has work.
+    # Draw for every user, wanted or not, so that a user's place does not depend on which other users are wanted.
     draw = generator.random(len(group))
     window = place_of_group[group] // window_row_groups
     order = np.lexsort((draw, window))
@@ -35,7 +35,7 @@ def epoch_order(group: np.ndarray, *, wanted: np.ndarray, window_row_groups: int
 
 
 def cut_batches(cost: np.ndarray, *, batch_events: int) -> np.ndarray:
-    """[batches + 1] offsets into the order: the longest runs whose cost fits; a user above it is a run of its own."""
+    """[batches + 1] offsets into the order: the longest runs with cost up to batch_events; a larger user is one run."""
     ends = np.cumsum(cost, dtype=np.int64)
     offsets = [0]
     while offsets[-1] < len(cost):
@@ -46,7 +46,7 @@ def cut_batches(cost: np.ndarray, *, batch_events: int) -> np.ndarray:
 
 
 def deal(cost: np.ndarray, *, world_size: int) -> np.ndarray:
-    """[n] int64 rank of each user of a batch: the costliest first, each to the rank with least so far (LPT)."""
+    """[n] int64 rank of each user of a batch: by falling cost, each to the rank with the least cost so far (LPT)."""
     ranks = np.zeros(len(cost), np.int64)
     if world_size == 1:
         return ranks
@@ -59,5 +59,5 @@ def deal(cost: np.ndarray, *, world_size: int) -> np.ndarray:
 
 
 def batch_totals(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """[batches] sums of values over each batch."""
+    """[batches] the sum of the values in each batch."""
     return np.diff(offsets_of(values)[offsets])

@@ -1,7 +1,7 @@
-"""How many requests each user has in each part: what order.py needs to deal work without reading a shard.
+"""How many requests each user has in each part: with it, order.py deals users to batches without reading a shard.
 
-Cached as `<shards>/requests/<fingerprint>.parquet` for (manifest, the counting part of RequestConfig): a derived file
-that anyone may recompute, so it is no part of the manifest.
+Cached as `<shards>/requests/<fingerprint>.parquet` for (manifest, the fields of RequestConfig that affect counts). The
+file can be recomputed at any time, so it is not part of the manifest.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class PartCounts:
     requests: np.ndarray
     """[users] int64, before max_requests."""
     candidates: np.ndarray
-    """[users] int64: candidates of all these requests, without drawn negatives."""
+    """[users] int64: candidates of all the user's requests, without drawn negatives."""
     largest: np.ndarray
     """[users] int64: candidates of the user's largest request."""
     events: np.ndarray
-    """[users] int64: events a batch carries for the user."""
+    """[users] int64: events that a batch holds of the user."""
     skipped: np.ndarray
-    """[users] int64: requests left out for a history below min_history."""
+    """[users] int64: requests left out because their history is shorter than min_history."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +48,7 @@ class RequestCounts:
 
 
 def request_counts(data: Shards, config: RequestConfig) -> RequestCounts:
-    """The cached counts; without a cache they are taken here, in this process (build.index_requests uses Ray)."""
+    """The cached counts; if there is no cache, counts in this process (build.index_requests counts with Ray)."""
     cached = load(data, config)
     if cached is not None:
         return cached
@@ -57,7 +57,7 @@ def request_counts(data: Shards, config: RequestConfig) -> RequestCounts:
 
 
 def load(data: Shards, config: RequestConfig) -> RequestCounts | None:
-    """The counts as cached, None when they are not (or the cache is not whole)."""
+    """The cached counts; None if there are none, or the file is damaged."""
     check_log(data, config)
     store, name = Store(data.path), _name(data, config)
     if not store.exists(name):
@@ -70,7 +70,7 @@ def load(data: Shards, config: RequestConfig) -> RequestCounts | None:
 
 
 def check_log(data: Shards, config: RequestConfig) -> None:
-    """DataError where the log lacks what the task or split needs."""
+    """DataError where the log lacks a column that the task or split needs."""
     columns = data.manifest.schema["columns"]
     if config.split == "temporal" and "timestamp" not in columns:
         raise DataError(f"{data.path}: requests.split is temporal but the log has no timestamps; use leave_one_out")
@@ -88,7 +88,7 @@ def count_bucket(data: Shards, bucket: int, *, config: RequestConfig, staging: s
 
 
 def assemble(data: Shards, config: RequestConfig, *, staging: str) -> RequestCounts:
-    """Join what count_bucket left for every bucket, cache it and return it."""
+    """Join the files that count_bucket wrote for every bucket, cache the counts and return them."""
     parts = []
     for bucket in data.buckets:
         table = pq.read_table(io.BytesIO(Store(staging).read(f"requests-{bucket:05d}.parquet")))
@@ -125,7 +125,7 @@ def _count(data: Shards, bucket: int, config: RequestConfig) -> dict[str, np.nda
 
 def _save(data: Shards, config: RequestConfig, parts: list[dict[str, np.ndarray]]) -> RequestCounts:
     index = data.index
-    # Buckets list users by (group, row); the index by user row.
+    # Buckets list users by (group, row); the index lists them by user row.
     stored = np.lexsort((index.row, index.group))
     columns = {}
     for name in parts[0]:

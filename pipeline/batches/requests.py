@@ -1,4 +1,4 @@
-"""Users' sequences -> requests: which history asks for which candidates, in which part of the split. Pure numpy.
+"""Users' sequences -> requests: a history, its candidates, and the part of the split. Pure numpy.
 
 Task `next_item`, split `leave_one_out`, one user with events a b c d:
 
@@ -8,9 +8,9 @@ Task `next_item`, split `leave_one_out`, one user with events a b c d:
     2           a b        c           valid
     3           a b c      d           test
 
-Task `impressions`: the events of one request_id (else of one session) are the candidates, with their labels; the
-history is every event strictly before the first of them. Split `temporal`: the part follows from the request's time.
-What is drawn: a sample of them in draws.py, negatives in negatives.py.
+Task `impressions`: the events of one request_id (in a log without request ids: of one session) are the candidates, with
+their labels; the history is every event strictly before the first of them. Split `temporal`: the part follows from the
+request's time. sampling.py samples requests, negatives.py draws negatives.
 """
 
 from __future__ import annotations
@@ -32,42 +32,47 @@ _MIN_REQUESTS_TO_SPLIT = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestConfig:
-    """What is asked, and which of it trains."""
+    """How requests are made from events, split into parts and sampled."""
 
     task: Literal["next_item", "impressions"] = "next_item"
-    """next_item: each event is the positive; impressions: the events shown together are the candidates."""
+    """next_item: each event is a positive; impressions: the events shown together are the candidates."""
     split: Literal["leave_one_out", "temporal"] = "leave_one_out"
-    """leave_one_out: a user's last request tests, the last but one validates; temporal: by the request's time."""
+    """leave_one_out: a user's last request is for the test, the last but one for validation; temporal: by the request's
+    time."""
     valid_from: str | int | None = None
     """temporal: first time of validation, ISO 8601 (UTC unless it has a zone) or milliseconds since 1970."""
     test_from: str | int | None = None
     """temporal: first time of the test."""
     train_from: str | int | None = None
-    """temporal: first time of training; earlier requests are history alone, but for those that are replayed. None = all
-    before valid_from train."""
+    """temporal: first time of training; events before it serve only as history, except in replayed requests. None = all
+    requests before valid_from train."""
     replay_share: float = 0.0
-    """temporal: share of the requests before train_from that train too, drawn anew for each valid_from."""
+    """temporal: share of the requests before train_from that train too; each valid_from draws other ones."""
     max_history: int = 1024
-    """Latest events of a user that training carries."""
+    """Most events of a user in a training batch: the latest ones."""
     max_requests: int = 64
-    """Training requests a user and epoch, a fresh sample each epoch."""
+    """Most training requests per user and epoch; each epoch draws a new sample."""
     num_negatives: int = 64
     """next_item: negatives drawn for each training request."""
     negatives: Literal["uniform", "popularity", "in_batch"] = "uniform"
-    """next_item, what negatives are drawn from: all items alike; items by their training events; the positives of the
-    global batch, which are looked up anyway (for batches of many users). `training.log_q` corrects the loss for it."""
+    """next_item, the source of negatives. uniform: all items with equal probability; popularity: items by their number
+    of training events; in_batch: the positives of the global batch, which are looked up anyway (for batches of many
+    users). `training.log_q` corrects the loss for the choice."""
     popularity_power: float = 0.75
-    """negatives=popularity: q ~ training events ** power, so an item without one is never drawn. 0.75 as in word2vec
-    (Mikolov et al., 2013): rare items still serve as negatives; 1 is what in_batch comes to."""
+    """negatives=popularity: q ~ training events ** power, so an item without training events is never drawn. 0.75 as in
+    word2vec (Mikolov et al., 2013): rare items still serve as negatives; 1 is the distribution of in_batch."""
     history_negatives: int = 0
-    """next_item: draws from the events of the request's own history besides; an item that is a candidate already is not
-    added. Where people come back to items, these are what a positive must beat. Needs `training.log_q`."""
+    """next_item: number of additional negatives drawn from the request's own history; an item that is a candidate
+    already is not added again. Where people come back to items, these are the items that a positive must beat. Needs
+    `training.log_q`."""
     group: Literal["event", "request"] = "event"
-    """next_item: each event is a request, or all events of one request_id are (without request ids: of one time)."""
+    """next_item: event = each event is a request; request = all events of one request_id are one request (in a log
+    without request ids: all events of one time)."""
     seen_items: Literal["removed", "kept"] = "removed"
-    """next_item: whether items of the history compete in evaluation; removed also leaves repeated targets out."""
+    """next_item: whether items of the history compete in evaluation. removed also skips requests whose target is in the
+    history."""
     max_eval_requests: int = 0
-    """Evaluation requests a user and part, the same draw each time; 0 = all."""
+    """Most evaluation requests per user and part, always the same ones; 0 = all."""
     session_gap_seconds: int = 1800
     """impressions without request_id: a longer pause starts the next session."""
     min_history: int = 5
@@ -111,7 +116,7 @@ class RequestConfig:
         if self.train_from is None:
             if self.replay_share:
                 raise ValueError(
-                    f"requests.replay_share is {self.replay_share}: without train_from all train already; remove it"
+                    f"requests.replay_share is {self.replay_share}: without train_from all requests train; remove it"
                 )
             return
         if self.split != "temporal":
@@ -125,7 +130,7 @@ class RequestConfig:
         if self.negatives != "uniform" and self.task == "impressions":
             raise ValueError(f"requests.negatives is {self.negatives}: task impressions draws none, remove it")
         if self.history_negatives and (self.task == "impressions" or self.negatives == "in_batch"):
-            reason = "task impressions draws none" if self.task == "impressions" else "negatives in_batch has no others"
+            reason = "task impressions draws none" if self.task == "impressions" else "negatives in_batch allows none"
             raise ValueError(f"requests.history_negatives is {self.history_negatives}: {reason}, remove it")
         if not 0 <= self.popularity_power <= 1:
             raise ValueError(f"requests.popularity_power is {self.popularity_power}: it must be from 0 to 1")
@@ -142,7 +147,7 @@ class RequestConfig:
 
     @property
     def counting_fingerprint(self) -> str:
-        """Hash of the fields that decide how many requests there are."""
+        """Hash of the fields that determine the number of requests."""
         fields: dict[str, Any] = {"task": self.task, "split": self.split, "max_history": self.max_history}
         fields |= {"max_eval_requests": self.max_eval_requests}
         if self.split == "temporal":
@@ -158,18 +163,18 @@ class RequestConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Requests:
-    """Requests of some users, flat, by user and then by position: B requests, M candidates of all of them."""
+    """Requests of some users, flat, by user and then by position: B requests with M candidates in all."""
 
     user: np.ndarray
-    """[B] int64: place of the user in the UserEvents."""
+    """[B] int64: position of the user in the UserEvents."""
     position: np.ndarray
-    """[B] int64: how many of the user's events, from its first, are the history."""
+    """[B] int64: length of the history, which is the user's first events."""
     time: np.ndarray
-    """[B] int64 milliseconds since 1970 UTC, zero where the log has an order only."""
+    """[B] int64 milliseconds since 1970 UTC, zero where the log has no times."""
     key: np.ndarray
-    """[B] int64: tells a user's requests apart; the place of the request's first event in the user's sequence."""
+    """[B] int64: unique among a user's requests: the position of the request's first event in the user's sequence."""
     part: np.ndarray
-    """[B] int8: place in PARTS; -1 = in none of them."""
+    """[B] int8: index in PARTS; -1 = in no part."""
     offsets: np.ndarray
     """[B + 1] int64: request b has candidates offsets[b] : offsets[b + 1]."""
     candidate: np.ndarray
@@ -181,7 +186,7 @@ class Requests:
         return len(self.user)
 
     def take(self, places: np.ndarray) -> Requests:
-        """The requests at these places, in this order (a mask works too)."""
+        """The requests at these places, in this order; `places` may also be a mask."""
         if places.dtype == bool:
             if places.all():
                 return self
@@ -203,6 +208,7 @@ class Requests:
 
 def list_requests(events: UserEvents, config: RequestConfig) -> Requests:
     """Every request of every part; no cap is applied."""
+    # Group events into requests, with the candidates of each.
     lengths = np.diff(events.offsets)
     user = np.repeat(np.arange(events.num_users), lengths)
     place = np.arange(len(user)) - events.offsets[:-1][user]
@@ -211,12 +217,13 @@ def list_requests(events: UserEvents, config: RequestConfig) -> Requests:
     if config.task == "impressions":
         request, member, offsets, label = _grouped(events, user, *_shown_together(events, user, config))
     elif config.group == "request":
-        request, member, offsets, label = _grouped(events, user, *_asked_together(events, user))
+        request, member, offsets, label = _grouped(events, user, *_positives_together(events, user))
     else:
         request = member = slice(None)
         offsets, label = np.arange(len(user) + 1), np.ones(len(user), np.float32)
-    asks_at_event = config.task == "next_item" and config.group == "event" and config.split == "leave_one_out"
-    position = place[request] if asks_at_event else place[_first_of_equal(events, user)[request]]
+    # End each history before the request's event, or, for groups and temporal splits, strictly before its time.
+    is_before_event = config.task == "next_item" and config.group == "event" and config.split == "leave_one_out"
+    position = place[request] if is_before_event else place[_first_of_equal(events, user)[request]]
     part = _split(user[request], events.time[request], config)
     if config.train_from is not None:
         first_candidate = events.item[member][offsets[:-1]]
@@ -234,10 +241,10 @@ def list_requests(events: UserEvents, config: RequestConfig) -> Requests:
 
 
 def of_part(requests: Requests, part: str, config: RequestConfig) -> Requests:
-    """The requests of a part under the caps that do not depend on the epoch.
+    """The requests of a part after the caps that do not depend on the epoch.
 
-    Training keeps requests within the user's latest `max_history` events (see `carried`), evaluation those that are not
-    `too_short`.
+    Training keeps the requests within the user's latest `max_history` events (see `carried`), evaluation the requests
+    that are not `too_short`.
     """
     wanted = requests.part == PARTS.index(part)
     if part != "train":
@@ -257,10 +264,10 @@ def too_short(requests: Requests, config: RequestConfig) -> np.ndarray:
 
 
 def carried(requests: Requests, *, num_users: int, part: str, config: RequestConfig) -> tuple[np.ndarray, np.ndarray]:
-    """[num_users] first and last (exclusive) event that each user carries for these requests of one part.
+    """[num_users] first and last (exclusive) event that a batch holds of each user for these requests of one part.
 
     Training: the latest max_history events before the last request. Evaluation: from max_history events before the
-    first request on, so that no history is shorter than it may be. A user without requests carries nothing.
+    first request on, so that every request has its full history. For a user without requests: no events.
     """
     last = _last_position(requests.user, requests.position, num_users)
     earliest = last
@@ -270,15 +277,15 @@ def carried(requests: Requests, *, num_users: int, part: str, config: RequestCon
 
 
 def _last_position(user: np.ndarray, position: np.ndarray, num_users: int) -> np.ndarray:
-    """[num_users] position of the last request of each user in this order, 0 for a user without."""
+    """[num_users] position of each user's last request in the given order; 0 for a user without requests."""
     last = np.zeros(num_users, np.int64)
-    # Of an index that stands several times the last value stays.
+    # For a repeated index numpy keeps the last value.
     last[user] = position
     return last
 
 
 def _first_of_equal(events: UserEvents, user: np.ndarray) -> np.ndarray:
-    """[N]: the first event of the same user at the same time; what stands before it is strictly earlier."""
+    """[N]: for each event the user's first event at the same time; events before that one are strictly earlier."""
     starts = np.ones(len(user), bool)
     starts[1:] = (user[1:] != user[:-1]) | (events.before[1:] != events.before[:-1])
     return np.maximum.accumulate(np.where(starts, np.arange(len(user)), 0))
@@ -287,7 +294,7 @@ def _first_of_equal(events: UserEvents, user: np.ndarray) -> np.ndarray:
 def _shown_together(
     events: UserEvents, user: np.ndarray, config: RequestConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """impressions: (group of each event, events that belong to one, label of each event)."""
+    """impressions: (group of each event, the events that belong to a group, label of each event)."""
     assert events.label is not None, "request_index.check_log refuses such a log"
     number = np.arange(len(user))
     if events.request is not None:
@@ -297,8 +304,8 @@ def _shown_together(
     return np.cumsum(starts), number, events.label
 
 
-def _asked_together(events: UserEvents, user: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """next_item: the same of requests with several positives; an event of no request is one of its own."""
+def _positives_together(events: UserEvents, user: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """next_item: the same for requests with several positives; an event without request id is a group of its own."""
     number = np.arange(len(user))
     if events.request is None:
         group = _first_of_equal(events, user)
@@ -310,13 +317,13 @@ def _asked_together(events: UserEvents, user: np.ndarray) -> tuple[np.ndarray, n
 def _grouped(
     events: UserEvents, user: np.ndarray, group: np.ndarray, shown: np.ndarray, label: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """First event of each request, and its candidates: event, offsets, label. An item stands once in a request, as a
-    positive when any of its events is one."""
-    # Sorting is stable: within (user, group) events stay in total order, and the first is the earliest.
+    """(first event of each request, then for the candidates: event, offsets, label). An item occurs once in a request,
+    and is a positive if any of its events is one."""
+    # The sort is stable: within (user, group) events stay in total order, and the first is the earliest.
     grouped = shown[np.lexsort((group[shown], user[shown]))]
     new = np.ones(len(grouped), bool)
     new[1:] = (user[grouped][1:] != user[grouped][:-1]) | (group[grouped][1:] != group[grouped][:-1])
-    # Requests by the place of their first event, not by the arbitrary code of their id.
+    # Identify a request by its first event, not by the arbitrary code of its id.
     first = grouped[new][np.cumsum(new) - 1]
     by_item = np.lexsort((grouped, events.item[grouped], first))
     item, start = events.item[grouped][by_item], first[by_item]
@@ -331,7 +338,7 @@ def _grouped(
 
 
 def _split(user: np.ndarray, time: np.ndarray, config: RequestConfig) -> np.ndarray:
-    """[B] int8 place in PARTS; requests are sorted by user and, within a user, by time."""
+    """[B] int8 index in PARTS; requests are sorted by user and, within a user, by time."""
     if config.split == "temporal":
         return np.searchsorted(np.array(config.bounds), time, side="right").astype(np.int8)
     part, counts = np.zeros(len(user), np.int8), np.bincount(user)
@@ -343,16 +350,16 @@ def _split(user: np.ndarray, time: np.ndarray, config: RequestConfig) -> np.ndar
 def _windowed(
     part: np.ndarray, time: np.ndarray, key: np.ndarray, candidate: np.ndarray, config: RequestConfig
 ) -> np.ndarray:
-    """[B] the same without the training requests before train_from that are not replayed."""
+    """[B] `part`, with -1 for training requests before train_from that are not replayed."""
     early = (part == PARTS.index("train")) & (time < _milliseconds("train_from", config.train_from))
-    # Told apart by what they ask, so that the draw is the same however users are read.
+    # Keyed by the request's content, so that the draw does not depend on the order in which users are read.
     draw = hash64(config.bounds[0], time, key, candidate, np.uint64(4)) >> np.uint64(11)
     replayed = draw < np.uint64(config.replay_share * 2**53)
     return np.where(early & ~replayed, np.int8(-1), part)
 
 
 def _milliseconds(name: str, value: str | int | None) -> int:
-    # 20240131 is a date, a longer number milliseconds, on a command line too.
+    # 20240131 is a date, a longer number is milliseconds; from a command line both arrive as text.
     if isinstance(value, int) or (str(value).isdigit() and len(str(value)) > 8):
         return int(value)  # type: ignore[arg-type]
     try:

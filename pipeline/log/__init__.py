@@ -1,1 +1,1 @@
-"""Event files of any layout, opened and read: Parquet, CSV and JSON lines, and logs with one folder per day."""
+"""Opens and reads event files of any layout: Parquet, CSV and JSON lines, and logs with one folder per day."""

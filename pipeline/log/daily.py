@@ -1,4 +1,4 @@
-"""Logs with a folder a day: which days are whole, so that a day that is still being written is left for later."""
+"""Logs with one folder per day: which days are complete, so that a day still being written is left for later."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ _NO_FILES = "no files"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DailyLog:
-    """Where a log keeps its days, and when one of them is whole."""
+    """Where a log keeps its days, and when a day is complete."""
 
     folder: str | None = None
-    """Folder of a day below the log as strftime writes it: dt=%Y-%m-%d, %Y/%m/%d; None = the log is not by day."""
+    """strftime pattern of a day's folder inside the log: dt=%Y-%m-%d, %Y/%m/%d; None = the log has no such folders."""
     marker: str | None = None
-    """File that stands in a day's folder once it is whole, as _SUCCESS; None = a day is whole when it is over."""
+    """File that is written into a day's folder when the day is complete, such as _SUCCESS; None = a day is complete
+    once it has ended."""
     time_zone: str = "UTC"
-    """Zone of the days, by its IANA name."""
+    """Time zone of the days, as an IANA name."""
     cut_off: str = "00:00"
-    """Local time at which a day ends and the next begins: with 04:00, day D goes from 04:00 to 04:00 of D + 1."""
+    """Local time at which a day ends and the next begins: with 04:00, day D lasts from 04:00 to 04:00 of D + 1."""
     until: str | None = None
-    """The last day to take, as 2026-11-21; None = the latest that is whole."""
+    """The last day to read, such as 2026-11-21; None = the latest complete one."""
     days: tuple[str, ...] | None = None
-    """These days alone, as [2026-11-20, 2026-11-21]; None = all up to `until`."""
+    """Read only these days, such as [2026-11-20, 2026-11-21]; None = all up to `until`."""
 
     def __post_init__(self) -> None:
         day = datetime.date(2026, 11, 22)
         needs_folder = [name for name in ("marker", "until", "days") if getattr(self, name) is not None]
         if self.folder is None and needs_folder:
-            raise ValueError(f"daily.folder is not set: {needs_folder[0]} needs it, as dt=%Y-%m-%d")
+            raise ValueError(f"daily.folder is not set: {needs_folder[0]} needs it, for example dt=%Y-%m-%d")
         if self.folder is not None and _parsed(day.strftime(self.folder), self.folder) != day:
-            raise ValueError(f"daily.folder is {self.folder!r}: it must give year, month and day, as dt=%Y-%m-%d")
+            raise ValueError(
+                f"daily.folder is {self.folder!r}: it must give year, month and day, for example dt=%Y-%m-%d"
+            )
         if self.marker is not None and (not self.marker or "/" in self.marker):
-            raise ValueError(f"daily.marker is {self.marker!r}: it must be the name of a file, as _SUCCESS")
+            raise ValueError(f"daily.marker is {self.marker!r}: it must be a file name, for example _SUCCESS")
         try:
             zoneinfo.ZoneInfo(self.time_zone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
             raise ValueError(
-                f"daily.time_zone is {self.time_zone!r}: it must be an IANA name, as Europe/Berlin"
+                f"daily.time_zone is {self.time_zone!r}: it must be an IANA name, for example Europe/Berlin"
             ) from None
         for name, example, parse, value in (
             ("cut_off", "04:00", datetime.time.fromisoformat, self.cut_off),
@@ -57,10 +60,10 @@ class DailyLog:
             try:
                 _ = value is None or parse(value)
             except ValueError:
-                raise ValueError(f"daily.{name} is {value!r}: it must be as {example}") from None
+                raise ValueError(f"daily.{name} is {value!r}: it must be written like {example}") from None
 
     def latest_over(self) -> datetime.date:
-        """The last day that is over by the clock."""
+        """The last day that has ended by now."""
         day = (_now().astimezone(zoneinfo.ZoneInfo(self.time_zone)) + datetime.timedelta(days=1)).date()
         while self.end_of(day) > _now():
             day -= datetime.timedelta(days=1)
@@ -77,9 +80,9 @@ class DailyLog:
 
 
 def whole_days(found: list[Input], *, events: str, daily: DailyLog) -> tuple[list[Input], list[str]]:
-    """The files of whole days, and a line for each day that is left out, with the reason.
+    """The files of complete days, and for each day that is left out one line with the reason.
 
-    `events` is the log's directory, under which `found` lie. DataError: a file lies in no day's folder.
+    `events` is the log's directory, which contains the files `found`. DataError: a file is in no day's folder.
     """
     if daily.folder is None:
         return found, []
@@ -91,18 +94,18 @@ def whole_days(found: list[Input], *, events: str, daily: DailyLog) -> tuple[lis
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogDays:
-    """A daily log as it stands."""
+    """The days of a daily log at this moment."""
 
     files: dict[datetime.date, list[Input]]
-    """Of the days that are whole."""
+    """The files of each complete day."""
     left_out: dict[datetime.date, str]
-    """Why other days are not: not over, no marker, or no files at all."""
+    """The reason why each other day is incomplete: it has not ended, or there is no marker, or there are no files."""
 
 
 def log_days(found: list[Input], *, events: str, daily: DailyLog) -> LogDays:
-    """The days that `daily` asks for, from the first that the log has; `found` are its files, at least one.
+    """The days that `daily` selects, starting with the first day of the log; `found` are its files, at least one.
 
-    DataError: a file lies in no day's folder.
+    DataError: a file is in no day's folder.
     """
     assert daily.folder is not None
     by_day: dict[datetime.date, list[Input]] = {}
@@ -113,9 +116,9 @@ def log_days(found: list[Input], *, events: str, daily: DailyLog) -> LogDays:
     else:
         first, until = min(by_day), datetime.date.fromisoformat(daily.until) if daily.until else max(by_day)
         every = [first + datetime.timedelta(days=n) for n in range((until - first).days + 1)]
-    there = [day for day in every if day in by_day]
+    present = [day for day in every if day in by_day]
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        reasons = dict(zip(there, pool.map(lambda day: _why_unfinished(day, events, daily), there), strict=True))
+        reasons = dict(zip(present, pool.map(lambda day: _why_unfinished(day, events, daily), present), strict=True))
     left_out = {}
     for day in every:
         if why := reasons.get(day) if day in by_day else f"{_NO_FILES} in {daily.folder_of(day)}":
@@ -124,7 +127,7 @@ def log_days(found: list[Input], *, events: str, daily: DailyLog) -> LogDays:
 
 
 def days_told(left_out: dict[datetime.date, str]) -> list[str]:
-    """A line for each day that is left out; days in a row without files share one."""
+    """One line for each day that is left out; consecutive days without files share one line."""
     runs: list[tuple[datetime.date, datetime.date, str]] = []
     for day, why in sorted(left_out.items()):
         what = _NO_FILES if why.startswith(_NO_FILES) else why
@@ -137,8 +140,8 @@ def days_told(left_out: dict[datetime.date, str]) -> list[str]:
 
 def _why_unfinished(day: datetime.date, events: str, daily: DailyLog) -> str | None:
     if daily.marker is not None:
-        there = Store(events).exists(f"{daily.folder_of(day)}/{daily.marker}")
-        return None if there else f"no {daily.marker} in {daily.folder_of(day)}"
+        has_marker = Store(events).exists(f"{daily.folder_of(day)}/{daily.marker}")
+        return None if has_marker else f"no {daily.marker} in {daily.folder_of(day)}"
     end = daily.end_of(day)
     return None if end <= _now() else f"it ends at {end:%Y-%m-%d %H:%M %Z}"
 
@@ -147,14 +150,14 @@ def _day_of(file: Input, folder: str, *, events: str) -> datetime.date:
     day = _day_of_name(file.name, folder)
     if day is None:
         raise DataError(
-            f"{file.name}: lies in no folder {folder!r} of {events}; move it away, or set daily.folder to what days "
-            "are called"
+            f"{file.name}: is in no folder named like {folder!r} in {events}; move it away, or set daily.folder to "
+            "the pattern of the days' folders"
         )
     return day
 
 
 def _day_of_name(name: str, folder: str) -> datetime.date | None:
-    # A name starts with the log's own directory.
+    # The first part of a name is the log's own directory.
     parts = name.split("/")[1:-1]
     return _parsed("/".join(parts[: folder.count("/") + 1]), folder)
 

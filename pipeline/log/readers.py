@@ -1,8 +1,8 @@
-"""Opening event files: Parquet, CSV and JSON lines, on a local path or any fsspec store.
+"""Opens event files: Parquet, CSV and JSON lines, on a local path or any fsspec store.
 
-`find_inputs` lists what a path, directory or pattern stands for; `describe` checks one file's columns; `read_blocks`
-streams its rows under canonical names in bounded memory. Every file that cannot be read whole is a DataError that
-names it; a line that cannot be parsed is handed back as text, for events.validate to reject.
+`find_inputs` lists the files of a path, directory or pattern; `describe` checks one file's columns; `read_blocks`
+streams its rows under canonical names in bounded memory. A file that cannot be read completely raises a DataError that
+names it; a line that cannot be parsed is returned as text, which events.validate rejects.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK_BYTES = 16 << 20
 _EDGE_BYTES = 64 << 10
 _BLOCK_ROWS = 1_000_000
 _LINE_BYTES, _PACKING = 32, 4
-"""Bytes of a short line of text, and how much smaller compressed text is: for a guess."""
+"""To estimate rows: bytes of a short line of text, and by which factor compression shrinks text."""
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
 _NOT_EVENTS = ("items.parquet", "users.parquet", "rejected.parquet")
@@ -35,20 +35,20 @@ _ENCODINGS = ("utf-8", "latin-1", "cp1252")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileFormat:
-    """How the files are written."""
+    """The format of the files."""
 
     format: str = "auto"
     """auto (from the file's name), parquet, csv or jsonl."""
     separator: str = ","
-    """CSV: between two fields; more than one character is allowed, but then fields cannot be quoted."""
+    """CSV: text between two fields; more than one character is allowed, but then fields cannot be quoted."""
     header: tuple[str, ...] = ()
-    """CSV: the columns' names where the file's first line is data already."""
+    """CSV: names of the columns, for files without a header line."""
     encoding: str = "utf-8"
     """Text files: utf-8, latin-1 or cp1252."""
     quoted: bool = True
-    """CSV: a field may stand in double quotes; false where quotes are letters like others."""
+    """CSV: a field may be enclosed in double quotes; false = a quote is an ordinary character."""
     typed_header: bool = False
-    """CSV: the first line has name:type, as RecBole writes it; columns are called by the name."""
+    """CSV: the header line has name:type for each column, as in RecBole's files; only the name is kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "header", tuple(self.header))
@@ -57,7 +57,9 @@ class FileFormat:
         if self.encoding not in _ENCODINGS:
             raise ValueError(f"encoding is {self.encoding!r}: it must be one of {', '.join(_ENCODINGS)}")
         if not self.separator or "\n" in self.separator or '"' in self.separator:
-            raise ValueError(f"separator is {self.separator!r}: it must be one or more characters, no quote or newline")
+            raise ValueError(
+                f"separator is {self.separator!r}: it must be one or more characters without quote or newline"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class Input:
     """One file to read."""
 
     name: str
-    """Directory and path below it: what manifests and messages call the file."""
+    """The input directory's name and the path inside it: the name of the file in manifests and messages."""
     url: str
     """Where to open it."""
     bytes: int
@@ -81,13 +83,13 @@ class Block:
     """Some rows of a file."""
 
     table: pl.DataFrame
-    """The mapped columns under their canonical names; strings, for text files."""
+    """The mapped columns under their canonical names; all strings for text files."""
     malformed: list[str]
-    """Lines that are no row at all."""
+    """Lines that cannot be parsed as a row."""
 
 
 def find_inputs(path: str, *, options: FileFormat) -> list[Input]:
-    """The event files behind a file, directory or pattern, sorted by name. DataError when there is none."""
+    """The event files that a path, directory or pattern stands for, sorted by name. DataError when there is none."""
     fs, root = fsspec.core.url_to_fs(path)
     root = root.rstrip("/")
     if any(letter in root for letter in "*?["):
@@ -104,12 +106,12 @@ def find_inputs(path: str, *, options: FileFormat) -> list[Input]:
         leaf = file.rsplit("/", 1)[-1]
         file_format = _format_of(leaf) if options.format == "auto" or not single else options.format
         name = file[len(base.rpartition("/")[0]) :].lstrip("/") if base else file
-        # Spark and others keep what is not whole yet in folders like _temporary.
+        # Spark and others keep incomplete files in folders such as _temporary.
         is_hidden = any(part.startswith((".", "_")) for part in name.split("/")[1:])
         if not single and (file_format is None or is_hidden or leaf in _NOT_EVENTS):
             continue
         if file_format is None:
-            raise DataError(f"{path}: cannot tell its format from its name; set format to parquet, csv or jsonl")
+            raise DataError(f"{path}: the name does not tell the format; set format to parquet, csv or jsonl")
         inputs.append(
             Input(name=name, url=fs.unstrip_protocol(file), bytes=int(fs.info(file)["size"]), format=file_format)
         )
@@ -133,7 +135,7 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
 
 
 def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
-    """{column: type} as the file has them: strings for text files, the first row's keys for JSON lines."""
+    """{column: type} of the file: all strings for text files; the keys of the first row for JSON lines."""
     if file.format == "parquet":
         with _open_parquet(file) as parquet:
             try:
@@ -158,7 +160,7 @@ def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
 
 
 def log_schema(files: list[Input], *, columns: EventColumns, options: FileFormat) -> dict[str, Any]:
-    """The log's canonical columns, and "int64" or "string" for each id: integers only where every file has them."""
+    """The log's canonical columns, and "int64" or "string" for each id: "int64" only if every file has integers."""
     types: dict[str, set[str]] = {name: set() for name in ID_COLUMNS if getattr(columns, name)}
     for file in files:
         described = describe(file, mapping=columns.mapping(), options=options)
@@ -171,13 +173,13 @@ def log_schema(files: list[Input], *, columns: EventColumns, options: FileFormat
 
 
 def checksum(file: Input) -> str:
-    """xxh3-128 of the file's own bytes, not of what a compression holds."""
+    """xxh3-128 of the file's bytes as stored, not of the decompressed content."""
     with _open(file.url) as stream:
         return checksum_stream(stream)
 
 
 def edges(file: Input) -> str:
-    """xxh3-128 of the first and last 64 KiB of the file's own bytes: of a Parquet file that holds its footer."""
+    """xxh3-128 of the first and last 64 KiB of the file as stored; in a Parquet file the last ones hold the footer."""
     fs, path = fsspec.core.url_to_fs(file.url)
     head = fs.cat_file(path, start=0, end=min(_EDGE_BYTES, file.bytes))
     tail = fs.cat_file(path, start=max(0, file.bytes - _EDGE_BYTES), end=file.bytes)
@@ -185,7 +187,7 @@ def edges(file: Input) -> str:
 
 
 def count_row_groups(file: Input) -> int:
-    """How many parts can be read on their own: row groups of a Parquet file, 1 for a text file."""
+    """How many parts of the file can be read separately: the row groups of a Parquet file, 1 for a text file."""
     if file.format != "parquet":
         return 1
     with _open_parquet(file) as parquet:
@@ -193,7 +195,7 @@ def count_row_groups(file: Input) -> int:
 
 
 def estimate_rows(file: Input) -> int:
-    """Rows of a Parquet file; of a text file a guess from its bytes."""
+    """Number of rows: exact for a Parquet file, for a text file an estimate from its size."""
     if file.format == "parquet":
         with _open_parquet(file) as parquet:
             return parquet.metadata.num_rows
@@ -204,7 +206,7 @@ def estimate_rows(file: Input) -> int:
 def read_blocks(
     file: Input, *, mapping: dict[str, str], options: FileFormat, row_group: int | None = None
 ) -> Iterator[Block]:
-    """The rows of the file (or of one row group), a bounded number at a time."""
+    """The rows of the file (or of one row group) in blocks of bounded size."""
     if file.format == "parquet":
         yield from _read_parquet(file, mapping, row_group)
         return
@@ -243,7 +245,7 @@ def _open_parquet(file: Input) -> pq.ParquetFile:
         return pq.ParquetFile(stream, pre_buffer=False)
     except (OSError, pa.ArrowException) as error:
         stream.close()
-        raise DataError(f"{file.name}: not a whole Parquet file ({_one_line(error)}); copy it again") from error
+        raise DataError(f"{file.name}: not a complete Parquet file ({_one_line(error)}); copy it again") from error
 
 
 def _format_of(leaf: str) -> str | None:
@@ -258,7 +260,7 @@ def _lines(file: Input, options: FileFormat) -> Iterator[bytes]:
 
 
 def _line_blocks(file: Input, options: FileFormat) -> Iterator[bytes]:
-    """Whole lines as UTF-8 (or bytes that claim to be), about _BLOCK_BYTES at a time."""
+    """Complete lines, about _BLOCK_BYTES at a time, as UTF-8 (not checked where the file's encoding is utf-8)."""
     rest, first = b"", True
     with file.open() as stream:
         while True:

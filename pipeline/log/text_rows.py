@@ -1,4 +1,4 @@
-"""Blocks of whole lines -> rows of strings, and the lines that are no row. CSV and JSON lines."""
+"""Blocks of complete lines -> rows of strings, and the lines that cannot be parsed. CSV and JSON lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Parser = Callable[[bytes], tuple[pl.DataFrame, list[str]]]
 
 
 def csv_parser(names: list[str], mapping: dict[str, str], *, separator: str, quoted: bool) -> Parser:
-    """names: the columns of a line, in order. mapping: {canonical name: column}. quoted: fields may be in quotes."""
+    """names: all columns of a line, in order. mapping: {canonical name: column}. quoted: fields may be in quotes."""
     wanted = list(mapping.values())
 
     def parse(block: bytes) -> tuple[pl.DataFrame, list[str]]:
@@ -28,7 +28,7 @@ def csv_parser(names: list[str], mapping: dict[str, str], *, separator: str, quo
 
 
 def json_parser(mapping: dict[str, str]) -> Parser:
-    """A line is an object; a key that it lacks is null, other keys are ignored."""
+    """A parser of lines that are one JSON object each: missing keys become null, unmapped keys are ignored."""
 
     def parse(block: bytes) -> tuple[pl.DataFrame, list[str]]:
         rows, malformed = [], []
@@ -58,10 +58,10 @@ def split_line(line: str, separator: str, *, quoted: bool) -> list[str] | None:
 def _parse_csv_block(
     block: bytes, names: list[str], wanted: list[str], separator: str, quoted: bool
 ) -> tuple[pl.DataFrame, list[str]] | None:
-    """The block parsed at once; None where a stray quote or wrong byte makes rows run into each other."""
+    """Parse the whole block at once; None where a stray quote or an invalid byte makes rows run into each other."""
     malformed: list[str] = []
 
-    def keep(row: pyarrow.csv.InvalidRow) -> str:
+    def keep_invalid(row: pyarrow.csv.InvalidRow) -> str:
         malformed.append(row.text)
         return "skip"
 
@@ -70,7 +70,7 @@ def _parse_csv_block(
             io.BytesIO(block),
             read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
             parse_options=pyarrow.csv.ParseOptions(
-                delimiter=separator, quote_char='"' if quoted else False, invalid_row_handler=keep
+                delimiter=separator, quote_char='"' if quoted else False, invalid_row_handler=keep_invalid
             ),
             convert_options=pyarrow.csv.ConvertOptions(
                 column_types={name: pa.string() for name in names}, include_columns=wanted, strings_can_be_null=False
@@ -103,5 +103,5 @@ def _as_text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, (dict, list)):
-        raise TypeError("a nested value is no id, time or category")
+        raise TypeError("a nested value cannot be an id, time or category")
     return json.dumps(value)

@@ -1,1 +1,1 @@
-"""Sequence shards: what a data set is on disk, how it is read and written, and the vocabulary of its rows."""
+"""Sequence shards: the files of a data set, how they are read and written, and the vocabulary of its rows."""

@@ -1,15 +1,16 @@
-"""Sequence shards: Parquet files for buckets of users, one row a user, and the index that finds them.
+"""Sequence shards: Parquet files for buckets of users, one row per user, and the index that finds them.
 
     manifests/00000002.json            the commit (manifest.py)
-    shards/bucket-00003-<hash>.parquet user_id, then one large list a user of item, timestamp, order, action, ...; and
-                                       of value rows for each user feature, "user:<feature>"
+    shards/bucket-00003-<hash>.parquet user_id, then one large list per user for each of item, timestamp, order, action,
+                                       ...; and a list of value rows for each user feature, "user:<feature>"
     keys/bucket-00003-<hash>.parquet   which events that file has (event_keys.py)
     index/<hash>.parquet               user row -> bucket, group, row, events, user_id
     vocabulary/<hash>.parquet          items and features (vocabulary.py)
 
-A bucket's users are cut into groups, read as one. Its first file has a row group for each; later ones have what came
-since, laid over it in reading (layers.py). Files carry a hash of their content in the name and never change. Readers
-check size and checksum once per process before use. What no manifest names is garbage.
+A bucket's users are divided into groups; a group is the unit of reading. The bucket's first file has one row group per
+group; later files hold what was added since, and readers merge it in (layers.py). File names contain a hash of the
+content, and files never change. Readers check size and checksum once per process before use. Files that no manifest
+names are garbage.
 """
 
 from __future__ import annotations
@@ -47,16 +48,17 @@ _NO_USERS = pl.DataFrame(schema={"user_id": pl.Int64, "group": pl.Int64, "row": 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Index:
-    """Where each user stands. A user's row is its place here; it moves only when users before it are forgotten."""
+    """Where each user is stored. The user row is the position in these arrays; it changes only when users before it
+    are forgotten."""
 
     bucket: np.ndarray
     """[users] int64."""
     group: np.ndarray
     """[users] int64: the user's group, counted over all buckets."""
     row: np.ndarray
-    """[users] int64: row of the group."""
+    """[users] int64: row within the group."""
     events: np.ndarray
-    """[users] int64: length of the user's sequence; at most, while old events wait to be looked for (compaction)."""
+    """[users] int64: length of the user's sequence; an upper bound until compaction has removed unchecked repeats."""
     user_id: pa.Array
     """[users] raw ids."""
 
@@ -67,7 +69,7 @@ class _Bucket:
 
     files: list[dict[str, Any]]
     first_group: int
-    """Of the bucket's groups, counted over all buckets."""
+    """Number of the bucket's first group, counted over all buckets."""
 
     @property
     def num_groups(self) -> int:
@@ -75,7 +77,7 @@ class _Bucket:
 
     @property
     def has_repeats(self) -> bool:
-        """May the same event stand in more than one file?"""
+        """Whether the same event may be in more than one file."""
         return any(file["events"] > file["accepted"] or file["unchecked"] for file in self.files)
 
 
@@ -92,11 +94,11 @@ class Shards:
             self._buckets[number] = bucket = _Bucket(files=list(files), first_group=first_group)
             first_group += bucket.num_groups
         self.num_groups = first_group
-        """Over all buckets."""
+        """Groups of all buckets."""
 
     @classmethod
     def open(cls, path: str, *, number: int | None = None) -> Shards:
-        """The current state, or a certain one. DataError when there is none."""
+        """The current state, or the one with this number. DataError when there is none."""
         manifest = current_manifest(path) if number is None else read_manifest(path, number=number)
         if manifest is None:
             raise DataError(f"{path}: no prepared data set there; run `solar prepare --events ... --out {path}`")
@@ -107,12 +109,12 @@ class Shards:
 
     @property
     def user_features(self) -> list[str]:
-        """Names, sorted: the order of the codes of a user."""
+        """Sorted names; a user's codes are in this order."""
         return self.manifest.schema.get("user_features", [])
 
     @property
     def buckets(self) -> list[int]:
-        """Those that have users, ascending."""
+        """The buckets that have users, ascending."""
         return list(self._buckets)
 
     def files_of(self, bucket: int) -> list[dict[str, Any]]:
@@ -139,11 +141,11 @@ class Shards:
         return Index(bucket=bucket, group=first[bucket] + group, row=row, events=events, user_id=user_id)
 
     def index_table(self) -> pl.DataFrame:
-        """user_id, bucket, group (counted within the bucket), row, events: a line a user, in the order of user rows."""
+        """user_id, bucket, group (counted within the bucket), row, events: one line per user, in user-row order."""
         return pl.DataFrame(pq.read_table(io.BytesIO(self._read(self.manifest.index))))
 
     def read_table(self, group: int) -> pa.Table:
-        """A group's users, one row each: what all files of their bucket hold of them. `group` counts over buckets."""
+        """A group's users, one row each, merged from all files of their bucket. `group` counts over all buckets."""
         bucket = next(found for found in reversed(self._buckets.values()) if found.first_group <= group)
         here = group - bucket.first_group
         found = [(file, file["groups"].index(here)) for file in bucket.files if here in file["groups"]]
@@ -154,9 +156,9 @@ class Shards:
 
     @contextlib.contextmanager
     def part_of(self, entry: dict[str, Any]) -> Iterator[pq.ParquetFile]:
-        """A Parquet file of the manifest, to read little of it: pages are checked as they are read, not the whole file.
+        """A Parquet file of the manifest, for reading a small part: checks only the pages that are read, not the whole.
 
-        DataError that names the file where it is damaged.
+        DataError names the file when it is damaged.
         """
         if problem := self._wrong_size(entry):
             raise self._damaged(problem)
@@ -192,16 +194,16 @@ class Shards:
         )
 
     def raw_user_values(self, groups: range) -> pl.DataFrame:
-        """user_id and a list of raw values for each user feature, one row a user in row order."""
+        """user_id and a list of raw values for each user feature: one row per user, in row order."""
         tables = map(self.read_table, groups)
         return pl.concat([decode_values(table, self.vocabulary, self.user_features) for table in tables])
 
     def users_of(self, bucket: int) -> pl.DataFrame:
-        """user_id, group (counted within the bucket) and row of a bucket's users; none where it has none."""
+        """user_id, group (counted within the bucket) and row of a bucket's users; empty if there are none."""
         found, seen = [_NO_USERS.with_columns(pl.col("user_id").cast(self._user_type))], -1
         for file in self.files_of(bucket):
             with self.part_of(file) as parquet:
-                # A group stands first in the file that its users came with.
+                # The first file with a group is the one that added its users.
                 for row_group, group in enumerate(file["groups"]):
                     if group > seen:
                         ids = pl.Series("user_id", parquet.read_row_group(row_group, columns=["user_id"])["user_id"])
@@ -211,12 +213,12 @@ class Shards:
         return pl.concat(found)
 
     def raw_events(self, groups: range) -> pl.DataFrame:
-        """The events of row groups with raw ids, as validation made them: one row an event, users in row order."""
+        """The events of row groups with raw ids, as validation produced them: one row per event, users in row order."""
         frames = [_explode(self.read_table(group), self.vocabulary) for group in groups]
         return pl.concat(frames)
 
     def check(self, entry: dict) -> None:
-        """DataError that names the file unless its size and checksum are the manifest's; once per process and file."""
+        """DataError, naming the file, unless size and checksum are the manifest's; checks a file once per process."""
         key = (self.path, entry["name"])
         with _checking:
             if key in _checked:
@@ -227,7 +229,7 @@ class Shards:
             _checked.add(key)
 
     def problem_with(self, entry: dict) -> str | None:
-        """What is wrong with a file of the manifest, None when nothing is. Always reads it."""
+        """What is wrong with a file of the manifest; None if nothing is. Always reads the whole file."""
         if problem := self._wrong_size(entry):
             return problem
         name = entry["name"]
@@ -243,7 +245,7 @@ class Shards:
 
     def _damaged(self, problem: str) -> DataError:
         if why := why_removed(self.path, number=self.manifest.number):
-            return DataError(f"{self.path}: manifest {self.manifest.number} is removed: {why}")
+            return DataError(f"{self.path}: manifest {self.manifest.number} was removed: {why}")
         return DataError(f"{self.path}: {problem}; restore the file or prepare again into a new directory")
 
     @property

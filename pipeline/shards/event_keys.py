@@ -1,11 +1,11 @@
-"""Which events a bucket holds, without reading them: time and a 64-bit key of each, cut by day.
+"""Which events a bucket holds, without reading them: the time and a 64-bit key of each event, by day.
 
-    keys/bucket-00003-<hash>.parquet    a row group a UTC day, days ascending: time, key, and full where the log has
-                                        columns that tell equal events apart (label, request_id)
+    keys/bucket-00003-<hash>.parquet    one row group per UTC day, days ascending: time, key, and also full where the
+                                        log has columns in which equal events may differ (label, request_id)
 
-`key` is of what makes two events the same (user, item, time, order, action), `full` of every column. Every shard file
-has such a file beside it, so an event that comes again is looked for in the files of its bucket, in its own day. In a
-log that has an order only, everything is one day.
+`key` hashes the columns that identify an event (user, item, time, order, action), `full` hashes all columns. Every
+shard file has such a key file, so a repeated event is looked up only in its bucket and its day. A log without times
+counts as one day.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from pipeline.storage import Store, adopt
 
 _DAY = 86_400_000
 _WORTH_READING = 100
-"""A day is read, however old, when at most so many stored events of it stand against one new event."""
+"""An old day is read too if it has at most this many stored events per new event."""
 
 
 class Found(enum.IntEnum):
-    """What looking for an event says."""
+    """Result of the look-up of an event."""
 
     NEW = 0
     SAME = 1
-    """It is there, equal in every column."""
+    """Stored already, equal in every column."""
     OTHER = 2
-    """It is there with another label or request: which of the two stays is decided by the total order, in reading."""
+    """Stored already with another label or request: readers keep the one that is first in the total order."""
     UNCHECKED = 3
-    """Too old to be looked for: counted as new, and as a duplicate by the next compaction if it is one."""
+    """Too old to be looked up: counted as new; the next compaction counts it as a duplicate if it is one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,12 +52,12 @@ class EventKeys:
     key: np.ndarray
     """[E] uint64."""
     full: np.ndarray | None
-    """[E] uint64; None where `key` is of every column."""
+    """[E] uint64; None where `key` already covers every column."""
     has_time: bool
 
     @classmethod
     def of(cls, rows: UserRows) -> EventKeys:
-        """Of the events of rows, in their order."""
+        """The keys of the rows' events, in their order."""
         columns, size = rows.columns, rows.num_events
         user = np.repeat(hash_text(rows.user_id), rows.lengths)
         zeros = np.zeros(size, np.int64)
@@ -73,7 +73,7 @@ class EventKeys:
         return cls(time=time if has_time else order, key=key, full=full, has_time=has_time)
 
     def filter(self, mask: np.ndarray) -> EventKeys:
-        """Those events where mask [E] is true."""
+        """Keep the events where mask [E] is true."""
         full = None if self.full is None else self.full[mask]
         return dataclasses.replace(self, time=self.time[mask], key=self.key[mask], full=full)
 
@@ -82,13 +82,13 @@ class EventKeys:
         return self.time // _DAY if self.has_time else np.zeros(len(self.time), np.int64)
 
     def frame(self) -> pl.DataFrame:
-        """time, key and, where there is one, full."""
+        """time, key and, if it exists, full."""
         columns = {"time": self.time, "key": self.key} | ({} if self.full is None else {"full": self.full})
         return pl.DataFrame(columns)
 
 
 def write_keys(parts: Sequence[EventKeys], *, path: str, bucket: int) -> dict[str, Any]:
-    """Write the keys of a shard file; the manifest's entry."""
+    """Write the keys of a shard file; returns the entry for the manifest."""
     has_time = all(part.has_time for part in parts)
     table = pl.concat([part.frame() for part in parts]).sort("time", "key")
     day = table["time"].to_numpy() // _DAY if has_time else np.zeros(table.height, np.int64)
@@ -110,11 +110,12 @@ def write_keys(parts: Sequence[EventKeys], *, path: str, bucket: int) -> dict[st
 
 
 def look_up(keys: EventKeys, *, files: Sequence[pq.ParquetFile], latest: int | None, late_days: int) -> np.ndarray:
-    """[E] Found of each event, looked for in a bucket's key files.
+    """[E] the Found of each event in a bucket's key files.
 
-    Days are read from `late_days` before the day of `latest` (the last event of the ingest) on, and earlier ones that
-    the new events are a good part of; the time it takes follows what is new, not what is stored.
+    Reads the days from `late_days` before the day of `latest` (the last event of the ingest) on, and earlier days with
+    at most _WORTH_READING stored events per new event. So the cost grows with the new events, not with the stored ones.
     """
+    # Choose the days that are worth reading.
     found = np.full(len(keys.time), Found.NEW, np.uint8)
     days = keys.days()
     wanted, num_new = np.unique(days, return_counts=True)
@@ -133,16 +134,17 @@ def look_up(keys: EventKeys, *, files: Sequence[pq.ParquetFile], latest: int | N
         worth |= wanted >= latest // _DAY - late_days
     read = wanted[worth]
     found[~np.isin(days, read)] = Found.UNCHECKED
+    # Look up the events in these days.
     tables = [pl.DataFrame(file.read_row_group(group)) for file, group, day, _ in stored if day in read]
     if not tables:
         return found
-    # A file from before the log had labels or requests has no `full`: nothing there is the same for certain.
+    # A file from before the log had labels or requests has no `full`: whether an event there is SAME is not known.
     known = pl.concat(tables, how="diagonal")
-    asked = keys.frame().with_row_index("place")
-    there = asked.join(known, on=["time", "key"], how="semi")["place"].to_numpy()
-    found[there] = Found.SAME if keys.full is None else Found.OTHER
+    looked_up = keys.frame().with_row_index("place")
+    present = looked_up.join(known, on=["time", "key"], how="semi")["place"].to_numpy()
+    found[present] = Found.SAME if keys.full is None else Found.OTHER
     if keys.full is not None and "full" in known.columns:
-        same = asked.join(known, on=["time", "key", "full"], how="semi")["place"].to_numpy()
+        same = looked_up.join(known, on=["time", "key", "full"], how="semi")["place"].to_numpy()
         found[same] = Found.SAME
     return found
 

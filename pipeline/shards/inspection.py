@@ -1,4 +1,4 @@
-"""Looking at a data set as a whole: is it undamaged (`verify`), and what does it hold (`digest`)?"""
+"""Checks of a whole data set: whether it is undamaged (`verify`), and a hash of its content (`digest`)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ORDERED = ("timestamp", "order", "item", "action", "label", "request_id")
 
 
 def verify(path: str, *, number: int | None = None) -> list[str]:
-    """Every problem of a data set, one line each; empty when it is whole.
+    """Every problem of a data set, one line each; empty when there is none.
 
-    Re-reads every file: sizes, checksums, the counts of the manifest, the index, and that sequences are sorted and
-    without duplicates. DataError when there is no readable manifest.
+    Reads every file again and checks sizes, checksums, the counts of the manifest, the index, and that sequences are
+    sorted and without duplicates. DataError when there is no readable manifest.
     """
     data = Shards.open(path, number=number)
     manifest = data.manifest
@@ -31,9 +31,9 @@ def verify(path: str, *, number: int | None = None) -> list[str]:
         return problems
     counts = manifest.counts
     if counts["read"] != counts["accepted"] + counts["duplicate"] + sum(counts["rejected"].values()):
-        problems.append("manifest: accepted + duplicate + rejected is not read")
+        problems.append("manifest: accepted + duplicate + rejected does not equal read")
     if data.vocabulary.fingerprint != manifest.vocabulary["fingerprint"]:
-        problems.append(f"{manifest.vocabulary['name']}: its fingerprint is not the manifest's")
+        problems.append(f"{manifest.vocabulary['name']}: its fingerprint differs from the manifest's")
     if len(data.index.events) != manifest.users:
         problems.append(f"{manifest.index['name']}: {len(data.index.events)} users instead of {manifest.users}")
     if sum(entry["accepted"] for entry in manifest.files) != counts["accepted"]:
@@ -44,10 +44,9 @@ def verify(path: str, *, number: int | None = None) -> list[str]:
 
 
 def digest(path: str, *, number: int | None = None) -> str:
-    """Hexadecimal hash of what a data set holds: sequences and user features on raw values, in any order of users, and
-    its counts.
+    """Hexadecimal hash of a data set's content: sequences and user features in raw values, and its counts.
 
-    Equal for every split of the same log into ingests, unlike row numbers and files.
+    It does not depend on the order of users, nor on how the log was split into ingests, as row numbers and files do.
     """
     data = Shards.open(path, number=number)
     total, accepted = 0, 0
@@ -71,7 +70,7 @@ def digest(path: str, *, number: int | None = None) -> str:
             total = (total + state.intdigest()) % (1 << 128)
         accepted += int(offsets[-1])
     counts = data.manifest.counts
-    # Old events that came again are told from new ones by the next compaction; what is read has each of them once.
+    # Repeats of old events count as accepted until the next compaction, but readers see each event once.
     counts = counts | {"accepted": accepted, "duplicate": counts["duplicate"] + counts["accepted"] - accepted}
     content = {"sequences": f"{total:032x}", "counts": counts, "columns": data.manifest.schema["columns"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -123,7 +122,7 @@ def _hash_each(texts: list[str] | tuple[str, ...]) -> np.ndarray:
 
 
 def _hashable(name: str, values: pa.Array, item_hash: np.ndarray, action_hash: np.ndarray) -> np.ndarray:
-    """One number an event that depends on raw values alone."""
+    """One number per event, which depends only on the raw value."""
     if name == "item":
         return item_hash[np.asarray(values)]
     if name == "action":

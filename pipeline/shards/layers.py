@@ -1,10 +1,10 @@
-"""Files of a bucket laid over each other: what came later, merged into what was there. Pure.
+"""The files of a bucket merged: later files are laid over the first one. Pure functions.
 
     first file   a: x(1) y(4)   b: z(2)              a: x(1) w(3) y(4)
     later file   a: w(3)        (row 0)      ->      b: z(2)
 
-Every file holds users of the same groups: a later one has, for a group, the rows of those users to whom something
-came, and says which rows these are. Users who are new stand in new groups, so that nobody ever moves.
+All files of a bucket use the same groups: a later file has, for a group, only the users with new events or values, and
+says which rows of the group they are. New users are put into new groups, so no user ever moves.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from pipeline.shards.user_columns import PREFIX
 from pipeline.shards.vocabulary import Vocabulary
 
 _YOUNGER = ("action", "request_id")
-"""Columns that a log may get when it has events already."""
+"""Columns that a log may gain when it already has events."""
 
 
 def lay_over(first: pa.Table, later: Sequence[pa.Table], *, vocabulary: Vocabulary, distinct: bool) -> pa.Table:
     """The group's users in the order of the first table, with the events of all tables in total order.
 
-    The tables have the same columns of events (`with_columns`).
-    `distinct`: the tables may hold the same event twice; of equal ones the smallest by the total order stays.
+    The tables have the same event columns (`with_columns`).
+    `distinct`: the tables may hold the same event twice; of equal events the first in the total order is kept.
     """
+    # Merge the events of those users that a later table has.
     tables = [first, *later]
     rows = [np.arange(first.num_rows), *(np.asarray(table[ROW]) for table in later)]
     touched = np.unique(np.concatenate(rows[1:]))
@@ -44,6 +45,7 @@ def lay_over(first: pa.Table, later: Sequence[pa.Table], *, vocabulary: Vocabula
     merged = pl.concat([frames[0].filter(np.repeat(is_touched, lengths)), *frames[1:]])
     merged = _in_total_order(merged, vocabulary, distinct=distinct)
 
+    # Gather every user's events: from the merged ones, or unchanged from the first table.
     counts = np.bincount(merged[ROW].to_numpy(), minlength=first.num_rows)
     offsets = offsets_of(lengths)
     starts = offsets[:-1].copy()
@@ -61,7 +63,7 @@ def lay_over(first: pa.Table, later: Sequence[pa.Table], *, vocabulary: Vocabula
 
 
 def with_columns(table: pa.Table, schema: Mapping[str, Any]) -> pa.Table:
-    """The table with those columns of the log's schema that are younger than its file: no action, no request."""
+    """The table with the columns that the log gained after the file was written, filled with no action, no request."""
     missing = [name for name in _YOUNGER if name in schema["columns"] and name not in table.column_names]
     if missing:
         rows = UserRows.from_table(table)
@@ -81,7 +83,7 @@ def _events(table: pa.Table, row: np.ndarray, names: Sequence[str]) -> pl.DataFr
 
 
 def _in_total_order(events: pl.DataFrame, vocabulary: Vocabulary, *, distinct: bool) -> pl.DataFrame:
-    """Sorted by row and the total order, which is one of raw ids and names, not of their codes."""
+    """Sorted by row and then by the total order, which compares raw ids and action names, not their codes."""
     ranked = events.with_columns(item_id=pl.Series(vocabulary.item_ranks[events["item"].to_numpy()]))
     if "action" in events.columns:
         ranked = ranked.with_columns(
@@ -99,7 +101,7 @@ def _features(table: pa.Table) -> list[str]:
 
 
 def _latest(name: str, tables: Sequence[pa.Table], rows: Sequence[np.ndarray]) -> pa.Array:
-    """[U] large lists: for each user those of the last table that knows any."""
+    """[U] large lists: each user's list from the last table that has one, else an empty list."""
     lists, place = [pa.array([[]], pa.large_list(pa.int64()))], np.zeros(tables[0].num_rows, np.int64)
     size = 1
     for table, row in zip(tables, rows, strict=True):

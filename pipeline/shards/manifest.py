@@ -1,8 +1,8 @@
-"""The manifest: what a data set consists of, and the one file whose creation makes it exist.
+"""The manifest: the list of a data set's files, and the one file whose creation commits a state of the data set.
 
 `manifests/00000001.json`, `00000002.json`, ...: the largest number is the current data set; there is no pointer and no
-lock. A commit creates the next number exclusively, so of two racing writers one wins and the other is told so. Nothing
-in a manifest depends on the clock, on the machine, or on where the directory lies.
+lock. A commit creates the next number exclusively, so of two racing writers one wins and the other gets an error. The
+content of a manifest does not depend on the clock, the machine or the path of the directory.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ class Manifest:
     """One committed state of a data set."""
 
     number: int
-    """Its place in the series, from 1."""
+    """Its number in the series, from 1."""
     format_version: int = FORMAT_VERSION
     schema: dict[str, Any]
-    """columns (canonical names there are) and the type of each id column."""
+    """columns (the log's canonical names) and the type of each id column."""
     config: dict[str, Any]
-    """The part of PrepareConfig that must stay the same as long as the data set lives."""
+    """The part of PrepareConfig that must not change during the life of the data set."""
     counts: dict[str, Any]
     """Rows over all ingests: read = accepted + duplicate + the sum of rejected, {reason: rows}."""
     users: int
     items: int
     """Distinct raw items with an event."""
     time_range: list[int] | None
-    """First and last event, milliseconds since 1970 UTC; None where the log has an order only."""
+    """First and last event, milliseconds since 1970 UTC; None where the log has no times."""
     files: list[dict[str, Any]]
-    """The shard files by bucket, those of a bucket as they came; later ones are laid over earlier ones (layers.py).
+    """The shard files by bucket, oldest first within a bucket; later ones are laid over earlier ones (layers.py).
 
-    name, bytes, checksum, bucket; groups: which of the bucket's groups each row group belongs to; rows (users);
-    events; accepted: of them, counted as such; unchecked: of these, too old to be looked for among the earlier ones;
-    keys: name, bytes, checksum of the file that finds them (event_keys.py)."""
+    name, bytes, checksum, bucket; groups: the group within the bucket of each row group; rows: number of users;
+    events: number of events; accepted: how many of them count as accepted; unchecked: how many of the accepted ones
+    are too old to be looked up among earlier events; keys: name, bytes, checksum of the key file (event_keys.py)."""
     vocabulary: dict[str, Any]
     """name, bytes, checksum, fingerprint."""
     index: dict[str, Any]
     """name, bytes, checksum."""
     inputs: list[dict[str, Any]]
-    """name, bytes, checksum, edges (checksum of its ends), kind (events, items or users) of everything ingested, in
-    order."""
+    """name, bytes, checksum, edges (checksum of the file's start and end) and kind (events, items or users) of every
+    ingested file, in order."""
     parent: str | None
-    """Fingerprint of the manifest this one grew from."""
+    """Fingerprint of the previous manifest; None for the first."""
     tombstones: dict[str, Any] | None = None
-    """name, bytes, checksum of the file of users who are forgotten (tombstones.py); None = nobody ever was."""
+    """name, bytes, checksum of the file of forgotten users (tombstones.py); None = nobody was ever forgotten."""
     oldest: int = 1
-    """Number of the first state that may still be read: those before held users who were forgotten."""
+    """Number of the first state that may still be read: earlier states held users who were forgotten since."""
 
     @property
     def has_time(self) -> bool:
@@ -75,18 +75,18 @@ class Manifest:
 
 
 def fingerprint_of(content: bytes) -> str:
-    """Of a manifest as it is stored."""
+    """Fingerprint of a manifest from its stored bytes."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def current_manifest(path: str) -> Manifest | None:
-    """The data set in a directory as it stands now; None when nothing was ever committed there."""
+    """The current state of the data set in a directory; None when nothing was ever committed there."""
     numbers = manifest_numbers(Store(path))
     return read_manifest(path, number=numbers[-1]) if numbers else None
 
 
 def read_manifest(path: str, *, number: int) -> Manifest:
-    """A certain committed state. DataError when it is absent, damaged or of another format version."""
+    """The committed state with this number. DataError when it is absent, damaged or of another format version."""
     store, name = Store(path), manifest_name(number)
     try:
         fields = json.loads(store.read(name))
@@ -104,12 +104,12 @@ def read_manifest(path: str, *, number: int) -> Manifest:
     except TypeError as error:
         raise DataError(f"{path}: {name} is damaged ({error}); prepare into a new directory") from error
     if outside := [entry["name"] for entry in found.entries() if "name" in entry and not is_inside(entry["name"])]:
-        raise DataError(f"{path}: {name} names {outside[0]!r}, outside of its directory; restore it from a copy")
+        raise DataError(f"{path}: {name} names {outside[0]!r}, outside its directory; restore it from a copy")
     return found
 
 
 def why_removed(path: str, *, number: int) -> str | None:
-    """Why a state is not there any more, where the present one knows it."""
+    """Why a state was removed, if the current state tells the reason; else None."""
     current = current_manifest(path)
     if current is None or number >= current.oldest:
         return None
@@ -117,16 +117,16 @@ def why_removed(path: str, *, number: int) -> str | None:
 
 
 def commit(path: str, manifest: Manifest) -> None:
-    """Make the data set exist. DataError when another writer took this number first: its state stands."""
+    """Make the manifest the current state. NotNow when another writer committed this number first."""
     if not Store(path).create(manifest_name(manifest.number), manifest.to_bytes()):
         raise NotNow(
-            f"{path}: another prepare committed manifest {manifest.number} first and stands; "
-            "run prepare again to add to it"
+            f"{path}: another prepare committed manifest {manifest.number} first, and its data is kept; "
+            "run prepare again to add yours"
         )
 
 
 def manifest_name(number: int) -> str:
-    """Where the manifest of this number stands in its data set."""
+    """Path of the manifest with this number inside its data set."""
     return f"manifests/{number:08d}.json"
 
 

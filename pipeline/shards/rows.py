@@ -1,4 +1,4 @@
-"""Users and their events as shards store them: items and actions as codes, one list a user of everything else.
+"""Users and their events as shards store them: items and actions as codes, and one list per user for each column.
 
 user_id  item        timestamp            UserRows: user_id [a, b]   lengths [1, 2]
 a        [5]         [7]                            columns {item: [5, 9, 5], timestamp: [7, 4, 5]}
@@ -20,7 +20,7 @@ from pipeline.shards.user_columns import PREFIX
 from pipeline.shards.vocabulary import Vocabulary
 
 ROW = "row"
-"""A column of files laid over others: which row of its group a user has."""
+"""A column of the later files of a bucket: the user's row in its group."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,11 +30,11 @@ class UserRows:
     user_id: pl.Series
     """[U] raw ids."""
     lengths: np.ndarray
-    """[U] int64 events of each."""
+    """[U] int64: number of events of each user."""
     columns: dict[str, pa.Array]
-    """[E] by stored name: item (table rows), timestamp, order, label, request_id, action (codes)."""
+    """{stored name: [E]} for item (table rows), timestamp, order, label, request_id, action (codes)."""
     values: dict[str, pa.Array]
-    """[U] large lists of value rows by stored name ("user:<feature>"); a null list = nothing new is known."""
+    """{"user:<feature>": [U] large lists of value rows}; a null list = keep the user's earlier values."""
 
     @property
     def num_events(self) -> int:
@@ -42,7 +42,7 @@ class UserRows:
 
     @classmethod
     def encode(cls, events: pl.DataFrame, vocabulary: Vocabulary) -> UserRows:
-        """From events with raw ids, sorted by user."""
+        """Encode events with raw ids, which are sorted by user."""
         users = events.group_by("user_id", maintain_order=True).agg(pl.len().cast(pl.Int64).alias("events"))
         columns: dict[str, pa.Array] = {"item": pa.array(vocabulary.rows(events["item_id"]), pa.int64())}
         for name in ("timestamp", "order", "label", "request_id"):
@@ -55,7 +55,7 @@ class UserRows:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> UserRows:
-        """What `to_table` was given."""
+        """The inverse of `to_table`."""
         return cls(
             user_id=pl.Series("user_id", table["user_id"].combine_chunks()),
             lengths=event_lengths(table),
@@ -64,13 +64,13 @@ class UserRows:
         )
 
     def to_table(self) -> pa.Table:
-        """One row a user."""
+        """One row per user."""
         offsets = pa.array(offsets_of(self.lengths), pa.int64())
         lists = {name: pa.LargeListArray.from_arrays(offsets, values) for name, values in self.columns.items()}
         return pa.table({"user_id": to_arrow(self.user_id), **lists, **self.values})
 
     def filter_events(self, mask: np.ndarray) -> UserRows:
-        """With the events where mask [E] is true; users that have none left stay."""
+        """Keep the events where mask [E] is true; users without remaining events are kept."""
         kept = offsets_of(mask)[offsets_of(self.lengths)]
         lengths = np.diff(kept)
         columns = {name: values.filter(pa.array(mask)) for name, values in self.columns.items()}
@@ -87,10 +87,10 @@ class UserRows:
         )
 
     def with_users(self, wanted: pl.Series) -> UserRows:
-        """Exactly these users, in this order; those that are not here have no events. `values` are left out."""
-        here = pl.DataFrame({"user_id": self.user_id, "place": np.arange(len(self.user_id))})
-        joined = pl.DataFrame({"user_id": wanted}).join(here, on="user_id", how="left", maintain_order="left")
-        # Place -1 is that of a user who is not here, after all others.
+        """Exactly these users, in this order; a user that is not in these rows has no events. Drops `values`."""
+        known = pl.DataFrame({"user_id": self.user_id, "place": np.arange(len(self.user_id))})
+        joined = pl.DataFrame({"user_id": wanted}).join(known, on="user_id", how="left", maintain_order="left")
+        # Place -1 is the last entry of the arrays below, which stands for a user that is not in these rows.
         found = joined["place"].fill_null(-1).to_numpy()
         lengths = np.append(self.lengths, 0)[found]
         starts = np.append(offsets_of(self.lengths)[:-1], 0)[found]
@@ -99,12 +99,12 @@ class UserRows:
         return UserRows(user_id=wanted, lengths=lengths, columns=columns, values={})
 
     def with_values(self, names: Sequence[str]) -> UserRows:
-        """With an empty list a user for each of the stored names that is not here."""
+        """With values for exactly these stored names; a missing one is an empty list for every user."""
         none = pa.array([[]] * len(self.user_id), pa.large_list(pa.int64()))
         return dataclasses.replace(self, values={name: self.values.get(name, none) for name in names})
 
     def slice(self, first: int, last: int) -> UserRows:
-        """Users first : last."""
+        """The users from first to last (exclusive)."""
         offsets = offsets_of(self.lengths)
         part = slice(int(offsets[first]), int(offsets[last]))
         return UserRows(
@@ -127,22 +127,22 @@ class UserRows:
 
 
 def event_columns(table: pa.Table) -> list[str]:
-    """The columns that have an entry an event."""
+    """The columns that have one entry per event."""
     return [name for name in table.column_names if name not in ("user_id", ROW) and not name.startswith(PREFIX)]
 
 
 def event_lengths(table: pa.Table) -> np.ndarray:
-    """[U] int64 events of each user."""
+    """[U] int64: number of events of each user."""
     return np.asarray(pc.list_value_length(table["item"].combine_chunks())).astype(np.int64)  # type: ignore[attr-defined]
 
 
 def to_arrow(values: pl.Series) -> pa.Array:
-    """Strings as large_string: the newer string views are not read everywhere."""
+    """To Arrow, strings as large_string: not every reader supports the newer string views."""
     return values.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
 def runs(lengths: np.ndarray, limit: int) -> np.ndarray:
-    """First user of each run, and the end: the longest runs of users within `limit` events, none of them empty."""
+    """First user of each run, and the end. Runs are as long as `limit` events allow and have at least one user."""
     ends = np.cumsum(lengths)
     starts = [0]
     while starts[-1] < len(lengths):

@@ -1,4 +1,4 @@
-"""Events -> one sequence a user, in total order. Pure: polars and numpy.
+"""Events -> one sequence per user, in total order. Pure functions of polars and numpy.
 
 user_id  timestamp  item_id                    user_id  events  timestamp  item_id
 b        5          x                          a        1       [7]        [x]
@@ -18,15 +18,15 @@ from pipeline.events import identity, total_order
 
 _LARGEST = 2**63
 _PLACE = "place"
-"""No name of an event's column."""
+"""Not the name of any event column."""
 
 
 def build_sequences(events: pl.DataFrame) -> pl.DataFrame:
-    """The distinct events by user and, within a user, in total order; of equal ones the first in that order stays."""
+    """The distinct events by user and, within a user, in total order; of equal events the first in it is kept."""
     key = _user_and_time(events)
     if key is None:
         return _sorted_distinct(events, events.columns)
-    # One number a row sorts several times as fast as all columns; these decide where a user's times are equal.
+    # Sorting one number per row is several times as fast as sorting by all columns, which only settle equal times.
     order = np.argsort(key)
     key = key[order]
     is_equal = key[1:] == key[:-1]
@@ -39,13 +39,13 @@ def build_sequences(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def _sorted_distinct(events: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
-    # Nulls (no action, no request) stand first; both keys together make the result independent of the row order.
+    # Nulls (no action, no request) come first; user and total order make the result independent of the row order.
     ordered = events.sort("user_id", *total_order(columns), nulls_last=False)
     return ordered.unique(identity(columns), keep="first", maintain_order=True)
 
 
 def _user_and_time(events: pl.DataFrame) -> np.ndarray | None:
-    """[n] int64 that is in the order of user and first column of the total order; None where 64 bits are too few."""
+    """[n] int64 that sorts like (user, first column of the total order); None if 64 bits do not suffice."""
     user, first = events["user_id"], events[total_order(events.columns)[0]]
     if events.is_empty() or not first.dtype.is_integer() or first.null_count():
         return None
@@ -63,15 +63,15 @@ def _user_and_time(events: pl.DataFrame) -> np.ndarray | None:
 
 
 def _span(numbers: np.ndarray) -> tuple[int, int]:
-    """The least of them, and how many whole numbers there are from it to the largest."""
+    """The smallest number, and how many whole numbers there are from it to the largest."""
     least = int(numbers.min())
     return least, int(numbers.max()) - least + 1
 
 
 def _put_back(order: np.ndarray, settled: np.ndarray, *, key: np.ndarray, is_tied: np.ndarray) -> np.ndarray:
-    """`order` with its tied rows replaced by the settled ones, of which each run of equal keys may have fewer.
+    """`order` with its tied rows replaced by the settled ones; a run of equal keys may have fewer settled rows.
 
-    `key` is in the order of `order`; `settled` goes through the same runs.
+    `key` is in the order of `order`; `settled` has the same runs in the same order.
     """
     places = np.flatnonzero(is_tied)
     starts = places[np.append(True, key[places][1:] != key[places][:-1])]
@@ -89,7 +89,7 @@ def _put_back(order: np.ndarray, settled: np.ndarray, *, key: np.ndarray, is_tie
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class UserCodes:
-    """The feature values of U users as rows of the features' vocabularies: G features, any number of values in each.
+    """The feature values of U users as rows of the features' vocabularies: G features with any number of values each.
 
     user 0: gender [2], hobbies [5, 3]   user 1: gender [3], hobbies []
     lengths [[1, 2], [1, 0]]   values [2, 5, 3, 3]
@@ -109,7 +109,7 @@ class UserCodes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class UserEvents:
-    """The sequences of some users as flat arrays: U users, N events of all of them.
+    """The sequences of some users as flat arrays: U users, with N events in all.
 
     user 0: a b c   user 1: d        offsets [0, 3, 4]    item [a, b, c, d]
     """
@@ -119,17 +119,18 @@ class UserEvents:
     item: np.ndarray
     """[N] int64 vocabulary rows."""
     time: np.ndarray
-    """[N] int64 milliseconds since 1970 UTC; zeros where the log has an order only."""
+    """[N] int64 milliseconds since 1970 UTC; zeros where the log has no times."""
     before: np.ndarray
-    """[N] int64: what "before" compares; the time, or the order where there is no time."""
+    """[N] int64: the number that decides which event is before another: the time, or the order in a log without times.
+    """
     action: np.ndarray
     """[N] int64 action codes, 0 = none."""
     label: np.ndarray | None
     """[N] float32, None where the log has none."""
     request: np.ndarray | None
-    """[N] int64: equal for events of one request_id (of a user); -1 = of no request; None where the log has none."""
+    """[N] int64: equal for a user's events of one request_id; -1 = no request; None where the log has no requests."""
     codes: UserCodes | None = None
-    """What is known of the users themselves; None where the data set has no user features."""
+    """The users' feature values; None where the data set has no user features."""
 
     @property
     def num_users(self) -> int:

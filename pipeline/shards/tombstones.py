@@ -1,6 +1,6 @@
-"""Who must be forgotten, for ever, without writing down who it is: keyed hashes of user ids.
+"""The users who must remain forgotten, stored as keyed hashes so that their ids are not written down.
 
-tombstones/key             32 random bytes, written once; without it no hash can be told from another
+tombstones/key             32 random bytes, written once; without it no hash can be matched to a user id
 tombstones/<hash>.parquet  BLAKE2b (RFC 7693, 16 bytes, keyed) of each id's decimal or string form, sorted
 """
 
@@ -27,14 +27,14 @@ KEY = "tombstones/key"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tombstones:
-    """The users of a data set that are forgotten."""
+    """The forgotten users of a data set."""
 
     key: bytes
     hashes: frozenset[bytes]
 
     @classmethod
     def of(cls, path: str, manifest: Manifest | None) -> Tombstones | None:
-        """Those of a state; None where nobody was ever forgotten. DataError when they or their key cannot be read."""
+        """The tombstones of a state; None if nobody was ever forgotten. DataError when they cannot be read."""
         if manifest is None or manifest.tombstones is None:
             return None
         store, entry = Store(path), manifest.tombstones
@@ -42,7 +42,7 @@ class Tombstones:
             key, table = store.read(KEY), pq.read_table(io.BytesIO(store.read(entry["name"])))
         except FileNotFoundError as error:
             raise DataError(
-                f"{path}: {KEY} or {entry['name']} is missing, so nobody can tell who was forgotten; restore it"
+                f"{path}: {KEY} or {entry['name']} is missing, so forgotten users cannot be recognised; restore it"
             ) from error
         if store.checksum(entry["name"]) != entry["checksum"]:
             raise DataError(f"{path}: {entry['name']} is damaged (checksum differs); restore it")
@@ -50,24 +50,24 @@ class Tombstones:
 
     @classmethod
     def empty(cls, path: str) -> Tombstones:
-        """Nobody yet. The data set's key is made where it has none."""
+        """Tombstones of nobody. Creates the data set's key if it has none."""
         store = Store(path)
         if store.create(KEY, secrets.token_bytes(32)) and store.is_local:
             os.chmod(store.join(KEY), 0o600)
         return cls(key=store.read(KEY), hashes=frozenset())
 
     def with_users(self, users: Iterable[str]) -> Tombstones:
-        """Also these, by the decimal or string form of their ids."""
+        """These tombstones and those of `users`, given by the decimal or string form of their ids."""
         return dataclasses.replace(self, hashes=self.hashes | {self._hash(user) for user in users})
 
     def write(self, path: str) -> dict[str, Any]:
-        """The manifest's entry."""
+        """Write the file; returns its entry for the manifest."""
         sink = io.BytesIO()
         pq.write_table(pl.DataFrame({"user": sorted(self.hashes)}).to_arrow(), sink)
         return write_bytes(path, sink.getvalue(), "tombstones/")
 
     def among(self, users: pl.Series) -> pl.Series:
-        """[n] bool: which of these users, by any form of id, are forgotten. A null is nobody."""
+        """[n] bool: which of these users are forgotten; ids may be integers or strings. False for a null."""
         distinct = users.unique().drop_nulls()
         found = [self._hash(text) in self.hashes for text in distinct.cast(pl.String).to_list()]
         return users.replace_strict(distinct, pl.Series(found, dtype=pl.Boolean), default=False)

@@ -1,6 +1,6 @@
-"""User features inside a shard file: a column "user:<feature>" of lists of value rows, one list a user.
+"""User features inside a shard file: a column "user:<feature>" of lists of value rows, one list per user.
 
-A column that a file lacks was not known when the file was written: nobody in it has a value.
+Where a file lacks the column, the feature did not exist when the file was written: no user in it has a value.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PREFIX = "user:"
 
 
 def encode_values(values: pl.DataFrame, vocabulary: Vocabulary) -> dict[str, pa.Array]:
-    """{column: lists of value rows} of a table of user_id and lists of raw values; null lists stay null."""
+    """{column: lists of value rows} from a table of user_id and lists of raw values; null lists stay null."""
     columns = {}
     for name in (name for name in values.columns if name != "user_id"):
         raw, lengths = values[name].explode().drop_nulls(), values[name].list.len().fill_null(0).to_numpy()
@@ -32,7 +32,7 @@ def encode_values(values: pl.DataFrame, vocabulary: Vocabulary) -> dict[str, pa.
 
 
 def decode_values(table: pa.Table, vocabulary: Vocabulary, names: Sequence[str]) -> pl.DataFrame:
-    """user_id and a list of raw values for each feature: what encode_values was given."""
+    """user_id and a list of raw values for each feature: the inverse of encode_values."""
     columns: dict = {"user_id": table["user_id"].combine_chunks()}
     for name in names:
         rows, lengths = _flat(table, name)
@@ -42,20 +42,20 @@ def decode_values(table: pa.Table, vocabulary: Vocabulary, names: Sequence[str])
 
 
 def read_codes(table: pa.Table, names: Sequence[str]) -> UserCodes:
-    """The codes of the table's users, features in the order of `names`."""
+    """The feature codes of the table's users, features in the order of `names`."""
     lengths = np.zeros((table.num_rows, len(names)), np.int64)
     cells, values = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for place, name in enumerate(names):
         rows, lengths[:, place] = _flat(table, name)
         cells.append(np.repeat(np.arange(table.num_rows) * len(names) + place, lengths[:, place]))
         values.append(rows)
-    # Stable: from feature by feature to user by user, the values of a cell in their order.
+    # A stable sort from by-feature to by-user order keeps the values of each (user, feature) cell in order.
     order = np.argsort(np.concatenate(cells), kind="stable")
     return UserCodes(lengths=lengths, values=np.concatenate(values)[order])
 
 
 def _flat(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(value rows of all users, [U] how many each has)."""
+    """(value rows of all users, [U] number of values of each user)."""
     if f"{PREFIX}{name}" not in table.column_names:
         return np.zeros(0, np.int64), np.zeros(table.num_rows, np.int64)
     lists = table[f"{PREFIX}{name}"].combine_chunks()

@@ -1,4 +1,4 @@
-"""Reading single users out of row groups, of which the latest stay in memory."""
+"""Reads single users from row groups, and keeps the latest row groups in memory."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class UserReader:
 
 
 def _taken_together(found: list[tuple[UserEvents, np.ndarray]], row: np.ndarray, *, columns: list[str]) -> UserEvents:
-    """The users at `row` [U] of the groups `found`: (a group, which of the U users are its). Each event is copied once.
+    """The users at `row` [U] in the groups `found`, pairs of (a group, which of the U users are in it).
 
-    `columns`: of the log; those that it has not are nothing but zeros.
+    Each event is copied once. `columns`: the log's columns; an array whose column the log lacks is all zeros.
     """
     lengths = np.empty(len(row), np.int64)
     for events, users in found:
@@ -74,7 +74,7 @@ def _taken_together(found: list[tuple[UserEvents, np.ndarray]], row: np.ndarray,
 
 
 def _joined_codes(parts: list[tuple[UserCodes, np.ndarray]]) -> UserCodes:
-    """The codes of users that are told apart, put back in their order."""
+    """The codes of users from several groups, in the order of the users."""
     joined = UserCodes(
         lengths=np.concatenate([codes.lengths for codes, _ in parts]),
         values=np.concatenate([codes.values for codes, _ in parts]),

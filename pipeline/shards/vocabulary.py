@@ -3,8 +3,8 @@
     table row   0         1         2      3      4    ...            size - 1      ... capacity - 1
                 padding   unknown   item   item   item  (append-only)  newest item   unused, masked
 
-Each ingest appends its new ids, sorted; a row never moves, so a table trained yesterday fits today. Tables are as
-large as `capacity`, which leaves room to grow without changing shape. Saved as one Parquet file.
+Each ingest appends its new ids, sorted; a row never moves, so a table trained yesterday fits today. Tables have
+`capacity` rows, which leaves room to grow without a change of shape. Saved as one Parquet file.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ import pyarrow.parquet as pq
 from pipeline.events import DataError
 
 NUM_RESERVED = 2
-"""Rows 0 (padding) and 1 (unknown) stand for no real value."""
+"""Rows 0 (padding) and 1 (unknown), which are not real values."""
 UNKNOWN = 1
 _FEW = 8
-"""Ids are searched for one by one where the vocabulary has so many times as many; else through a hash table."""
+"""Binary search is used if the vocabulary has at least this many times as many ids as a look-up; else a hash table."""
 
 
 def capacity_for(size: int) -> int:
-    """Rows of a table that holds `size`: the next power of two above 1.25 x size."""
+    """Rows of a table for `size` used rows: the next power of two above 1.25 x size."""
     return 1 << max(2, int(1.25 * size).bit_length())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Feature:
-    """One categorical item feature, single- or multi-valued: which value rows each item row has."""
+    """One categorical item feature, single- or multi-valued: the value rows of each item row."""
 
     names: tuple[str, ...]
     """Raw values; names[i] has row i + 2."""
@@ -64,10 +64,10 @@ class Vocabulary:
     items: pa.Array
     """Raw ids (int64 or large_string); items[i] has row i + 2."""
     actions: tuple[str, ...]
-    """Action names; an action's code is its place, and code 0, "", is no action."""
+    """Action names; an action's code is its position here, and code 0, the name "", means no action."""
     features: dict[str, Feature]
     user_features: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """{user feature: its raw values}, features by name; values[i] has row i + 2. Which user has which: its shard."""
+    """{user feature: its raw values}, features sorted by name; values[i] has row i + 2. Shards hold users' values."""
 
     @classmethod
     def empty(cls, item_type: str) -> Vocabulary:
@@ -94,7 +94,7 @@ class Vocabulary:
 
     @functools.cached_property
     def item_ranks(self) -> np.ndarray:
-        """[size] int64 by table row: the place of an item among the raw ids in order."""
+        """[size] int64: for each table row, the rank of its item in the sorted raw ids."""
         order = pl.Series(self.items, dtype=_POLARS_TYPE[self.item_type]).arg_sort().to_numpy() + NUM_RESERVED
         ranks = np.zeros(self.size, np.int64)
         ranks[order] = np.arange(NUM_RESERVED, self.size)
@@ -102,13 +102,13 @@ class Vocabulary:
 
     @functools.cached_property
     def action_ranks(self) -> np.ndarray:
-        """[num_actions] int64 by code: the place of an action among the names in order, no action first."""
+        """[num_actions] int64: for each code, the rank of its action in the sorted names; no action is first."""
         ranks = np.empty(self.num_actions, np.int64)
         ranks[pl.Series(self.actions, dtype=pl.String).arg_sort().to_numpy()] = np.arange(self.num_actions)
         return ranks
 
     def rows(self, raw_ids: pa.Array | pl.Series | np.ndarray | Iterable) -> np.ndarray:
-        """int64 table rows of raw ids; 1 (unknown) for an id, or null, that is not here."""
+        """int64 table rows of raw ids; 1 (unknown) for a null and for an id that the vocabulary does not have."""
         ids = _as_items(raw_ids, self.items.type)
         if len(ids) < len(self.items) // _FEW and self._searchable is not None:
             return self._rows_of_few(ids, *self._searchable)
@@ -122,9 +122,8 @@ class Vocabulary:
 
     @functools.cached_property
     def _searchable(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Sorted keys of the items and the items' places: made once, where a hash table of all is made for each call.
-
-        None where two items share a key.
+        """Sorted keys of the items, and the items' positions. Built once, whereas each call of pc.index_in builds a
+        hash table of all items. None if two items have the same key.
         """
         keys = _keys(self.items)
         places = np.argsort(keys, kind="stable")
@@ -138,7 +137,7 @@ class Vocabulary:
         return self.items.take(pa.array(places, mask=outside))
 
     def grow(self, items: Iterable, actions: Iterable[str] = ()) -> Vocabulary:
-        """A vocabulary that also holds these raw ids and actions; those that are new are appended, sorted."""
+        """A vocabulary that also has these raw ids and actions; new ones are appended, sorted."""
         candidates = _as_items(items, self.items.type).unique().drop_null()
         fresh = candidates.filter(pc.invert(pc.is_in(candidates, value_set=self.items)))  # type: ignore[attr-defined]
         fresh = pl.Series(fresh, dtype=_POLARS_TYPE[self.item_type]).sort().to_arrow().cast(self.items.type)
@@ -159,7 +158,7 @@ class Vocabulary:
         )
 
     def with_user_values(self, values: Mapping[str, Iterable[str]]) -> Vocabulary:
-        """A vocabulary that also holds these values of user features; those that are new are appended, sorted."""
+        """A vocabulary that also has these values of user features; new ones are appended, sorted."""
         found = dict(self.user_features)
         for name, raw in values.items():
             old = found.get(name, ())
@@ -167,10 +166,10 @@ class Vocabulary:
         return dataclasses.replace(self, user_features=dict(sorted(found.items())))
 
     def with_features(self, table: pl.DataFrame) -> Vocabulary:
-        """Take item features from a table of item_id and one string or list-of-strings column a feature.
+        """Take item features from a table of item_id and one string or list-of-strings column per feature.
 
-        Items of the table get its values instead of their earlier ones; ids without a row are ignored; of an id that
-        stands twice the last line counts. New values are appended, sorted.
+        Items in the table get its values instead of their earlier ones; ids that are not in the vocabulary are ignored;
+        if an id occurs several times, its last line counts. New values are appended, sorted.
         """
         table = table.unique("item_id", keep="last", maintain_order=True)
         rows = self.rows(table["item_id"])
@@ -211,10 +210,10 @@ class Vocabulary:
         }
 
     def to_bytes(self) -> bytes:
-        """The Parquet file: one line an item, action or feature value, in row order of its kind.
+        """The Parquet file: one line per item, action or feature value, in row order within its kind.
 
-        kind and raw as in `entries`, and a list of value rows for each item feature, "feature:<feature>", filled for
-        items. The metadata name the user features.
+        Columns: kind and raw as in `entries`, and for each item feature a list of value rows, "feature:<feature>",
+        which is empty except for items. The metadata names the user features.
         """
         kinds = self.entries()
         total = sum(map(len, kinds.values()))
@@ -240,7 +239,7 @@ class Vocabulary:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "vocabulary") -> Vocabulary:
-        """Raises DataError that names the file when it is no vocabulary."""
+        """The saved vocabulary. DataError, naming the file, when it is not one."""
         try:
             table = pq.read_table(io.BytesIO(data))
             metadata = table.schema.metadata or {}
@@ -286,7 +285,7 @@ def _as_items(raw_ids: pa.Array | pl.Series | np.ndarray | Iterable, item_type: 
     if ids.type == item_type:
         return ids
     if item_type == pa.int64() and not pa.types.is_integer(ids.type):
-        # A string is an integer id only in its canonical decimal form: identity is the bytes.
+        # A string is an integer id only in its canonical decimal form: "007" is not the id 7.
         text = pl.Series(ids.cast(pa.large_string()), dtype=pl.String)
         number = text.cast(pl.Int64, strict=False)
         return number.set(number.cast(pl.String) != text, None).to_arrow()
@@ -294,14 +293,15 @@ def _as_items(raw_ids: pa.Array | pl.Series | np.ndarray | Iterable, item_type: 
 
 
 def _keys(ids: pa.Array) -> np.ndarray:
-    """A number for each id, the same one for the same id in this process; any for a null."""
+    """A number for each id, equal for equal ids in this process; arbitrary for a null."""
     if ids.type == pa.int64():
         return np.asarray(ids.fill_null(0))
     return pl.Series(ids, dtype=pl.String).hash().to_numpy()
 
 
 def _replace_values(old: Feature, rows: np.ndarray, raw: pl.Series) -> Feature:
-    """The feature after item rows `rows` got the values `raw` (strings or lists of strings, null = none)."""
+    """The feature with the values `raw` (strings or lists of strings, null = none) for item rows `rows`."""
+    # Give every new value a row.
     lists = (
         raw if isinstance(raw.dtype, pl.List) else raw.cast(pl.String).to_frame("v").select(pl.concat_list("v"))["v"]
     )
@@ -313,12 +313,13 @@ def _replace_values(old: Feature, rows: np.ndarray, raw: pl.Series) -> Feature:
     new_rows = exploded["row"].to_numpy()
     new_values = exploded["value"].replace_strict(codes, return_dtype=pl.Int64).to_numpy()
 
+    # Replace the values of these items, keep all others.
     num_rows = len(old.offsets) - 1
     kept_rows = np.repeat(np.arange(num_rows), np.diff(old.offsets))
     keep = ~np.isin(kept_rows, rows)
     all_rows = np.concatenate([kept_rows[keep], new_rows])
     all_values = np.concatenate([old.values[keep], new_values])
-    # Stable: an item's values stay in the order of its line.
+    # A stable sort: an item's values stay in the order of its line.
     order = np.argsort(all_rows, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(all_rows, minlength=num_rows))]).astype(np.int64)
     return Feature(names=names, offsets=offsets, values=all_values[order].astype(np.int64))

@@ -1,8 +1,8 @@
-"""Is a vocabulary the beginning of another? Told by sizes and digests, which go where the vocabulary itself does not.
+"""Whether a vocabulary is the beginning of another, found from sizes and digests, without the first vocabulary itself.
 
     yesterday   item: a b c      beginnings   item: 3 entries, digest of a b c      today   item: a b c d e
 
-Tables that were trained under the one fit the other, row by row, only if all of its entries begin so.
+Tables trained with the first vocabulary fit the second, row by row, only if every kind of entries begins the same.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _ENTRIES_AT_ONCE = 1 << 16
 
 
 def beginnings_of(vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
-    """{kind of `Vocabulary.entries`: {"entries": their number, "digest": of them in order}}; plain values."""
+    """{kind of `Vocabulary.entries`: {"entries": their number, "digest": hash of them in order}}; plain values."""
     return {kind: {"entries": len(raw), "digest": _digest(raw)} for kind, raw in vocabulary.entries().items()}
 
 
 def first_difference(beginnings: Mapping[str, Mapping[str, Any]], vocabulary: Vocabulary) -> str | None:
-    """What of the vocabulary does not begin as `beginnings_of` said of another; None where all of it does."""
+    """Where the vocabulary does not begin with the one that `beginnings_of` described, in words; None if it does."""
     entries = vocabulary.entries()
     for kind, begun in beginnings.items():
         if kind not in entries:
-            return f"{_name(kind)} are not there any more"
+            return f"{_name(kind)} no longer exist"
         number = begun["entries"]
         if len(entries[kind]) < number:
-            return f"there are {len(entries[kind])} {_name(kind)}, there were {number}"
+            return f"there are now {len(entries[kind])} {_name(kind)}, before there were {number}"
         if _digest(entries[kind].slice(0, number)) != begun["digest"]:
-            return f"the first {number} {_name(kind)} are others"
+            return f"the first {number} {_name(kind)} have changed"
     return None
 
 

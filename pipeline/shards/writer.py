@@ -1,4 +1,4 @@
-"""Writes what shards.py reads: shard files, the index and the vocabulary, each named by a hash of its content."""
+"""Writes the files that dataset.py reads: shard files, the index and the vocabulary, named by a hash of the content."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from pipeline.storage import Store, adopt
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Placed:
-    """Users with the place that each has in its bucket, sorted by it."""
+    """Users and their (group, row) places in a bucket, sorted by place."""
 
     rows: UserRows
     group: np.ndarray
     """[U] int64, counted within the bucket."""
     row: np.ndarray
-    """[U] int64 row of the group."""
+    """[U] int64: row within the group."""
 
     def frame(self) -> pl.DataFrame:
         """user_id, group, row and events of each user."""
@@ -35,7 +35,7 @@ class Placed:
         )
 
     def parts(self, *, with_rows: bool) -> Iterator[tuple[int, pa.Table]]:
-        """(group, table) of each group. `with_rows`: the table says which rows of the group it has."""
+        """(group, table) of each group. `with_rows`: the table has a column with the users' rows in the group."""
         starts = np.flatnonzero(np.diff(self.group, prepend=-1))
         for first, last in itertools.pairwise([*starts.tolist(), len(self.group)]):
             table = self.rows.slice(first, last).to_table()
@@ -45,7 +45,7 @@ class Placed:
 
 
 def place(rows: UserRows, *, known: pl.DataFrame, num_groups: int, row_group_events: int) -> Placed:
-    """Users of `known` (user_id, group, row) where they stand, others, sorted by id, in groups from `num_groups` on."""
+    """Users in `known` (user_id, group, row) keep their place; new users, by id, get groups from `num_groups` on."""
     users = pl.DataFrame({"user_id": rows.user_id}).join(known, on="user_id", how="left", maintain_order="left")
     is_new = users["group"].is_null().to_numpy()
     group, row = (users[name].fill_null(-1).to_numpy().copy() for name in ("group", "row"))
@@ -59,9 +59,9 @@ def place(rows: UserRows, *, known: pl.DataFrame, num_groups: int, row_group_eve
 
 
 def write_shard(parts: Iterable[tuple[int, pa.Table]], *, path: str, bucket: int) -> dict[str, Any] | None:
-    """Write a file of (group, table), a row group each; name, bytes, checksum, bucket, groups, rows, events.
+    """Write a shard file with one row group per (group, table).
 
-    None, and no file, where there is no group.
+    Returns its name, bytes, checksum, bucket, groups, rows and events; None, without a file, if there is no group.
     """
     store, groups, num_rows, events = Store(path), [], 0, 0
     with store.scratch() as scratch:
@@ -85,12 +85,12 @@ def write_shard(parts: Iterable[tuple[int, pa.Table]], *, path: str, bucket: int
 
 
 def write_vocabulary(vocabulary: Vocabulary, *, path: str) -> dict[str, Any]:
-    """The manifest's entry."""
+    """Write the vocabulary; returns the entry for the manifest."""
     return write_bytes(path, vocabulary.to_bytes(), "vocabulary/") | {"fingerprint": vocabulary.fingerprint}
 
 
 def write_index(places: pl.DataFrame, *, path: str) -> dict[str, Any]:
-    """Write user_id, bucket, group, row, events in user-row order; the manifest's entry."""
+    """Write user_id, bucket, group, row, events in user-row order; returns the entry for the manifest."""
     table = places.select("user_id", *(pl.col(c).cast(pl.Int64) for c in ("bucket", "group", "row", "events")))
     sink = io.BytesIO()
     pq.write_table(table.to_arrow(compat_level=pl.CompatLevel.oldest()), sink, compression="zstd")
@@ -98,7 +98,7 @@ def write_index(places: pl.DataFrame, *, path: str) -> dict[str, Any]:
 
 
 def write_bytes(path: str, data: bytes, prefix: str) -> dict[str, Any]:
-    """Write a Parquet file's bytes under a name of prefix and hash; the manifest's entry."""
+    """Write a Parquet file's bytes under a name of prefix and hash; returns the entry for the manifest."""
     store = Store(path)
     with store.scratch() as scratch:
         local = f"{scratch}/file"

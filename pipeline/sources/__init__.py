@@ -1,1 +1,1 @@
-"""Public formats -> event log: one file a format, all written by event_log.py."""
+"""Public formats -> event log: one module per format; event_log.py writes the log for all of them."""

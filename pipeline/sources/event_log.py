@@ -1,13 +1,13 @@
-"""Writing an event log: a directory that appears whole or not at all.
+"""Writes an event log: a directory that appears completely or not at all.
 
     events-00000.parquet ...   canonical columns (pipeline/events.py), possibly more
-    items.parquet              item_id and features, where the source has any
-    users.parquet              user_id and features, where the source has any
-    rejected.parquet           rows that are no events, with their reason, where there are any
-    source.json                what was imported from what: written last
+    items.parquet              item_id and features, if the source has any
+    users.parquet              user_id and features, if the source has any
+    rejected.parquet           rows that are not valid events, with the reason, if there are any
+    source.json                the source, its options and the resulting counts; written last
 
-The directory is built beside its final place and renamed. Importing the same again finds it and reuses it; importing
-something else into it is refused.
+The directory is built next to its final path and then renamed. Importing the same source again reuses it; importing
+another source into it is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROW_GROUP_EVENTS = 1_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imported:
-    """An event log as it lies on disk."""
+    """An event log on disk."""
 
     path: str
     events: int
@@ -43,11 +43,11 @@ class Imported:
     users: int
     """Rows of the users table."""
     rejected: int
-    """Rows of the source that are no events."""
+    """Rows of the source that are not valid events."""
     left_out: dict[str, int]
-    """{what: how many} of what the source holds and the import leaves out by its rules."""
+    """{description: count} of valid data that the import left out by its rules."""
     reused: bool
-    """Everything was there already."""
+    """True if an earlier import had written this log already."""
 
 
 class EventLogWriter:
@@ -82,7 +82,7 @@ class EventLogWriter:
         self._write("users.parquet", users)
 
     def leave_out(self, counts: Mapping[str, int]) -> None:
-        """Note what is left out by a rule of the import, {what: how many}."""
+        """Record what a rule of the import left out, as {description: count}."""
         self.left_out |= counts
 
     def close(self) -> None:
@@ -105,9 +105,9 @@ class EventLogWriter:
 
 
 def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
-    """The log that an earlier import of the same source left in `out`; None when there is nothing.
+    """The log that an earlier import of the same source wrote to `out`; None when `out` is absent or empty.
 
-    DataError when the directory holds something else.
+    DataError when the directory has other content.
     """
     folder = _local(out)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -115,7 +115,7 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
     try:
         found = json.loads((folder / "source.json").read_text())
     except (OSError, ValueError):
-        raise DataError(f"{out}: exists and is no event log; name a new directory") from None
+        raise DataError(f"{out}: exists and is not an event log; name a new directory") from None
     theirs = flatten(found)
     for key, value in flatten(_plain({"format_version": FORMAT_VERSION, **source})).items():
         if theirs.get(key) != value:
@@ -124,13 +124,13 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise DataError(f"{out}: {name} is missing or changed; remove the directory and import again")
     counts = {name: found[name] for name in ("events", "items", "rejected")}
-    # Absent in logs that were written before they could have users.
+    # Absent in logs from versions that had no users table.
     users = found.get("user_rows", 0)
     return Imported(path=out, reused=True, users=users, left_out=found.get("left_out", {}), **counts)
 
 
 def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:
-    """Let `fill` write the log and publish it under `out`. When `fill` raises, nothing is left behind."""
+    """Let `fill` write the log, then publish it as `out`. When `fill` raises, all its files are removed."""
     folder = _local(out)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -157,7 +157,7 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
         try:
             os.rename(staged, folder)
         except OSError:
-            raise DataError(f"{out}: another import finished first; run it again to reuse that") from None
+            raise DataError(f"{out}: another import finished first; run again to reuse its log") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return Imported(path=out, reused=False, users=writer.num_users, left_out=writer.left_out, **counts)
@@ -166,7 +166,7 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
 def _local(out: str) -> Path:
     store = Store(out)
     if not store.is_local:
-        raise DataError(f"{out}: an event log is written locally; import to a local directory and copy it")
+        raise DataError(f"{out}: an event log can only be written locally; import to a local directory and copy it")
     return Path(store.path)
 
 

@@ -1,4 +1,4 @@
-"""CSV, JSON lines or Parquet of any layout -> event log, by a column mapping. Streams in bounded memory."""
+"""CSV, JSON lines or Parquet files of any layout -> event log, by a column mapping. Streams in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log,
 
 Progress = Callable[[str, int, int], None]
 Reshape = Callable[[pl.DataFrame], pl.DataFrame]
-"""Rows under canonical names, as they are written -> one row an event, with a label."""
+"""Rows as they are in the file, under canonical names -> one row per event, with a label."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureColumns:
-    """What of a table of items or users becomes a feature, and how the table is written."""
+    """Which columns of a table of items or users become features, and the format of the table."""
 
     features: tuple[str, ...] = ()
-    """Columns with one category a row."""
+    """Columns with one category per row."""
     list_features: tuple[str, ...] = ()
-    """Columns with several categories a row: lists, or text split at `list_separator`."""
+    """Columns with several categories per row: lists, or text split at `list_separator`."""
     list_separator: str = "|"
-    """Between two categories of a text."""
+    """Separates the categories in a text."""
     files: FileFormat = dataclasses.field(default_factory=FileFormat)
-    """How the file is written."""
+    """The format of the file."""
 
     def __post_init__(self) -> None:
         for name in ("features", "list_features"):
@@ -38,7 +38,7 @@ class FeatureColumns:
         names = [getattr(self, self.id_name), *self.features, *self.list_features]
         table = self.id_name.replace("_id", "s")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{table} column {twice[0]!r} stands twice: list it once as id, feature or list feature")
+            raise ValueError(f"{table} column {twice[0]!r} appears twice: list it once as id, feature or list feature")
         if not self.list_separator:
             raise ValueError(f"{table}.list_separator is empty: it must be one or more characters")
 
@@ -56,10 +56,10 @@ class FeatureColumns:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ItemColumns(FeatureColumns):
-    """How the items table is written, and what of it becomes a feature."""
+    """The format of the items table, and which of its columns become features."""
 
     item_id: str = "item_id"
-    """Column of the id that events name."""
+    """Column with the item ids that events use."""
 
     @property
     def id_name(self) -> str:
@@ -68,10 +68,10 @@ class ItemColumns(FeatureColumns):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserColumns(FeatureColumns):
-    """How the users table is written, and what of it becomes a feature."""
+    """The format of the users table, and which of its columns become features."""
 
     user_id: str = "user_id"
-    """Column of the id that events name."""
+    """Column with the user ids that events use."""
 
     @property
     def id_name(self) -> str:
@@ -80,28 +80,29 @@ class UserColumns(FeatureColumns):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """What the files mean."""
+    """How the files are interpreted."""
 
     columns: EventColumns = dataclasses.field(default_factory=EventColumns)
-    """Which column plays which part."""
+    """Which column has which role."""
     files: FileFormat = dataclasses.field(default_factory=FileFormat)
-    """How the event files are written."""
+    """The format of the event files."""
     items: ItemColumns = dataclasses.field(default_factory=ItemColumns)
     """The items table, when one is given."""
     users: UserColumns = dataclasses.field(default_factory=UserColumns)
     """The users table, when one is given."""
     max_rejected_ratio: float = 0.01
-    """Share of rows that are no events above which nothing is written."""
+    """Largest share of invalid rows; above it nothing is written."""
     min_item_events: int = 0
     """Events of items with fewer valid rows in these files are left out and counted; the files are then read twice.
-    Published protocols have 5. Counted once: users are not looked at, and items are not counted again."""
+    Published protocols use 5. This is one pass over items alone: users are not filtered, and items are not counted
+    again."""
 
     min_label: float | None = None
-    """Where labels are numbers, such as ratings: those from here on count as 1, others as 0."""
+    """For numeric labels such as ratings: values of at least this count as 1, lower ones as 0."""
 
     def __post_init__(self) -> None:
         if self.min_label is not None and self.columns.label is None:
-            raise ValueError(f"min_label is {self.min_label}: name the column of labels with columns.label")
+            raise ValueError(f"min_label is {self.min_label}: name the label column with columns.label")
         if self.min_item_events < 0:
             raise ValueError(f"min_item_events is {self.min_item_events}: it must be 0 or more")
         if not 0 <= self.max_rejected_ratio <= 1:
@@ -112,23 +113,24 @@ def import_files(
     events: str | Sequence[str], out: str, *, config: ImportConfig, items: str | None = None,
     users: str | None = None, reshape: Reshape | None = None, progress: Progress | None = None,
 ) -> Imported:  # fmt: skip
-    """Write the event log `out` from the file, directory or pattern `events` (or several), its tables from `items` and
-    `users`. `reshape` makes events with a label of rows that are written otherwise.
+    """Write the event log `out` from the file, directory or pattern `events` (or several), and its tables from `items`
+    and `users`. `reshape` converts rows of another form to one row per event with a label.
 
-    DataError, with nothing written: a file that is missing or cannot be read whole, a missing column, an empty log,
-    too many invalid rows, an `out` that holds something else.
+    DataError, with nothing written: a file is missing or cannot be read completely, a column is missing, the log is
+    empty, too many rows are invalid, or `out` has other content.
     """
     if items is not None and not (config.items.features or config.items.list_features):
         raise DataError(f"{items}: no item feature is named; set items.features or items.list_features")
     if users is not None and not (config.users.features or config.users.list_features):
         raise DataError(f"{users}: no user feature is named; set users.features or users.list_features")
+    # List the files and describe the source.
     paths = [events] if isinstance(events, str) else events
     found = [file for path in paths for file in readers.find_inputs(path, options=config.files)]
     item_files = readers.find_inputs(items, options=config.items.files) if items else []
     user_files = readers.find_inputs(users, options=config.users.files) if users else []
     for file in user_files:
         _refuse_bad_features(file, config.users)
-    # Without a users table or a limit the same as a log that was imported before there could be one.
+    # Options that are off are omitted: the description then equals that of a log from before the options existed.
     left_out = {"max_rejected_ratio"} if users else {"max_rejected_ratio", "users"}
     left_out |= {name for name in ("min_item_events", "min_label") if not getattr(config, name)}
     source = {
@@ -150,7 +152,7 @@ def import_files(
         for file in item_files:
             writer.add_items(pl.concat(_read_features(file, config.items, id_type=schema["id_types"]["item_id"])))
         for file in user_files:
-            # Block by block: there may be more users than fit into memory.
+            # Block by block: the users table may not fit into memory.
             for block in _read_features(file, config.users, id_type=schema["id_types"]["user_id"]):
                 writer.add_users(block)
 
@@ -158,7 +160,7 @@ def import_files(
 
 
 def _mapping(config: ImportConfig, *, left_out: set[str]) -> dict[str, Any]:
-    """What of the configuration the log depends on; what is younger than a log is absent where it is off."""
+    """The part of the configuration that the log depends on; newer options are omitted where they are off."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     for files in (part["files"] for part in (fields, fields["items"], fields.get("users")) if part):
         for name, off in (("typed_header", False), ("quoted", True)):
@@ -173,17 +175,17 @@ def _identify(file: Input) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Log:
-    """The event files and how they are read."""
+    """The event files and how to read them."""
 
     files: list[Input]
     config: ImportConfig
     id_types: dict[str, str]
     written: EventColumns
-    """The columns that the files have."""
+    """The columns that the files have, before `reshape`."""
     reshape: Reshape | None
 
     def blocks(self, report: Progress) -> Iterator[tuple[Input, int, Validated]]:
-        """Every block of every file: its rows, and what is valid of them. A DataError names the file."""
+        """(file, number of rows, validated rows) of every block of every file. A DataError names the file."""
         columns = self.config.columns
         for done, file in enumerate(self.files):
             report("import", done, len(self.files))
@@ -199,10 +201,10 @@ class _Log:
         report("import", len(self.files), len(self.files))
 
 
-def _with_labels(table: pl.DataFrame, least: float) -> pl.DataFrame:
-    """Labels 1 from `least` on, else 0; what is no number stays, to be rejected."""
+def _with_labels(table: pl.DataFrame, min_label: float) -> pl.DataFrame:
+    """Label 1 for numbers of at least `min_label`, else 0; other values are kept, so that validation rejects them."""
     number = pl.col("label").cast(pl.Float64, strict=False)
-    liked = (number >= least).cast(pl.Int8).cast(pl.String)
+    liked = (number >= min_label).cast(pl.Int8).cast(pl.String)
     return table.with_columns(label=pl.when(number.is_finite()).then(liked).otherwise(pl.col("label").cast(pl.String)))
 
 
@@ -242,7 +244,7 @@ def _frequent_items(log: _Log, *, report: Progress) -> pl.Series:
 
 
 def _read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[pl.DataFrame]:
-    """The id and features, without rows whose id cannot be an id of the log."""
+    """The id and features of each row; rows whose id does not have the log's id type are omitted."""
     name, mapping = columns.id_name, columns.mapping
     readers.describe(file, mapping=mapping, options=columns.files)
     wanted = pl.Int64 if id_type == "int64" else pl.String
@@ -257,11 +259,11 @@ def _read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Ite
             + [_as_list(table[feature], columns.list_separator).alias(feature) for feature in columns.list_features]
         )
     if not known:
-        raise DataError(f"{file.name}: no id in {mapping[name]!r} is {id_type} as in the log; map another column")
+        raise DataError(f"{file.name}: no id in {mapping[name]!r} is {id_type}, the log's type; map another column")
 
 
 def _refuse_bad_features(file: Input, columns: FeatureColumns) -> None:
-    """DataError when a column that is named is not there, or can be no user feature."""
+    """DataError when a mapped column is missing, or cannot be a user feature."""
     types = readers.describe(file, mapping=columns.mapping, options=columns.files)
     for name, dtype in types.items():
         if name != columns.id_name:

@@ -1,22 +1,22 @@
-"""Histories of git repositories -> event log: who changed which file when. git itself is run by git_log.py.
+"""Histories of git repositories -> event log: who changed which file when. git_log.py runs git itself.
 
 One event per non-merge commit and changed file:
 
-    user_id       hash of the author's e-mail address (of the name where that is empty) after .mailmap
-    item_id       the file's path; REPOSITORY/path where several repositories make one log
+    user_id       hash of the author's e-mail address (of the name where the address is empty) after .mailmap
+    item_id       the file's path; REPOSITORY/path where the log comes from several repositories
     timestamp     the author date, in whole seconds
-    action        A added, M modified, D deleted, T another type; a rename is D of the old path and A of the new one
-    request_id    the commit: its files are one act
+    action        A added, M modified, D deleted, T type changed; a rename is D of the old path and A of the new one
+    request_id    the commit: its files were changed together
     commit_files  how many files the commit changed
 
-The author date is when the user of the log acted. The committer date is when somebody applied it: a patch series or a
-rebase gives dozens of commits the same second, and a maintainer's afternoon to the work of many people. Commits of one
-author and second are taken as simultaneous: their place in the history is no column because it shifts as the history
-grows, and an event must stay the same event when a later import is merged. Renames are not detected because git's
-detection is a guess that depends on limits, so it would change ids from one machine to another.
+The author date is the time at which the author acted. The committer date is the time at which somebody applied the
+commit: after a patch series or a rebase, dozens of commits, often by many authors, have the same second. Commits of
+one author in the same second count as simultaneous: their position in the history is not a column, because it shifts
+as the history grows, and an event must remain the same event when a later import is merged. Renames are not detected:
+git's detection is a guess that depends on limits, so ids would differ between machines.
 
-Names and addresses are never written. The hash has no secret key: it hides who is who from a reader, not from someone
-who holds a list of addresses to try.
+Names and addresses are never written. The hash has no secret key: it hides the authors from a reader, but not from
+someone who has a list of addresses to try.
 
 Items have `folder`, the chain of folders above the file ([docs, docs/api] for docs/api/index.md), and `extension`.
 """
@@ -54,7 +54,7 @@ class GitConfig:
     """Which commits count."""
 
     max_commit_files: int = 100
-    """A commit of more files (a release, a reformatting) is no act on each of them: left out and counted."""
+    """A commit of more files (a release, a reformatting) says little about each file: it is left out and counted."""
 
     def __post_init__(self) -> None:
         if self.max_commit_files < 1:
@@ -68,10 +68,11 @@ def import_git(
     config: GitConfig = GitConfig(),
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Imported:
-    """Write the event log `out` from the histories of these repositories: worktrees or bare ones.
+    """Write the event log `out` from the histories of these repositories, each a worktree or bare.
 
-    A commit that several of them hold, as forks do, is an event of the first alone. DataError, with nothing written:
-    no repository, one without commits or named twice, two of one name, git missing or failing, no event left.
+    A commit that is in several repositories (forks) counts only for the first of them. DataError, with nothing
+    written: a path is not a repository, a repository has no commits or is given twice, two repositories have the same
+    name, git is missing or fails, or no event is left.
     """
     repositories = find_repositories(paths)
     source = {
@@ -101,7 +102,7 @@ def import_git(
 
 
 def hash_author(email: str, name: str) -> int | None:
-    """63 bits of the author's address in lower case, or of the name where the address is empty; None without both."""
+    """63-bit hash of the author's address in lower case, or of the name if the address is empty; None without both."""
     identity = email.strip().lower() or name.strip()
     if not identity:
         return None
@@ -110,7 +111,7 @@ def hash_author(email: str, name: str) -> int | None:
 
 
 class _History:
-    """Turns commits into events and remembers what must stand once: items and, over repositories, commits."""
+    """Turns commits into events; remembers items and, across repositories, commits, so that each is written once."""
 
     def __init__(self, writer: EventLogWriter, *, several: bool) -> None:
         self.writer, self.several = writer, several
@@ -166,7 +167,7 @@ class _History:
 
 
 def item_features(path: str) -> tuple[list[str], str | None]:
-    """The chain of folders above a file and its extension, in lower case, if it has one.
+    """The chain of folders above a file, and the file's extension in lower case, if it has one.
 
     >>> item_features("docs/api/Index.MD")
     (['docs', 'docs/api'], 'md')

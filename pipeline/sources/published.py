@@ -1,7 +1,7 @@
-"""Public data sets as their owners publish them -> event log: which files, which columns, what counts as liked.
+"""Public data sets as their owners publish them -> event log: which files, which columns, which labels are positive.
 
-A layout is data, read by files.py; each names the public page that it was taken from. Files are found below a
-directory by their names, so that an unpacked download can be given as it is.
+A layout is plain data that files.py interprets; each data set names the public page that documents its layout. Files
+are found inside a directory by their names, so that an unpacked download can be given unchanged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Layout:
     """Patterns of file names; every one must match."""
     config: ImportConfig
     items: str | None = None
-    """Pattern of the items table; read where it is there."""
+    """Pattern of the items table, which is read if it exists."""
     users: str | None = None
-    """Pattern of the users table; the same."""
+    """Pattern of the users table, which is read if it exists."""
     reshape: Reshape | None = None
-    """Rows as they are written -> one row an event, with a label."""
+    """Rows as they are in the file -> one row per event, with a label."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Published:
     source: str
     """Where its layout is documented."""
     layouts: tuple[Layout, ...]
-    """The first one whose files are there is read."""
+    """The first one whose files exist is read."""
 
 
 _CSV = FileFormat(format="csv")
@@ -50,10 +50,10 @@ _TSV = FileFormat(format="csv", separator="\t", quoted=False)
 
 
 def _explode_impressions(rows: pl.DataFrame) -> pl.DataFrame:
-    """MIND: "N1-0 N2-1" -> an event for each item shown, label 1 where it was clicked."""
+    """MIND: "N1-0 N2-1" -> one event for each shown item, with label 1 if it was clicked."""
     shown = rows.with_columns(pl.col("item_id").str.split(" ")).explode("item_id")
     parts = pl.col("item_id").str.splitn("-", 2).struct
-    # Impressions are counted anew in each file.
+    # Impression numbers start again at 1 in each file.
     request = pl.format("{} {}", "request_id", "timestamp")
     return shown.with_columns(
         item_id=parts.field("field_0"),
@@ -65,7 +65,7 @@ def _explode_impressions(rows: pl.DataFrame) -> pl.DataFrame:
 
 _MOVIES = ItemColumns(item_id="movieId", list_features=("genres",), files=_CSV)
 _LIKED = 4.0
-"""Stars."""
+"""Ratings of at least this many stars are positives."""
 
 PUBLISHED: Mapping[str, Published] = {
     "movielens": Published(
@@ -117,7 +117,7 @@ PUBLISHED: Mapping[str, Published] = {
         ),
     ),
     "kuairand": Published(
-        source="https://github.com/chongminggao/KuaiRand (README: Pure, 1K and 27K differ in the ends of file names)",
+        source="https://github.com/chongminggao/KuaiRand (README: Pure, 1K and 27K differ in the suffix of file names)",
         layouts=(
             Layout(
                 events=("log_standard_*.csv",),
@@ -223,7 +223,7 @@ PUBLISHED: Mapping[str, Published] = {
 def import_published(name: str, path: str, out: str, *, progress: Progress | None = None) -> Imported:
     """Write the event log `out` of a public data set, from its unpacked directory or its events file.
 
-    DataError: files that are not there, and what import_files raises, by file.
+    DataError: a file is missing, or an error of import_files, which names the file.
     """
     published = PUBLISHED[name]
     for layout in published.layouts:
@@ -245,25 +245,25 @@ def import_published(name: str, path: str, out: str, *, progress: Progress | Non
 
 
 def _find(path: str, pattern: str) -> list[str]:
-    """Files of this name: the path itself, or what lies below it."""
-    place = Path(path)
-    found = sorted(place.rglob(pattern)) if place.is_dir() else [place] if place.match(pattern) else []
+    """Files with this name pattern: the path itself if it is a file, else files inside it."""
+    root = Path(path)
+    found = sorted(root.rglob(pattern)) if root.is_dir() else [root] if root.match(pattern) else []
     return [str(file) for file in found if file.is_file()]
 
 
 def _only(path: str, pattern: str | None) -> str | None:
-    """A table beside the events; the first where each part of the data set has a copy."""
-    place = Path(path)
-    found = _find(str(place if place.is_dir() else place.parent), pattern) if pattern else []
+    """The table next to the events; the first one if each part of the data set has a copy."""
+    root = Path(path)
+    found = _find(str(root if root.is_dir() else root.parent), pattern) if pattern else []
     return found[0] if found else None
 
 
 def _atomic_config(config: ImportConfig, events: str, items: str | None, users: str | None) -> ImportConfig:
-    """RecBole's files say of each column what it is: tokens are ids and categories, token_seq lists of categories."""
-    there = _kinds(events)
-    if "timestamp" not in there:
+    """The columns by their type in the header: token = id or category, token_seq = list of categories."""
+    event_kinds = _kinds(events)
+    if "timestamp" not in event_kinds:
         raise DataError(f"{events}: no column timestamp; without times use `solar import files` with an order")
-    columns = EventColumns(label="label" if "label" in there else None)
+    columns = EventColumns(label="label" if "label" in event_kinds else None)
     tables = {}
     for file, kind, key in ((items, ItemColumns, "items"), (users, UserColumns, "users")):
         kinds = _kinds(file) if file else {}

@@ -1,10 +1,10 @@
-"""Synthetic log of long histories -> event log. Equations, and the truth to compare a model with: synthetic_model.py.
+"""Synthetic log of long histories -> event log. synthetic_model.py has the equations and the true probabilities.
 
     form events        user_id, item_id, timestamp
-    form impressions   the same, label (1 = clicked) and request_id (what was shown together)
+    form impressions   the same, label (1 = clicked) and request_id (equal for candidates shown together)
 
-Items have `topic`. Blocks of users are simulated in parallel and written in order as they come, a few at a time; the
-files do not depend on the number of processes.
+Items have `topic`. Blocks of users are simulated in parallel, a few at a time, and written in order; the files do not
+depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pipeline.sources.synthetic_model import simulate
 from pipeline.sources.synthetic_world import SyntheticConfig, World, build_world
 
 MODEL_VERSION = 1
-"""Grows when the same configuration gives other events."""
+"""Increased when the same configuration gives other events."""
 _AHEAD = 2
-"""Finished blocks a process that wait to be written, at most."""
+"""Most blocks per process that are submitted and not yet written."""
 _BLOCKS_WORTH_A_PROCESS = 4
-"""A process takes about a second to start, a block a quarter of one."""
+"""Fewest blocks for which one more process pays: it takes about 1 s to start, a block takes 0.25 s."""
 
 Columns = dict[str, np.ndarray]
 
@@ -36,7 +36,7 @@ Columns = dict[str, np.ndarray]
 def import_synthetic(
     out: str, *, config: SyntheticConfig = SyntheticConfig(), progress: Callable[[str, int, int], None] | None = None
 ) -> Imported:
-    """Simulate the event log `out`. DataError when it holds something else."""
+    """Simulate the event log `out`. DataError when `out` has other content."""
     options = {name: value for name, value in dataclasses.asdict(config).items() if name != "processes"}
     source = {"source": "synthetic", "model_version": MODEL_VERSION, **options}
     if existing := find_event_log(out, source=source):
@@ -56,7 +56,7 @@ def import_synthetic(
 
 
 def block_columns(world: World, number: int) -> Columns:
-    """What the log shows of a block: one row a click, or one a candidate."""
+    """The log's columns for a block: one row per click, or (form impressions) one row per candidate."""
     block = simulate(world, number)
     if block.shown is None:
         return {"user_id": block.user, "item_id": block.clicked, "timestamp": block.time}
@@ -85,7 +85,7 @@ def _simulated(world: World, num_blocks: int) -> Iterator[Columns]:
     if processes == 1:
         yield from (block_columns(world, number) for number in range(num_blocks))
         return
-    # Not forked: polars and pyarrow run threads in this process.
+    # Spawned, not forked: polars and pyarrow run threads in this process.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(world.config,)) as pool:
         waiting: deque[Future[Columns]] = deque()
@@ -109,5 +109,5 @@ def _begin(config: SyntheticConfig) -> None:
 
 
 def _work(number: int) -> Columns:
-    assert _world is not None, "the pool begins with _begin"
+    assert _world is not None, "the pool's initializer is _begin"
     return block_columns(_world, number)

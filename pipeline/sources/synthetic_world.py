@@ -1,4 +1,4 @@
-"""What stands before any event of a synthetic log: its configuration, the catalogue, and who acts how often.
+"""The fixed part of a synthetic log: its configuration, the catalogue, and how many events each user has.
 
 The letters and equations are those of synthetic_model.py.
 """
@@ -14,57 +14,57 @@ from pipeline.events import LATEST_TIME
 
 DAY_MILLISECONDS = 86_400_000
 CATALOGUE, USERS, BLOCK = 0, 1, 2
-"""What a generator is for."""
+"""The purpose of a generator, part of its key."""
 _BLOCK_EVENTS = 500_000
 _BLOCK_USERS = 4_096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """What is simulated; the letters are those of synthetic_model.py."""
+    """Parameters of the simulation; the letters are those of synthetic_model.py."""
 
     form: Literal["events", "impressions"] = "events"
-    """events: every event is a click; impressions: candidates shown together, labelled 1 where clicked."""
+    """events: every event is a click; impressions: every event is a shown candidate, with label 1 if clicked."""
     users: int = 1_000
     items: int = 10_000
     topics: int = 20
-    """Values of the items' feature."""
+    """Number of values of the items' feature `topic`."""
     groups: int = 200
-    """Kinds of items that users tell apart."""
+    """Number of groups of items; users' interests distinguish groups, not the items within one."""
     events_per_user: int = 1_000
     """Mean over users; in impressions, every shown candidate is an event."""
     max_events_per_user: int = 100_000
     spread: float = 1.0
-    """Standard deviation of the logarithm of a user's number of events; 0 = all users have the mean."""
+    """Standard deviation of the logarithm of a user's number of events; 0 = all users have the mean number."""
     rank: int = 8
-    """Numbers that describe an interest."""
+    """Dimension of the interest vectors."""
     moods: int = 1
-    """Lasting interests of a user. Each session is in one of them, drawn anew: what a user wants today may have shown
-    itself last long ago."""
+    """Number of lasting interests per user. One is drawn for each session, so the interest of the present session may
+    have been absent from the history for a long time."""
     sharpness: float = 3.0
     """0 = no interests; at 3 a user's favourite tenth of the groups takes most clicks."""
     popularity: float = 0.5
-    """Exponent of the items' popularity within their group; 0 = all alike."""
+    """Exponent of the items' popularity within their group; 0 = all items equally popular."""
     drift: float = 0.05
-    """Share of the changing interest that a session forgets."""
+    """Share of the changing interest that is forgotten from one session to the next."""
     lasting: float = 0.5
     """Share of the interest, as variance, that never changes."""
     session_events: int = 50
-    """Events between two steps of the drift."""
+    """Events per session; the interest drifts from one session to the next."""
     order_strength: float = 0.3
     """Probability that a click follows the order instead of the interest."""
     candidates: int = 10
-    """impressions: items of a request."""
+    """impressions: candidates per request."""
     click_rate: float = 0.8
-    """impressions: share of requests with a click (one); the others have none."""
+    """impressions: share of requests with exactly one click; the others have none."""
     start: int = 1_600_000_000_000
     """First time of the log in milliseconds since 1970."""
     days: int = 365
-    """Every user's events are spread over these."""
+    """Number of days over which every user's events are spread."""
     seed: int = 1
-    """Of everything."""
+    """Seed of all random numbers."""
     processes: int | None = None
-    """Unset = one a core, where that pays. The log is the same, byte for byte."""
+    """Unset = one process per core, where that pays. The log is the same, byte for byte, for every number."""
 
     def __post_init__(self) -> None:
         if self.form not in ("events", "impressions"):
@@ -109,9 +109,9 @@ class World:
     walk: np.ndarray
     """[n] the items in the order of the closed walk."""
     place: np.ndarray
-    """[n] where an item stands on the walk."""
+    """[n] the position of each item on the walk."""
     turns: np.ndarray
-    """[users] how often the user was asked: events, or requests of form impressions."""
+    """[users] number of turns of each user: events, or requests in form impressions."""
     blocks: np.ndarray
     """[blocks + 1]: block b has users blocks[b] : blocks[b + 1]."""
 
@@ -122,6 +122,7 @@ class World:
 
 def build_world(config: SyntheticConfig) -> World:
     """The catalogue and the users of a configuration."""
+    # Draw the catalogue: groups, topics, vectors, popularity and the walk.
     rng = generator(config.seed, CATALOGUE, 0)
     group = rng.permutation(config.items) % config.groups
     topic = np.arange(config.groups) % config.topics
@@ -136,8 +137,8 @@ def build_world(config: SyntheticConfig) -> World:
     place = np.empty(config.items, np.int64)
     place[walk] = np.arange(config.items)
 
+    # Draw each user's number of turns. The mean of exp(spread N(0, 1)) is exp(spread^2 / 2).
     normal = generator(config.seed, USERS, 0).standard_normal(config.users)
-    # The mean of exp(spread N(0, 1)) is exp(spread^2 / 2).
     events = config.events_per_user * np.exp(config.spread * normal - config.spread**2 / 2)
     size = config.candidates if config.form == "impressions" else 1
     turns = np.clip(np.rint(events), size, config.max_events_per_user).astype(np.int64) // size
@@ -155,12 +156,12 @@ def build_world(config: SyntheticConfig) -> World:
 
 
 def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
-    """Its numbers follow from the key alone."""
+    """A random generator whose numbers depend only on (seed, purpose, number)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, (purpose << 56) | number], np.uint64)))
 
 
 def _blocks(events: np.ndarray) -> np.ndarray:
-    """Edges of blocks of about _BLOCK_EVENTS events and at most _BLOCK_USERS users."""
+    """[blocks + 1] first user of each block, and the end: about _BLOCK_EVENTS events, at most _BLOCK_USERS users."""
     before = np.cumsum(events) - events
     edges, start = [0], 0
     while start < len(events):

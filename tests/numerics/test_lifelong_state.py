@@ -114,7 +114,7 @@ def test_a_saved_state_is_the_same_and_belongs_to_its_model(tmp_path: Path) -> N
     with pytest.raises(StateError, match="state of model m1, not of m2"):
         LifelongState.load(path, digest="m2")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(StateError, match="not a whole lifelong state"):
+    with pytest.raises(StateError, match="not a complete lifelong state"):
         LifelongState.load(path, digest="m1")
 
 
@@ -124,7 +124,7 @@ def test_mistakes_are_refused_and_change_nothing() -> None:
         state.add(torch.zeros(3, 4))
     with pytest.raises(StateError, match="not finite"):
         state.add(torch.full((1, WIDTH), float("nan")))
-    with pytest.raises(StateError, match="state of model m2 cannot join one of m1"):
+    with pytest.raises(StateError, match="states of models m2 and m1 cannot be merged"):
         state.merge(LifelongState.empty(WIDTH, digest="m2"))
     with pytest.raises(StateError, match="cannot be merged"):
         state.merge(LifelongState.empty(WIDTH, digest="m1", half_life=3.0))

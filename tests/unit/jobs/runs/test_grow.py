@@ -130,7 +130,7 @@ def test_refusals_leave_nothing(days, checkpoint, tmp_path):
     vocabulary = json.loads((checkpoint / "state.json").read_text())["vocabulary"]
     vocabulary["value:genres"]["digest"] = "0" * 32
     rewrite(checkpoint, vocabulary=vocabulary)
-    with pytest.raises(UserError, match="the first 5 values of genres are others"):
+    with pytest.raises(UserError, match="the first 5 values of genres have changed"):
         grow(str(checkpoint), Console(), shards_dir=second.path, out=str(out))
     assert left_beside(out) == []
 

@@ -301,7 +301,7 @@ def test_a_catalogue_of_positives_leaves_no_negatives(prepare, write_log, random
     write_log(random_log().with_columns(pl.col("item_id").first()))
     prepare(tmp_path / "log", tmp_path / "out", columns=FULL)
     data = Shards.open(str(tmp_path / "out"))
-    with pytest.raises(DataError, match="all 1 items that its negatives could be drawn from"):
+    with pytest.raises(DataError, match="all 1 items from which its negatives could be drawn"):
         next(train(data).epoch(0))
     assert next(train(data, requests=RequestConfig(num_negatives=0)).epoch(0)).num_requests > 0
 

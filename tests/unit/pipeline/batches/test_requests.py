@@ -227,7 +227,7 @@ def test_hashes_differ_in_every_key():
         ),
         (
             {"history_negatives": 4, "negatives": "in_batch"},
-            "history_negatives is 4: negatives in_batch has no others, remove it",
+            "history_negatives is 4: negatives in_batch allows none, remove it",
         ),
         ({"negatives": "popularity", "popularity_power": 1.5}, "popularity_power is 1.5: it must be from 0 to 1"),
         ({"popularity_power": 1.0}, "popularity_power is 1.0: it belongs to negatives popularity, not uniform"),

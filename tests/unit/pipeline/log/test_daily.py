@@ -102,7 +102,7 @@ def test_what_is_not_whole_yet_or_no_day_at_all(ingest, write_days, write_log, t
     write_log(rows, f"log/dt={DAYS[0]}/_temporary/part-1.parquet")
     assert ingest(SPARK).manifest.counts["read"] == 12
     write_log(rows, "log/dt=2026-3-31/part-0.parquet")
-    with pytest.raises(DataError, match=r"log/dt=2026-3-31/part-0.parquet: lies in no folder 'dt=%Y-%m-%d'"):
+    with pytest.raises(DataError, match=r"log/dt=2026-3-31/part-0.parquet: is in no folder named like 'dt=%Y-%m-%d'"):
         ingest(SPARK)
 
 
@@ -110,10 +110,10 @@ def test_what_is_not_whole_yet_or_no_day_at_all(ingest, write_days, write_log, t
     ("setting", "value", "says"),
     [
         ("folder", "dt=%Y-%m", "must give year, month and day"),
-        ("marker", "a/_SUCCESS", "name of a file"),
+        ("marker", "a/_SUCCESS", "must be a file name"),
         ("time_zone", "Berlin", "IANA name"),
-        ("cut_off", "4 am", "must be as 04:00"),
-        ("until", "yesterday", "must be as 2026-11-21"),
+        ("cut_off", "4 am", "must be written like 04:00"),
+        ("until", "yesterday", "must be written like 2026-11-21"),
     ],
 )
 def test_wrong_settings_are_named(setting, value, says):

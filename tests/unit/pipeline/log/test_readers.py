@@ -116,7 +116,7 @@ def test_a_parquet_file_cut_short_is_refused_by_name(tmp_path, share):
     pl.DataFrame({"user_id": range(1000), "item_id": 1, "timestamp": 3}).write_parquet(path)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(DataError, match=r"log.parquet: not a whole Parquet file.*copy it again"):
+    with pytest.raises(DataError, match=r"log.parquet: not a complete Parquet file.*copy it again"):
         read(path)
 
 

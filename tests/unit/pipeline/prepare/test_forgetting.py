@@ -117,7 +117,7 @@ def test_tombstones_name_nobody_and_need_their_key(grown):
     key = Path(path, "tombstones/key")
     assert key.stat().st_mode & 0o777 == 0o600
     key.rename(key.with_suffix(".lost"))
-    with pytest.raises(DataError, match="nobody can tell who was forgotten; restore it"):
+    with pytest.raises(DataError, match="forgotten users cannot be recognised; restore it"):
         Tombstones.of(path, manifest)
 
 

@@ -41,12 +41,12 @@ def test_what_only_grew_begins_as_it_was():
 @pytest.mark.parametrize(
     ("today", "told"),
     [
-        (vocabulary([30], ["view"], ["war", "art"], ["old"]), "there are 1 items, there were 2"),
-        (vocabulary([10, 30, 20], ["view"], ["war", "art"], ["old"]), "the first 2 items are others"),
-        (vocabulary([30, 10], ["click", "view"], ["war", "art"], ["old"]), "the first 2 actions are others"),
-        (vocabulary([30, 10], ["view"], ["art", "war"], ["old"]), "the first 2 values of genre are others"),
-        (vocabulary([30, 10], ["view"], ["war", "art"], ["new"]), "the first 1 values of taste of users are others"),
-        (vocabulary([30, 10], ["view"], [], ["old"]), "values of genre are not there any more"),
+        (vocabulary([30], ["view"], ["war", "art"], ["old"]), "there are now 1 items, before there were 2"),
+        (vocabulary([10, 30, 20], ["view"], ["war", "art"], ["old"]), "the first 2 items have changed"),
+        (vocabulary([30, 10], ["click", "view"], ["war", "art"], ["old"]), "the first 2 actions have changed"),
+        (vocabulary([30, 10], ["view"], ["art", "war"], ["old"]), "the first 2 values of genre have changed"),
+        (vocabulary([30, 10], ["view"], ["war", "art"], ["new"]), "the first 1 values of taste of users have changed"),
+        (vocabulary([30, 10], ["view"], [], ["old"]), "values of genre no longer exist"),
     ],
 )
 def test_what_did_not_only_grow_is_named(today, told):
@@ -55,7 +55,7 @@ def test_what_did_not_only_grow_is_named(today, told):
 
 def test_entries_are_told_apart_however_they_are_joined():
     one, other = vocabulary(["a", "b,c"], [], [], []), vocabulary(["a,b", "c"], [], [], [])
-    assert first_difference(beginnings_of(one), other) == "the first 2 items are others"
+    assert first_difference(beginnings_of(one), other) == "the first 2 items have changed"
 
 
 def test_beginnings_are_right_at_any_length(monkeypatch):

@@ -102,7 +102,7 @@ def test_a_foreign_directory_is_refused(files):
     events, _, out = files
     os.mkdir(out)
     Path(out, "thesis.tex").touch()
-    with pytest.raises(DataError, match="exists and is no event log"):
+    with pytest.raises(DataError, match="exists and is not an event log"):
         import_files(events, out, config=CONFIG)
     os.unlink(f"{out}/thesis.tex")
     assert import_files(events, out, config=CONFIG).events == 3
@@ -144,7 +144,11 @@ def test_users_become_a_table_beside_the_log(files, prepare, tmp_path):
         ({"user_id": [1], "age": [1.5]}, UserColumns(features=("age",)), r"feature 'age' is Float64; features are cat"),
         ({"user_id": [1], "age": [1]}, UserColumns(features=("size",)), r"no column 'size' \(mapped to size\)"),
         ({"user_id": [1], "age": [1]}, UserColumns(), r"no user feature is named; set users.features"),
-        ({"user_id": ["x"], "age": [1]}, UserColumns(features=("age",)), r"no id in 'user_id' is int64 as in the log"),
+        (
+            {"user_id": ["x"], "age": [1]},
+            UserColumns(features=("age",)),
+            r"no id in 'user_id' is int64, the log's type",
+        ),
     ],
 )
 def test_users_without_a_usable_id_or_feature_are_refused(files, tmp_path, table, users, words):

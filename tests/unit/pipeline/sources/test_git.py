@@ -226,7 +226,7 @@ def test_what_is_no_repository_is_refused_in_one_line(repo, tmp_path, monkeypatc
         assert not (tmp_path / "log").exists()
         return str(error.value)
 
-    assert "no repository is named" in complaint()
+    assert "no repository is given" in complaint()
     assert complaint(tmp_path / "nowhere").endswith("nowhere: no such directory; name a git repository")
     assert complaint(tmp_path).endswith(f"{tmp_path}: not a git repository")
     assert "project: HEAD names no commit: the repository is empty" in complaint(repo.path)

@@ -62,7 +62,7 @@ def test_people_become_users_with_age_groups(source, tmp_path):
     groups = ["under 18", "18-24", "18-24", "25-34", "35-44", "45-49", "56 and over", "56 and over"]
     assert users["age"].to_list() == groups
     (folder / "ml-100k.user").write_text(f"{header}\n1\told\tF\twriter\t8\n")
-    with pytest.raises(DataError, match=r"ml-100k.user: an id or age is no number"):
+    with pytest.raises(DataError, match=r"ml-100k.user: an id or age is not a number"):
         import_movielens_100k(str(tmp_path / "bad"), downloads=str(tmp_path / "dl"), from_file=str(folder))
 
 
@@ -80,7 +80,7 @@ def test_other_ratings_are_refused(source, tmp_path):
     ("inter", "words"),
     [
         ("user_id:token\n1\n", "no column 'item_id:token'"),
-        (INTER.replace("196", "u"), "is no number"),
+        (INTER.replace("196", "u"), "is not a number"),
         ("", "ml-100k.inter"),
     ],
 )
@@ -98,7 +98,7 @@ def test_missing_files_and_wrong_archives_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no ml-100k.inter there"):
         load(tmp_path, from_file=str(tmp_path))
     (tmp_path / "x.zip").write_text("no zip")
-    with pytest.raises(DataError, match="not a whole zip file"):
+    with pytest.raises(DataError, match="not a complete zip file"):
         load(tmp_path, from_file=str(tmp_path / "x.zip"))
 
 
