@@ -31,7 +31,8 @@ from pipeline.shards.manifest import Manifest
 from pipeline.shards.tombstones import Tombstones
 from pipeline.shards.writer import write_vocabulary
 
-Row, Result = TypeVar("Row"), TypeVar("Result")
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
 
