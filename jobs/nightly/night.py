@@ -14,24 +14,13 @@ from typing import Any, TypeVar
 from jobs.cluster.session import ray_session
 from jobs.host.documents import as_json
 from jobs.host.errors import UserError
-from jobs.nightly import context
+from jobs.nightly import context, steps
 from jobs.nightly.challenger import lacking, measure_champion, night_requests, train_challenger
 from jobs.nightly.cleanup import collect_old
 from jobs.nightly.context import NightContext
 from jobs.nightly.ingest_day import require_input, take_in
 from jobs.nightly.judge import challenger_export, evaluate_challenger, judge
 from jobs.nightly.report import write_report
-from jobs.nightly.steps import (
-    BuiltStates,
-    ChampionBefore,
-    EvaluatedChallenger,
-    Judgement,
-    Outcome,
-    Prepared,
-    Registered,
-    Step,
-    TrainedChallenger,
-)
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.register import register
 from jobs.runs.run_dir import Trained
@@ -42,34 +31,36 @@ from jobs.tracking.champions import CHAMPION, ChampionChanged, champion, note_ni
 from pipeline.shards.manifest import why_removed
 from pipeline.storage import absolute
 
-S = TypeVar("S", bound=Step)
+S = TypeVar("S", bound=steps.Step)
 REASONS, REASON_LENGTH = 4, 500
 """Kept with the registered model, whose tags are short."""
 
 
-def run_night(night: NightContext) -> Outcome:
+def run_night(night: NightContext) -> steps.Outcome:
     """Go on to the end of the night; its outcome. TryLater: not tonight."""
     if (ended := night.journal.ended) is not None:
         return ended
     _start_over_where_data_are_gone(night)
-    if night.journal.read(Prepared) is None:
+    if night.journal.read(steps.Prepared) is None:
         # Before anything is started: after a long pause many days may have none.
         require_input(night)
     config = night.config
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=night.verbose):
-        prepared = _step(night, Prepared, lambda: take_in(night))
-        before = _step(night, ChampionBefore, lambda: measure_champion(night, prepared))
+        prepared = _step(night, steps.Prepared, lambda: take_in(night))
+        before = _step(night, steps.ChampionBefore, lambda: measure_champion(night, prepared))
         asked = night_requests(night, before)
         if lack := lacking(night, asked):
             trained = evaluated = None
-            decision = _step(night, Judgement, lambda: Judgement(verdict="undecided", reasons=(lack,)))
+            decision = _step(night, steps.Judgement, lambda: steps.Judgement(verdict="undecided", reasons=(lack,)))
         else:
-            trained = _step(night, TrainedChallenger, lambda: train_challenger(night, before, asked))
-            evaluated = _step(night, EvaluatedChallenger, lambda: evaluate_challenger(night, before, trained, asked))
-            decision = _step(night, Judgement, lambda: judge(night, before, evaluated, asked, prepared))
-        registered = _step(night, Registered, lambda: _register(night, before, trained, evaluated, decision))
-        _step(night, BuiltStates, lambda: _build_states(night, registered, prepared))
-    outcome = Outcome(
+            trained = _step(night, steps.TrainedChallenger, lambda: train_challenger(night, before, asked))
+            evaluated = _step(
+                night, steps.EvaluatedChallenger, lambda: evaluate_challenger(night, before, trained, asked)
+            )
+            decision = _step(night, steps.Judgement, lambda: judge(night, before, evaluated, asked, prepared))
+        registered = _step(night, steps.Registered, lambda: _register(night, before, trained, evaluated, decision))
+        _step(night, steps.BuiltStates, lambda: _build_states(night, registered, prepared))
+    outcome = steps.Outcome(
         date=night.date,
         verdict=registered.verdict,
         reasons=registered.reasons,
@@ -95,16 +86,16 @@ def _step(night: NightContext, kind: type[S], work: Callable[[], S]) -> S:
 
 def _start_over_where_data_are_gone(night: NightContext) -> None:
     """A state of the data that the night began with may hold users who were forgotten since."""
-    prepared = night.journal.read(Prepared)
+    prepared = night.journal.read(steps.Prepared)
     if prepared and (why := why_removed(absolute(night.config.shards_dir), number=prepared.manifest)):
         night.tell(f"starts over: its data are gone ({why})")
         night.journal.start_over()
 
 
 def _register(
-    night: NightContext, before: ChampionBefore, trained: TrainedChallenger | None,
-    evaluated: EvaluatedChallenger | None, decision: Judgement,
-) -> Registered:  # fmt: skip
+    night: NightContext, before: steps.ChampionBefore, trained: steps.TrainedChallenger | None,
+    evaluated: steps.EvaluatedChallenger | None, decision: steps.Judgement,
+) -> steps.Registered:  # fmt: skip
     """A promoted challenger becomes a version and the champion; of any other only the decision is kept."""
     decision, version = _still_valid(night, before, decision), before.version
     told = _told_to_registry(night, before, decision)
@@ -130,10 +121,10 @@ def _register(
         )
         version = str(registered.version)
     note_night(night.client, night.name, night.date.isoformat(), {**told, "champion": version})
-    return Registered(champion=version, verdict=decision.verdict, reasons=decision.reasons)
+    return steps.Registered(champion=version, verdict=decision.verdict, reasons=decision.reasons)
 
 
-def _still_valid(night: NightContext, before: ChampionBefore, decision: Judgement) -> Judgement:
+def _still_valid(night: NightContext, before: steps.ChampionBefore, decision: steps.Judgement) -> steps.Judgement:
     """The decision, unless somebody made another version the champion since."""
     done = champion(night.client, night.name)
     if decision.verdict != "promoted" or (done and done.tags.get("solar.night.date") == night.date.isoformat()):
@@ -145,7 +136,7 @@ def _still_valid(night: NightContext, before: ChampionBefore, decision: Judgemen
     return decision
 
 
-def _told_to_registry(night: NightContext, before: ChampionBefore, decision: Judgement) -> dict[str, Any]:
+def _told_to_registry(night: NightContext, before: steps.ChampionBefore, decision: steps.Judgement) -> dict[str, Any]:
     """A few figures and reasons: what `solar history` shows."""
     told: dict[str, Any] = {
         "date": night.date.isoformat(),
@@ -162,27 +153,27 @@ def _told_to_registry(night: NightContext, before: ChampionBefore, decision: Jud
     return told
 
 
-def _build_states(night: NightContext, registered: Registered, prepared: Prepared) -> BuiltStates:
+def _build_states(night: NightContext, registered: steps.Registered, prepared: steps.Prepared) -> steps.BuiltStates:
     """What serving needs of the champion's users without their raw histories; a model that reads those has none."""
     if not night.config.nightly.states or registered.champion is None:
-        return BuiltStates(built=None)
+        return steps.BuiltStates(built=None)
     model = night.fetch(registered.champion)
     try:
         refuse_models_without_states(model)
     except UserError as error:
-        return BuiltStates(built=None, why=str(error))
+        return steps.BuiltStates(built=None, why=str(error))
     built = build_states(
         model, shards=night.config.shards_dir, manifest=prepared.manifest,
         out=states_directory(night.config.workspace, model), console=night.console, cluster=night.config.cluster,
     )  # fmt: skip
-    return BuiltStates(built=built.directory, users=built.users, bytes=built.bytes)
+    return steps.BuiltStates(built=built.directory, users=built.users, bytes=built.bytes)
 
 
-def _end(night: NightContext, outcome: Outcome, trained: TrainedChallenger | None) -> Outcome:
+def _end(night: NightContext, outcome: steps.Outcome, trained: steps.TrainedChallenger | None) -> steps.Outcome:
     """The report, and the file that ends the night; then old nights are cleared away."""
     report = write_report(night.config, night.root, night.journal, outcome)
     if trained is not None:
-        for file in (report, night.journal.file(Judgement)):
+        for file in (report, night.journal.file(steps.Judgement)):
             night.client.log_artifact(trained.mlflow_run_id, str(file), "night")
     ended = night.journal.write(dataclasses.replace(outcome, report=report))
     collect_old(night.config, night.root, night.client, night.console)

@@ -42,15 +42,6 @@ class RewrittenBucket:
     """Events of forgotten users that were left out."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IndexedBucket:
-    """A bucket of a data set of the previous format with the keys of its events."""
-
-    bucket: int
-    keys: dict[str, Any]
-    """The manifest's entry of the file of keys."""
-
-
 def crowded(data: Shards, *, max_deltas: int) -> list[int]:
     """Buckets that have more files over their first one than that."""
     return [bucket for bucket in data.buckets if len(data.files_of(bucket)) - 1 > max_deltas]
@@ -137,16 +128,17 @@ def open_version_1(path: str) -> tuple[Shards, str]:
     return Shards(path, manifest), fingerprint_of(content)
 
 
-def index_bucket(bucket: int, *, data: Shards) -> IndexedBucket:
-    """Write the keys of the bucket's one file."""
+def index_bucket(bucket: int, *, data: Shards) -> dict[str, Any]:
+    """Write the keys of the bucket's one file; the manifest's entry of that file."""
+    [file] = data.files_of(bucket)
     keys = [EventKeys.of(UserRows.from_table(data.read_table(group))) for group in data.groups_of(bucket)]
-    return IndexedBucket(bucket=bucket, keys=write_keys(keys, path=data.path, bucket=bucket))
+    return file | {"keys": write_keys(keys, path=data.path, bucket=bucket)}
 
 
-def migrated(built: Sequence[IndexedBucket], *, data: Shards, parent: str) -> Manifest:
+def migrated(built: Sequence[dict[str, Any]], *, data: Shards, parent: str) -> Manifest:
     """Describe the data set in the present format; the caller commits it. `parent`: fingerprint of the old manifest."""
-    keys = {b.bucket: b.keys for b in built}
-    files = [file | {"keys": keys[file["bucket"]]} for file in data.manifest.files]
+    entries = {file["bucket"]: file for file in built}
+    files = [entries[file["bucket"]] for file in data.manifest.files]
     old = data.index_table()
     bucket = pl.Series([file["bucket"] for file in files], dtype=pl.Int64)
     index = old.select("user_id", "row", "events", group="row_group", bucket=bucket.gather(old["file"]))
