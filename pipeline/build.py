@@ -11,26 +11,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.batches import request_index
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns
 from pipeline.log.daily import DailyLog
 from pipeline.log.readers import FileFormat
-from pipeline.prepare import compaction, forgetting, garbage, ingest
+from pipeline.prepare import compaction, forgetting, garbage, ingest, log_parts
 from pipeline.prepare.plan import Plan, make_plan, require_disk
 from pipeline.prepare.staging import staging_directory
-from pipeline.prepare.users import refuse_bad_users
+from pipeline.prepare.users import StagedUsers, refuse_bad_users
 from pipeline.shards import dataset as shards
 from pipeline.shards import manifest
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.tombstones import Tombstones
 from pipeline.shards.writer import write_vocabulary
 
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
 
@@ -119,35 +121,34 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
     out = plan.out
     require_disk(plan)
     with staging_directory(out) as staging:
-        stage = functools.partial(ingest.stage_part, plan=plan, staging=staging)
+        stage = functools.partial(log_parts.stage_part, plan=plan, staging=staging)
         # Starting a task takes as long as staging 200,000 events: a task has several of the smaller files.
         staged = _map(stage, plan.parts(), stage="read", report=report, tasks=_TASKS_A_CORE * _num_cores())
-        staged.sort(key=lambda result: result["part"])
+        staged.sort(key=lambda result: result.number)
         counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
         if plan.inputs:
-            counts = ingest.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
+            counts = log_parts.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
         staged_users = _stage_users(plan, staging=staging, report=report)
         buckets = ingest.by_bucket(staged, staged_users, plan=plan)
         if plan.users and plan.users_are_new:
             check = functools.partial(ingest.check_users, plan=plan, staging=staging)
-            checked = _map(check, [b for b in buckets if b["users"]], stage="check users", report=report)
-            refuse_bad_users(checked, file=plan.users[0].name)
+            checked = _map(check, [row for row in buckets if row.users], stage="check users", report=report)
+            refuse_bad_users(checked, file=plan.users.file.name)
 
         vocabulary = ingest.grow_vocabulary(staged, staged_users, plan=plan, staging=staging)
         vocabulary_entry = write_vocabulary(vocabulary, path=out)
 
-        ranges = [s["time_range"] for s in staged if s["time_range"]]
-        time_range = [min(r[0] for r in ranges), max(r[1] for r in ranges)] if ranges else None
+        time_range = ingest.join_ranges(part.time_range for part in staged)
         build = functools.partial(
             ingest.build_bucket, plan=plan, staging=staging, vocabulary=vocabulary_entry["name"],
             row_group_events=config.row_group_events, late_days=config.late_days,
-            latest=time_range[1] if time_range else None,
+            latest=max(time_range) if time_range else None,
         )  # fmt: skip
         at_once = _tasks_at_once(buckets, plan=plan, memory_gib=config.memory_gib)
         # As many tasks as there are buckets of a good size; a day's small ones go several to a task.
         tasks = max(_TASKS_A_CORE * _num_cores(), counts["valid"] // _TASK_EVENTS)
         built = _map(build, buckets, stage="build", report=report, at_once=at_once, tasks=tasks)
-        built.sort(key=lambda result: result["bucket"])
+        built.sort(key=lambda result: result.bucket)
         committed = ingest.finish(
             built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,
             time_range=time_range,
@@ -169,7 +170,7 @@ def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progre
         return data.manifest
     with staging_directory(path) as staging:
         rewrite = functools.partial(compaction.compact_bucket, data=data, staging=staging)
-        built = _map(rewrite, [{"bucket": bucket} for bucket in wanted], stage="compact", report=report)
+        built = _map(rewrite, wanted, stage="compact", report=report)
         committed = compaction.finish(built, data=data, staging=staging)
         manifest.commit(path, committed)
     return committed
@@ -191,7 +192,7 @@ def forget(path: str, users: Sequence[str], *, progress: Progress | None = None)
         raise DataError(f"{path}: these are all its users; delete the directory instead")
     with staging_directory(path) as staging:
         rewrite = functools.partial(compaction.compact_bucket, data=data, staging=staging, forgotten=stones)
-        built = _map(rewrite, [{"bucket": bucket} for bucket in wanted], stage="forget", report=report)
+        built = _map(rewrite, wanted, stage="forget", report=report)
         committed = compaction.finish(built, data=data, staging=staging)
         committed = dataclasses.replace(committed, tombstones=stones.write(path), oldest=committed.number)
         manifest.commit(path, committed)
@@ -210,7 +211,7 @@ def migrate(path: str, *, progress: Progress | None = None) -> Manifest:
     data, old = compaction.open_version_1(path)
     with staging_directory(path):
         index = functools.partial(compaction.index_bucket, data=data)
-        built = _map(index, [{"bucket": bucket} for bucket in data.buckets], stage="migrate", report=report)
+        built = _map(index, data.buckets, stage="migrate", report=report)
         committed = compaction.migrated(built, data=data, parent=old)
         manifest.commit(path, committed)
     return committed
@@ -225,26 +226,25 @@ def index_requests(
         report = progress or (lambda stage, done, total: None)
         with staging_directory(data.path) as staging:
             count = functools.partial(_count_bucket, data=data, config=config, staging=staging)
-            _map(count, [{"bucket": b} for b in data.buckets], stage="requests", report=report)
+            _map(count, data.buckets, stage="requests", report=report)
             cached = request_index.assemble(data, config, staging=staging)
     return cached
 
 
-def _stage_users(plan: Plan, *, staging: str, report: Progress) -> list[dict[str, Any]]:
+def _stage_users(plan: Plan, *, staging: str, report: Progress) -> list[StagedUsers]:
     if not plan.users:
         return []
     stage = functools.partial(ingest.stage_users, plan=plan, staging=staging)
-    return sorted(_map(stage, plan.user_parts(), stage="users", report=report), key=lambda result: result["part"])
+    return sorted(_map(stage, plan.user_parts(), stage="users", report=report), key=lambda result: result.number)
 
 
-def _count_bucket(row: dict[str, Any], *, data: shards.Shards, config: RequestConfig, staging: str) -> dict[str, Any]:
-    request_index.count_bucket(data, row["bucket"], config=config, staging=staging)
-    return row
+def _count_bucket(bucket: int, *, data: shards.Shards, config: RequestConfig, staging: str) -> None:
+    request_index.count_bucket(data, bucket, config=config, staging=staging)
 
 
-def _tasks_at_once(buckets: list[dict[str, Any]], *, plan: Plan, memory_gib: float) -> int:
+def _tasks_at_once(buckets: Sequence[ingest.BucketInput], *, plan: Plan, memory_gib: float) -> int:
     """How many of the largest bucket's size may be built at the same time. DataError when not even one fits."""
-    largest = max((sum(fragment[3] for fragment in bucket["fragments"]) for bucket in buckets), default=0)
+    largest = max((row.num_events for row in buckets), default=0)
     fitting = int(memory_gib * 2**30 / max(1, largest * _BYTES_PER_EVENT))
     if not fitting:
         needed = largest * _BYTES_PER_EVENT / 2**30
@@ -257,9 +257,9 @@ def _tasks_at_once(buckets: list[dict[str, Any]], *, plan: Plan, memory_gib: flo
 
 
 def _map(
-    function: Callable[[dict], dict], rows: list[dict], *, stage: str, report: Progress, at_once: int | None = None,
-    tasks: int = 1_000,
-) -> list[dict]:  # fmt: skip
+    function: Callable[[Row], Result], rows: Sequence[Row], *, stage: str, report: Progress,
+    at_once: int | None = None, tasks: int = 1_000,
+) -> list[Result]:  # fmt: skip
     """Apply a function to every row in at most so many Ray tasks, of which at most `at_once` run at a time.
 
     A DataError of a task is raised here as it was.
@@ -271,14 +271,14 @@ def _map(
         return []
     results = []
     with quiet_ray_data():
-        encoded: list[Any] = [{"row": json.dumps(row)} for row in rows]
+        encoded: list[Any] = [{"row": pickle.dumps(row)} for row in rows]
         dataset: Any = ray.data.from_items(encoded, override_num_blocks=min(len(rows), tasks))
         # More at a time than there are rows is warned of.
         pool = ray.data.TaskPoolStrategy(size=at_once if at_once and at_once < len(rows) else None)
         for answer in dataset.map(functools.partial(_run, function), compute=pool).iter_rows():
             if answer["error"]:
                 raise DataError(answer["error"])
-            results.append(json.loads(answer["result"]))
+            results.append(pickle.loads(answer["result"]))
             report(stage, len(results), len(rows))
     return results
 
@@ -289,11 +289,11 @@ def _num_cores() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1))) if ray.is_initialized() else 1
 
 
-def _run(function: Callable[[dict], dict], row: dict[str, Any]) -> dict[str, Any]:
+def _run(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"result": json.dumps(function(json.loads(row["row"]))), "error": ""}
+        return {"result": pickle.dumps(function(pickle.loads(row["row"]))), "error": ""}
     except DataError as error:
-        return {"result": "", "error": str(error)}
+        return {"result": b"", "error": str(error)}
 
 
 @contextlib.contextmanager

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from typing import Any
 
 from jobs.host.errors import UserError
-from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, NightContext
 from jobs.nightly.journal import past_nights
+from jobs.nightly.steps import ChampionBefore, Prepared, TrainedChallenger
 from jobs.runs.evaluate import evaluate
 from jobs.runs.run_dir import open_shards
 from jobs.runs.train import train
 from jobs.runs.weights import System
 from jobs.tracking.champions import champion
 from jobs.tracking.registry import RegisteredModel
-from jobs.training.checkpoint import CheckpointError, checkpoint_key
+from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_train_state
 from jobs.training.warm_start import begin_from
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError
@@ -30,20 +29,18 @@ from pipeline.events import DataError
 HOUR_MILLISECONDS = 3_600_000
 
 
-def measure_champion(night: NightContext, prepared: dict[str, Any]) -> dict[str, Any]:
-    """The champion on the whole day, before anything is trained on it: version, checkpoint, trained_until, events_then,
-    metrics."""
+def measure_champion(night: NightContext, prepared: Prepared) -> ChampionBefore:
+    """The champion on the whole day, before anything is trained on it."""
     found = champion(night.client, night.name)
     if found is None:
-        return {"version": None}
+        return ChampionBefore(version=None)
     model = night.fetch(str(found.version))
-    known: dict[str, Any] = {
-        "version": str(found.version),
-        "checkpoint": model.tags.get("solar.checkpoint"),
-        "trained_until": trained_until(model),
-        "events_then": _events_then(night, model),
-        "metrics": None,
-    }
+    known = ChampionBefore(
+        version=str(found.version),
+        checkpoint=model.tags.get("solar.checkpoint"),
+        trained_until=trained_until(model),
+        events_then=_events_then(night, model),
+    )
     day = night.requests(valid_from=night.start, test_from=night.start)
     if not night.counts(day).test.requests.any():
         return known
@@ -51,31 +48,32 @@ def measure_champion(night: NightContext, prepared: dict[str, Any]) -> dict[str,
         night.config_with(day, name=f"{night.config.name}-champion"),
         [System.served(CHAMPION, model)],
         night.console,
-        shards=open_shards(night.config, number=prepared["manifest"]),
+        shards=open_shards(night.config, number=prepared.manifest),
         part="test",
         directory=night.journal.directory / CHAMPION,
         beside=False,
         verbose=night.verbose,
     )
-    return {**known, "metrics": measured.summary["metrics"][CHAMPION], "primary": measured.summary["primary"]}
+    summary = measured.summary
+    return dataclasses.replace(known, metrics=summary.metrics[CHAMPION], primary=summary.primary)
 
 
-def night_requests(night: NightContext, before: dict[str, Any]) -> RequestConfig:
+def night_requests(night: NightContext, before: ChampionBefore) -> RequestConfig:
     """What is trained on, chosen by, and judged by. `before`: what measure_champion said."""
     nightly = night.config.nightly
     gate_from = night.end - round(nightly.gate_hours * HOUR_MILLISECONDS)
     valid_from = gate_from - round(nightly.valid_hours * HOUR_MILLISECONDS)
-    train_from = before.get("trained_until")
+    train_from = before.trained_until
     if train_from is None:
         return night.requests(valid_from=valid_from, test_from=gate_from)
     if train_from >= valid_from:
         moment = datetime.datetime.fromtimestamp(train_from / 1000, datetime.UTC)
         raise UserError(
-            f"{night.date}: the champion, version {before['version']}, was trained on requests up to "
+            f"{night.date}: the champion, version {before.version}, was trained on requests up to "
             f"{moment:%Y-%m-%d %H:%M} UTC: nothing is new that night; name a later --date"
         )
     # Of the older requests so many that they are `replay` of all that train; events stand for requests.
-    now, then = open_shards(night.config).manifest.counts["accepted"], before["events_then"]
+    now, then = open_shards(night.config).manifest.counts["accepted"], before.events_then
     share = nightly.replay / (1 - nightly.replay) * max(now - then, 0) / max(then, 1)
     return night.requests(
         valid_from=valid_from, test_from=gate_from, train_from=train_from, replay_share=round(min(1.0, share), 6)
@@ -91,30 +89,30 @@ def lacking(night: NightContext, asked: RequestConfig) -> str | None:
     return None
 
 
-def train_challenger(night: NightContext, before: dict[str, Any], asked: RequestConfig) -> dict[str, Any]:
+def train_challenger(night: NightContext, before: ChampionBefore, asked: RequestConfig) -> TrainedChallenger:
     """From the champion's weights where they fit today's data, else from the seed on all requests."""
     why_cold, training = _why_cold(night, before), night.config.training
     if why_cold is None:
-        training = dataclasses.replace(training, warm_start=before["checkpoint"], epochs=night.config.nightly.epochs)
+        training = dataclasses.replace(training, warm_start=before.checkpoint, epochs=night.config.nightly.epochs)
     else:
-        if before["version"] is not None:
+        if before.version is not None:
             night.tell(f"begins from the seed: {why_cold}")
         asked = dataclasses.replace(asked, train_from=None, replay_share=0.0)
     config = night.training_config(asked, training)
     trained = train(config, night.console, resume=True, from_previous=True, verbose=night.verbose)
-    state = read_json(trained.checkpoint / "state.json")["train_state"]
-    return {
-        "run_dir": str(trained.run_dir),
-        "checkpoint": str(trained.checkpoint),
-        "key": checkpoint_key(trained.checkpoint),
-        "mlflow_run_id": trained.mlflow_run_id,
-        "why_cold": why_cold,
-        "requests": dataclasses.asdict(asked),
-        "training": dataclasses.asdict(training),
-        "steps": state["step"],
-        "events": state["events"],
-        "train_seconds": state["train_seconds"],
-    }
+    state = read_train_state(trained.checkpoint)
+    return TrainedChallenger(
+        run_dir=trained.run_dir,
+        checkpoint=trained.checkpoint,
+        key=checkpoint_key(trained.checkpoint),
+        mlflow_run_id=trained.mlflow_run_id,
+        why_cold=why_cold,
+        requests=asked,
+        training=training,
+        steps=state.step,
+        events=state.events,
+        train_seconds=state.train_seconds,
+    )
 
 
 def trained_until(model: RegisteredModel) -> int:
@@ -125,14 +123,14 @@ def trained_until(model: RegisteredModel) -> int:
     return model.settings["time_range"][1] + 1
 
 
-def _why_cold(night: NightContext, before: dict[str, Any]) -> str | None:
-    if before["version"] is None:
+def _why_cold(night: NightContext, before: ChampionBefore) -> str | None:
+    if before.version is None:
         return "there is no champion"
-    if not before["checkpoint"]:
-        return f"version {before['version']} does not say which checkpoint it is from"
+    if not before.checkpoint:
+        return f"version {before.version} does not say which checkpoint it is from"
     config = night.config
     try:
-        begin_from(before["checkpoint"], model=config.model, sparse=config.optimizer.sparse, shards=open_shards(config))
+        begin_from(before.checkpoint, model=config.model, sparse=config.optimizer.sparse, shards=open_shards(config))
     except CheckpointError as error:
         return str(error)
     return None
@@ -146,8 +144,8 @@ def _events_then(night: NightContext, model: RegisteredModel) -> int:
             return open_shards(night.config, number=int(number)).manifest.counts["accepted"]
     except DataError:
         for past in reversed(past_nights(night.root)):
-            prepared = past.read("prepare")
-            if prepared and str(prepared["manifest"]) == number:
-                return prepared["events"]
+            prepared = past.read(Prepared)
+            if prepared and str(prepared.manifest) == number:
+                return prepared.events
     # Unknown: as if nothing had come since, so that nothing is replayed.
     return open_shards(night.config).manifest.counts["accepted"]

@@ -8,6 +8,7 @@ from typing import Any
 from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import past_nights
+from jobs.nightly.steps import TrainedChallenger
 from jobs.tracking.champions import needed_versions
 from jobs.training.checkpoint import remove_committed
 from pipeline.events import DataError
@@ -30,12 +31,9 @@ def collect_old(config: RunConfig, root: Path, client: Any, console: Console) ->
     for night in past_nights(root)[:-keep]:
         for folder in ("export", "champion"):
             remove_committed(night.directory / folder)
-        trained = night.read("train")
-        if trained is None:
-            continue
-        run_dir = Path(trained["run_dir"])
-        if run_dir.resolve() not in needed:
-            remove_committed(run_dir)
+        trained = night.read(TrainedChallenger)
+        if trained is not None and trained.run_dir.resolve() not in needed:
+            remove_committed(trained.run_dir)
     try:
         collect(absolute(config.shards_dir), keep=keep * _STATES_A_NIGHT)
     except DataError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import Journal
+from jobs.nightly.steps import TrainedChallenger
 from jobs.runs.run_dir import open_shards
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.tracking.runs import mlflow_client, tracking_uri
@@ -83,9 +84,9 @@ class NightContext:
         name = f"{self.config.name}-{self.date}{f'-{attempt}' if attempt > 1 else ''}"
         return dataclasses.replace(self.config_with(requests, name=name), training=training)
 
-    def trained_config(self, trained: dict[str, Any]) -> RunConfig:
+    def trained_config(self, trained: TrainedChallenger) -> RunConfig:
         """The same out of what the training step left."""
-        return self.training_config(RequestConfig(**trained["requests"]), TrainingConfig(**trained["training"]))
+        return self.training_config(trained.requests, trained.training)
 
     def fetch(self, version: str) -> RegisteredModel:
         uri = f"models:/{self.name}/{version}"

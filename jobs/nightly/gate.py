@@ -67,7 +67,7 @@ class Comparison:
     """One-sided bound from below."""
     high: float
     """The same from above."""
-    error: float
+    error: float = ERROR
     """How often each of the two misses: 0.05 = a bound at 95 %."""
     power: float
     """Probability that a challenger as good as the champion passes, with so many users."""

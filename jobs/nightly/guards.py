@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from jobs.nightly.gate import Guard
 from jobs.scorer.histories import NO_TIME
 from jobs.scorer.scorer import Scorer
 from jobs.serving.user_histories import UserHistories
+from pipeline.prepare.ingested_days import DayCounts
 from pipeline.shards.dataset import Shards
 
 LATENCY_REQUESTS = 8
@@ -70,21 +70,21 @@ def model_guards(
     return guards
 
 
-def day_guards(day: Mapping[str, Any], before: Sequence[Mapping[str, Any]], *, gate: GateConfig) -> list[Guard]:
-    """`day` and those before have accepted, rejected and read, in rows."""
+def day_guards(day: DayCounts, before: Sequence[DayCounts], *, gate: GateConfig) -> list[Guard]:
+    """What the day must look like beside those before."""
     before = before[-_DAYS:]
     if not before:
         return []
     low, high = gate.event_range
-    median = statistics.median(each["accepted"] for each in before)
-    usual = statistics.median(_rejected_share(each) for each in before)
-    share, most = _rejected_share(day), usual + gate.max_rejected_rise
+    median = statistics.median(each.accepted for each in before)
+    usual = statistics.median(each.rejected_share for each in before)
+    share, most = day.rejected_share, usual + gate.max_rejected_rise
     return [
         Guard(
             name="events of the day",
-            value=day["accepted"],
+            value=day.accepted,
             limit=f"from {low * median:,.0f} to {high * median:,.0f} ({low:g} to {high:g} times the days before)",
-            holds=low * median <= day["accepted"] <= high * median,
+            holds=low * median <= day.accepted <= high * median,
         ),
         Guard(
             name="rejected share of the day's rows",
@@ -118,10 +118,6 @@ def latencies(challenger: Path, champion: Path, *, shards: Shards, users: np.nda
             taken = time.perf_counter() - started
             fastest[model, place] = min(fastest[model, place], taken)
     return float(np.median(fastest[0])), float(np.median(fastest[1]))
-
-
-def _rejected_share(day: Mapping[str, Any]) -> float:
-    return day["rejected"] / max(1, day["read"])
 
 
 def _known(challenger: Mapping[str, float], champion: Mapping[str, float], name: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jobs.data.prepare import prepare_shards
 from jobs.nightly.context import NightContext
 from jobs.nightly.journal import NoInput
+from jobs.nightly.steps import Prepared
 from jobs.runs.run_dir import open_shards
 from pipeline.events import DataError, NotNow
 from pipeline.prepare.ingested_days import day_counts
@@ -28,11 +28,10 @@ def _no_input(night: NightContext, why: str) -> NoInput:
     return NoInput(f"{night.date}: no input ({why})")
 
 
-def take_in(night: NightContext) -> dict[str, Any]:
+def take_in(night: NightContext) -> Prepared:
     """Ingest every whole day up to the night's that is new; one that is refused holds up no other, and is tried again
     by the next nights.
 
-    Returns manifest, fingerprint, events, days {date: read, accepted, rejected}, refused and left_out {date: reason}.
     NoInput: the night's own day is not there, or refused. DataError: the first ingest of all is refused.
     """
     config, date = night.config, night.date.isoformat()
@@ -57,11 +56,11 @@ def take_in(night: NightContext) -> dict[str, Any]:
     if why := (reasons | refused).get(date):
         raise _no_input(night, why)
     manifest = open_shards(config).manifest
-    return {
-        "manifest": manifest.number,
-        "fingerprint": manifest.fingerprint,
-        "events": manifest.counts["accepted"],
-        "days": {str(day): counts for day, counts in day_counts(config.shards_dir, daily=daily).items()},
-        "refused": refused,
-        "left_out": reasons,
-    }
+    return Prepared(
+        manifest=manifest.number,
+        fingerprint=manifest.fingerprint,
+        events=manifest.counts["accepted"],
+        days={str(day): counts for day, counts in day_counts(config.shards_dir, daily=daily).items()},
+        refused=refused,
+        left_out=reasons,
+    )

@@ -2,6 +2,8 @@
 
     prepare.json  champion.json  train.json  evaluate.json  decision.json  register.json  states.json  night.json
 
+steps.py says what each of them holds.
+
 A killed night goes on after its last file; of two processes that do the same step only one writes its file, and the
 other learns of it. night.json ends the night.
 """
@@ -10,13 +12,15 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from jobs.host.documents import as_json, from_json
+from jobs.host.files import read_json
+from jobs.nightly.steps import Document, Outcome
 from pipeline.storage import Store
 
-END = "night"
+D = TypeVar("D", bound=Document)
 
 
 class TryLater(Exception):
@@ -35,22 +39,26 @@ class Journal:
         self.directory = root / date.isoformat()
         self._store = Store(str(self.directory))
 
-    def read(self, step: str) -> dict[str, Any] | None:
-        """What a step left, None where it is not done."""
-        file = self.directory / f"{step}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+    def file(self, kind: type[Document]) -> Path:
+        """Where the document of a step is or will be."""
+        return self.directory / f"{kind.STEP}.json"
 
-    def write(self, step: str, document: dict[str, Any]) -> dict[str, Any]:
-        """Note that a step is done. TryLater: another process noted it meanwhile."""
+    def read(self, kind: type[D]) -> D | None:
+        """What a step left, None where it is not done."""
+        file = self.file(kind)
+        return from_json(kind, read_json(file)) if file.exists() else None
+
+    def write(self, document: D) -> D:
+        """Note that a step is done; what `read` returns from now on. TryLater: another process noted it meanwhile."""
         # Not every reader of JSON knows NaN.
-        content = (json.dumps(_plain(document), indent=1, sort_keys=True) + "\n").encode()
-        if not self._store.create(f"{step}.json", content):
-            raise TryLater(f"{self.directory}: another process did the step {step!r} of this night meanwhile")
-        return json.loads(content)
+        content = json.dumps(as_json(document, finite=True), indent=1, sort_keys=True) + "\n"
+        if not self._store.create(f"{document.STEP}.json", content.encode()):
+            raise TryLater(f"{self.directory}: another process did the step {document.STEP!r} of this night meanwhile")
+        return from_json(type(document), json.loads(content))
 
     @property
-    def ended(self) -> dict[str, Any] | None:
-        return self.read(END)
+    def ended(self) -> Outcome | None:
+        return self.read(Outcome)
 
     def start_over(self) -> None:
         """Set what there is of an unfinished night aside, under a name of its own."""
@@ -68,16 +76,6 @@ class Journal:
 def past_nights(root: Path) -> list[Journal]:
     """The nights that have ended, oldest first."""
     found = []
-    for file in sorted(root.glob(f"????-??-??/{END}.json")):
+    for file in sorted(root.glob(f"????-??-??/{Outcome.STEP}.json")):
         found.append(Journal(root, datetime.date.fromisoformat(file.parent.name)))
     return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

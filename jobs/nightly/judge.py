@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jobs.host.files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE, NightContext
 from jobs.nightly.gate import (
     Comparison,
@@ -24,9 +22,12 @@ from jobs.nightly.gate import (
 )
 from jobs.nightly.guards import day_guards, latencies, model_guards
 from jobs.nightly.journal import past_nights
+from jobs.nightly.steps import ChampionBefore, EvaluatedChallenger, Judgement, Prepared, TrainedChallenger
 from jobs.runs.evaluate import evaluate, read_result
 from jobs.runs.export import export_model
+from jobs.runs.record import read_record
 from jobs.runs.run_dir import open_shards
+from jobs.runs.summary import Summary, read_summary
 from jobs.runs.weights import System
 from jobs.tracking.champions import champion_at_night
 from jobs.tracking.registry import EXPORT
@@ -37,19 +38,21 @@ PAIRS = "pairs.npz"
 
 
 def evaluate_challenger(
-    night: NightContext, before: dict[str, Any], trained: dict[str, Any], asked: RequestConfig
-) -> dict[str, Any]:
-    """Challenger, champion and now and then the reference on the held-out requests: directory, reference, latencies."""
+    night: NightContext, before: ChampionBefore, trained: TrainedChallenger, asked: RequestConfig
+) -> EvaluatedChallenger:
+    """Challenger, champion and now and then the reference on the held-out requests."""
     config = night.trained_config(trained)
     export = challenger_export(night, trained)
-    systems = [System(name=config.model["name"], key=trained["key"], weights=str(export.absolute()), job=None)]
+    systems = [System(name=config.model["name"], key=trained.key, weights=str(export.absolute()), job=None)]
     reference = None
-    if before["version"] is not None:
-        systems.append(System.served(CHAMPION, night.fetch(before["version"])))
-        reference = _reference(night, before["version"])
+    if before.version is not None:
+        systems.append(System.served(CHAMPION, night.fetch(before.version)))
+        reference = _reference(night, before.version)
     if reference is not None:
         systems.append(System.served(REFERENCE, night.fetch(reference)))
-    shards = open_shards(config, number=read_json(Path(trained["run_dir"]) / "run.json")["manifest"])
+    record = read_record(trained.run_dir)
+    assert record is not None, "training left it"
+    shards = open_shards(config, number=record.manifest)
     evaluated = evaluate(
         dataclasses.replace(config, data=dataclasses.replace(config.data, requests=asked)),
         systems,
@@ -60,50 +63,49 @@ def evaluate_challenger(
         verbose=night.verbose,
     )
     times = None
-    if before["version"] is not None:
+    if before.version is not None:
         users = np.unique(read_result(evaluated.directory, systems[0].name, task=asked.task).user)
         times = latencies(export, Path(systems[1].weights), shards=shards, users=users)
-    return {"directory": str(evaluated.directory), "reference": reference, "latencies": times}
+    return EvaluatedChallenger(directory=evaluated.directory, reference=reference, latencies=times)
 
 
 def judge(
-    night: NightContext, before: dict[str, Any], evaluated: dict[str, Any], asked: RequestConfig,
-    prepared: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The decision with its figures: verdict, reasons, comparisons, guards, primary, metrics."""
-    directory, main = Path(evaluated["directory"]), night.config.model["name"]
-    summary, gate = read_json(directory / "summary.json"), night.config.nightly.gate
-    figures = {"primary": summary["primary"], "metrics": summary["metrics"]}
+    night: NightContext, before: ChampionBefore, evaluated: EvaluatedChallenger, asked: RequestConfig,
+    prepared: Prepared,
+) -> Judgement:  # fmt: skip
+    """The decision with its figures."""
+    directory, main = evaluated.directory, night.config.model["name"]
+    summary, gate = read_summary(directory), night.config.nightly.gate
     guards = _guards_of_day(night, prepared)
-    if before["version"] is None:
-        return {**_told(without_champion(guards), {}, guards), **figures}
+    if before.version is None:
+        return _judgement(without_champion(guards), {}, guards, summary)
     results = {name: read_result(directory, name, task=asked.task) for name in (main, CHAMPION)}
     found = pairs(results[main], results[CHAMPION], requests=asked)
     np.savez(night.journal.directory / PAIRS, **dataclasses.asdict(found))
-    seed, nights = night.config.seed, [*_undecided_before(night, before["version"]), found]
+    seed, nights = night.config.seed, [*_undecided_before(night, before.version), found]
     comparisons = {
         "tonight": compare(found, margin=gate.margin, seed=seed),
         "together": compare_together(nights, gate=gate, seed=seed),
     }
-    if evaluated["reference"] is not None:
+    if evaluated.reference is not None:
         other = pairs(results[main], read_result(directory, REFERENCE, task=asked.task), requests=asked)
         comparisons[REFERENCE] = compare(other, margin=gate.margin, seed=seed)
-    challenger, champion = evaluated["latencies"]
-    metrics = summary["metrics"]
-    guards += model_guards(metrics[main], metrics[CHAMPION], latency=(challenger, champion), gate=gate)
+    assert evaluated.latencies is not None, "measured where there is a champion"
+    metrics = summary.metrics
+    guards += model_guards(metrics[main], metrics[CHAMPION], latency=evaluated.latencies, gate=gate)
     decision = decide(
         comparisons["tonight"], comparisons["together"], guards, reference=comparisons.get(REFERENCE), gate=gate
     )
-    return {**_told(decision, comparisons, guards), **figures}
+    return _judgement(decision, comparisons, guards, summary)
 
 
-def challenger_export(night: NightContext, trained: dict[str, Any]) -> Path:
+def challenger_export(night: NightContext, trained: TrainedChallenger) -> Path:
     """The challenger as it would be served: written once a night."""
     directory = night.journal.directory / "export" / EXPORT
     # Its last file: what a killed command left lacks it.
     if not (directory / "config.json").exists():
         remove_committed(directory)
-        export_model(night.trained_config(trained), Path(trained["checkpoint"]), directory)
+        export_model(night.trained_config(trained), trained.checkpoint, directory)
     return directory
 
 
@@ -117,8 +119,8 @@ def _reference(night: NightContext, version: str) -> str | None:
     return found if found != version else None
 
 
-def _guards_of_day(night: NightContext, prepared: dict[str, Any]) -> list[Guard]:
-    days, today = prepared["days"], night.date.isoformat()
+def _guards_of_day(night: NightContext, prepared: Prepared) -> list[Guard]:
+    days, today = prepared.days, night.date.isoformat()
     if today not in days:
         return []
     before = [days[day] for day in sorted(days) if day < today]
@@ -133,9 +135,9 @@ def _undecided_before(night: NightContext, version: str) -> list[Pairs]:
             continue
         ended = past.ended
         assert ended is not None, "past nights have ended"
-        if ended["verdict"] in ("no_input", "failed"):
+        if ended.verdict in ("no_input", "failed"):
             continue
-        if ended["verdict"] != "undecided" or ended["champion"] != version:
+        if ended.verdict != "undecided" or ended.champion != version:
             break
         file = past.directory / PAIRS
         if file.exists():
@@ -144,9 +146,10 @@ def _undecided_before(night: NightContext, version: str) -> list[Pairs]:
     return found[::-1]
 
 
-def _told(decision: Decision, comparisons: dict[str, Comparison], guards: list[Guard]) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(decision),
-        "comparisons": {name: dataclasses.asdict(each) for name, each in comparisons.items()},
-        "guards": [dataclasses.asdict(guard) for guard in guards],
-    }
+def _judgement(
+    decision: Decision, comparisons: dict[str, Comparison], guards: list[Guard], summary: Summary
+) -> Judgement:
+    return Judgement(
+        verdict=decision.verdict, reasons=decision.reasons, comparisons=comparisons, guards=tuple(guards),
+        primary=summary.primary, metrics=summary.metrics,
+    )  # fmt: skip

@@ -13,19 +13,20 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jobs.cluster.failures import WorkerFailure
 from jobs.config.run import RunConfig
 from jobs.host.console import Console, one_line
+from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.locks import RunInUse, sole_command
 from jobs.host.notify import notify
 from jobs.host.process import environment
 from jobs.host.secrets import refuse_open_directory
 from jobs.nightly.context import NightContext, nights_directory
-from jobs.nightly.journal import END, Journal, NoInput, TryLater, past_nights
+from jobs.nightly.journal import Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import REASON_LENGTH, run_night
+from jobs.nightly.steps import Notified, Outcome
 from jobs.scheduling.night_process import SCHEDULED_VARIABLE
 from jobs.tracking.champions import ChampionChanged, champion, note_night
 from jobs.tracking.registry import PATIENCE, NoStore, StoreAway, open_registry
@@ -35,9 +36,6 @@ from pipeline.events import DataError, NotNow
 from pipeline.log.daily import days_told
 from pipeline.prepare.plan import pending_days
 from pipeline.storage import absolute
-
-NOTIFIED = "notified"
-"""Step of the journal after the last one: people were told."""
 
 _LATER = (RunInUse, NotNow, StoreAway, ChampionChanged, CheckpointNotWritten)
 """What may be otherwise in an hour: no mistake of the user's."""
@@ -53,10 +51,8 @@ class NightlyOptions:
     """Do the nights since the last one first, in order."""
 
 
-def nightly(
-    config: RunConfig, options: NightlyOptions, console: Console, *, verbose: bool = False
-) -> list[dict[str, Any]]:
-    """Run the night, and with `catch_up` those before it; what each came to.
+def nightly(config: RunConfig, options: NightlyOptions, console: Console, *, verbose: bool = False) -> list[Outcome]:
+    """Run the night, and with `catch_up` those before it; the outcome of each.
 
     TryLater: the day has no input yet, MLflow is away, the disk is full, another night is at work. UserError: the
     recipe has no daily log, or the date is before the last night.
@@ -77,11 +73,9 @@ def nightly(
         raise
 
 
-def _outcome(
-    config: RunConfig, date: datetime.date, console: Console, *, is_last: bool, verbose: bool
-) -> dict[str, Any]:
-    """What a night came to. One that is not the last is given up where it cannot be done: the next one takes in its log
-    when that comes, and trains on its requests."""
+def _outcome(config: RunConfig, date: datetime.date, console: Console, *, is_last: bool, verbose: bool) -> Outcome:
+    """The outcome of a night. One that is not the last is given up where it cannot be done: the next one takes in its
+    log when that comes, and trains on its requests."""
     night = NightContext.of(config, date, console, verbose=verbose)
     try:
         return run_night(night)
@@ -95,13 +89,13 @@ def _outcome(
         return _given_up(night, "failed", error)
 
 
-def _given_up(night: NightContext, verdict: str, error: Exception) -> dict[str, Any]:
-    found, date = champion(night.client, night.name), night.date.isoformat()
-    outcome = {"date": date, "verdict": verdict, "reasons": [one_line(error)]}
-    outcome["champion"] = str(found.version) if found else None
-    told = {**outcome, "reasons": [reason[:REASON_LENGTH] for reason in outcome["reasons"]]}
-    note_night(night.client, night.name, date, told)
-    return night.journal.write(END, outcome)
+def _given_up(night: NightContext, verdict: str, error: Exception) -> Outcome:
+    found, reason = champion(night.client, night.name), one_line(error)
+    serves = str(found.version) if found else None
+    outcome = Outcome(date=night.date, verdict=verdict, reasons=(reason,), champion=serves)
+    told = dataclasses.replace(outcome, reasons=(reason[:REASON_LENGTH],))
+    note_night(night.client, night.name, night.date.isoformat(), as_json(told))
+    return night.journal.write(outcome)
 
 
 def _patience() -> dict[str, str]:
@@ -161,31 +155,32 @@ def plan_lines(config: RunConfig, options: NightlyOptions) -> list[str]:
 
 def _done(journal: Journal) -> str:
     if (ended := journal.ended) is not None:
-        return f" (done: {ended['verdict']})"
+        return f" (done: {ended.verdict})"
     return " (begun)" if journal.directory.exists() else ""
 
 
-def _told(config: RunConfig, outcome: dict[str, Any], console: Console) -> dict[str, Any]:
+def _told(config: RunConfig, outcome: Outcome, console: Console) -> Outcome:
     """Say it here, and once to whoever is to be notified."""
-    date, reason = outcome["date"], "; ".join(outcome["reasons"])
-    console.line(f"{'night':<12} {date} {outcome['verdict']}: {reason}")
-    if outcome.get("report"):
-        console.line(f"{'report':<12} {outcome['report']}")
-    journal = Journal(nights_directory(config), datetime.date.fromisoformat(date))
-    if journal.read(NOTIFIED) is None:
-        version, report = outcome.get("champion"), outcome.get("report")
-        _notify(config, date, outcome["verdict"], reason, console, version=version, report=report)
-        journal.write(NOTIFIED, {})
+    reason, report = "; ".join(outcome.reasons), str(outcome.report) if outcome.report else None
+    console.line(f"{'night':<12} {outcome.date} {outcome.verdict}: {reason}")
+    if report:
+        console.line(f"{'report':<12} {report}")
+    journal = Journal(nights_directory(config), outcome.date)
+    if journal.read(Notified) is None:
+        _notify(config, outcome.date, outcome.verdict, reason, console, version=outcome.champion, report=report)
+        journal.write(Notified())
     return outcome
 
 
 def _notify_failure(config: RunConfig, date: datetime.date, error: Exception, console: Console) -> None:
     event = "no_input" if isinstance(error, NoInput) else "failed"
-    _notify(config, date.isoformat(), event, f"{type(error).__name__}: {one_line(error)}", console)
+    _notify(config, date, event, f"{type(error).__name__}: {one_line(error)}", console)
 
 
-def _notify(config: RunConfig, date: str, event: str, reason: str, console: Console, **more: str | None) -> None:
-    facts = {"event": event, "model": config.registered_model, "date": date, "reason": reason, **more}
+def _notify(
+    config: RunConfig, date: datetime.date, event: str, reason: str, console: Console, **more: str | None
+) -> None:
+    facts = {"event": event, "model": config.registered_model, "date": date.isoformat(), "reason": reason, **more}
     notify(config.notify, facts, console.error)
 
 

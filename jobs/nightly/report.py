@@ -26,13 +26,17 @@ from jobs.nightly.report_plots import (
     plot_nights,
     png_of,
 )
+from jobs.nightly.steps import ChampionBefore, EvaluatedChallenger, Judgement, Outcome, Prepared, TrainedChallenger
 from jobs.runs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
 from jobs.runs.plots import plot_loss, plot_spectrum
 from jobs.runs.result_tables import METRIC_NAMES
+from jobs.runs.summary import read_summary
 from jobs.training.results import ScoredImpressions, primary_metric
 
 LATEST_DAYS = 14
 """Days of the log that are listed; of days that are left out, twice as many."""
+Metrics = Mapping[str, Mapping[str, float]]
+"""{system: {metric: value}}."""
 _METRICS = {
     "next_item": (
         "ndcg@10_seen_kept",
@@ -53,7 +57,7 @@ _COMPARISONS = {
 }
 
 
-def write_report(config: RunConfig, root: Path, journal: Journal, outcome: dict[str, Any]) -> Path:
+def write_report(config: RunConfig, root: Path, journal: Journal, outcome: Outcome) -> Path:
     """Write the page of the night beside its journal; `root` holds all nights. The same journals are the same page."""
     page = _environment().get_template("report.html").render(report_context(config, root, journal, outcome))
     path = journal.directory / "report.html"
@@ -61,71 +65,67 @@ def write_report(config: RunConfig, root: Path, journal: Journal, outcome: dict[
     return path
 
 
-def report_context(config: RunConfig, root: Path, journal: Journal, outcome: Mapping[str, Any]) -> dict[str, Any]:
+def report_context(config: RunConfig, root: Path, journal: Journal, outcome: Outcome) -> dict[str, Any]:
     """Everything that the template shows."""
-    documents = {step: journal.read(step) or {} for step in ("prepare", "champion", "train", "evaluate", "decision")}
     nights = [*(night for night in past_nights(root) if night.date < journal.date), journal]
-    primary, decision = primary_metric(config.data.requests), documents["decision"]
+    before, trained, decision = journal.read(ChampionBefore), journal.read(TrainedChallenger), journal.read(Judgement)
+    metrics, primary = decision.metrics if decision else {}, primary_metric(config.data.requests)
     return {
         "title": f"{config.registered_model}, night of {journal.date}",
         "headline": headline(outcome),
         "outcome": outcome,
-        "verdict": outcome["verdict"],
+        "verdict": outcome.verdict,
         "attempt": journal.attempt,
         "margin": config.nightly.gate.margin,
         "comparisons": [
-            (shown, decision["comparisons"][name])
+            (shown, decision.comparisons[name])
             for name, shown in _COMPARISONS.items()
-            if name in decision.get("comparisons", {})
+            if decision and name in decision.comparisons
         ],
-        "guards": decision.get("guards", []),
+        "guards": decision.guards if decision else [],
         **log_of_the_day(journal, nights),
-        **_measured(config, decision, documents["champion"], primary),
-        "training": documents["train"],
-        "pictures": _pictures(config, nights, documents, primary),
+        **_measured(config, metrics, before, primary),
+        "training": trained,
+        "pictures": _pictures(config, nights, trained, metrics, primary),
     }
 
 
-def headline(outcome: Mapping[str, Any]) -> str:
+def headline(outcome: Outcome) -> str:
     """The decision in one sentence."""
-    serves, before = outcome["champion"], outcome["champion_before"]
+    serves, before = outcome.champion, outcome.champion_before
     goes_on = f"version {serves} goes on serving" if serves else "there is no champion yet"
-    if outcome["verdict"] == "promoted":
+    if outcome.verdict == "promoted":
         return f"Promoted: version {serves} serves from now on" + (f" instead of version {before}." if before else ".")
-    if outcome["verdict"] == "refused":
+    if outcome.verdict == "refused":
         return f"Refused: {goes_on}. The next night begins from it again."
     return f"Undecided: {goes_on}. What was measured tonight counts together with the next undecided night."
 
 
 def log_of_the_day(journal: Journal, nights: Sequence[Journal]) -> dict[str, Any]:
     """Days of the log with their rows, and those that came late, were refused or are missing."""
-    prepared = journal.read("prepare") or {}
-    earlier: dict[str, Any] = {}
-    for night in nights[:-1]:
-        earlier |= (night.read("prepare") or {}).get("days", {})
-    days = earlier | prepared.get("days", {})
-    today = journal.date.isoformat()
-    came = [day for day in sorted(prepared.get("days", {})) if earlier.get(day) != prepared["days"][day]]
+    prepared, earlier = journal.read(Prepared), {}
+    for past in (night.read(Prepared) for night in nights[:-1]):
+        earlier |= past.days if past else {}
+    tonight, refused, left_out = (prepared.days, prepared.refused, prepared.left_out) if prepared else ({}, {}, {})
+    days, today = {**earlier, **tonight}, journal.date.isoformat()
+    came = [day for day in sorted(tonight) if earlier.get(day) != tonight[day]]
     rows = [
-        {"day": day, "new": day in came, "late": day in came and day < today, **days[day]}
+        {"day": day, "new": day in came, "late": day in came and day < today, **vars(days[day])}
         for day in sorted(days)[-LATEST_DAYS:]
     ]
-    absent = sorted({**prepared.get("left_out", {}), **prepared.get("refused", {})}.items())
+    absent = sorted({**left_out, **refused}.items())
     shown = absent[-2 * LATEST_DAYS :]
     return {
         "days": rows,
-        "events": prepared.get("events"),
-        "refused_days": [each for each in shown if each[0] in prepared.get("refused", {})],
-        "left_out_days": [each for each in shown if each[0] not in prepared.get("refused", {})],
+        "events": prepared.events if prepared else None,
+        "refused_days": [each for each in shown if each[0] in refused],
+        "left_out_days": [each for each in shown if each[0] not in refused],
         "absent_before": len(absent) - len(shown),
     }
 
 
-def _measured(
-    config: RunConfig, decision: Mapping[str, Any], before: Mapping[str, Any], primary: str
-) -> dict[str, Any]:
+def _measured(config: RunConfig, metrics: Metrics, before: ChampionBefore | None, primary: str) -> dict[str, Any]:
     """The metrics of every system, the challenger first."""
-    metrics = decision.get("metrics") or {}
     names = [name for name in _METRICS[config.data.requests.task] if name != primary]
     challenger = challenger_of(metrics)
     shown = {challenger: f"challenger ({challenger})", f"{challenger}, {EMPTIED}": "challenger without histories"}
@@ -135,17 +135,17 @@ def _measured(
         "metric_titles": METRIC_NAMES,
         "systems": [(shown.get(name, name), metrics[name]) for name in order if name in metrics],
         "champion_before": before,
-        "prequential": (before.get("metrics") or {}).get(primary),
+        "prequential": before.metrics.get(primary) if before and before.metrics else None,
         "primary": METRIC_NAMES[primary],
     }
 
 
 def _pictures(
-    config: RunConfig, nights: Sequence[Journal], documents: Mapping[str, Mapping[str, Any]], primary: str
+    config: RunConfig, nights: Sequence[Journal], trained: TrainedChallenger | None, metrics: Metrics, primary: str
 ) -> list[dict[str, str | None]]:
-    run_dir = Path(documents["train"]["run_dir"]) if documents["train"] else None
-    evaluation = Path(documents["evaluate"]["directory"]) if documents["evaluate"] else None
-    systems = _shown_systems(documents["decision"].get("metrics") or {})
+    evaluated = nights[-1].read(EvaluatedChallenger)
+    run_dir, evaluation = trained and trained.run_dir, evaluated and evaluated.directory
+    systems = _shown_systems(metrics)
     no_night, untrained = "No night has measured anything yet.", "Nothing was trained tonight."
     unlabelled = "The task next_item has no labels, so there are no probabilities to be calibrated."
     impressions = config.data.requests.task == "impressions"
@@ -157,7 +157,7 @@ def _pictures(
         return plot_calibration({name: each for name, each in results.items() if isinstance(each, ScoredImpressions)})
 
     def by_length() -> bytes | None:
-        return plot_history_length(read_json(evaluation / "summary.json"), systems) if evaluation else None
+        return plot_history_length(read_summary(evaluation), systems) if evaluation else None
 
     def loss() -> bytes | None:
         there = run_dir is not None and (run_dir / "telemetry.jsonl").exists()
@@ -194,7 +194,7 @@ def _picture(name: str, title: str, draw: Callable[[], bytes | None], otherwise:
     return {"name": name, "title": title, "uri": uri, "why": otherwise}
 
 
-def _shown_systems(metrics: Mapping[str, Any]) -> dict[str, str]:
+def _shown_systems(metrics: Metrics) -> dict[str, str]:
     """{shown name: system} of those that are compared in a picture."""
     challenger = challenger_of(metrics)
     found = {"challenger": challenger, "champion": CHAMPION, "reference": REFERENCE}

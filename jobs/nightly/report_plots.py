@@ -15,14 +15,17 @@ import numpy as np
 
 from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal
+from jobs.nightly.steps import STEPS, ChampionBefore, Judgement, Registered, Step
 from jobs.runs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY
 from jobs.runs.plots import new_figure, save_figure
 from jobs.runs.result_tables import METRIC_NAMES
+from jobs.runs.summary import Summary
 from jobs.training.results import ScoredImpressions
+from models.metrics import Interval
 
 LATEST_NIGHTS = 60
-STEPS = ("prepare", "champion", "train", "evaluate", "decision", "register", "states")
 CALIBRATION_BINS = 10
+UNKNOWN = Interval(value=math.nan, low=math.nan, high=math.nan)
 _LABELS = 8
 """Dates that fit below a picture."""
 
@@ -37,7 +40,7 @@ def challenger_of(metrics: Mapping[str, Any]) -> str | None:
 def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
     """The primary metric: of the champion on each day before it trained on it, and of both on the held-out part."""
     nights = nights[-LATEST_NIGHTS:]
-    before = [_figure_of(night.read("champion"), "metrics", primary) for night in nights]
+    before = [_number(known and known.metrics, primary) for known in (night.read(ChampionBefore) for night in nights)]
     held_out = [_held_out(night, primary) for night in nights]
     lines = {
         "champion on the whole day, before training on it": (before, "o-", "tab:blue"),
@@ -50,8 +53,8 @@ def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
     for name, (values, style, color) in lines.items():
         axes.plot(range(len(nights)), values, style, color=color, label=name, markersize=4, linewidth=1)
     # Not the decision's: somebody may have changed the champion before it was carried out.
-    verdicts = [(night.read("register") or {}).get("verdict") for night in nights]
-    promoted = [number for number, verdict in enumerate(verdicts) if verdict == "promoted"]
+    registered = [night.read(Registered) for night in nights]
+    promoted = [number for number, found in enumerate(registered) if found and found.verdict == "promoted"]
     for place, number in enumerate(promoted):
         axes.axvline(
             number, color="tab:gray", linewidth=0.8, linestyle=":", label=None if place else "a challenger was promoted"
@@ -64,7 +67,7 @@ def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
 def plot_cost(nights: Sequence[Journal]) -> bytes | None:
     """Seconds of every step of every night, stacked."""
     nights = nights[-LATEST_NIGHTS:]
-    seconds = {step: [_seconds(night, step) for night in nights] for step in STEPS}
+    seconds = {step.STEP: [_seconds(night, step) for night in nights] for step in STEPS}
     if not any(map(sum, seconds.values())):
         return None
     figure, axes = new_figure("cost of the nights", "", "seconds")
@@ -119,22 +122,22 @@ def reliability(logit: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.nd
     return predicted, observed, half
 
 
-def plot_history_length(summary: Mapping[str, Any], systems: Mapping[str, str]) -> bytes | None:
+def plot_history_length(summary: Summary, systems: Mapping[str, str]) -> bytes | None:
     """The primary metric by length of the history, with intervals over users; `systems`: {shown name: system}."""
-    slices = [part for part in summary["slices"] if part["name"] == "no history" or "events" in part["name"]]
+    slices = [part for part in summary.slices if part.name == "no history" or "events" in part.name]
     if not slices:
         return None
     figure, axes = new_figure(
-        "quality by history length", "events in the history (users)", METRIC_NAMES[summary["primary"]]
+        "quality by history length", "events in the history (users)", METRIC_NAMES[summary.primary]
     )
     for number, (shown, system) in enumerate(systems.items()):
-        found = [part["systems"].get(system) for part in slices]
-        value, low, high = (np.array([_number(each, key) for each in found]) for key in ("value", "low", "high"))
+        found = [part.systems.get(system, UNKNOWN) for part in slices]
+        value, low, high = np.array([(each.value, each.low, each.high) for each in found]).T
         place = np.arange(len(slices)) + 0.12 * (number - (len(systems) - 1) / 2)
         axes.errorbar(
             place, value, yerr=[value - low, high - value], fmt="o", color=f"C{number}", capsize=4, label=shown
         )
-    names = [f"{part['name'].removesuffix(' events')}\n({part['users']:,})" for part in slices]
+    names = [f"{part.name.removesuffix(' events')}\n({part.users:,})" for part in slices]
     axes.set_xticks(np.arange(len(slices)), names)
     axes.set_xlim(-0.5, len(slices) - 0.5)
     axes.set_ylim(bottom=0)
@@ -144,24 +147,20 @@ def plot_history_length(summary: Mapping[str, Any], systems: Mapping[str, str]) 
 
 def _held_out(night: Journal, primary: str) -> tuple[float, float]:
     """(challenger's, champion's)."""
-    decision = night.read("decision") or {}
-    metrics = decision.get("metrics") or {}
+    decision = night.read(Judgement)
+    metrics = decision.metrics if decision else {}
     challenger = challenger_of(metrics)
     return _number(metrics.get(challenger or ""), primary), _number(metrics.get(CHAMPION), primary)
 
 
-def _figure_of(document: Mapping[str, Any] | None, key: str, name: str) -> float:
-    return _number((document or {}).get(key), name)
-
-
-def _number(document: Mapping[str, Any] | None, name: str) -> float:
+def _number(metrics: Mapping[str, float] | None, name: str) -> float:
     """nan where it is not there: matplotlib leaves it out."""
-    value = (document or {}).get(name)
-    return math.nan if value is None else float(value)
+    return (metrics or {}).get(name, math.nan)
 
 
-def _seconds(night: Journal, step: str) -> float:
-    return float((night.read(step) or {}).get("seconds") or 0.0)
+def _seconds(night: Journal, step: type[Step]) -> float:
+    found = night.read(step)
+    return found.seconds or 0.0 if found else 0.0
 
 
 def _date_axis(axes: Any, nights: Sequence[Journal]) -> None:

@@ -9,10 +9,9 @@ to DIR/summary.json (jobs/runs/result_tables.py prints it).
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,25 +21,22 @@ from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
 from jobs.config.run import RunConfig
 from jobs.host.console import Console
+from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.files import read_json, write_json
 from jobs.runs.run_dir import Trained, run_shards
+from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summary
 from jobs.runs.train import train_job
+from jobs.runs.weights import System
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 
-if TYPE_CHECKING:
-    pass
-from jobs.runs.weights import System
-
 EMPTIED = "history emptied"
 POPULARITY = "popularity"
 OWN_ITEMS = "own items"
-SUMMARY = "summary.json"
-"""The last file of an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Evaluated:
     """Where the results are and what they say."""
 
     directory: Path
-    summary: dict[str, Any]
+    summary: Summary
     reused: bool
 
 
@@ -74,15 +70,15 @@ def evaluate(
 
     `beside`: also what is measured beside the main one: itself without histories, its spectrum, the baselines.
     """
-    subject = {
-        "part": part,
-        "systems_evaluated": {system.name: system.key for system in systems},
-        "manifest_fingerprint": shards.manifest.fingerprint,
-        "requests_config": json.loads(json.dumps(dataclasses.asdict(config.data.requests))),
-    }
+    key = EvaluationKey(
+        part=part,
+        systems_evaluated={system.name: system.key for system in systems},
+        manifest_fingerprint=shards.manifest.fingerprint,
+        requests_config=as_json(config.data.requests),
+    )
     if (directory / SUMMARY).exists():
-        summary = read_json(directory / SUMMARY)
-        if all(summary.get(key) == value for key, value in subject.items()):
+        summary = read_summary(directory)
+        if summary.is_of(key):
             return Evaluated(directory, summary, reused=True)
     # What a killed command leaves is no evaluation, and in nobody's way.
     staging = directory.absolute().with_name(f".{directory.name}.unfinished")
@@ -128,8 +124,8 @@ def evaluate(
     names = [system.name for system in systems]
     if beside:
         names[1:1] = [f"{names[0]}, {EMPTIED}"]
-    summary = subject | _summarise(staging, config, [*names, *arguments["baselines"]])
-    write_json(staging / SUMMARY, summary)
+    summary = _summarise(key, staging, config, [*names, *arguments["baselines"]])
+    summary.write(staging)
     directory.mkdir(exist_ok=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == SUMMARY):
         file.replace(directory / file.name)
@@ -238,7 +234,7 @@ def read_result(directory: Path, system: str, *, task: str) -> RankedTargets | S
     return (ScoredImpressions if task == "impressions" else RankedTargets)(**columns, **counts)
 
 
-def _summarise(directory: Path, config: RunConfig, systems: list[str]) -> dict[str, Any]:
+def _summarise(key: EvaluationKey, directory: Path, config: RunConfig, systems: list[str]) -> Summary:
     """Metrics of every system; intervals over users and ratios of the primary one, also by slice."""
     main, requests = systems[0], config.data.requests
     results = {system: read_result(directory, system, task=requests.task) for system in systems}
@@ -255,26 +251,24 @@ def _summarise(directory: Path, config: RunConfig, systems: list[str]) -> dict[s
         users = len(sums[main][1])
         if not users:
             continue
-        intervals = {
-            system: dataclasses.asdict(bootstrap_ratio_interval(*values, seed=config.seed))
-            for system, values in sums.items()
-        }
-        slices.append({"name": name, "users": users, "weight": float(sums[main][1].sum()), "systems": intervals})
+        intervals = {system: bootstrap_ratio_interval(*values, seed=config.seed) for system, values in sums.items()}
+        slices.append(Slice(name=name, users=users, weight=float(sums[main][1].sum()), systems=intervals))
     everything = {system: per_user(system, np.ones(len(results[system].user), bool))[0] for system in systems}
-    return {
-        "task": requests.task,
-        "split": requests.split,
-        "primary": primary_metric(requests),
-        "systems": systems,
-        "metrics": {system: results[system].metrics() for system in systems},
-        "slices": slices,
-        "intervals": slices[0]["systems"] if slices else {},
-        "ratios": {
-            system: dataclasses.asdict(bootstrap_ratio_interval(everything[main], values, seed=config.seed))
+    return Summary(
+        **vars(key),
+        task=requests.task,
+        split=requests.split,
+        primary=primary_metric(requests),
+        systems=systems,
+        metrics={system: results[system].metrics() for system in systems},
+        slices=slices,
+        intervals=slices[0].systems if slices else {},
+        ratios={
+            system: bootstrap_ratio_interval(everything[main], values, seed=config.seed)
             for system, values in everything.items()
             if system != main and len(values)
         },
-    }
+    )
 
 
 def baselines(requests: RequestConfig) -> list[str]:

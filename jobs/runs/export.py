@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.config.run import RunConfig
-from jobs.host.files import read_json
+from jobs.runs.record import record_of
 from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import table_files
 from jobs.training.model import model_settings, user_features
@@ -198,7 +198,7 @@ def signature(model: dict[str, Any], vocabulary: Vocabulary) -> Any:
 
 
 def training_shards(config: RunConfig, checkpoint: Path) -> Shards:
-    return Shards.open(config.shards_dir, number=read_json(checkpoint / "state.json")["manifest"])
+    return Shards.open(config.shards_dir, number=record_of(checkpoint).manifest)
 
 
 def _version(package: str) -> str:

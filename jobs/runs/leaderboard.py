@@ -12,25 +12,49 @@ import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from jobs.cluster.session import ray_session
 from jobs.config.run import RunConfig
 from jobs.data.prepare import import_missing, prepare_shards
 from jobs.host.console import Console
+from jobs.host.documents import as_json, stored_with
 from jobs.host.files import read_json, read_rows, write_json
 from jobs.runs.evaluate import POPULARITY, Evaluated, evaluate_run
 from jobs.runs.plots import plot_curves
 from jobs.runs.run_dir import Trained, open_shards
 from jobs.runs.train import train
 from jobs.tracking.runs import TrackedRun, open_run
-from jobs.training.checkpoint import latest_checkpoint, read_state
+from jobs.training.checkpoint import latest_checkpoint, read_train_state
 from jobs.training.model import model_settings
 from models.zoo import build_tower
 from pipeline.shards.vocabulary import NUM_RESERVED
 
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr@10")
 COSTS = ("parameters", "epochs", "steps", "train_seconds", "peak_gib", "events_per_second")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BoardResult:
+    """What one run adds to the board; popularity has metrics only."""
+
+    row: str
+    seed: int
+    metrics: Mapping[str, float]
+    tables: str | None = None
+    """The optimizer of the tables."""
+    parameters: int | None = None
+    """Weights of the tower and of the rows of items."""
+    epochs: int | None = None
+    steps: int | None = None
+    best_step: int | None = stored_with("best_step")
+    """The step of the best validation."""
+    train_seconds: float | None = None
+    peak_gib: float | None = None
+    """Memory of all ranks, each at its peak."""
+    events_per_second: float | None = None
+    curve: list[tuple[float, float]] | None = None
+    """(seconds of training steps, validation metric) of every validation."""
+    mlflow_run_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +87,7 @@ def leaderboard(board: Board, console: Console, *, verbose: bool = False) -> Pat
     protocol = board.protocol
     import_missing(protocol, console)
     parent = _parent_run(board)
-    results: list[dict[str, Any]] = []
+    results: list[BoardResult] = []
     with ray_session(protocol.cluster, num_cpus=protocol.parallel.num_cpus, verbose=verbose):
         prepare_shards(protocol.events_dir, protocol.shards_dir, protocol.data.prepare, console)
         # Seed by seed: a table of all rows is there early.
@@ -86,21 +110,21 @@ def leaderboard(board: Board, console: Console, *, verbose: bool = False) -> Pat
     return table
 
 
-def write_board(board: Board, results: Sequence[Mapping[str, Any]]) -> None:
+def write_board(board: Board, results: Sequence[BoardResult]) -> None:
     """leaderboard.json, .md and .png of the results so far, one a row and seed."""
     board.directory.mkdir(parents=True, exist_ok=True)
     write_json(
-        board.directory / "leaderboard.json", {"board": board.name, "part": board.part, "results": list(results)}
+        board.directory / "leaderboard.json", {"board": board.name, "part": board.part, "results": as_json(results)}
     )
     (board.directory / "leaderboard.md").write_text(markdown(results, part=board.part))
     plot_curves(
-        {row: [result["curve"] for result in found] for row, found in _by_row(results).items() if found[0]["curve"]},
+        {row: [result.curve or [] for result in found] for row, found in _by_row(results).items() if found[0].curve},
         board.directory / "leaderboard.png",
         title=f"{board.name}, validation",
     )
 
 
-def markdown(results: Sequence[Mapping[str, Any]], *, part: str) -> str:
+def markdown(results: Sequence[BoardResult], *, part: str) -> str:
     """One line a row, the best NDCG@10 with seen items kept first: means over seeds and standard deviations."""
     metrics = [f"{metric}{suffix}" for suffix in ("_seen_kept", "") for metric in METRICS]
     heads = [f"{metric.removesuffix('_seen_kept').upper()}{', kept' if 'kept' in metric else ''}" for metric in metrics]
@@ -117,42 +141,41 @@ def markdown(results: Sequence[Mapping[str, Any]], *, part: str) -> str:
         cells = [
             row,
             str(len(found)),
-            *(_spread([result["metrics"][metric] for result in found]) for metric in metrics),
+            *(_spread([result.metrics[metric] for result in found]) for metric in metrics),
         ]
-        cells += [str(found[0]["tables"] or "")]
-        cells += [_cost([result[cost] for result in found]) for cost in COSTS]
+        cells += [str(found[0].tables or "")]
+        cells += [_cost([getattr(result, cost) for result in found]) for cost in COSTS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _results(
     row: str, config: RunConfig, trained: Trained, evaluated: Evaluated, *, with_popularity: bool
-) -> list[dict[str, Any]]:
+) -> list[BoardResult]:
     """What one run adds to the board: its own figures, and popularity's with the first one."""
     summary = evaluated.summary
     latest = latest_checkpoint(trained.run_dir)
     assert latest is not None
-    state = read_state(latest)["train_state"]
+    state = read_train_state(latest)
     found = [
-        {
-            "row": row,
-            "seed": config.seed,
-            "metrics": summary["metrics"][config.model["name"]],
-            "tables": config.optimizer.sparse,
-            "parameters": _parameters(config),
-            "epochs": state["loader"]["epoch"],
-            "steps": state["step"],
-            "best_step": state["best_step"],
-            "train_seconds": state["train_seconds"],
-            "peak_gib": state["peak_gib"],
-            "events_per_second": state["events"] / max(1e-9, state["train_seconds"]),
-            "curve": _curve(trained.run_dir, summary["primary"]),
-            "mlflow_run_id": trained.mlflow_run_id,
-        }
+        BoardResult(
+            row=row,
+            seed=config.seed,
+            metrics=summary.metrics[config.model["name"]],
+            tables=config.optimizer.sparse,
+            parameters=_parameters(config),
+            epochs=state.loader["epoch"],
+            steps=state.step,
+            best_step=state.best_step,
+            train_seconds=state.train_seconds,
+            peak_gib=state.peak_gib,
+            events_per_second=state.events / max(1e-9, state.train_seconds),
+            curve=_curve(trained.run_dir, summary.primary),
+            mlflow_run_id=trained.mlflow_run_id,
+        )
     ]
     if with_popularity:
-        nothing = dict.fromkeys(["tables", "curve", "mlflow_run_id", *COSTS])
-        found.append({"row": POPULARITY, "seed": config.seed, "metrics": summary["metrics"][POPULARITY], **nothing})
+        found.append(BoardResult(row=POPULARITY, seed=config.seed, metrics=summary.metrics[POPULARITY]))
     return found
 
 
@@ -185,14 +208,14 @@ def _parent_run(board: Board) -> TrackedRun:
     return run
 
 
-def _by_row(results: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    rows: dict[str, list[Mapping[str, Any]]] = {}
+def _by_row(results: Iterable[BoardResult]) -> dict[str, list[BoardResult]]:
+    rows: dict[str, list[BoardResult]] = {}
     for result in results:
-        rows.setdefault(result["row"], []).append(result)
+        rows.setdefault(result.row, []).append(result)
     return rows
 
 
-def _means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _means(results: Sequence[BoardResult]) -> dict[str, float]:
     return {
         f"{row}/{metric}".replace(",", ""): _mean(found, metric)
         for row, found in _by_row(results).items()
@@ -200,8 +223,8 @@ def _means(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _mean(found: Sequence[Mapping[str, Any]], metric: str) -> float:
-    return statistics.mean(result["metrics"][metric] for result in found)
+def _mean(found: Sequence[BoardResult], metric: str) -> float:
+    return statistics.mean(result.metrics[metric] for result in found)
 
 
 def _spread(values: Sequence[float]) -> str:

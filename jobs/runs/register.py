@@ -15,10 +15,11 @@ from typing import Any
 
 from jobs.config.run import RunConfig
 from jobs.host.console import Console
-from jobs.host.files import read_json
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.export import export_model, log_export, training_shards
+from jobs.runs.record import read_record
 from jobs.runs.run_dir import Trained
+from jobs.runs.summary import SUMMARY
 from jobs.tracking.champions import CHALLENGER, CHAMPION, champion, or_none, promote
 from jobs.tracking.registry import EXPORT
 from jobs.tracking.runs import metric_name, mlflow_client, tracking_uri
@@ -88,10 +89,10 @@ def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -
 
     from jobs.runs.plots import write_plots
 
-    for system, metrics in evaluated.summary["metrics"].items():
+    for system, metrics in evaluated.summary.metrics.items():
         prefix = "test" if system == config.model["name"] else f"test/{system.replace(', ', '/')}"
         mlflow.log_metrics({f"{prefix}/{metric_name(key)}": value for key, value in metrics.items() if value == value})
-    mlflow.log_artifact(str(evaluated.directory / "summary.json"), "evaluation")
+    mlflow.log_artifact(str(evaluated.directory / SUMMARY), "evaluation")
     for plot in write_plots(trained.run_dir, model=config.model["name"]):
         mlflow.log_artifact(str(plot), "plots")
 
@@ -99,12 +100,13 @@ def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -
 def _create_version(client: Any, name: str, logged: Any, trained: Trained, tags: Mapping[str, str]) -> Any:
     if or_none(lambda: client.get_registered_model(name)) is None:
         client.create_registered_model(name)
-    facts = read_json(trained.run_dir / "run.json")
+    record = read_record(trained.run_dir)
+    assert record is not None, "training left it"
     lineage = {
         "solar.checkpoint": str(trained.checkpoint.absolute()),
-        "solar.manifest": str(facts["manifest"]),
-        "solar.manifest_fingerprint": facts["manifest_fingerprint"],
-        "solar.git_commit": facts["git_commit"],
+        "solar.manifest": str(record.manifest),
+        "solar.manifest_fingerprint": record.manifest_fingerprint,
+        "solar.git_commit": record.git_commit,
     }
     before = champion(client, name)
     if before is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jobs.config.run import RunConfig
 from jobs.host.console import Console
 from jobs.runs.evaluate import POPULARITY, Evaluated
+from jobs.runs.summary import Summary
+from models.metrics import Interval
 
 METRIC_NAMES = {"gauc": "GAUC", "ndcg@10": "NDCG@10, seen removed", "ndcg@10_seen_kept": "NDCG@10, seen kept"}
 
@@ -17,21 +17,21 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
     if evaluated.reused:
         console.line(f"{'evaluate':<12} already there: {evaluated.directory}")
     console.line()
-    if summary["task"] == "impressions":
+    if summary.task == "impressions":
         _print_impressions(config, console, summary)
     else:
         _print_ranking(console, summary)
     _print_slices(console, summary)
 
 
-def _print_ranking(console: Console, summary: dict[str, Any]) -> None:
-    main = summary["systems"][0]
-    metrics = summary["metrics"][main]
-    kept = summary["primary"].endswith("_seen_kept")
+def _print_ranking(console: Console, summary: Summary) -> None:
+    main = summary.main
+    metrics = summary.metrics[main]
+    kept = summary.primary.endswith("_seen_kept")
     rows = []
-    for system in summary["systems"]:
-        values, ratio = summary["metrics"][system], summary["ratios"].get(system)
-        primary = _interval(summary["intervals"].get(system))
+    for system in summary.systems:
+        values, ratio = summary.metrics[system], summary.ratios.get(system)
+        primary = _interval(summary.intervals.get(system))
         rows.append(
             (
                 system,
@@ -41,11 +41,11 @@ def _print_ranking(console: Console, summary: dict[str, Any]) -> None:
                 f"{values['hr@10_seen_kept']:.4f}",
                 primary if kept else f"{values['ndcg@10_seen_kept']:.4f}",
                 f"{values['ndcg@10_untied']:.4f}",
-                f"{ratio['value']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "",
+                f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "",
             )
         )
     console.table(
-        f"{summary['part']} part, next_item, {summary['split']}: {metrics['requests']:,.0f} requests, "
+        f"{summary.part} part, next_item, {summary.split}: {metrics['requests']:,.0f} requests, "
         f"{metrics['targets']:,.0f} targets, each ranked among the whole catalogue (seen items removed unless kept; in "
         "brackets 95 % bootstrap intervals over users)\n"
         f"no ties: the {metrics['requests_untied']:,.0f} requests whose target has a later time stamp than the event "
@@ -58,56 +58,56 @@ def _print_ranking(console: Console, summary: dict[str, Any]) -> None:
             "HR@10, seen kept",
             "NDCG@10, seen kept",
             "NDCG@10, no ties",
-            f"{METRIC_NAMES[summary['primary']]}: {main} / this",
+            f"{METRIC_NAMES[summary.primary]}: {main} / this",
         ),
         rows,
     )
 
 
-def _print_impressions(config: RunConfig, console: Console, summary: dict[str, Any]) -> None:
-    metrics = summary["metrics"][summary["systems"][0]]
+def _print_impressions(config: RunConfig, console: Console, summary: Summary) -> None:
+    metrics = summary.metrics[summary.main]
     counted, skipped = metrics["requests"], metrics["requests_skipped"]
     console.table(
-        f"{summary['part']} part, impressions, {summary['split']}: {counted:,.0f} requests with at least "
+        f"{summary.part} part, impressions, {summary.split}: {counted:,.0f} requests with at least "
         f"{config.data.requests.min_history} earlier events, {counted / max(1, counted + skipped):.0%} of all (in "
         "brackets 95 % bootstrap intervals over users)",
         ("model", "AUC", "GAUC", "LogLoss", "calibration"),
-        [_impression_row(system, summary) for system in summary["systems"]],
+        [_impression_row(system, summary) for system in summary.systems],
     )
 
 
-def _impression_row(system: str, summary: dict[str, Any]) -> tuple[str, ...]:
-    metrics, probabilities = summary["metrics"][system], system != POPULARITY
+def _impression_row(system: str, summary: Summary) -> tuple[str, ...]:
+    metrics, probabilities = summary.metrics[system], system != POPULARITY
     return (
         system,
         f"{metrics['auc']:.4f}",
-        _interval(summary["intervals"].get(system)),
+        _interval(summary.intervals.get(system)),
         f"{metrics['logloss']:.4f}" if probabilities else "",
         f"{metrics['calibration']:.3f}" if probabilities else "",
     )
 
 
-def _print_slices(console: Console, summary: dict[str, Any]) -> None:
+def _print_slices(console: Console, summary: Summary) -> None:
     """Parts of the targets, where there is more than one part."""
-    slices = summary["slices"]
+    slices = summary.slices
     if len(slices) < 3:
         return
-    unit = "candidates" if summary["task"] == "impressions" else "requests"
+    unit = "candidates" if summary.task == "impressions" else "requests"
     console.line()
     console.table(
-        f"{METRIC_NAMES[summary['primary']]} by kind of target and history length",
-        ("", "users", unit, *summary["systems"]),
+        f"{METRIC_NAMES[summary.primary]} by kind of target and history length",
+        ("", "users", unit, *summary.systems),
         [
             (
-                part["name"],
-                f"{part['users']:,}",
-                f"{part['weight']:,.0f}",
-                *(_interval(part["systems"][system]) for system in summary["systems"]),
+                part.name,
+                f"{part.users:,}",
+                f"{part.weight:,.0f}",
+                *(_interval(part.systems[system]) for system in summary.systems),
             )
             for part in slices
         ],
     )
 
 
-def _interval(interval: dict[str, float] | None) -> str:
-    return f"{interval['value']:.4f} ({interval['low']:.4f}-{interval['high']:.4f})" if interval else ""
+def _interval(interval: Interval | None) -> str:
+    return f"{interval.value:.4f} ({interval.low:.4f}-{interval.high:.4f})" if interval else ""

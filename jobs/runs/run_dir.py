@@ -11,6 +11,7 @@ from jobs.runs.record import previous_run, read_record
 from jobs.training.checkpoint import (
     latest_checkpoint,
     read_state,
+    read_train_state,
 )
 from jobs.training.warm_start import best_of
 from pipeline.shards.dataset import Shards
@@ -32,21 +33,22 @@ class Trained:
 def trained_run(config: RunConfig) -> Trained:
     """What a run of this config left behind, finished or not."""
     previous = previous_run(config, run_shards(config))
-    if "mlflow_run_id" not in previous:
+    if previous is None or previous.mlflow_run_id is None:
         raise UserError(f"{config.run_dir}: no run there: run `solar train` first")
-    return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
+    return Trained(config.run_dir, best_checkpoint(config.run_dir), previous.mlflow_run_id, reused=True)
 
 
 def require_finished(run_dir: Path) -> None:
     """Refuse a run that still has epochs to go."""
     latest = latest_checkpoint(run_dir)
-    if latest is None or not read_state(latest)["train_state"]["finished"]:
+    if latest is None or not read_train_state(latest).finished:
         raise UserError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
 
 
 def run_shards(config: RunConfig) -> Shards:
     """The data of the config's run: as it stood when the run began, or as it stands where there is none."""
-    return open_shards(config, number=read_record(config.run_dir).get("manifest"))
+    record = read_record(config.run_dir)
+    return open_shards(config, number=record.manifest if record else None)
 
 
 def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:

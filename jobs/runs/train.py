@@ -14,10 +14,11 @@ from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
 from jobs.config.run import RunConfig
 from jobs.host.console import Console
+from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.locks import sole_command, wait_for_workers
 from jobs.runs.progress import Follower
-from jobs.runs.record import close_tracked_run, open_tracked_run, previous_run, run_facts
+from jobs.runs.record import RunRecord, close_tracked_run, open_tracked_run, previous_run, run_facts
 from jobs.runs.run_dir import Trained, best_checkpoint, open_shards, run_shards
 from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import (
@@ -26,7 +27,7 @@ from jobs.training.checkpoint import (
     checkpoint_bytes,
     committed_checkpoints,
     latest_checkpoint,
-    read_state,
+    read_train_state,
     set_aside_damaged,
 )
 from jobs.training.job import TrainJob
@@ -53,14 +54,13 @@ def train(
             console.line(f"{'train':<12} {line}")
         latest = latest_checkpoint(config.run_dir)
         if latest is not None:
-            document = read_state(latest, checksums=True)
-            if document["train_state"]["finished"]:
+            if read_train_state(latest, checksums=True).finished:
                 if shards.manifest.number != present:
                     raise UserError(
                         f"{config.run_dir}: was trained on manifest {shards.manifest.number}, the shards are now at "
                         f"manifest {present}: choose another --name"
                     )
-                facts = run_facts(config, shards, warm_start=previous.get("warm_start"))
+                facts = run_facts(config, shards, warm_start=previous.warm_start if previous else None)
                 return _finished_before(config, facts, previous)
             if not (resume or from_previous):
                 raise UserError(
@@ -70,7 +70,7 @@ def train(
             console.line(
                 f"{'train':<12} continues on manifest {shards.manifest.number}; the shards are at {present} now"
             )
-        begun = _begin(config, shards, previous, console) if latest is None else None
+        begun = _begin(config, shards, console) if latest is None else None
         _require_disk(config, shards)
         wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
         with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
@@ -79,7 +79,7 @@ def train(
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 
 
-def _begin(config: RunConfig, shards: Shards, previous: dict[str, Any], console: Console) -> Begun | None:
+def _begin(config: RunConfig, shards: Shards, console: Console) -> Begun | None:
     """The checkpoint that the run begins from, None = the seed."""
     if config.training.warm_start is None:
         return None
@@ -94,10 +94,11 @@ def _begin(config: RunConfig, shards: Shards, previous: dict[str, Any], console:
 
 
 def _train(
-    config: RunConfig, shards: Shards, console: Console, previous: dict[str, Any], *, begun: Begun | None
+    config: RunConfig, shards: Shards, console: Console, previous: RunRecord | None, *, begun: Begun | None
 ) -> str:
     """Start the workers, follow them to the end, and record the outcome; returns the MLflow run's id."""
-    facts = run_facts(config, shards, warm_start=begun.key if begun else previous.get("warm_start"))
+    warm_start = begun.key if begun else previous.warm_start if previous else None
+    facts = run_facts(config, shards, warm_start=warm_start)
     run = open_tracked_run(config, facts, previous)
     status = "FAILED"
     try:
@@ -109,7 +110,7 @@ def _train(
                 primary=primary_metric(config.data.requests),
                 workers=config.parallel.workers_text,
             )
-            stored = {**facts, "vocabulary": beginnings_of(shards.vocabulary)}
+            stored = {**as_json(facts), "vocabulary": beginnings_of(shards.vocabulary)}
             arguments = {"job": train_job(config, shards, facts=stored, begun=begun)}
             run_workers(
                 _train_worker, arguments, parallel=config.parallel, cluster=config.cluster, run_dir=config.run_dir,
@@ -127,13 +128,15 @@ def _train(
     return run.run_id
 
 
-def _finished_before(config: RunConfig, facts: dict[str, Any], previous: dict[str, Any]) -> Trained:
+def _finished_before(config: RunConfig, facts: RunRecord, previous: RunRecord | None) -> Trained:
     """A finished run; the MLflow run is ended where the command died between the last checkpoint and that."""
-    if previous.get("mlflow_status") != "FINISHED":
+    if previous and previous.mlflow_run_id and previous.mlflow_status == "FINISHED":
+        run_id = previous.mlflow_run_id
+    else:
         run = open_tracked_run(config, facts, previous)
         close_tracked_run(config, run, status="FINISHED")
-        previous = {"mlflow_run_id": run.run_id}
-    return Trained(config.run_dir, best_checkpoint(config.run_dir), previous["mlflow_run_id"], reused=True)
+        run_id = run.run_id
+    return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=True)
 
 
 def train_job(

@@ -17,11 +17,12 @@ from jobs.config.run import RunConfig
 from jobs.host.errors import UserError
 from jobs.host.places import Place
 from jobs.recipes import recipe_names
+from jobs.runs.record import record_of
 from jobs.runs.run_dir import open_shards
 from jobs.runs.train import train_job
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.tracking.runs import TrackingConfig
-from jobs.training.checkpoint import CheckpointError, checkpoint_key, read_state
+from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.training.job import TrainJob
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
@@ -86,12 +87,12 @@ def _registered(uri: str, arguments: Sequence[str]) -> Subject:
 
 
 def _checkpoint(path: Path, arguments: Sequence[str]) -> Subject:
-    document = read_state(path, checksums=True)
-    stored = stored_config("evaluate", document["config"], str(path), [])
-    config = stored_config("evaluate", document["config"], str(path), arguments)
+    record = record_of(path, checksums=True)
+    stored = stored_config("evaluate", dict(record.config), str(path), [])
+    config = stored_config("evaluate", dict(record.config), str(path), arguments)
     if config.model != stored.model:
         raise UserError(f"{path}: --model.* cannot change what was trained; remove it")
-    shards = _training_shards(stored, document["manifest"], path)
+    shards = _training_shards(stored, record.manifest, path)
     system = System(
         name=config.model["name"],
         key=checkpoint_key(path),

@@ -143,6 +143,11 @@ def read_state(path: Path, *, checksums: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path / 'state.json'}: not valid JSON: {_way_on(path)}") from error
 
 
+def read_train_state(path: Path, *, checksums: bool = False) -> TrainState:
+    """How far training was at a committed checkpoint, read like `read_state`."""
+    return TrainState(**read_state(path, checksums=checksums)["train_state"])
+
+
 def set_aside_damaged(run_dir: Path) -> list[str]:
     """Rename the latest checkpoints to damaged-step-XXXXXXXX until one has every checksum right; a line for each.
 

@@ -19,6 +19,7 @@ from jobs.training.checkpoint import (
     checkpoint_key,
     committed_checkpoints,
     read_state,
+    read_train_state,
     table_files,
 )
 from jobs.training.model import model_settings, model_tables
@@ -57,7 +58,7 @@ def find_checkpoint(text: str) -> Path:
 def best_of(run_dir: Path) -> Path:
     """The checkpoint with the best validation metric so far; the latest where that one is gone. There must be one."""
     committed = committed_checkpoints(run_dir)
-    best = run_dir / f"step-{read_state(committed[-1])['train_state']['best_step']:08d}"
+    best = run_dir / f"step-{read_train_state(committed[-1]).best_step:08d}"
     return best if best in committed else committed[-1]
 
 

@@ -79,6 +79,16 @@ class Input:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A piece of an input file that one task reads on its own."""
+
+    number: int
+    """Its place among the parts of all files."""
+    input: Input
+    row_group: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
     """Some rows of a file."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,20 +31,25 @@ from pipeline.shards.writer import write_index, write_shard
 from pipeline.storage import Store
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewrittenBucket:
+    """What became of a bucket that was rewritten as one file."""
+
+    bucket: int
+    file: dict[str, Any] | None
+    """The manifest's entry; None when no user is left."""
+    forgotten: int
+    """Events of forgotten users that were left out."""
+
+
 def crowded(data: Shards, *, max_deltas: int) -> list[int]:
     """Buckets that have more files over their first one than that."""
     return [bucket for bucket in data.buckets if len(data.files_of(bucket)) - 1 > max_deltas]
 
 
-def compact_bucket(
-    row: dict[str, Any], *, data: Shards, staging: str, forgotten: Tombstones | None = None
-) -> dict[str, Any]:
-    """Write the bucket as one file, without users who are forgotten. Leaves the places of its users.
-
-    Returns bucket, file, the manifest's entry (None when nobody is left), and forgotten (events).
-    """
-    bucket, keys, places = row["bucket"], [], [data.index_table().clear()]
-    dropped = 0
+def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombstones | None = None) -> RewrittenBucket:
+    """Write the bucket as one file, without users who are forgotten. Leaves the places of its users."""
+    keys, places, dropped = [], [data.index_table().clear()], 0
 
     def parts() -> Iterator[tuple[int, pa.Table]]:
         for group, rows in enumerate(_regrouped(kept(), limit=data.manifest.config["row_group_events"])):
@@ -70,15 +75,15 @@ def compact_bucket(
     if entry is not None:
         entry |= {"accepted": entry["events"], "unchecked": 0, "keys": write_keys(keys, path=data.path, bucket=bucket)}
     write_table(Store(staging), f"places-{bucket:05d}.parquet", pl.concat(places))
-    return {"bucket": bucket, "file": entry, "forgotten": dropped}
+    return RewrittenBucket(bucket=bucket, file=entry, forgotten=dropped)
 
 
-def finish(built: list[dict[str, Any]], *, data: Shards, staging: str) -> Manifest:
+def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> Manifest:
     """Describe the data set with these buckets rewritten; the caller commits it."""
-    fresh = {b["bucket"]: b["file"] for b in built}
+    fresh = {b.bucket: b.file for b in built}
     files = [file for file in data.manifest.files if file["bucket"] not in fresh]
     files = sorted([*files, *filter(None, fresh.values())], key=lambda entry: entry["bucket"])
-    forgotten = sum(b["forgotten"] for b in built)
+    forgotten = sum(b.forgotten for b in built)
     fewer = sum(entry["accepted"] for entry in data.manifest.files) - sum(entry["accepted"] for entry in files)
     counts = data.manifest.counts
     rejected = counts["rejected"]
@@ -123,16 +128,17 @@ def open_version_1(path: str) -> tuple[Shards, str]:
     return Shards(path, manifest), fingerprint_of(content)
 
 
-def index_bucket(row: dict[str, Any], *, data: Shards) -> dict[str, Any]:
-    """Write the keys of the bucket's one file; bucket and their entry."""
-    keys = [EventKeys.of(UserRows.from_table(data.read_table(group))) for group in data.groups_of(row["bucket"])]
-    return {"bucket": row["bucket"], "keys": write_keys(keys, path=data.path, bucket=row["bucket"])}
+def index_bucket(bucket: int, *, data: Shards) -> dict[str, Any]:
+    """Write the keys of the bucket's one file; the manifest's entry of that file."""
+    [file] = data.files_of(bucket)
+    keys = [EventKeys.of(UserRows.from_table(data.read_table(group))) for group in data.groups_of(bucket)]
+    return file | {"keys": write_keys(keys, path=data.path, bucket=bucket)}
 
 
-def migrated(built: list[dict[str, Any]], *, data: Shards, parent: str) -> Manifest:
+def migrated(built: Sequence[dict[str, Any]], *, data: Shards, parent: str) -> Manifest:
     """Describe the data set in the present format; the caller commits it. `parent`: fingerprint of the old manifest."""
-    keys = {b["bucket"]: b["keys"] for b in built}
-    files = [file | {"keys": keys[file["bucket"]]} for file in data.manifest.files]
+    entries = {file["bucket"]: file for file in built}
+    files = [entries[file["bucket"]] for file in data.manifest.files]
     old = data.index_table()
     bucket = pl.Series([file["bucket"] for file in files], dtype=pl.Int64)
     index = old.select("user_id", "row", "events", group="row_group", bucket=bucket.gather(old["file"]))

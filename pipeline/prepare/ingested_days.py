@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 
@@ -10,22 +11,39 @@ from pipeline.shards.manifest import manifest_numbers, read_manifest
 from pipeline.storage import Store
 
 
-def day_counts(path: str, *, daily: DailyLog) -> dict[datetime.date, dict[str, int]]:
-    """{day: rows read, accepted, rejected} of the days that were ingested on their own, as far back as the data set's
-    states are kept: of each, when most of it came."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DayCounts:
+    """Rows of one day of the log; what is neither accepted nor rejected was there already."""
+
+    read: int
+    accepted: int
+    rejected: int
+
+    @property
+    def rejected_share(self) -> float:
+        return self.rejected / max(1, self.read)
+
+
+def day_counts(path: str, *, daily: DailyLog) -> dict[datetime.date, DayCounts]:
+    """The rows of the days that were ingested on their own, as far back as the data set's states are kept: of each,
+    when most of it came."""
     assert daily.folder is not None
     states = [read_manifest(path, number=number) for number in manifest_numbers(Store(path))]
-    found: dict[datetime.date, dict[str, int]] = {}
+    found: dict[datetime.date, DayCounts] = {}
     for before, after in itertools.pairwise(states):
         known = {entry["name"] for entry in before.inputs}
         days = {_day_of_name(entry["name"], daily.folder) for entry in after.inputs if entry["name"] not in known}
         days.discard(None)
         if len(days) != 1:
             continue
-        counts = {name: after.counts[name] - before.counts[name] for name in ("read", "accepted")}
-        counts["rejected"] = sum(after.counts["rejected"].values()) - sum(before.counts["rejected"].values())
+        rejected = [sum(state.counts["rejected"].values()) for state in (before, after)]
+        counts = DayCounts(
+            read=after.counts["read"] - before.counts["read"],
+            accepted=after.counts["accepted"] - before.counts["accepted"],
+            rejected=rejected[1] - rejected[0],
+        )
         day = days.pop()
         assert day is not None
-        if counts["read"] > found.get(day, {"read": -1})["read"]:
+        if day not in found or counts.read > found[day].read:
             found[day] = counts
     return found

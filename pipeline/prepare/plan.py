@@ -15,7 +15,7 @@ import polars as pl
 from pipeline.events import DataError, EventColumns, NotNow, flatten
 from pipeline.log import readers
 from pipeline.log.daily import DailyLog, log_days, whole_days
-from pipeline.log.readers import FileFormat, Input
+from pipeline.log.readers import FileFormat, Input, Part
 from pipeline.prepare import users
 from pipeline.shards.dataset import Shards
 from pipeline.shards.manifest import Manifest, current_manifest
@@ -32,6 +32,21 @@ _DISK_FACTOR = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HashedInput:
+    """A file to read with the checksum of its bytes."""
+
+    file: Input
+    checksum: str
+
+    def entry(self, kind: str) -> dict[str, Any]:
+        """The manifest's entry of an input of this kind."""
+        edges = readers.edges(self.file)
+        return {
+            "name": self.file.name, "bytes": self.file.bytes, "checksum": self.checksum, "edges": edges, "kind": kind,
+        }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """What one run of prepare does."""
 
@@ -42,11 +57,11 @@ class Plan:
     schema: dict[str, Any]
     config: dict[str, Any]
     """What must stay the same as long as the data set lives."""
-    inputs: list[tuple[Input, str]]
-    """New event files and their checksums."""
-    items: tuple[Input, str] | None
+    inputs: list[HashedInput]
+    """New event files."""
+    items: HashedInput | None
     """The items table, when it is new."""
-    users: tuple[Input, str] | None
+    users: HashedInput | None
     """The users table, when it is new, or when there are new events: users who are new may be in it."""
     users_are_new: bool
     """False = the table was ingested before; what is known of earlier users stays as it is."""
@@ -60,7 +75,7 @@ class Plan:
     @property
     def ingest(self) -> str:
         """Name of this set of inputs."""
-        return hashlib.sha256(repr([checksum for _, checksum in self.inputs]).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr([new.checksum for new in self.inputs]).encode()).hexdigest()[:16]
 
     @property
     def shards(self) -> Shards | None:
@@ -74,13 +89,13 @@ class Plan:
         types |= {"timestamp": pl.Int64(), "order": pl.Int64(), "action": pl.String(), "label": pl.Int8()}
         return pl.DataFrame(schema={name: types[name] for name in self.schema["columns"]})
 
-    def parts(self) -> list[dict[str, Any]]:
-        """{part, input, row_group} for every part of an event file that can be read on its own."""
-        return _parts([file for file, _ in self.inputs])
+    def parts(self) -> list[Part]:
+        """Every part of an event file that can be read on its own."""
+        return _parts([new.file for new in self.inputs])
 
-    def user_parts(self) -> list[dict[str, Any]]:
+    def user_parts(self) -> list[Part]:
         """The same of the users table."""
-        return _parts([self.users[0]] if self.users else [])
+        return _parts([self.users.file] if self.users else [])
 
 
 def make_plan(
@@ -107,15 +122,15 @@ def make_plan(
     ingested = {entry["name"]: entry for entry in parent.inputs} if parent else {}
     new = _new_inputs(found, ingested)
     checksums = {entry["checksum"] for entry in ingested.values()}
-    schema = _schema(parent, [file for file, _ in new], columns=columns, files=files)
+    schema = _schema(parent, [each.file for each in new], columns=columns, files=files)
     items_file, users_file = _table(items, events, "items.parquet"), _table(users_table, events, "users.parquet")
-    users_are_new = users_file is not None and users_file[1] not in checksums
+    users_are_new = users_file is not None and users_file.checksum not in checksums
     if users_file is not None and (users_are_new or new):
-        names = set(users.feature_names(users_file[0])) | set(schema.get("user_features", []))
+        names = set(users.feature_names(users_file.file)) | set(schema.get("user_features", []))
         schema = schema | {"user_features": sorted(names)}
     return Plan(
         out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
-        items=items_file if items_file is not None and items_file[1] not in checksums else None,
+        items=items_file if items_file is not None and items_file.checksum not in checksums else None,
         users=users_file if users_are_new or new else None, users_are_new=users_are_new,
         left_out=left_out,
     )  # fmt: skip
@@ -140,7 +155,7 @@ def require_disk(plan: Plan) -> None:
     """DataError when the disk cannot hold what the plan writes."""
     free = Store(plan.out).free_bytes()
     read = [*plan.inputs, *([plan.users] if plan.users else [])]
-    needed = _DISK_FACTOR * sum(file.bytes for file, _ in read) + (64 << 20)
+    needed = _DISK_FACTOR * sum(each.file.bytes for each in read) + (64 << 20)
     if free is not None and free < needed:
         raise NotNow(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")
 
@@ -150,8 +165,8 @@ def _buckets_for(files: list[Input]) -> int:
     return min(99_999, max(_LEAST_BUCKETS, -(-sum(map(readers.estimate_rows, files)) // _BUCKET_ROWS)))
 
 
-def _table(path: str | None, events: str, name: str) -> tuple[Input, str] | None:
-    """A table beside the events and its checksum."""
+def _table(path: str | None, events: str, name: str) -> HashedInput | None:
+    """A table beside the events."""
     if path is None and Store(events).exists(name):
         path = f"{events.rstrip('/')}/{name}"
     if path is None:
@@ -159,11 +174,11 @@ def _table(path: str | None, events: str, name: str) -> tuple[Input, str] | None
     found = readers.find_inputs(path, options=FileFormat(format="parquet"))
     if len(found) > 1:
         raise DataError(f"{path}: {len(found)} files; a table of items or users is one Parquet file")
-    return found[0], readers.checksum(found[0])
+    return HashedInput(file=found[0], checksum=readers.checksum(found[0]))
 
 
-def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list[tuple[Input, str]]:
-    """The files that the data set does not hold, under any name, and their checksums."""
+def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list[HashedInput]:
+    """The files that the data set does not hold, under any name."""
     with ThreadPoolExecutor(4) as pool:
         known = pool.map(functools.partial(_is_ingested, ingested=ingested), found)
         unknown = [file for file, is_known in zip(found, known, strict=True) if not is_known]
@@ -173,7 +188,7 @@ def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list
     for file, checksum in zip(unknown, sums, strict=True):
         if checksum not in seen:
             seen.add(checksum)
-            new.append((file, checksum))
+            new.append(HashedInput(file=file, checksum=checksum))
     return new
 
 
@@ -219,9 +234,9 @@ def mapping_of(file: Input, *, columns: EventColumns, files: FileFormat, schema:
     return {name: column for name, column in mapping.items() if column in there or name not in schema.get("added", [])}
 
 
-def _parts(files: list[Input]) -> list[dict[str, Any]]:
-    pairs = [(file, g) for file in files for g in range(readers.count_row_groups(file))]
-    return [{"part": n, "input": dataclasses.asdict(file), "row_group": g} for n, (file, g) in enumerate(pairs)]
+def _parts(files: list[Input]) -> list[Part]:
+    pairs = [(file, group) for file in files for group in range(readers.count_row_groups(file))]
+    return [Part(number=n, input=file, row_group=group) for n, (file, group) in enumerate(pairs)]
 
 
 def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, Any]) -> None:

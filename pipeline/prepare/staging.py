@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import polars as pl
 import pyarrow as pa
@@ -17,6 +18,19 @@ from pipeline.shards.dataset import bucket_of
 from pipeline.storage import Store
 
 _STAGING = "staging-"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class Fragment:
+    """Rows of one bucket of users in a file of the staging directory."""
+
+    file: str
+    """Name of the Arrow file in the staging directory."""
+    batch: int
+    """Which record batch of the file holds them."""
+    bucket: int
+    rows: int
+    """How many rows there are."""
 
 
 @contextlib.contextmanager
@@ -54,11 +68,8 @@ def _is_alive(pid: str) -> bool:
     return True
 
 
-def write_fragments(store: Store, name: str, rows: pl.DataFrame, *, buckets: int) -> list[list]:
-    """One Arrow file, one record batch a bucket of user_id: a bucket's task then reads only its own batches.
-
-    Returns [[file, batch, bucket, rows], ...].
-    """
+def write_fragments(store: Store, name: str, rows: pl.DataFrame, *, buckets: int) -> list[Fragment]:
+    """One Arrow file, one record batch a bucket of user_id: a bucket's task then reads only its own batches."""
     rows = rows.with_columns(bucket_of(rows["user_id"], buckets=buckets).alias("bucket"))
     fragments, sink = [], io.BytesIO()
     writer = None
@@ -66,16 +77,16 @@ def write_fragments(store: Store, name: str, rows: pl.DataFrame, *, buckets: int
         table = part.drop("bucket").to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
         writer = writer or pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
         writer.write_batch(table.to_batches()[0])
-        fragments.append([name, batch, int(part["bucket"][0]), part.height])
+        fragments.append(Fragment(file=name, batch=batch, bucket=part["bucket"].item(0), rows=part.height))
     assert writer is not None
     writer.close()
     store.write(name, sink.getvalue(), durable=False)
     return fragments
 
 
-def read_fragments(store: Store, fragments: list[list]) -> list[pl.DataFrame]:
+def read_fragments(store: Store, fragments: Iterable[Fragment]) -> list[pl.DataFrame]:
     """The rows of each fragment, in the order of files and batches."""
-    return [_read_fragment(store, name, batch) for name, batch, *_ in sorted(fragments)]
+    return [_read_fragment(store, fragment) for fragment in sorted(fragments)]
 
 
 def write_table(store: Store, name: str, table: pl.DataFrame) -> None:
@@ -88,6 +99,6 @@ def read_table(store: Store, name: str) -> pl.DataFrame:
     return pl.DataFrame(pq.read_table(io.BytesIO(store.read(name))))
 
 
-def _read_fragment(store: Store, name: str, batch: int) -> pl.DataFrame:
-    with store.open(name) as stream:
-        return pl.DataFrame(pa.ipc.open_file(stream).get_batch(batch))
+def _read_fragment(store: Store, fragment: Fragment) -> pl.DataFrame:
+    with store.open(fragment.file) as stream:
+        return pl.DataFrame(pa.ipc.open_file(stream).get_batch(fragment.batch))

@@ -9,17 +9,39 @@ and no process ever holds all users.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import polars as pl
 
 from pipeline.events import DataError, refuse_bad_feature
 from pipeline.log import readers
-from pipeline.log.readers import FileFormat, Input
-from pipeline.prepare.staging import read_fragments, read_table, write_fragments, write_table
+from pipeline.log.readers import FileFormat, Input, Part
+from pipeline.prepare.staging import Fragment, read_fragments, read_table, write_fragments, write_table
 from pipeline.storage import Store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagedUsers:
+    """What is staged of one part of a users table."""
+
+    number: int
+    """The number of the part."""
+    fragments: list[Fragment]
+    """Its rows by bucket: user_id and a list of values for each feature."""
+    values: str
+    """Name of the staged file of distinct values."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckedUsers:
+    """What was counted among the users of one bucket of a users table."""
+
+    twice: int
+    """Users that have more than one row."""
+    matched: int
+    """Rows whose user occurs in the log."""
 
 
 def feature_names(file: Input) -> list[str]:
@@ -35,16 +57,15 @@ def feature_names(file: Input) -> list[str]:
     return sorted(set(schema) - {"user_id"})
 
 
-def stage_users(part: dict[str, Any], *, id_type: str, buckets: int, staging: str) -> dict[str, Any]:
-    """Write the rows of one part of the users table by bucket: user_id and a list of values a feature.
+def stage_users(part: Part, *, id_type: str, buckets: int, staging: str) -> StagedUsers:
+    """Write the rows of one part of the users table by bucket, and its distinct values.
 
-    Returns part, fragments [[file, batch, bucket, rows], ...], values (file name). Rows whose id cannot be an id of
-    the log are left out: no event has it.
+    Rows whose id cannot be an id of the log are left out: no event has it.
     """
-    file, store, number = Input(**part["input"]), Store(staging), part["part"]
+    file, store, number = part.input, Store(staging), part.number
     names = [name for name in readers.read_schema(file, options=FileFormat(format="parquet")) if name != "user_id"]
     mapping = {name: name for name in ("user_id", *names)}
-    blocks = readers.read_blocks(file, mapping=mapping, options=FileFormat(), row_group=part["row_group"])
+    blocks = readers.read_blocks(file, mapping=mapping, options=FileFormat(), row_group=part.row_group)
     table = pl.concat([block.table for block in blocks])
     wanted = pl.Int64 if id_type == "int64" else pl.String
     table = table.select(
@@ -52,37 +73,38 @@ def stage_users(part: dict[str, Any], *, id_type: str, buckets: int, staging: st
     ).filter(pl.col("user_id").is_not_null())
     values = [table[name].explode().drop_nulls().unique().alias("value") for name in names]
     listed = [v.to_frame().with_columns(pl.lit(name).alias("feature")) for name, v in zip(names, values, strict=True)]
-    write_table(store, f"user-values-{number:06d}.parquet", pl.concat(listed))
+    values_file = f"user-values-{number:06d}.parquet"
+    write_table(store, values_file, pl.concat(listed))
     fragments = []
     if table.height:
         fragments = write_fragments(store, f"users-{number:06d}.arrow", table, buckets=buckets)
-    return {"part": number, "fragments": fragments, "values": f"user-values-{number:06d}.parquet"}
+    return StagedUsers(number=number, fragments=fragments, values=values_file)
 
 
-def staged_values(staged: list[dict[str, Any]], names: Iterable[str], *, staging: str) -> dict[str, list[str]]:
+def staged_values(staged: Iterable[StagedUsers], names: Iterable[str], *, staging: str) -> dict[str, list[str]]:
     """{feature: its distinct values} over all parts."""
-    values = pl.concat([read_table(Store(staging), result["values"]) for result in staged]).unique()
+    values = pl.concat([read_table(Store(staging), result.values) for result in staged]).unique()
     return {name: values.filter(pl.col("feature") == name)["value"].to_list() for name in names}
 
 
-def check_users(bucket: dict[str, Any], *, known: pl.Series, staging: str) -> dict[str, Any]:
-    """How many users of a bucket's part of the table stand there twice, and how many occur in the log.
-
-    `known` are the bucket's users in the data set so far.
-    """
+def check_users(
+    table: Iterable[Fragment], events: Iterable[Fragment], *, known: pl.Series, staging: str
+) -> CheckedUsers:
+    """Count the users of a bucket: `table` is its part of the users table, `events` are its new events, `known` its
+    users in the data set so far."""
     store = Store(staging)
-    users = pl.concat([rows["user_id"] for rows in read_fragments(store, bucket["users"])])
+    users = pl.concat([rows["user_id"] for rows in read_fragments(store, table)])
     twice = int((users.value_counts()["count"] > 1).sum())
-    events = [rows["user_id"] for rows in read_fragments(store, bucket["fragments"])]
-    matched = int(users.is_in(pl.concat([known.cast(users.dtype), *events]).unique().implode()).sum())
-    return {"bucket": bucket["bucket"], "twice": twice, "matched": matched}
+    active = [rows["user_id"] for rows in read_fragments(store, events)]
+    matched = int(users.is_in(pl.concat([known.cast(users.dtype), *active]).unique().implode()).sum())
+    return CheckedUsers(twice=twice, matched=matched)
 
 
-def refuse_bad_users(checked: list[dict[str, Any]], *, file: str) -> None:
+def refuse_bad_users(checked: Sequence[CheckedUsers], *, file: str) -> None:
     """DataError when users stand twice in the table or none of them is in the log. No id is named: they are private."""
-    if twice := sum(result["twice"] for result in checked):
+    if twice := sum(result.twice for result in checked):
         raise DataError(f"{file}: {twice} user ids stand in more than one row; keep one row a user")
-    if not sum(result["matched"] for result in checked):
+    if not sum(result.matched for result in checked):
         raise DataError(f"{file}: none of its user ids is in the log; check that both name users the same way")
 
 

@@ -17,7 +17,7 @@ import pytest
 from jobs.tracking.runs import mlflow_client
 from tests.support.commands import solar
 
-FROZEN = sorted(path for path in (Path(__file__).parents[1] / "frozen").iterdir() if path.is_dir())
+FROZEN = sorted((Path(__file__).parents[1] / "frozen").glob("solar-*"))
 
 
 @pytest.fixture(params=FROZEN, ids=lambda path: path.name)

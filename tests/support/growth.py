@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.config.reader import load_config
 from jobs.config.run import RunConfig
+from jobs.host.documents import as_json
 from jobs.runs.record import run_facts
 from jobs.training.checkpoint import commit_files, describe_file
 from jobs.training.model import model_settings, model_tables, user_features
@@ -77,7 +78,7 @@ def tiny_config(directory: Path, *arguments: str, name: str = "tiny") -> RunConf
 
 def facts_of(config: RunConfig, shards: Shards, **more: Any) -> dict[str, Any]:
     """What the driver of a run has stored with its checkpoints."""
-    return {**run_facts(config, shards), "vocabulary": beginnings_of(shards.vocabulary), **more}
+    return {**as_json(run_facts(config, shards)), "vocabulary": beginnings_of(shards.vocabulary), **more}
 
 
 def specs_of(config: RunConfig, shards: Shards) -> list[TableSpec]:

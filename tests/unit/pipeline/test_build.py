@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline import build
 from pipeline.events import DataError, EventColumns, Reason
-from pipeline.prepare import ingest, plan
+from pipeline.prepare import ingest, log_parts, plan
 from pipeline.shards import event_keys, manifest
 from pipeline.shards.dataset import Shards, bucket_of
 from pipeline.shards.inspection import digest, verify
@@ -111,9 +111,9 @@ def test_only_new_inputs_are_read_and_only_what_came_is_written(prepare, write_l
     write_log({"user_id": [0], "item_id": [100], "timestamp": [99_999], "action": ["view"], "label": [1],
                "request_id": [1]}, "log/2.parquet")  # fmt: skip
     read = []
-    original = ingest.stage_part
+    original = log_parts.stage_part
     monkeypatch.setattr(
-        ingest, "stage_part", lambda part, **named: read.append(part["input"]["name"]) or original(part, **named)
+        log_parts, "stage_part", lambda part, **named: read.append(part.input.name) or original(part, **named)
     )
     second = prepare(tmp_path / "log", tmp_path / "out", buckets=8).manifest
     assert read == ["log/2.parquet"]

@@ -23,6 +23,7 @@ from jobs.nightly.gate import (
 from jobs.nightly.guards import day_guards, model_guards
 from jobs.training.results import RankedTargets, ScoredImpressions
 from pipeline.batches.requests import RequestConfig
+from pipeline.prepare.ingested_days import DayCounts
 
 GATE = GateConfig(min_users=100)
 NOBODY = np.zeros(0)
@@ -209,13 +210,13 @@ def test_guards_of_the_model():
 
 
 def test_guards_of_the_day_compare_with_the_last_days_that_were_whole():
-    usual = [{"read": 1_000, "accepted": 1_000, "rejected": 0}] * 6 + [{"read": 10, "accepted": 10, "rejected": 0}]
+    usual = [DayCounts(read=1_000, accepted=1_000, rejected=0)] * 6 + [DayCounts(read=10, accepted=10, rejected=0)]
     assert day_guards(usual[0], [], gate=GATE) == []
     assert all(guard.holds for guard in day_guards(usual[0], usual, gate=GATE))
-    few = day_guards({"read": 300, "accepted": 290, "rejected": 10}, usual, gate=GATE)
+    few = day_guards(DayCounts(read=300, accepted=290, rejected=10), usual, gate=GATE)
     assert [guard.holds for guard in few] == [False, False]
     assert guard_named(few, "events").limit.startswith("from 400 to 2,500")
-    many = day_guards({"read": 3_000, "accepted": 3_000, "rejected": 0}, usual, gate=GATE)
+    many = day_guards(DayCounts(read=3_000, accepted=3_000, rejected=0), usual, gate=GATE)
     assert [guard.holds for guard in many] == [False, True]
 
 

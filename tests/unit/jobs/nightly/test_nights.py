@@ -11,8 +11,9 @@ from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.nightly import nights as nightly_module
 from jobs.nightly.context import nights_directory
-from jobs.nightly.journal import END, Journal, TryLater
+from jobs.nightly.journal import Journal, TryLater
 from jobs.nightly.nights import NightlyOptions, nightly
+from jobs.nightly.steps import Outcome
 from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
 from pipeline.events import NotNow
 
@@ -24,7 +25,7 @@ def config(tmp_path):
     folder = ["--data.prepare.daily.folder", "dt=%Y-%m-%d"]
     config = load_config("nightly", "movielens-100k", ["--workspace", str(tmp_path), *folder])
     last = Journal(nights_directory(config), DAY - datetime.timedelta(days=2))
-    last.write(END, {"date": str(last.date), "verdict": "promoted", "reasons": ["r"], "champion": "1"})
+    last.write(Outcome(date=last.date, verdict="promoted", reasons=("r",), champion="1"))
     return config
 
 
@@ -58,7 +59,7 @@ def test_missed_night_with_a_damaged_checkpoint_is_given_up_and_the_last_one_say
     assert begun == [missed, DAY]
     ended = Journal(nights_directory(config), missed).ended
     assert ended is not None
-    assert (ended["verdict"], ended["reasons"]) == ("failed", ["run: damaged"])
+    assert (ended.verdict, ended.reasons) == ("failed", ("run: damaged",))
 
 
 def test_night_before_the_last_one_is_refused(config):

@@ -18,6 +18,7 @@ from jobs.config.reader import load_config
 from jobs.nightly.journal import Journal
 from jobs.nightly.report import write_report
 from jobs.nightly.report_plots import reliability
+from jobs.nightly.steps import Outcome
 from jobs.training.results import RankedTargets, ScoredImpressions
 
 SECTIONS = ["verdict", "comparison", "guards", "log", "metrics", "training"]
@@ -73,16 +74,16 @@ class Nights:
 
     def journal(self, number: int, *, ended: str | None = None, **documents: dict[str, Any]) -> Journal:
         journal = Journal(self.root, FIRST + datetime.timedelta(days=number))
+        journal.directory.mkdir(parents=True)
         for step, document in documents.items():
-            journal.write(step, {"seconds": 2.5, **document})
+            (journal.directory / f"{step}.json").write_text(json.dumps({"seconds": 2.5, **document}))
         if ended is not None:
-            journal.write("night", {"date": str(journal.date), "verdict": ended, "reasons": ["r"], "champion": "1"})
+            journal.write(Outcome(date=journal.date, verdict=ended, reasons=("r",), champion="1"))
         return journal
 
     def page(self, journal: Journal, **outcome: Any) -> Page:
-        whole = {"date": str(journal.date), "verdict": "promoted", "reasons": ["better"], "champion_before": "4",
-                 "champion": "5", **outcome}  # fmt: skip
-        path = write_report(self.config, self.root, journal, whole)
+        whole = {"verdict": "promoted", "reasons": ("better",), "champion_before": "4", "champion": "5", **outcome}
+        path = write_report(self.config, self.root, journal, Outcome(date=journal.date, **whole))
         assert path == journal.directory / "report.html"
         return Page(path.read_text())
 
@@ -126,14 +127,17 @@ def write_run(run_dir: Path, result: Any, *, primary: str) -> dict[str, dict[str
     systems = {"solar": interval, "champion": interval}
     slices = [{"name": name, "users": 50, "weight": 70.0, "systems": systems} for name in
               ("all targets", "1-9 events", "10-99 events")]  # fmt: skip
-    (evaluation / "summary.json").write_text(json.dumps({"primary": primary, "slices": slices}))
+    summary = {"task": "next_item", "split": "temporal", "primary": primary, "systems": ["solar", "champion"],
+               "metrics": {}, "slices": slices, "intervals": systems, "ratios": {}}  # fmt: skip
+    (evaluation / "summary.json").write_text(json.dumps(summary))
     spectrum = {"histories": 9, "rank": [1, 2], "quantiles": {"0.5": [0.7, 0.9]}}
     (evaluation / "spectrum.json").write_text(json.dumps(spectrum))
     rows = [{"kind": "step", "step": step, "loss": 3 / step} for step in (1, 2, 3)]
     rows += [{"kind": "valid", "step": 3, primary: 0.31}]
     (run_dir / "telemetry.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trained = {"run_dir": str(run_dir), "steps": 3, "events": 900, "train_seconds": 1.25, "why_cold": None}
-    return {"train": trained, "evaluate": {"directory": str(evaluation)}}
+    trained = {"run_dir": str(run_dir), "checkpoint": str(run_dir), "key": "k", "mlflow_run_id": "r", "requests": {},
+               "training": {}, "steps": 3, "events": 900, "train_seconds": 1.25, "why_cold": None}  # fmt: skip
+    return {"train": trained, "evaluate": {"directory": str(evaluation), "reference": None, "latencies": [0.1, 0.2]}}
 
 
 def impressions() -> ScoredImpressions:
@@ -157,8 +161,9 @@ def targets() -> RankedTargets:
 
 def whole_night(made: Nights, tmp_path: Path, result: Any, *, primary: str) -> Journal:
     """A night with everything, after one that was promoted and one without input."""
+    registered = {"champion": "1", "verdict": "promoted", "reasons": ["r"]}
     made.journal(0, ended="promoted", prepare=prepared(d2026_03_01=100), champion={"version": None},
-                 decision=decision(primary, 0.3), register={"champion": "1", "verdict": "promoted"})  # fmt: skip
+                 decision=decision(primary, 0.3), register=registered)  # fmt: skip
     made.journal(1, ended="no_input")
     before = {"version": "4", "metrics": {primary: 0.2718}, "primary": primary}
     days = prepared(d2026_03_01=100, d2026_03_02=77, d2026_03_03=120)

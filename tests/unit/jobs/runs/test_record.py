@@ -11,6 +11,7 @@ import pytest
 
 from jobs.config.reader import load_config
 from jobs.config.run import RunConfig
+from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.files import write_json
 from jobs.runs.record import previous_run, run_facts
@@ -33,7 +34,7 @@ def run_dir(config) -> Path:
 def test_run_killed_before_its_record_was_in_place_starts_anew(config, run_dir):
     for name in ("lock", "workers.lock", "run.tmp"):
         (run_dir / name).write_text("{")
-    assert previous_run(config, SHARDS) == {}
+    assert previous_run(config, SHARDS) is None
 
 
 def test_directory_of_something_else_is_refused(config, run_dir):
@@ -47,7 +48,7 @@ def test_damaged_record_is_named_and_removing_it_falls_back_on_the_checkpoint(co
     record.write_text('{"fingerp')
     with pytest.raises(UserError, match=rf"run.json: not valid JSON .*: remove {run_dir}, there is no checkpoint"):
         previous_run(config, SHARDS)
-    write_checkpoint(run_dir / "step-00000004", **run_facts(config, SHARDS))
+    write_checkpoint(run_dir / "step-00000004", **as_json(run_facts(config, SHARDS)))
     with pytest.raises(UserError, match=r"run.json: not valid JSON .*: remove it; the checkpoints say the same"):
         previous_run(config, SHARDS)
     record.unlink()
@@ -58,6 +59,7 @@ def test_damaged_record_is_named_and_removing_it_falls_back_on_the_checkpoint(co
 
 
 def test_shards_that_changed_are_refused_by_manifest(config, run_dir):
-    write_json(run_dir / "run.json", {**run_facts(config, SHARDS), "manifest": 2, "manifest_fingerprint": "old"})
+    facts = dataclasses.replace(run_facts(config, SHARDS), manifest=2, manifest_fingerprint="old")
+    write_json(run_dir / "run.json", as_json(facts))
     with pytest.raises(UserError, match="was trained on manifest 2 \\(old\\), the shards are now at manifest 3"):
         previous_run(config, SHARDS)

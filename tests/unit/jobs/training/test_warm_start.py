@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.files import write_json
 from jobs.runs.record import previous_run, run_facts
@@ -135,7 +136,7 @@ def test_run_belongs_to_the_content_that_it_began_from(checkpoint, days, tmp_pat
     config = tiny_config(directory, "--training.warm_start", str(checkpoint), "--workspace", str(tmp_path), name="warm")
     config.run_dir.mkdir(parents=True)
     facts = run_facts(config, second, warm_start=checkpoint_key(checkpoint))
-    write_json(config.run_dir / "run.json", facts)
+    write_json(config.run_dir / "run.json", as_json(facts))
     assert previous_run(config, second) == facts
     # Not to the path: the run's directory stands for the same checkpoint here.
     same = dataclasses.replace(config, training=dataclasses.replace(config.training, warm_start=str(checkpoint.parent)))
@@ -152,7 +153,7 @@ def test_run_belongs_to_the_content_that_it_began_from(checkpoint, days, tmp_pat
     # A run has its own checkpoints: what it began from may go.
     shutil.rmtree(checkpoint)
     assert previous_run(config, second) == facts
-    write_json(config.run_dir / "run.json", {**facts, "warm_start": None})
+    write_json(config.run_dir / "run.json", {**as_json(facts), "warm_start": None})
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         previous_run(config, second)
 

@@ -9,7 +9,7 @@ from pipeline.events import DataError
 from pipeline.log import daily as daily_module
 from pipeline.log.daily import DailyLog, days_told
 from pipeline.log.readers import FileFormat
-from pipeline.prepare.ingested_days import day_counts
+from pipeline.prepare.ingested_days import DayCounts, day_counts
 from pipeline.prepare.plan import pending_days
 
 DAYS = [datetime.date(2026, 3, day) for day in (27, 28, 29, 30)]
@@ -149,7 +149,7 @@ def test_days_come_in_alone_and_one_that_is_refused_holds_up_no_other(prepare, w
     assert take_in(DAYS[1]).manifest.counts["accepted"] == 9
     assert pending() == ([], {})
     assert day_counts(out, daily=SPARK) == {
-        day: {"read": 3, "accepted": 3, "rejected": 0} for day in (DAYS[2], DAYS[1])
+        day: DayCounts(read=3, accepted=3, rejected=0) for day in (DAYS[2], DAYS[1])
     }
 
 

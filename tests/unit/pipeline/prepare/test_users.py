@@ -162,7 +162,7 @@ def test_a_table_of_several_row_groups_is_staged_group_by_group(log, write_log, 
     read = []
     original = ingest.stage_users
     monkeypatch.setattr(
-        ingest, "stage_users", lambda part, **named: read.append(part["row_group"]) or original(part, **named)
+        ingest, "stage_users", lambda part, **named: read.append(part.row_group) or original(part, **named)
     )
     write_log({"user_id": ["1", "2", "3"], "sex": ["m", "f", "x"]}, "log/users.parquet", row_group_size=1)
     prepare(log, tmp_path / "out")

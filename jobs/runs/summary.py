@@ -1,0 +1,78 @@
+"""DIR/summary.json, the last file of an evaluation: the metrics of every system, with intervals over users."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.host.documents import as_json, from_json
+from jobs.host.files import read_json, write_json
+from models.metrics import Interval
+
+SUMMARY = "summary.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationKey:
+    """What was evaluated, and on what: the same again has the same results."""
+
+    part: str = ""
+    """Which part of the split: train, valid or test."""
+    systems_evaluated: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The content key of each system's weights, by the system's name."""
+    manifest_fingerprint: str = ""
+    """Fingerprint of the manifest of the shards."""
+    requests_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The RequestConfig as it is stored."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slice:
+    """A part of the targets or candidates."""
+
+    name: str
+    users: int
+    """Users that have one in this part."""
+    weight: float
+    """Requests (next_item) or candidates (impressions) in this part."""
+    systems: Mapping[str, Interval]
+    """The primary metric of each system."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary(EvaluationKey):
+    """What an evaluation measured."""
+
+    task: str
+    split: str
+    primary: str
+    """Name of the metric that decides."""
+    systems: list[str]
+    """Names of the systems, the main one first."""
+    metrics: Mapping[str, Mapping[str, float]]
+    """Every metric by its name, of each system."""
+    slices: list[Slice]
+    """All targets first, then by kind of target and history length."""
+    intervals: Mapping[str, Interval]
+    """The primary metric of each system; empty without a user."""
+    ratios: Mapping[str, Interval]
+    """The primary metric of the main system divided by that of each other one."""
+
+    @property
+    def main(self) -> str:
+        """The name of the main system."""
+        return self.systems[0]
+
+    def is_of(self, key: EvaluationKey) -> bool:
+        """Whether this is the summary of that evaluation."""
+        return all(getattr(self, name) == value for name, value in vars(key).items())
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / SUMMARY, as_json(self))
+
+
+def read_summary(directory: Path) -> Summary:
+    """What the evaluation in a directory measured."""
+    return from_json(Summary, read_json(directory / SUMMARY))

@@ -1,0 +1,112 @@
+"""Staging a log: each part of an event file is read and validated, and its events are written by bucket of users."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+
+from pipeline.events import DataError, Reason, validate
+from pipeline.log import readers
+from pipeline.log.readers import Part
+from pipeline.prepare.plan import Plan, mapping_of
+from pipeline.prepare.staging import Fragment, write_fragments, write_table
+from pipeline.shards.tombstones import Tombstones
+from pipeline.storage import Store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagedPart:
+    """What was read and staged of one part of an event file."""
+
+    number: int
+    """The number of the part."""
+    read: int
+    """Rows read; read = valid + the sum of rejected."""
+    valid: int
+    rejected: dict[str, int]
+    """Rows by reason, among them those of forgotten users."""
+    time_range: list[int] | None
+    """First and last valid event, milliseconds since 1970 UTC; None without a valid event or a time column."""
+    actions: list[str]
+    """Distinct actions."""
+    items: str | None
+    """Name of the staged file of distinct items; None without a valid event."""
+    fragments: list[Fragment]
+    """The valid events by bucket."""
+
+
+def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
+    """Read and validate one part; write its events by bucket, its distinct items and its rejected rows."""
+    file, store, number = part.input, Store(staging), part.number
+    mapping = mapping_of(file, columns=plan.columns, files=plan.files, schema=plan.schema)
+    absent = [pl.lit(None).alias(name) for name in plan.columns.mapping() if name not in mapping]
+    stones = Tombstones.of(plan.out, plan.parent)
+    read = forgotten = valid = 0
+    fragments: list[Fragment] = []
+    rejected: list[pl.DataFrame] = []
+    items: list[pl.Series] = []
+    actions: set[str] = set()
+    bounds: list[int] = []
+    try:
+        blocks = readers.read_blocks(file, mapping=mapping, options=plan.files, row_group=part.row_group)
+        for count, block in enumerate(blocks):
+            table = block.table.with_columns(absent)
+            if stones is not None:
+                is_forgotten = stones.among(table["user_id"])
+                forgotten += int(is_forgotten.sum())
+                table = table.filter(~is_forgotten)
+            checked = validate(table, columns=plan.columns, id_types=plan.schema["id_types"], malformed=block.malformed)
+            read += block.table.height + len(block.malformed)
+            valid += checked.events.height
+            rejected.append(checked.rejected)
+            if not checked.events.height:
+                continue
+            items.append(checked.events["item_id"].unique())
+            if "action" in mapping:
+                actions |= set(checked.events["action"].drop_nulls().unique())
+            if "timestamp" in mapping:
+                times = checked.events["timestamp"].to_numpy()
+                bounds += [int(times.min()), int(times.max())]
+            name = f"events-{number:06d}-{count:04d}.arrow"
+            fragments += write_fragments(store, name, checked.events, buckets=plan.config["buckets"])
+    except DataError as error:
+        text = str(error)
+        raise DataError(text if text.startswith(file.name) else f"{file.name}: {text}") from None
+    items_file = f"items-{number:06d}.parquet" if items else None
+    if items_file:
+        write_table(store, items_file, pl.concat(items).unique().to_frame())
+    table = pl.concat(rejected).with_columns(pl.lit(file.name).alias("file")) if rejected else pl.DataFrame()
+    if table.height:
+        write_table(Store(plan.out), f"rejected/{plan.ingest}/part-{number:06d}.parquet", table)
+    counts = dict(table["reason"].value_counts().rows() if table.height else [])
+    if forgotten:
+        counts[Reason.FORGOTTEN_USER.value] = forgotten
+    return StagedPart(
+        number=number, read=read, valid=valid, rejected=counts, actions=sorted(actions), items=items_file,
+        time_range=[min(bounds), max(bounds)] if bounds else None, fragments=fragments,
+    )  # fmt: skip
+
+
+def refuse_bad_log(staged: Sequence[StagedPart], *, plan: Plan, max_rejected_ratio: float) -> dict[str, Any]:
+    """Counts over all parts: read, valid, rejected. DataError when nothing is valid or too much was rejected."""
+    read, valid = sum(s.read for s in staged), sum(s.valid for s in staged)
+    rejected = {r.value: n for r in Reason if (n := sum(s.rejected.get(r.value, 0) for s in staged))}
+    assert read == valid + sum(rejected.values())
+    names = ", ".join(new.file.name for new in plan.inputs[:3]) + (", ..." if len(plan.inputs) > 3 else "")
+    reasons = ", ".join(f"{reason}: {n}" for reason, n in rejected.items())
+    where = f"{plan.out}/rejected/{plan.ingest}"
+    if not read:
+        raise DataError(f"{names}: the log is empty; nothing was prepared")
+    # Rows of forgotten users are no mistake of the log.
+    of_log = read - rejected.get(Reason.FORGOTTEN_USER, 0)
+    if of_log and not valid:
+        raise DataError(f"{names}: all {of_log} rows are invalid ({reasons}); see {where}; nothing was prepared")
+    if of_log - valid > max_rejected_ratio * of_log:
+        raise DataError(
+            f"{names}: {of_log - valid} of {of_log} rows are invalid ({reasons}), above max_rejected_ratio "
+            f"{max_rejected_ratio}; see {where}; fix the log or raise the ratio"
+        )
+    return {"read": read, "valid": valid, "rejected": rejected}
