@@ -201,22 +201,6 @@ def forget(path: str, users: Sequence[str], *, progress: Progress | None = None)
     return committed
 
 
-def migrate(path: str, *, progress: Progress | None = None) -> Manifest:
-    """Make a data set of the previous format readable: a new manifest, the keys of its events, a new index.
-
-    DataError when its latest manifest is of another version. Ray must be initialised.
-    """
-    _require_ray()
-    report = progress or (lambda stage, done, total: None)
-    data, old = compaction.open_version_1(path)
-    with staging_directory(path):
-        index = functools.partial(compaction.index_bucket, data=data)
-        built = _map(index, data.buckets, stage="migrate", report=report)
-        committed = compaction.migrated(built, data=data, parent=old)
-        manifest.commit(path, committed)
-    return committed
-
-
 def index_requests(
     data: shards.Shards, *, config: RequestConfig, progress: Progress | None = None
 ) -> request_index.RequestCounts:

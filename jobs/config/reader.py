@@ -194,7 +194,7 @@ def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Se
 def _named(model: str) -> type:
     """The model's config with its own name as one more field."""
     name = ("name", str, dataclasses.field(default=model))
-    doc = {"__doc__": f"The model, here {model}: its own settings follow model.name."}
+    doc = {"__doc__": f"The model and its own settings.\n\nArgs:\n    name: One of {', '.join(MODELS)}."}
     return dataclasses.make_dataclass(
         "Model", [name], bases=(MODELS[model][0],), frozen=True, kw_only=True, namespace=doc
     )

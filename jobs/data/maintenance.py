@@ -1,4 +1,4 @@
-"""solar compact, forget, gc, migrate: what a data set needs that grows for years."""
+"""solar compact, forget, gc: what a data set needs that grows for years."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.data.prepare import progress_of
 from jobs.host.console import Console
-from pipeline.build import compact, forget, migrate
+from pipeline.build import compact, forget
 from pipeline.prepare.forgetting import clean_output, read_users, traces
 from pipeline.prepare.garbage import collect
 from pipeline.shards.dataset import Shards
@@ -23,13 +23,6 @@ def compact_shards(path: str, console: Console, *, cluster: ClusterConfig, verbo
         stage.result = f"{len(before.files):,} files -> {len(after.files):,}, manifest {after.number} in {path}"
         if found:
             stage.result += f"; {found:,} old events had come again: counted as duplicates now"
-
-
-def migrate_shards(path: str, console: Console, *, cluster: ClusterConfig, verbose: bool = False) -> None:
-    """Make a data set of the previous format readable."""
-    with ray_session(cluster, verbose=verbose), console.stage("migrate") as stage:
-        after = migrate(absolute(path), progress=progress_of(stage))
-        stage.result = f"format version {after.format_version}, manifest {after.number} in {path}"
 
 
 def forget_users(

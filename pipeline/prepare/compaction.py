@@ -1,8 +1,7 @@
-"""Rewriting what is there: a bucket's files as one (compact), and a data set of the previous format (migrate).
+"""Compaction: all files of a bucket rewritten as one.
 
     compact_bucket   a bucket's files -> one file, what stood twice or is forgotten left out           (a task a bucket)
-    index_bucket     a bucket of format 1 -> the keys of its file                                      (a task a bucket)
-    finish, migrated counts, index, manifest                                                           (driver)
+    finish           counts, index, manifest                                                           (driver)
 
 Users keep their rows; what a reader gets is the same before and after.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,11 +17,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.events import DataError, Reason
+from pipeline.events import Reason
 from pipeline.prepare.staging import read_table, write_table
 from pipeline.shards.dataset import Shards
 from pipeline.shards.event_keys import EventKeys, write_keys
-from pipeline.shards.manifest import FORMAT_VERSION, Manifest, fingerprint_of, manifest_name, manifest_numbers
+from pipeline.shards.manifest import Manifest
 from pipeline.shards.rows import UserRows, runs
 from pipeline.shards.tombstones import Tombstones
 from pipeline.shards.user_columns import PREFIX
@@ -102,49 +100,6 @@ def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> M
     return dataclasses.replace(
         data.manifest, number=data.manifest.number + 1, parent=data.manifest.fingerprint, counts=counts, files=files,
         users=index.height, index=write_index(index, path=data.path),
-    )  # fmt: skip
-
-
-def open_version_1(path: str) -> tuple[Shards, str]:
-    """A data set whose latest manifest has format version 1, without keys yet, and that manifest's fingerprint.
-
-    DataError where there is none, or one of another version.
-    """
-    store = Store(path)
-    numbers = manifest_numbers(store)
-    content = store.read(manifest_name(numbers[-1])) if numbers else b"{}"
-    fields = json.loads(content)
-    if (version := fields.get("format_version")) != 1:
-        found = "no prepared data set" if version is None else f"a data set of format version {version}"
-        raise DataError(f"{path}: {found} there; `solar migrate` makes version {FORMAT_VERSION} of version 1")
-    files = [
-        {k: v for k, v in file.items() if k != "row_groups"}
-        | {"groups": list(range(file["row_groups"])), "accepted": file["events"], "unchecked": 0}
-        for file in fields["files"]
-    ]
-    # None: how a file's ends looked was not kept; the whole file is compared instead.
-    inputs = [entry | {"edges": None} for entry in fields["inputs"]]
-    manifest = Manifest(**fields | {"files": files, "inputs": inputs, "format_version": FORMAT_VERSION})
-    return Shards(path, manifest), fingerprint_of(content)
-
-
-def index_bucket(bucket: int, *, data: Shards) -> dict[str, Any]:
-    """Write the keys of the bucket's one file; the manifest's entry of that file."""
-    [file] = data.files_of(bucket)
-    keys = [EventKeys.of(UserRows.from_table(data.read_table(group))) for group in data.groups_of(bucket)]
-    return file | {"keys": write_keys(keys, path=data.path, bucket=bucket)}
-
-
-def migrated(built: Sequence[dict[str, Any]], *, data: Shards, parent: str) -> Manifest:
-    """Describe the data set in the present format; the caller commits it. `parent`: fingerprint of the old manifest."""
-    entries = {file["bucket"]: file for file in built}
-    files = [entries[file["bucket"]] for file in data.manifest.files]
-    old = data.index_table()
-    bucket = pl.Series([file["bucket"] for file in files], dtype=pl.Int64)
-    index = old.select("user_id", "row", "events", group="row_group", bucket=bucket.gather(old["file"]))
-    return dataclasses.replace(
-        data.manifest, number=data.manifest.number + 1, parent=parent, files=files,
-        index=write_index(index, path=data.path),
     )  # fmt: skip
 
 

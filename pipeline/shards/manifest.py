@@ -97,8 +97,10 @@ def read_manifest(path: str, *, number: int) -> Manifest:
         raise DataError(f"{path}: {name} is damaged; restore it or prepare into a new directory") from None
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if version != FORMAT_VERSION:
-        fix = f"run `solar migrate {path}`" if version == 1 else "prepare into a new directory"
-        raise DataError(f"{path}: {name} has format version {version}, this program reads {FORMAT_VERSION}; {fix}")
+        raise DataError(
+            f"{path}: {name} has format version {version}, this program reads {FORMAT_VERSION}; prepare into a new "
+            "directory"
+        )
     try:
         found = Manifest(**fields)
     except TypeError as error:

@@ -26,7 +26,9 @@ class SyntheticConfig:
     form: Literal["events", "impressions"] = "events"
     """events: every event is a click; impressions: every event is a shown candidate, with label 1 if clicked."""
     users: int = 1_000
+    """Number of users."""
     items: int = 10_000
+    """Number of items of the catalogue."""
     topics: int = 20
     """Number of values of the items' feature `topic`."""
     groups: int = 200
@@ -34,6 +36,7 @@ class SyntheticConfig:
     events_per_user: int = 1_000
     """Mean over users; in impressions, every shown candidate is an event."""
     max_events_per_user: int = 100_000
+    """Longest history."""
     spread: float = 1.0
     """Standard deviation of the logarithm of a user's number of events; 0 = all users have the mean number."""
     rank: int = 8

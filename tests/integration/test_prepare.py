@@ -126,7 +126,6 @@ def test_mistakes_in_keeping_a_data_set_are_told_in_one_line(solar, tmp_path):
     prepare(str(tmp_path / "log"), str(tmp_path / "shards"), config=CONFIG)
     for command, words in (
         (["gc", "shards", "--keep", "0"], "--keep is 0: it must be at least 1"),
-        (["migrate", "shards"], "a data set of format version 2 there"),
         (["compact", "elsewhere"], "no prepared data set there"),
         (["forget", "shards", "--users", "nobody.txt"], "no such file"),
     ):

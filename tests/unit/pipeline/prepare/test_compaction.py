@@ -1,12 +1,9 @@
 """Care of a data set that grew: compaction, removal of old states, migration from the previous format."""
 
-import dataclasses
-import json
 import os
 import socket
 
 import polars as pl
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline import build
@@ -14,7 +11,7 @@ from pipeline.events import DataError, EventColumns
 from pipeline.prepare.garbage import collect
 from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import digest, verify
-from pipeline.shards.manifest import Manifest, manifest_numbers, read_manifest
+from pipeline.shards.manifest import manifest_numbers, read_manifest
 from pipeline.storage import Store
 
 FULL = EventColumns(action="action", label="label", request_id="request_id")
@@ -121,42 +118,3 @@ def test_nothing_is_collected_while_another_run_may_write(grown, tmp_path):
             collect(grown, keep=1)
         (tmp_path / "out" / name).rmdir()
     assert len(manifest_numbers(Store(grown))) == 3
-
-
-def as_version_1(path):
-    """Rewrite the one state of a data set as the previous format had it."""
-    data = Shards.open(path)
-    place = {file["bucket"]: number for number, file in enumerate(data.manifest.files)}
-    index = data.index_table().with_columns(
-        file=pl.col("bucket").replace_strict(place), row_group="group"
-    ).drop("bucket", "group")  # fmt: skip
-    store = Store(path)
-    pq.write_table(index.to_arrow(compat_level=pl.CompatLevel.oldest()), store.join("index/old.parquet"))
-    entry = {"name": "index/old.parquet", "bytes": store.size("index/old.parquet")}
-    entry["checksum"] = store.checksum(entry["name"])
-    old = [{k: v for k, v in f.items() if k not in ("groups", "accepted", "unchecked", "keys")}
-           | {"row_groups": len(f["groups"])} for f in data.manifest.files]  # fmt: skip
-    inputs = [{k: v for k, v in entry.items() if k != "edges"} for entry in data.manifest.inputs]
-    fields = dataclasses.asdict(data.manifest) | {"files": old, "index": entry, "inputs": inputs, "format_version": 1}
-    store.write("manifests/00000001.json", json.dumps(fields).encode())
-
-
-def test_a_data_set_of_the_previous_format_is_migrated(prepare, write_log, random_log, tmp_path):
-    write_log(random_log(), "log/0.parquet")
-    prepare(tmp_path / "log", tmp_path / "out", columns=FULL, buckets=3)
-    path, new = str(tmp_path / "out"), Shards.open(str(tmp_path / "out")).manifest
-    content = digest(path)
-    as_version_1(path)
-    with pytest.raises(DataError, match="format version 1, this program reads 2; run `solar migrate"):
-        Shards.open(path)
-    migrated = build.migrate(path)
-    assert isinstance(migrated, Manifest)
-    assert (migrated.number, migrated.files, migrated.index) == (2, new.files, new.index)
-    assert (verify(path), digest(path)) == ([], content)
-    # The same log, and then one that repeats a part of it.
-    assert prepare(tmp_path / "log", path, columns=FULL, buckets=3).reused
-    write_log(random_log()[:20], "log/1.parquet")
-    counts = prepare(tmp_path / "log", path, columns=FULL, buckets=3).manifest.counts
-    assert counts["accepted"] == new.counts["accepted"]
-    with pytest.raises(DataError, match="a data set of format version 2 there"):
-        build.migrate(path)

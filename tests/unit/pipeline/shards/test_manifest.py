@@ -50,7 +50,7 @@ def test_a_damaged_or_foreign_manifest_is_refused_by_name(tmp_path):
     for text, words in (
         ("{", "is damaged"),
         (json.dumps({"format_version": 9}), "format version 9, this program reads 2; prepare into"),
-        (json.dumps({"format_version": 1}), "format version 1, this program reads 2; run `solar migrate"),
+        (json.dumps({"format_version": 1}), "format version 1, this program reads 2; prepare into a new directory"),
         (json.dumps({"format_version": 2, "colour": 2}), "is damaged"),
     ):
         path.write_text(text)
