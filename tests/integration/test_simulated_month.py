@@ -12,7 +12,7 @@ from tests.support.simulated_month import Month
 
 def test_four_nights_with_troubles_end_as_they_must(tmp_path):
     said: list[str] = []
-    month = Month(tmp_path, plan_of(4), states=False, tell=said.append)
+    month = Month(tmp_path, plan_of(4), states=False, ray=False, tell=said.append)
     month.run(frozen_every=0)
     assert month.problems() == [], "\n".join(said)
     ended = [month.document(number, "night") for number in range(2, 6)]
