@@ -24,6 +24,7 @@ from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED
 from tests.support.ranks import run_ranks
+from tests.support.serial import without_ray
 from tests.support.tiny import prepare_tiny, write_tiny_log
 
 FIRST, STEP = 1_000_000_000, 5_000_000
@@ -189,7 +190,8 @@ def test_every_rank_gets_the_same_results(baskets):
     assert all(left.tolist() == right.tolist() for left, right in zip(first, second, strict=True))
 
 
-def test_items_that_the_model_does_not_know_are_misses_and_others_are_found_by_raw_id(prepared, tmp_path):
+def test_items_that_the_model_does_not_know_are_misses_and_others_are_found_by_raw_id(prepared, tmp_path, monkeypatch):
+    without_ray(monkeypatch.setattr)
     log, _ = prepared
     events = read_log(log)
     known = events.filter(pl.col("item_id") % 3 != 0)

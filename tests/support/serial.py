@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import sys
@@ -17,6 +18,18 @@ from jobs.cluster.telemetry import Reporter, said_by_rank_0
 from pipeline import build
 
 
+USERS = (
+    "jobs.data.maintenance",
+    "jobs.data.prepare",
+    "jobs.nightly.night",
+    "jobs.run",
+    "jobs.runs.leaderboard",
+    "jobs.serving.build_states",
+    "jobs.serving.score",
+)
+"""With what they import, all that take the replaced names: imported later they would keep the replacements."""
+
+
 def without_ray(set_attribute: Callable[[Any, str, Any], None]) -> None:
     """Replace what starts tasks; their arguments and results still pass through JSON, as with Ray."""
 
@@ -27,9 +40,11 @@ def without_ray(set_attribute: Callable[[Any, str, Any], None]) -> None:
     set_attribute(build, "_require_ray", lambda: None)
 
 
-def command_without_ray() -> None:
-    """For the rest of this process, which runs one command: no Ray for tasks, actors and workers."""
-    without_ray(setattr)
+def command_without_ray(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
+    """The same for all that a command starts: tasks, actors and workers."""
+    for name in USERS:
+        importlib.import_module(name)
+    without_ray(set_attribute)
     for original, replacement in (
         (session.ray_session, _no_session),
         (actor_pool.map_in_actors, _map_here),
@@ -38,7 +53,7 @@ def command_without_ray() -> None:
         # Most modules took the name when they were imported.
         for module in [module for name, module in sys.modules.items() if name.startswith("jobs.")]:
             for name in [name for name, value in vars(module).items() if value is original]:
-                setattr(module, name, replacement)
+                set_attribute(module, name, replacement)
 
 
 @contextmanager
