@@ -110,8 +110,8 @@ def telemetry(run_dir: Path) -> list[dict[str, Any]]:
     return read_rows(run_dir / "telemetry.jsonl")
 
 
-def orphans(family: list[psutil.Process], *, within: float = 10.0) -> list[str]:
-    """What still runs of a command's processes some seconds after it ended.
+def orphans(family: list[psutil.Process], *, within: float = 120.0) -> list[str]:
+    """What still runs of a command's processes `within` seconds after it ended; an idle machine needs two.
 
     Ray's two agents of a node look for their raylet once a minute and write nothing: they are not counted.
     """

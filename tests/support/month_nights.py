@@ -75,7 +75,7 @@ class NightProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
-        return orphans(family, within=30)
+        return orphans(family)
 
     def finish(self) -> tuple[int, float]:
         """(exit code, seconds)."""

@@ -17,7 +17,6 @@ from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.telemetry import Reporter, said_by_rank_0
 from pipeline import build
 
-
 USERS = (
     "jobs.data.maintenance",
     "jobs.data.prepare",
