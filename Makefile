@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test setup lint format clean
+.PHONY: demo test soak setup lint format clean
 
 demo: $(READY)
 	$(BIN)/solar run movielens-100k
@@ -11,6 +11,14 @@ demo: $(READY)
 # Three at a time on two cores: tests that start processes wait for them a quarter of the time.
 test: $(READY) lint
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+# Before a release, an hour or two on two cores: every command of the integration tests with Ray, as a user starts it,
+# and then runs, ingests and a month of nights that are killed at random moments.
+soak: $(READY)
+	SOLAR_TEST_RAY=1 $(BIN)/python -m pytest tests/integration
+	$(BIN)/python tests/benchmarks/kill_and_resume.py --kills 12
+	$(BIN)/python tests/benchmarks/kill_and_prepare.py --kills 12
+	$(BIN)/python tests/benchmarks/simulated_month.py --nights 30
 
 lint: $(READY)
 	$(BIN)/ruff check .

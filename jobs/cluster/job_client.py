@@ -36,6 +36,8 @@ SILENT_SECONDS = 60.0
 """Without a word for this long the log stream is opened anew: a connection may be lost without a sign."""
 LOST_SECONDS = 300.0
 """How long a cluster that went silent is asked again before following gives up."""
+NODES_SECONDS = 60.0
+"""How long a dashboard that knows of no node is asked again: one that has just started answers before it does."""
 STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 """Read by Ray's job supervisor, which runs in the job's own environment: seconds from SIGTERM to SIGKILL."""
 STOP_GRACE_SECONDS = 3
@@ -121,13 +123,19 @@ class Cluster:
 
     def on_this_machine(self) -> bool:
         """Whether every node of the cluster is this machine: its raylet's socket is a file here."""
+        deadline = time.monotonic() + NODES_SECONDS
+        while not (sockets := self._raylet_sockets()) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return bool(sockets) and all(Path(socket).is_socket() for socket in sockets)
+
+    def _raylet_sockets(self) -> list[str]:
+        """The raylet's socket of every node that is alive, as far as the dashboard knows the nodes."""
         with self._explained():
             response = self._client._do_request("GET", "/nodes?view=summary")
         if response.status_code != 200:
-            return False
+            return []
         nodes = [node["raylet"] for node in response.json()["data"]["summary"]]
-        sockets = [node.get("rayletSocketName", "") for node in nodes if node.get("state") == "ALIVE"]
-        return bool(sockets) and all(Path(socket).is_socket() for socket in sockets)
+        return [node.get("rayletSocketName", "") for node in nodes if node.get("state") == "ALIVE"]
 
     def submit(
         self,

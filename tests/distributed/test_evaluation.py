@@ -24,7 +24,8 @@ from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED
 from tests.support.ranks import run_ranks
-from tests.support.tiny import write_tiny_log
+from tests.support.serial import without_ray
+from tests.support.tiny import prepare_tiny, write_tiny_log
 
 FIRST, STEP = 1_000_000_000, 5_000_000
 """Milliseconds of the tiny log's first event, and between two events of a user."""
@@ -74,14 +75,10 @@ def evaluate_here(shards_dir: str, requests: RequestConfig, model_dir: str) -> d
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, local_ray) -> tuple[Path, Shards]:
+def prepared(tmp_path_factory) -> tuple[Path, Shards]:
     directory = tmp_path_factory.mktemp("evaluation")
     log = write_tiny_log(directory / "log")
-    prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
-    shards = Shards.open(str(directory / "shards"))
-    for requests in (LAST, BASKETS):
-        index_requests(shards, config=requests)
-    return log, shards
+    return log, prepare_tiny(log, directory / "shards", LAST, BASKETS)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +190,8 @@ def test_every_rank_gets_the_same_results(baskets):
     assert all(left.tolist() == right.tolist() for left, right in zip(first, second, strict=True))
 
 
-def test_items_that_the_model_does_not_know_are_misses_and_others_are_found_by_raw_id(prepared, tmp_path):
+def test_items_that_the_model_does_not_know_are_misses_and_others_are_found_by_raw_id(prepared, tmp_path, monkeypatch):
+    without_ray(monkeypatch.setattr)
     log, _ = prepared
     events = read_log(log)
     known = events.filter(pl.col("item_id") % 3 != 0)

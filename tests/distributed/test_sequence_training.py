@@ -25,7 +25,7 @@ REQUESTS = RequestConfig(num_negatives=0)
 
 
 @pytest.fixture(scope="module")
-def shards_dir(tmp_path_factory, local_ray) -> str:
+def shards_dir(tmp_path_factory) -> str:
     return tiny_shards(tmp_path_factory.mktemp("tiny"), REQUESTS)
 
 

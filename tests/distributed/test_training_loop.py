@@ -37,24 +37,20 @@ from jobs.training.step import NonFiniteLoss
 from models.solar import SolarConfig
 from pipeline.batches.loader import LoaderConfig, TrainLoader
 from pipeline.batches.requests import RequestConfig
-from pipeline.build import PrepareConfig, index_requests, prepare
 from pipeline.shards.dataset import Shards
 from tests.support.ranks import run_ranks
-from tests.support.tiny import write_tiny_log
+from tests.support.tiny import prepare_tiny, write_tiny_log
 
 NEXT_ITEM = RequestConfig(num_negatives=8)
 
 
 @pytest.fixture(scope="module")
-def shards_dir(tmp_path_factory, local_ray) -> str:
+def shards_dir(tmp_path_factory) -> str:
     return tiny_shards(tmp_path_factory.mktemp("tiny"), NEXT_ITEM)
 
 
 def tiny_shards(directory: Path, requests: RequestConfig) -> str:
-    log = write_tiny_log(directory / "log")
-    prepare(str(log), str(directory / "shards"), config=PrepareConfig(buckets=3, row_group_events=200))
-    index_requests(Shards.open(str(directory / "shards")), config=requests)
-    return str(directory / "shards")
+    return prepare_tiny(write_tiny_log(directory / "log"), directory / "shards", requests).path
 
 
 def make_job(shards_dir: str, run_dir: Path, **changes: Any) -> TrainJob:

@@ -10,7 +10,14 @@ import polars as pl
 import pytest
 
 from jobs import cli
+from tests.support.serial import command_without_ray
 from tests.support.tiny import write_tiny_log
+
+
+@pytest.fixture(autouse=True)
+def serial(monkeypatch):
+    """Tasks in this process; test_prepare.py has the errors of Ray's."""
+    command_without_ray(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -48,26 +55,26 @@ def prepare(path: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", [import_files, prepare])
-def test_missing_file_is_named(command, refuses, tmp_path, local_ray):
+def test_missing_file_is_named(command, refuses, tmp_path):
     assert "nowhere.parquet" in refuses(*command(tmp_path / "nowhere.parquet", tmp_path / "out"))
 
 
 @pytest.mark.parametrize("command", [import_files, prepare])
-def test_wrong_column_is_named_with_those_that_exist(command, refuses, log, tmp_path, local_ray):
+def test_wrong_column_is_named_with_those_that_exist(command, refuses, log, tmp_path):
     line = refuses(*command(log / "events-00000.parquet", tmp_path / "out", "--columns.user_id", "customer"))
     assert "customer" in line
     assert "user_id" in line
 
 
 @pytest.mark.parametrize("command", [import_files, prepare])
-def test_empty_log_is_named(command, refuses, log, tmp_path, local_ray):
+def test_empty_log_is_named(command, refuses, log, tmp_path):
     empty = tmp_path / "empty.parquet"
     pl.read_parquet(log / "events-00000.parquet").clear().write_parquet(empty)
     assert "empty.parquet" in refuses(*command(empty, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("command", [import_files, prepare])
-def test_log_of_invalid_rows_counts_them_by_reason(command, refuses, log, tmp_path, local_ray):
+def test_log_of_invalid_rows_counts_them_by_reason(command, refuses, log, tmp_path):
     invalid = tmp_path / "invalid.parquet"
     events = pl.read_parquet(log / "events-00000.parquet").with_columns(pl.lit(None, pl.Int64).alias("user_id"))
     events.write_parquet(invalid)
@@ -76,7 +83,7 @@ def test_log_of_invalid_rows_counts_them_by_reason(command, refuses, log, tmp_pa
     assert "user" in line
 
 
-def test_users_table_that_cannot_be_used_is_named_without_its_users(refuses, log, tmp_path, local_ray):
+def test_users_table_that_cannot_be_used_is_named_without_its_users(refuses, log, tmp_path):
     table, out = tmp_path / "people.parquet", tmp_path / "out"
     events = log / "events-00000.parquet"
     pl.DataFrame({"user_id": [31, 32, 31], "age": [1, 2, 3]}).write_parquet(table)
@@ -95,7 +102,7 @@ def test_users_table_that_cannot_be_used_is_named_without_its_users(refuses, log
 
 
 @pytest.mark.parametrize("command", [import_files, prepare])
-def test_parquet_file_cut_in_half_is_named(command, refuses, log, tmp_path, local_ray):
+def test_parquet_file_cut_in_half_is_named(command, refuses, log, tmp_path):
     cut = tmp_path / "cut.parquet"
     raw = (log / "events-00000.parquet").read_bytes()
     cut.write_bytes(raw[: len(raw) // 2])
@@ -110,7 +117,7 @@ def test_event_log_directory_of_another_source_is_refused(refuses, log, tmp_path
     assert str(tmp_path / "out") in refuses(*import_files(other / "events-00000.parquet", tmp_path / "out"))
 
 
-def test_shards_of_another_configuration_are_refused(refuses, log, tmp_path, capfd, local_ray):
+def test_shards_of_another_configuration_are_refused(refuses, log, tmp_path, capfd):
     workspace = ["--workspace", str(tmp_path / "workspace")]
     assert cli.run([*prepare(log, tmp_path / "out", "--buckets", "2"), *workspace, "-v"]) == 0
     capfd.readouterr()
@@ -168,7 +175,7 @@ def test_run_without_events_says_how_to_bring_them_in(refuses):
     assert "--source.path FILE" in refuses("run", "ml-1m")
 
 
-def test_time_features_without_time_stamps_are_refused_by_name(refuses, tmp_path, capfd, local_ray):
+def test_time_features_without_time_stamps_are_refused_by_name(refuses, tmp_path, capfd):
     ordered = tmp_path / "ordered.parquet"
     frame = pl.DataFrame({"user_id": [1, 1, 1, 1, 2], "item_id": [1, 2, 3, 4, 1], "order": [1, 2, 3, 4, 1]})
     frame.write_parquet(ordered)
@@ -183,7 +190,7 @@ def test_time_features_without_time_stamps_are_refused_by_name(refuses, tmp_path
 
 
 def test_disk_too_small_for_the_checkpoints_is_refused_before_a_worker_starts(
-    refuses, log, tmp_path, capfd, monkeypatch, local_ray
+    refuses, log, tmp_path, capfd, monkeypatch
 ):
     shards = tmp_path / "shards"
     assert cli.run([*prepare(log, shards), "--workspace", str(tmp_path / "workspace"), "-v"]) == 0

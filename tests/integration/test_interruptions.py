@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-import time
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from jobs.tracking.runs import mlflow_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
-from pipeline.build import PrepareConfig, prepare
+from tests.support.commands import refused, solar
+from tests.support.held import Holds
 from tests.support.interruptions import Command, differences, learned, orphans, telemetry
-from tests.support.tiny import write_tiny_log, write_tiny_recipe
-
-SHARDS = PrepareConfig(buckets=3, row_group_events=200)
+from tests.support.tiny import prepare_tiny, write_tiny_log, write_tiny_recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,70 +27,66 @@ class Place:
     directory: Path
     options: list[str]
 
-    def train(self, name: str, *more: str) -> Command:
-        return Command("train", "tiny.yaml", "--name", name, *self.options, *more, cwd=self.directory)
+    def arguments(self, name: str, *more: str) -> list[str]:
+        return ["train", "tiny.yaml", "--name", name, *self.options, *more]
+
+    def start(self, name: str, *more: str, holds: Holds) -> Command:
+        """As a user starts it, with Ray; it waits at the holds."""
+        return Command(*self.arguments(name, *more), cwd=self.directory, holds=holds)
+
+    def train(self, name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        """To the end, without Ray: its ranks are forks."""
+        return solar(*self.arguments(name, *more), cwd=self.directory)
+
+    def refusal(self, name: str, *more: str) -> str:
+        return refused(*self.arguments(name, *more), cwd=self.directory)
 
     def run_dir(self, name: str) -> Path:
         return self.directory / "workspace" / "runs" / name
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, local_ray) -> Place:
+def place(tmp_path_factory) -> Place:
     directory = tmp_path_factory.mktemp("interruptions")
     log = write_tiny_log(directory / "raw")
     write_tiny_recipe(directory / "tiny.yaml", workspace=directory / "workspace", events=log)
-    prepare(str(log), str(directory / "shards"), config=SHARDS)
-    options = ["--data.shards", str(directory / "shards"), "--training.epochs", "25"]
+    prepare_tiny(log, directory / "shards")
+    options = ["--data.shards", str(directory / "shards"), "--training.epochs", "12"]
     return Place(directory, [*options, "--checkpoint.every_steps", "5", "--parallel.num_workers", "2"])
 
 
-def wait_until(condition, command: Command) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert not command.ended(), command.finish()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def refused(command: Command) -> str:
-    code, _, errors = command.finish()
-    assert code == 2, errors
-    assert len(errors.strip().splitlines()) == 1, errors
-    return errors
-
-
-def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the_same_bits(place):
-    code, _, errors = place.train("undisturbed").finish()
-    assert code == 0, errors
+def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the_same_bits(place, tmp_path):
+    undisturbed = place.train("undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
     run_dir = place.run_dir("killed")
 
     # Ray restarts the group after a worker's death; meanwhile nobody else may touch the run.
-    command = place.train("killed", "--cluster.max_failures", "2")
-    wait_until((run_dir / "lock").exists, command)
-    assert f"process {command.pid} on " in refused(place.train("killed"))
-    assert command.wait_for_step(run_dir, 15) < 90
+    holds = Holds(tmp_path / "holds", 17, 33)
+    command = place.start("killed", "--cluster.max_failures", "2", holds=holds)
+    holds.wait(17, command)
+    assert f"process {command.pid} on " in place.refusal("killed")
     command.workers()[1].kill()
-    wait_until(lambda: sum(row["kind"] == "start" for row in telemetry(run_dir)) == 2, command)
-    command.wait_for_step(run_dir, 40)
+    holds.wait(33, command)
+    assert sum(row["kind"] == "start" for row in telemetry(run_dir)) == 2
     family = command.family()
     command.send(signal.SIGKILL)
     assert command.finish()[0] == -signal.SIGKILL
-    assert orphans(family, within=30) == []
+    assert orphans(family) == []
 
     # A disk that damaged the latest checkpoint: refused, and what the line says helps.
     latest = latest_checkpoint(run_dir)
     assert latest is not None
     (latest / "COMMIT").write_bytes((latest / "COMMIT").read_bytes()[:100])
-    assert f"remove {latest} to go on from step-" in refused(place.train("killed", "--resume"))
+    assert f"remove {latest} to go on from step-" in place.refusal("killed", "--resume")
 
     # Another day came meanwhile: the run goes on with the data that it began with.
     day = write_tiny_log(place.directory / "raw-2", seed=1) / "events-00000.parquet"
     day.rename(place.directory / "raw" / "events-00001.parquet")
-    prepare(str(place.directory / "raw"), str(place.directory / "shards"), config=SHARDS)
-    code, output, errors = place.train("killed", "--from-previous").finish()
-    assert code == 0, errors
-    assert f"{latest.name} is now damaged-{latest.name}" in output
-    assert "continues on manifest 1; the shards are at 2 now" in output
+    prepare_tiny(place.directory / "raw", place.directory / "shards")
+    resumed = place.train("killed", "--from-previous")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{latest.name} is now damaged-{latest.name}" in resumed.stdout
+    assert "continues on manifest 1; the shards are at 2 now" in resumed.stdout
 
     assert differences(learned(place.run_dir("undisturbed")), learned(run_dir)) == []
     steps = [row["step"] for row in telemetry(run_dir) if row["kind"] == "step"]
@@ -109,9 +104,11 @@ def mlflow_statuses(place: Place) -> dict[str, list[str]]:
     return statuses
 
 
-def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(place):
-    command = place.train("interrupted", "--training.epochs", "400")
-    assert command.wait_for_step(place.run_dir("interrupted"), 1) < 1600
+def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(place, tmp_path):
+    # Held, training goes on when it is asked to stop.
+    holds = Holds(tmp_path / "holds", 3)
+    command = place.start("interrupted", holds=holds)
+    holds.wait(3, command)
     command.send(signal.SIGINT)
     code, _, errors = command.finish(within=120)
     assert code == 130, errors
@@ -119,12 +116,14 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(pla
     latest = latest_checkpoint(place.run_dir("interrupted"))
     assert latest is not None
     assert not read_state(latest)["train_state"]["finished"]
-    assert "add --resume" in refused(place.train("interrupted", "--training.epochs", "400"))
+    assert "add --resume" in place.refusal("interrupted")
 
 
-def test_sigterm_while_workers_start_ends_the_command_and_all_it_started(place):
-    command = place.train("early")
-    wait_until(lambda: command.workers(), command)
+def test_sigterm_while_workers_start_ends_the_command_and_all_it_started(place, tmp_path):
+    holds = Holds(tmp_path / "holds", 0)
+    command = place.start("early", holds=holds)
+    holds.wait(0, command)
+    assert command.workers()
     family = command.family()
     command.send(signal.SIGTERM)
     code, _, errors = command.finish(within=120)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from jobs.tracking.runs import mlflow_client
-from tests.support.commands import refused, solar
+from tests.support.commands import refused, solar, solar_process
 from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 
@@ -29,7 +29,8 @@ def recipe(workplace) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(recipe, workplace) -> subprocess.CompletedProcess[str]:
-    return solar("run", recipe, cwd=workplace)
+    """As a user starts it; what follows on it starts no Ray."""
+    return solar_process("run", recipe, cwd=workplace)
 
 
 def test_first_run_ends_with_metrics_places_and_a_champion(first_run, workplace):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-from tests.support.commands import SOLAR, free_ports
+from tests.support.commands import free_ports, solar
 from tests.support.daily_log import write_day, write_nightly_recipe
 from tests.support.ray_nodes import Nodes
 
 HEAD = "127.0.0.1"
+START_SECONDS = 180.0
 
 
 @pytest.fixture(scope="module")
-def submitted(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str], subprocess.CompletedProcess[str]]:
+def submitted(tmp_path_factory) -> tuple[Path, CompletedProcess[str], CompletedProcess[str]]:
     """(workplace, the first night's submission, the list of jobs)."""
     directory = tmp_path_factory.mktemp("night")
     write_day(directory / "log", 0)
@@ -30,21 +32,25 @@ def submitted(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str],
             node.wait_until_started()
         address = ["--address", f"http://{HEAD}:{dashboard}"]
         night = ["nightly", "shop.yaml", "--date", "2026-03-01", "--parallel.num_workers", "2"]
-        command = [SOLAR, "submit", *address, "--tag", "night=2026-03-01", "--", *night]
-        deadline = time.monotonic() + 60
-        while True:
-            done = run(command, cwd=directory, environment=nodes.environment)
-            # The job server and its agent come up after the node.
-            early = ("no Ray cluster answers", "No available agent")
-            if not any(text in done.stderr for text in early) or time.monotonic() > deadline:
-                break
-            time.sleep(2)
-        listed = run([SOLAR, "jobs", "list", *address], cwd=directory, environment=nodes.environment)
+        night += ["--training.epochs", "1"]
+
+        def here(*command: str) -> CompletedProcess[str]:
+            return solar(*command, cwd=directory, environment=nodes.environment)
+
+        done = when_ready(lambda: here("submit", *address, "--tag", "night=2026-03-01", "--", *night))
+        listed = here("jobs", "list", *address)
     return directory, done, listed
 
 
-def run(command: list[str], *, cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+def when_ready(submit: Callable[[], CompletedProcess[str]]) -> CompletedProcess[str]:
+    """Again until the job server and its agent are up, which come after the node."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        done = submit()
+        early = ("does not answer", "No available agent")
+        if not any(text in done.stderr for text in early) or time.monotonic() > deadline:
+            return done
+        time.sleep(0.5)
 
 
 def test_night_on_several_nodes_has_a_champion_with_states(submitted):

@@ -1,18 +1,57 @@
-"""`solar ...` as a user runs it: a process of its own."""
+"""`solar ...` to its end: in a fork of a process that has imported everything, or as a user runs it.
+
+A fork has a process, a working directory, an environment and output files of its own like any command, but imports
+nothing anew and starts no Ray: what tasks and workers of a group do is done in the
+fork, and by forked ranks. That takes a tenth of the computing of a command with Ray. Starting, watching and ending
+Ray's processes is what tests of `solar_process`, of `Command` (interruptions.py) and of submitted jobs are for; with
+SOLAR_TEST_RAY=1, as in `make soak`, every command is a process that starts Ray.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from tests.support import ranks
+from tests.support.serial import command_without_ray
+
 SOLAR = str(Path(sys.executable).parent / "solar")
+LIMIT_SECONDS = 600.0
+"""For a command that ends; only a defect, or a machine that is far too busy, uses it up."""
 
 
-def solar(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
-    return subprocess.run([SOLAR, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600)
+def solar(
+    *arguments: str | Path, cwd: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end in a fork; `environment`: instead of this process's."""
+    if os.environ.get("SOLAR_TEST_RAY"):
+        return solar_process(*arguments, cwd=cwd, environment=environment)
+    command = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as directory:
+        out, errors = Path(directory) / "out", Path(directory) / "errors"
+        passed = (ranks.server_address(), environment or dict(os.environ), command, str(cwd), str(out), str(errors))
+        process = multiprocessing.get_context("forkserver").Process(target=_enter, args=passed)
+        process.start()
+        process.join(LIMIT_SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(["solar", *command], LIMIT_SECONDS, out.read_text(), errors.read_text())
+        return subprocess.CompletedProcess(["solar", *command], process.exitcode, out.read_text(), errors.read_text())
+
+
+def solar_process(
+    *arguments: str | Path, cwd: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end as a user does: a process that begins with nothing, and Ray."""
+    return subprocess.run(
+        [SOLAR, *map(str, arguments)],
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS,
+    )  # fmt: skip
 
 
 def succeeded(*arguments: str | Path, cwd: Path) -> str:
@@ -38,3 +77,32 @@ def free_ports(count: int) -> list[int]:
     for open_socket in sockets:
         open_socket.close()
     return ports
+
+
+def _enter(
+    server: str, environment: dict[str, str], arguments: list[str], directory: str, out: str, errors: str
+) -> None:
+    """In the fork: streams, directory and environment as a shell would give them, then the console script."""
+    ranks.share_server(server)
+    ranks.take_environment(environment)
+    os.chdir(directory)
+    for number, path in ((1, out), (2, errors)):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
+    sys.argv = [SOLAR, *arguments]
+    command_without_ray()
+    from jobs.cli import main
+
+    code = 1
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not the interpreter's own end (see ranks.py).
+        os._exit(code)

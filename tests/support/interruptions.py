@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from jobs.host.files import read_rows
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from tests.support.commands import SOLAR
+from tests.support.held import Holds
 
 WAIT_SECONDS = 600.0
 """For a moment that must come; only a defect (or a machine that is far too busy) uses it up."""
@@ -31,10 +32,13 @@ class Command:
         cwd: Path,
         environment: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
+        holds: Holds | None = None,
     ) -> None:
-        """`environment`: instead of this process's; `prefix` goes before the command."""
+        """`environment`: instead of this process's; `prefix` goes before the command; `holds`: where it waits."""
+        if holds is not None:
+            environment = holds.environment(environment)
         self._process = psutil.Popen(
-            [*prefix, SOLAR, *map(str, arguments)],
+            [*prefix, *(holds.program if holds else [SOLAR]), *map(str, arguments)],
             cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -106,8 +110,8 @@ def telemetry(run_dir: Path) -> list[dict[str, Any]]:
     return read_rows(run_dir / "telemetry.jsonl")
 
 
-def orphans(family: list[psutil.Process], *, within: float = 10.0) -> list[str]:
-    """What still runs of a command's processes some seconds after it ended.
+def orphans(family: list[psutil.Process], *, within: float = 120.0) -> list[str]:
+    """What still runs of a command's processes `within` seconds after it ended; an idle machine needs two.
 
     Ray's two agents of a node look for their raylet once a minute and write nothing: they are not counted.
     """

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.commands import SOLAR, free_ports
+from tests.support.commands import SOLAR, free_ports, solar
+from tests.support.held import Holds
 from tests.support.interruptions import orphans
 
 WAIT_SECONDS = 600.0
@@ -26,14 +27,16 @@ WAIT_SECONDS = 600.0
 class NightProcess:
     """`solar nightly ...` in a process group of its own, its output in files that can be read while it runs."""
 
-    def __init__(self, arguments: list[str], *, cwd: Path, output: Path) -> None:
+    def __init__(self, arguments: list[str], *, cwd: Path, output: Path, holds: Holds | None = None) -> None:
+        """`holds`: the steps at whose beginning it waits."""
+        program, environment = ([SOLAR], dict(os.environ)) if holds is None else (holds.program, holds.environment())
         self._output, self._errors = output.with_suffix(".out"), output.with_suffix(".err")
         output.parent.mkdir(parents=True, exist_ok=True)
         self._started = time.monotonic()
         with self._output.open("w") as out, self._errors.open("w") as errors:
             self._process = psutil.Popen(
-                [SOLAR, "nightly", *arguments], cwd=cwd, stdout=out, stderr=errors, start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                [*program, "nightly", *arguments], cwd=cwd, stdout=out, stderr=errors, start_new_session=True,
+                env={**environment, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
 
     @property
@@ -43,6 +46,9 @@ class NightProcess:
     @property
     def errors(self) -> list[str]:
         return self._errors.read_text().strip().splitlines()
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def wait_for(self, date: datetime.date, step: str) -> bool:
         """Until the step is announced; False where the command ended before."""
@@ -69,7 +75,7 @@ class NightProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
-        return orphans(family, within=30)
+        return orphans(family)
 
     def finish(self) -> tuple[int, float]:
         """(exit code, seconds)."""
@@ -79,6 +85,21 @@ class NightProcess:
             self.kill(group_alone=False)
             raise
         return code, time.monotonic() - self._started
+
+
+class NightWithoutRay:
+    """The same as a fork without Ray, which has ended when it is made."""
+
+    def __init__(self, arguments: list[str], *, cwd: Path) -> None:
+        started = time.monotonic()
+        self._done = solar("nightly", *arguments, cwd=cwd)
+        self._seconds = time.monotonic() - started
+        self.said = self._done.stdout
+        self.errors = self._done.stderr.strip().splitlines()
+
+    def finish(self) -> tuple[int, float]:
+        """(exit code, seconds)."""
+        return self._done.returncode, self._seconds
 
 
 class MlflowServer:

@@ -44,16 +44,24 @@ class Plan:
 
 
 def plan_of(nights: int) -> Plan:
-    """A month from 28 nights on, else the short plan and quiet nights after it."""
+    """A month from 28 nights on, else the short plan and quiet nights after it; no trouble that would end later."""
     last = FIRST_NIGHT + nights - 1
     if nights < 28:
         troubles: dict[int, Trouble] = {2: "killed at once", 3: "bad day", 4: "worse by design", 5: "MLflow away"}
-        return Plan(last=last, troubles=troubles, repaired_after=2, killed_in=("train", "register"))
+        repaired_after = 1 if nights < 4 else 2
+        kept = _ending(troubles, repaired_after=repaired_after, last=last)
+        return Plan(last=last, troubles=kept, repaired_after=repaired_after, killed_in=("train", "register"))
     troubles = {
         5: "bad day", 9: "missing day", 11: "late day", 14: "redelivered", 16: "worse by design", 18: "killed at once",
         20: "killed later", 22: "MLflow away", 24: "disk full", 26: "forgotten user",
     }  # fmt: skip
-    return Plan(last=last, troubles=troubles, repaired_after=3)
+    return Plan(last=last, troubles=_ending(troubles, repaired_after=3, last=last), repaired_after=3)
+
+
+def _ending(troubles: Mapping[int, Trouble], *, repaired_after: int, last: int) -> dict[int, Trouble]:
+    """Those whose end comes by the last day: a day comes again, or the night after a refusal trains on both days."""
+    nights = {"bad day": repaired_after, "late day": Plan.late_by, "worse by design": 1}
+    return {day: trouble for day, trouble in troubles.items() if day + nights.get(trouble, 0) <= last}
 
 
 class World:

@@ -8,6 +8,7 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch.multiprocessing.spawn import start_processes
 
 # Ranks are forks of one process, which has imported what takes seconds.
-multiprocessing.set_forkserver_preload(["torch", "torchrec", "deepspeed", "jobs.training.loop"])
+multiprocessing.set_forkserver_preload(["tests.support.preload"])
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
@@ -24,6 +25,25 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
         passed = (dict(os.environ), world_size, directory, function, arguments)
         start_processes(_enter, args=passed, nprocs=world_size, start_method="forkserver")
         return [pickle.loads((Path(directory) / f"{rank}.pkl").read_bytes()) for rank in range(world_size)]
+
+
+def take_environment(environment: dict[str, str]) -> None:
+    """The test's, in a fork: the server's own is as old as the server."""
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def server_address() -> str:
+    """Of the process that is forked; it is started where it is not there yet."""
+    forkserver.ensure_running()
+    return forkserver._forkserver._forkserver_address
+
+
+def share_server(address: str) -> None:
+    """In a fork: ranks that it starts are forks of the same process; by itself Python would start another one."""
+    server: Any = forkserver._forkserver
+    server._forkserver_address = address
+    server.ensure_running = lambda: None
 
 
 def _enter(
@@ -38,9 +58,7 @@ def _enter(
 
     from jobs.cluster.worker_group import quiet_libraries
 
-    # The server's own is as old as the server.
-    os.environ.clear()
-    os.environ.update(environment)
+    take_environment(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )

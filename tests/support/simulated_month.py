@@ -17,7 +17,8 @@ from jobs.tracking.champions import champion, changes, nights
 from jobs.tracking.runs import mlflow_client
 from tests.support.commands import succeeded
 from tests.support.daily_log import day_of, events_of, write_nightly_recipe
-from tests.support.month_nights import MlflowServer, NightProcess, can_mount, small_disk
+from tests.support.held import Holds
+from tests.support.month_nights import MlflowServer, NightProcess, NightWithoutRay, can_mount, small_disk
 from tests.support.month_world import FIRST_NIGHT, Plan, World
 
 MODEL = "solar-daily"
@@ -48,8 +49,11 @@ class Month:
     """The nights in `place`, one after the other."""
 
     def __init__(
-        self, place: Path, plan: Plan, *, keep: int = 7, states: bool = True, tell: Callable[[str], None] = print
-    ) -> None:
+        self, place: Path, plan: Plan, *, keep: int = 7, states: bool = True, ray: bool = True,
+        tell: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        """`ray`: for all nights, not only for the ones that are killed."""
+        self._ray = ray
         self.place, self.plan, self.tell = place, plan, tell
         self.workspace = place / "workspace"
         self.world = World(place / "log", plan)
@@ -105,15 +109,20 @@ class Month:
             case _:
                 self._expect(self._attempt(number, ""), 0)
 
-    def _start(self, number: int, *options: str) -> NightProcess:
+    def _arguments(self, number: int, *options: str) -> list[str]:
         common = [f"{RECIPE}.yaml", "--date", str(day_of(number)), "--catch-up", "--tracking.uri", self.server.uri]
+        return [*common, *options]
+
+    def _start(self, number: int, *options: str, holds: Holds | None = None) -> NightProcess:
         output = self.place / "output" / f"{day_of(number)}-{len(self.attempts)}"
-        return NightProcess([*common, *options], cwd=self.place, output=output)
+        return NightProcess(self._arguments(number, *options), cwd=self.place, output=output, holds=holds)
 
     def _attempt(self, number: int, what: str, *options: str) -> Attempt:
-        return self._ended(number, what, self._start(number, *options))
+        if self._ray:
+            return self._ended(number, what, self._start(number, *options))
+        return self._ended(number, what, NightWithoutRay(self._arguments(number, *options), cwd=self.place))
 
-    def _ended(self, number: int, what: str, process: NightProcess) -> Attempt:
+    def _ended(self, number: int, what: str, process: NightProcess | NightWithoutRay) -> Attempt:
         code, seconds = process.finish()
         line = process.errors[-1] if process.errors else ""
         attempt = Attempt(day=number, what=what, code=code, seconds=seconds, line=line)
@@ -138,15 +147,18 @@ class Month:
     def _killed_night(self, number: int, *, later: bool) -> None:
         """Killed in one step after the other, then to the end."""
         for step in self.plan.killed_in:
-            process = self._start(number)
-            if process.wait_for(day_of(number), step):
-                if later:
+            holds = Holds(self.place / "holds" / f"{number}-{step}", *([] if later else [step]))
+            process = self._start(number, holds=holds)
+            if later:
+                if process.wait_for(day_of(number), step):
                     process.wait_a_little(LATER.get(step, 0.05))
-                left = process.kill(group_alone=not later)
-                if left:
-                    self.faults.append(f"{day_of(number)}: after kill -9 in {step} there still runs {', '.join(left)}")
+            else:
+                holds.wait(step, process)
+            left = process.kill(group_alone=not later)
+            if left:
+                self.faults.append(f"{day_of(number)}: after kill -9 in {step} there still runs {', '.join(left)}")
             self._ended(number, f"kill -9 in {step}{', later' if later else ''}", process)
-        self._expect(self._attempt(number, "after the kills"), 0)
+        self._expect(self._ended(number, "after the kills", self._start(number)), 0)
 
     def _full_disk(self, number: int) -> None:
         """The night's run gets a disk that is too small for a checkpoint; freed, the same command goes on."""

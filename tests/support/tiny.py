@@ -6,6 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pytest
+
+from pipeline.batches.requests import RequestConfig
+from pipeline.build import PrepareConfig, index_requests, prepare
+from pipeline.shards.dataset import Shards
+from tests.support.serial import without_ray
 
 NUM_USERS, NUM_ITEMS, NUM_GENRES = 40, 60, 4
 
@@ -39,6 +45,16 @@ def write_tiny_log(directory: Path, *, seed: int = 0) -> Path:
     }
     pl.DataFrame(tastes).write_parquet(directory / "users.parquet")
     return directory
+
+
+def prepare_tiny(log: Path, out: Path, *requests: RequestConfig) -> Shards:
+    """Shards of the log, with these requests counted; without Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch.setattr)
+        prepare(str(log), str(out), config=PrepareConfig(buckets=3, row_group_events=200))
+        for config in requests:
+            index_requests(Shards.open(str(out)), config=config)
+    return Shards.open(str(out))
 
 
 def write_tiny_recipe(path: Path, *, workspace: Path, events: Path) -> Path:

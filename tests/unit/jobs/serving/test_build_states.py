@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cluster.session import ClusterConfig, ray_session
+from jobs.cluster.session import ClusterConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.scorer import user_states
@@ -21,6 +21,7 @@ from jobs.serving.stored_states import find_states
 from jobs.serving.user_histories import UserHistories
 from pipeline.events import DataError, EventColumns
 from pipeline.shards.dataset import Shards
+from tests.support.serial import command_without_ray
 
 
 @pytest.fixture
@@ -85,10 +86,10 @@ def scorer_users(data, user):
     return data.index.user_id.to_pylist().index(user)
 
 
-@pytest.fixture(scope="module")
-def ray():
-    with ray_session(ClusterConfig(address="local")):
-        yield
+@pytest.fixture
+def serial(monkeypatch):
+    """States are built in this process; test_score_parts.py has Ray's actors."""
+    command_without_ray(monkeypatch.setattr)
 
 
 def built(model, data, out, **options):
@@ -111,7 +112,7 @@ def assert_same_scores(found, expected):
         assert [scores[item] for item in one["candidates"]] == pytest.approx(one["scores"], abs=1e-3)
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("serial")
 def test_users_are_scored_from_their_states_and_others_from_raw_histories(long_log, export, tmp_path, monkeypatch):
     model, out = export(long_log, max_history=10_000), tmp_path / "states"
     states = built(model, long_log, out, parallel=1)
@@ -153,7 +154,7 @@ def times_of(data):
     return {user[0]: part["timestamp"].to_list() for user, part in events.group_by("user_id")}
 
 
-@pytest.mark.usefixtures("ray")
+@pytest.mark.usefixtures("serial")
 def test_states_of_another_model_are_refused_and_incomplete_ones_do_not_exist(long_log, export, tmp_path, capsys):
     model, other = export(long_log), export(long_log, name="other", rank=3)
     out, asked = tmp_path / "states", {"user_id": [1], "candidates": [[100]]}

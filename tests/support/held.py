@@ -1,0 +1,131 @@
+"""Commands that wait at given points until a test lets them go on: what the test does there is always in time.
+
+    holds = Holds(tmp_path / "holds", 17)                                    # a training step; 0: before the first one
+    command = Command("train", ..., holds=holds)                             # or a step of a night, by its name
+    holds.wait(17, command)                                                  # it is there, and stays there
+    holds.release(17)
+
+A point holds once: after a restart, training passes it. Training that is held goes on, too, when it is asked to stop.
+
+`python -m tests.support.held DIRECTORY COMMAND ...` is the command `solar` that looks into DIRECTORY for its holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from jobs.cluster.telemetry import Reporter
+
+ROOT = Path(__file__).parents[2]
+POLL_SECONDS = 0.05
+WAIT_SECONDS = 600.0
+
+
+class Ends(Protocol):
+    """A process."""
+
+    def ended(self) -> bool: ...
+
+
+class Holds:
+    """The points at which commands wait, as files in a directory."""
+
+    def __init__(self, directory: Path, *points: int | str) -> None:
+        directory.mkdir(parents=True)
+        self.directory = directory
+        for point in points:
+            (directory / f"hold-{point}").touch()
+
+    @property
+    def program(self) -> list[str]:
+        """What is started instead of `solar`."""
+        return [sys.executable, "-m", "tests.support.held", str(self.directory)]
+
+    def environment(self, values: dict[str, str] | None = None) -> dict[str, str]:
+        """These variables (by default this process's) for the program: it finds the tests."""
+        values = dict(os.environ if values is None else values)
+        return values | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), values.get("PYTHONPATH", "")]))}
+
+    def wait(self, point: int | str, process: Ends) -> None:
+        """Until the command waits there."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not (self.directory / f"at-{point}").exists():
+            assert not process.ended(), f"ended before {point}"
+            assert time.monotonic() < deadline, f"{point} never came"
+            time.sleep(POLL_SECONDS)
+
+    def release(self, point: int | str) -> None:
+        (self.directory / f"go-{point}").touch()
+
+
+def begins(directory: Path, point: int | str) -> bool:
+    """Whether the command has to wait at this point now; from now on it is known to be there."""
+    due = (directory / f"hold-{point}").exists() and not (directory / f"at-{point}").exists()
+    if due:
+        (directory / f"at-{point}").touch()
+    return due
+
+
+def released(directory: Path, point: int | str) -> bool:
+    return (directory / f"go-{point}").exists()
+
+
+def train_worker(directory: Path, arguments: dict[str, Any]) -> None:
+    """A training worker, held where the directory says."""
+    from jobs.runs import train
+
+    reporter = HeldReporter(arguments["telemetry"], directory)
+    reporter.hold(0)
+    train._train_worker(arguments | {"reporter": reporter})
+
+
+class HeldReporter(Reporter):
+    """Rank 0 waits after a step; the other ranks wait for it in the next one."""
+
+    def __init__(self, actor: Any, directory: Path) -> None:
+        super().__init__(actor)
+        self._directory = directory
+
+    def row(self, kind: str, **values: Any) -> None:
+        super().row(kind, **values)
+        if kind == "step":
+            self.hold(values["step"])
+
+    def hold(self, step: int) -> None:
+        import ray
+
+        if self._actor is not None and begins(self._directory, step):
+            while not released(self._directory, step) and not ray.get(self._actor.push.remote([])):
+                time.sleep(POLL_SECONDS)
+
+
+def main() -> None:
+    from jobs import cli
+    from jobs.nightly.context import NightContext
+    from jobs.runs import train
+
+    # By its name in the package: this module is __main__ here and nowhere else.
+    from tests.support import held
+
+    directory, arguments = Path(sys.argv[1]), sys.argv[2:]
+    train._train_worker = functools.partial(held.train_worker, directory)
+    tell = NightContext.tell
+
+    def tell_and_wait(night: NightContext, text: str) -> None:
+        tell(night, text)
+        # A step of a night is told by its name alone.
+        if text.isidentifier() and begins(directory, text):
+            while not released(directory, text):
+                time.sleep(POLL_SECONDS)
+
+    NightContext.tell = tell_and_wait
+    cli.main(arguments)
+
+
+if __name__ == "__main__":
+    main()
