@@ -1,10 +1,10 @@
-"""Rewriting what is there: a bucket's files as one (compact), and a data set of the previous format (migrate).
+"""Rewriting a data set: the files of a bucket into one (compact), the previous format into the present one (migrate).
 
-    compact_bucket   a bucket's files -> one file, what stood twice or is forgotten left out           (a task a bucket)
-    index_bucket     a bucket of format 1 -> the keys of its file                                      (a task a bucket)
-    finish, migrated counts, index, manifest                                                           (driver)
+    compact_bucket   a bucket's files -> one file without repeated events and forgotten users     (one task per bucket)
+    index_bucket     a bucket of format 1 -> the keys of its file                                 (one task per bucket)
+    finish, migrated counts, index, manifest                                                      (driver)
 
-Users keep their rows; what a reader gets is the same before and after.
+Users keep their rows, and readers get the same before and after.
 """
 
 from __future__ import annotations
@@ -33,24 +33,25 @@ from pipeline.storage import Store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewrittenBucket:
-    """What became of a bucket that was rewritten as one file."""
+    """The result of rewriting a bucket as one file."""
 
     bucket: int
     file: dict[str, Any] | None
-    """The manifest's entry; None when no user is left."""
+    """The file's entry for the manifest; None if no user is left."""
     forgotten: int
-    """Events of forgotten users that were left out."""
+    """Number of events that were left out because their users are forgotten."""
 
 
 def crowded(data: Shards, *, max_deltas: int) -> list[int]:
-    """Buckets that have more files over their first one than that."""
+    """Buckets that have more than `max_deltas` files besides their first one."""
     return [bucket for bucket in data.buckets if len(data.files_of(bucket)) - 1 > max_deltas]
 
 
 def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombstones | None = None) -> RewrittenBucket:
-    """Write the bucket as one file, without users who are forgotten. Leaves the places of its users."""
+    """Write the bucket as one file, without forgotten users. Stages the places of its users for `finish`."""
     keys, places, dropped = [], [data.index_table().clear()], 0
 
+    # The generators run while write_shard reads from them; they also collect keys, places and what was dropped.
     def parts() -> Iterator[tuple[int, pa.Table]]:
         for group, rows in enumerate(_regrouped(kept(), limit=data.manifest.config["row_group_events"])):
             keys.append(EventKeys.of(rows))
@@ -79,10 +80,13 @@ def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombst
 
 
 def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> Manifest:
-    """Describe the data set with these buckets rewritten; the caller commits it."""
+    """The manifest of the data set with these buckets rewritten; the caller commits it."""
+    # Files: those of the rewritten buckets replace the old ones.
     fresh = {b.bucket: b.file for b in built}
     files = [file for file in data.manifest.files if file["bucket"] not in fresh]
     files = sorted([*files, *filter(None, fresh.values())], key=lambda entry: entry["bucket"])
+
+    # Counts: events that went are either those of forgotten users, or repeats that are found only now.
     forgotten = sum(b.forgotten for b in built)
     fewer = sum(entry["accepted"] for entry in data.manifest.files) - sum(entry["accepted"] for entry in files)
     counts = data.manifest.counts
@@ -94,6 +98,8 @@ def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> M
         "duplicate": counts["duplicate"] + fewer - forgotten,
         "rejected": rejected,
     }
+
+    # Index: new places for users of the rewritten buckets; users keep their order.
     places = [read_table(Store(staging), f"places-{bucket:05d}.parquet") for bucket in fresh]
     before = data.index_table().with_row_index("user_row")
     stays = before.filter(~pl.col("bucket").is_in(list(fresh))).drop("user_row")
@@ -106,9 +112,9 @@ def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> M
 
 
 def open_version_1(path: str) -> tuple[Shards, str]:
-    """A data set whose latest manifest has format version 1, without keys yet, and that manifest's fingerprint.
+    """A data set of format version 1 (its files have no keys yet), and the fingerprint of its latest manifest.
 
-    DataError where there is none, or one of another version.
+    DataError: there is no data set, or it has another version.
     """
     store = Store(path)
     numbers = manifest_numbers(store)
@@ -116,27 +122,27 @@ def open_version_1(path: str) -> tuple[Shards, str]:
     fields = json.loads(content)
     if (version := fields.get("format_version")) != 1:
         found = "no prepared data set" if version is None else f"a data set of format version {version}"
-        raise DataError(f"{path}: {found} there; `solar migrate` makes version {FORMAT_VERSION} of version 1")
+        raise DataError(f"{path}: {found} there; `solar migrate` converts version 1 to version {FORMAT_VERSION}")
     files = [
         {k: v for k, v in file.items() if k != "row_groups"}
         | {"groups": list(range(file["row_groups"])), "accepted": file["events"], "unchecked": 0}
         for file in fields["files"]
     ]
-    # None: how a file's ends looked was not kept; the whole file is compared instead.
+    # Version 1 did not store the first and last bytes of an input (edges); with None, whole files are compared.
     inputs = [entry | {"edges": None} for entry in fields["inputs"]]
     manifest = Manifest(**fields | {"files": files, "inputs": inputs, "format_version": FORMAT_VERSION})
     return Shards(path, manifest), fingerprint_of(content)
 
 
 def index_bucket(bucket: int, *, data: Shards) -> dict[str, Any]:
-    """Write the keys of the bucket's one file; the manifest's entry of that file."""
+    """Write the keys of the bucket's only file; returns the file's entry for the manifest."""
     [file] = data.files_of(bucket)
     keys = [EventKeys.of(UserRows.from_table(data.read_table(group))) for group in data.groups_of(bucket)]
     return file | {"keys": write_keys(keys, path=data.path, bucket=bucket)}
 
 
 def migrated(built: Sequence[dict[str, Any]], *, data: Shards, parent: str) -> Manifest:
-    """Describe the data set in the present format; the caller commits it. `parent`: fingerprint of the old manifest."""
+    """The manifest of the data set in the present format; the caller commits it. `parent`: the old fingerprint."""
     entries = {file["bucket"]: file for file in built}
     files = [entries[file["bucket"]] for file in data.manifest.files]
     old = data.index_table()
@@ -149,7 +155,8 @@ def migrated(built: Sequence[dict[str, Any]], *, data: Shards, parent: str) -> M
 
 
 def _regrouped(groups: Iterable[UserRows], *, limit: int) -> Iterator[UserRows]:
-    """The same users in their order, cut into groups of at most `limit` events; two are in memory at a time."""
+    """The same users in the same order, divided into groups of at most `limit` events. Two groups are in memory at a
+    time."""
     rest: UserRows | None = None
     for group in groups:
         rows = UserRows.concat([rest, group]) if rest else group
