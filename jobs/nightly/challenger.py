@@ -1,9 +1,9 @@
-"""The challenger of a night: what it trains on, from which weights, and the champion that it has to meet.
+"""The challenger of a night: its training requests, the weights it begins from, and the champion to compare it with.
 
-Requests by their time, D in the log's own zone and cut-off:
+Requests by time (the day D ends at the cut-off in the log's own time zone):
 
-    ... | champion's last training | trained tonight, and a replayed share of before | valid_hours | gate_hours |
-                                                                                                     end of day D
+    ... the champion was trained on these | new: tonight's training | valid_hours: validation | gate_hours: the gate |
+        (a share of them is replayed)                                                                  end of day D
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HOUR_MILLISECONDS = 3_600_000
 
 
 def measure_champion(night: NightContext, prepared: Prepared) -> ChampionBefore:
-    """The champion on the whole day, before anything is trained on it."""
+    """Evaluate the champion on the whole day, before anything is trained on that day."""
     found = champion(night.client, night.name)
     if found is None:
         return ChampionBefore(version=None)
@@ -59,7 +59,7 @@ def measure_champion(night: NightContext, prepared: Prepared) -> ChampionBefore:
 
 
 def night_requests(night: NightContext, before: ChampionBefore) -> RequestConfig:
-    """What is trained on, chosen by, and judged by. `before`: what measure_champion said."""
+    """The requests to train on, to validate on, and to judge by. `before`: the result of measure_champion."""
     nightly = night.config.nightly
     gate_from = night.end - round(nightly.gate_hours * HOUR_MILLISECONDS)
     valid_from = gate_from - round(nightly.valid_hours * HOUR_MILLISECONDS)
@@ -70,35 +70,35 @@ def night_requests(night: NightContext, before: ChampionBefore) -> RequestConfig
         moment = datetime.datetime.fromtimestamp(train_from / 1000, datetime.UTC)
         raise UserError(
             f"{night.date}: the champion, version {before.version}, was trained on requests up to "
-            f"{moment:%Y-%m-%d %H:%M} UTC: nothing is new that night; name a later --date"
+            f"{moment:%Y-%m-%d %H:%M} UTC: this night has no new requests to train on; choose a later --date"
         )
-    # Of the older requests so many that they are `replay` of all that train; events stand for requests.
-    now, then = open_shards(night.config).manifest.counts["accepted"], before.events_then
-    share = nightly.replay / (1 - nightly.replay) * max(now - then, 0) / max(then, 1)
+    # The share of older requests that makes them `replay` of all training requests; events stand in for requests.
+    events_now, events_then = open_shards(night.config).manifest.counts["accepted"], before.events_then
+    share = nightly.replay / (1 - nightly.replay) * max(events_now - events_then, 0) / max(events_then, 1)
     return night.requests(
         valid_from=valid_from, test_from=gate_from, train_from=train_from, replay_share=round(min(1.0, share), 6)
     )
 
 
-def lacking(night: NightContext, asked: RequestConfig) -> str | None:
-    """Which of the three parts has no request, in words."""
-    counts = night.counts(asked)
-    for part, what in (("train", "to train on"), ("valid", "to choose by"), ("test", "to judge by")):
+def lacking(night: NightContext, requests: RequestConfig) -> str | None:
+    """Which of the three parts of the requests is empty, as a sentence; None if none is."""
+    counts = night.counts(requests)
+    for part, what in (("train", "to train on"), ("valid", "for validation"), ("test", "to judge by")):
         if not getattr(counts, part).requests.any():
-            return f"no request {what}: nothing was trained, the data accumulate"
+            return f"no request {what}: nothing was trained; the data are kept for the next night"
     return None
 
 
-def train_challenger(night: NightContext, before: ChampionBefore, asked: RequestConfig) -> TrainedChallenger:
-    """From the champion's weights where they fit today's data, else from the seed on all requests."""
+def train_challenger(night: NightContext, before: ChampionBefore, requests: RequestConfig) -> TrainedChallenger:
+    """Train from the champion's weights if they fit today's data, else from scratch on all requests."""
     why_cold, training = _why_cold(night, before), night.config.training
     if why_cold is None:
         training = dataclasses.replace(training, warm_start=before.checkpoint, epochs=night.config.nightly.epochs)
     else:
         if before.version is not None:
-            night.tell(f"begins from the seed: {why_cold}")
-        asked = dataclasses.replace(asked, train_from=None, replay_share=0.0)
-    config = night.training_config(asked, training)
+            night.tell(f"trains from scratch: {why_cold}")
+        requests = dataclasses.replace(requests, train_from=None, replay_share=0.0)
+    config = night.training_config(requests, training)
     trained = train(config, night.console, resume=True, from_previous=True, verbose=night.verbose)
     state = read_train_state(trained.checkpoint)
     return TrainedChallenger(
@@ -107,7 +107,7 @@ def train_challenger(night: NightContext, before: ChampionBefore, asked: Request
         key=checkpoint_key(trained.checkpoint),
         mlflow_run_id=trained.mlflow_run_id,
         why_cold=why_cold,
-        requests=asked,
+        requests=requests,
         training=training,
         steps=state.step,
         events=state.events,
@@ -116,7 +116,7 @@ def train_challenger(night: NightContext, before: ChampionBefore, asked: Request
 
 
 def trained_until(model: RegisteredModel) -> int:
-    """First time, in milliseconds since 1970, whose requests a version was not trained on."""
+    """Milliseconds since 1970: the version was trained only on requests before this time."""
     requests = model.config["data"]["requests"]
     if requests["split"] == "temporal":
         return RequestConfig(**{key: requests[key] for key in ("split", "valid_from", "test_from")}).bounds[0]
@@ -124,10 +124,11 @@ def trained_until(model: RegisteredModel) -> int:
 
 
 def _why_cold(night: NightContext, before: ChampionBefore) -> str | None:
+    """Why training cannot begin from the champion's weights; None if it can."""
     if before.version is None:
         return "there is no champion"
     if not before.checkpoint:
-        return f"version {before.version} does not say which checkpoint it is from"
+        return f"version {before.version} has no tag that names its checkpoint"
     config = night.config
     try:
         begin_from(before.checkpoint, model=config.model, sparse=config.optimizer.sparse, shards=open_shards(config))
@@ -137,7 +138,8 @@ def _why_cold(night: NightContext, before: ChampionBefore) -> str | None:
 
 
 def _events_then(night: NightContext, model: RegisteredModel) -> int:
-    """Events of the data that a version was trained on: by their manifest, else by the journal of its night."""
+    """Events in the data set that a version was trained on: from its manifest or, if that is gone, from the journal of
+    a night that used it."""
     number = model.tags.get("solar.manifest")
     try:
         if number is not None:
@@ -147,5 +149,5 @@ def _events_then(night: NightContext, model: RegisteredModel) -> int:
             prepared = past.read(Prepared)
             if prepared and str(prepared.manifest) == number:
                 return prepared.events
-    # Unknown: as if nothing had come since, so that nothing is replayed.
+    # Unknown: assume that no event is new, so that nothing is replayed.
     return open_shards(night.config).manifest.counts["accepted"]

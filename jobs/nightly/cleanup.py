@@ -1,4 +1,4 @@
-"""What old nights leave and nobody needs: runs with their checkpoints, evaluations, states of the data."""
+"""Removes what old nights left and nothing needs: runs with their checkpoints, evaluations, states of the data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipeline.prepare.garbage import collect
 from pipeline.shards.manifest import current_manifest
 from pipeline.storage import absolute
 
-_STATES_A_NIGHT = 3
-"""Of the data: the ingest of a day, a late one, a compaction."""
+_STATES_PER_NIGHT = 3
+"""States of the data that a night may add: by the ingest of its day, of a late day, and by a compaction."""
 
 
 def collect_old(config: RunConfig, root: Path, client: Any, console: Console) -> None:
-    """Remove what is older than `nightly.keep` nights, but for what the registry refers to."""
+    """Remove what is older than `nightly.keep` nights, except what the registry refers to."""
     keep = config.nightly.keep
-    # What Ray kept beside the evaluation of the champion.
+    # Files that Ray wrote during the evaluation of the champion.
     remove_committed(Path(config.workspace) / "runs" / f"{config.name}-champion")
     versions = needed_versions(client, config.registered_model)
     checkpoints = (version.tags.get("solar.checkpoint") for version in versions.values())
@@ -35,15 +35,16 @@ def collect_old(config: RunConfig, root: Path, client: Any, console: Console) ->
         if trained is not None and trained.run_dir.resolve() not in needed:
             remove_committed(trained.run_dir)
     try:
-        collect(absolute(config.shards_dir), keep=keep * _STATES_A_NIGHT)
+        collect(absolute(config.shards_dir), keep=keep * _STATES_PER_NIGHT)
     except DataError as error:
-        console.line(f"{'night':<12} old states of the data stay this time: {error}")
+        console.line(f"{'night':<12} old states of the data are kept this time: {error}")
 
     _collect_states(config, set(versions))
 
 
 def _collect_states(config: RunConfig, versions: set[str]) -> None:
-    """Of each needed version the latest states stay, unless their users may have been forgotten since."""
+    """Keep only the latest user states of each needed version, and only if none of their users can have been forgotten
+    since."""
     manifest = current_manifest(absolute(config.shards_dir))
     oldest = manifest.oldest if manifest else 1
     for directory in (Path(config.workspace) / "states" / config.registered_model).glob("*"):

@@ -1,4 +1,4 @@
-"""A night as its steps see it: the configuration, the day, the journal, the registry."""
+"""What the steps of a night share: the configuration, the day, the journal, the registry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CHAMPION, REFERENCE = "champion", "reference"
-"""What these systems are called in a night's evaluations; the challenger is called by its model's name."""
+"""Names of these systems in a night's evaluations; the challenger has the name of its model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class NightContext:
     config: RunConfig
     date: datetime.date
     root: Path
-    """Where the journals of all nights are."""
+    """Directory of the journals of all nights."""
     journal: Journal
     client: MlflowClient
     console: Console
@@ -50,26 +50,26 @@ class NightContext:
 
     @property
     def name(self) -> str:
-        """The registered model's."""
+        """Name of the registered model."""
         return self.config.registered_model
 
     @property
     def start(self) -> int:
-        """When the day begins, in milliseconds since 1970."""
+        """Start of the day, in milliseconds since 1970."""
         return self._end_of(self.date - datetime.timedelta(days=1))
 
     @property
     def end(self) -> int:
-        """When the day ends."""
+        """End of the day, in milliseconds since 1970."""
         return self._end_of(self.date)
 
     def tell(self, text: str) -> None:
         self.console.line(f"{'night':<12} {self.date} {text}")
 
     def requests(self, **bounds: Any) -> RequestConfig:
-        """The recipe's requests under a split by time."""
-        plain = {"split": "temporal", "train_from": None, "replay_share": 0.0}
-        return dataclasses.replace(self.config.data.requests, **(plain | bounds))
+        """The recipe's request settings with a split by time at these bounds."""
+        defaults = {"split": "temporal", "train_from": None, "replay_share": 0.0}
+        return dataclasses.replace(self.config.data.requests, **(defaults | bounds))
 
     def counts(self, requests: RequestConfig) -> RequestCounts:
         return index_requests(open_shards(self.config), config=requests)
@@ -79,13 +79,13 @@ class NightContext:
         return dataclasses.replace(self.config, name=name, data=data, compare=())
 
     def training_config(self, requests: RequestConfig, training: TrainingConfig) -> RunConfig:
-        """The night's run; one that started over has another name."""
+        """The configuration of the night's training run; each attempt of a night has its own run name."""
         attempt = self.journal.attempt
         name = f"{self.config.name}-{self.date}{f'-{attempt}' if attempt > 1 else ''}"
         return dataclasses.replace(self.config_with(requests, name=name), training=training)
 
     def trained_config(self, trained: TrainedChallenger) -> RunConfig:
-        """The same out of what the training step left."""
+        """The same, from the document of the training step."""
         return self.training_config(trained.requests, trained.training)
 
     def fetch(self, version: str) -> RegisteredModel:
@@ -97,5 +97,5 @@ class NightContext:
 
 
 def nights_directory(config: RunConfig) -> Path:
-    """Where the journals of a recipe's nights are."""
+    """Directory of the journals of a recipe's nights."""
     return Path(config.workspace) / "nightly" / config.name

@@ -1,14 +1,15 @@
-"""The gate: does a challenger stand beside the champion? Pure numpy; what is compared was scored on the same requests.
+"""The gate: may a challenger replace the champion? Pure numpy; both have scored the same requests.
 
-    relative difference   d = sum_u challenger_u / sum_u champion_u - 1, users resampled together
-    promoted              one-sided 95 % bound of d above -margin, and every guard holds
-    refused               a guard fails, or d is below 0 at 95 %, or the interval is narrow and the bound is not above
+    relative difference   d = sum_u challenger_u / sum_u champion_u - 1; the bootstrap resamples users u, with both sums
+    promoted              the one-sided 95 % lower bound of d is above -margin, and every guard holds
+    refused               a guard fails, or d is below 0 at 95 %, or the interval is no wider than the margin and its
+                          lower bound is not above -margin
     undecided             too few users, or the interval is wider than the margin: the champion stays, and the night's
-                          users count together with those of the next undecided nights against the same champion,
-                          behind bounds that are stricter with every look
+                          users count together with those of the next undecided nights against the same champion, with
+                          bounds that become stricter at every look
 
-Per user the metric is summed as the evaluation does it (jobs/training/results.py): NDCG@10 of a request weighs one, AUC
-of a user's candidates as many as they are.
+The metric sums of a user are those of the evaluation (jobs/training/results.py): NDCG@10 has weight 1 per request, AUC
+is per user and weighted by the number of the user's candidates.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from pipeline.batches.requests import RequestConfig
 
 Verdict = Literal["promoted", "refused", "undecided"]
 ERROR = 0.05
-"""How often a one-sided bound may miss; at the n-th look at nights that count together an n-th of it. A model that is
-worse by the margin then passes within 30 looks in 8.5 % of cases; behind bounds of 95 % each it would in 24 %."""
+"""Error probability of a one-sided bound; divided by n at the n-th look at nights that count together. A model that is
+worse by the margin then passes within 30 looks in 8.5 % of cases; with a 95 % bound at each look it would in 24 %."""
 _RESAMPLES = 2000
 _POWER = 0.8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pairs:
-    """Users and what each system earned with them, in the metric's own sums."""
+    """Users, and the metric sums of both systems for each user."""
 
     user: np.ndarray
     """[U] distinct user rows of the data set: the same user has the same row every night."""
     challenger: np.ndarray
-    """[U]."""
+    """[U] metric sum of each user."""
     champion: np.ndarray
-    """[U]."""
+    """[U] metric sum of each user."""
 
     @staticmethod
     def joined(nights: Sequence[Pairs]) -> Pairs:
-        """Several nights' users, each once, with its sums over the nights."""
+        """The users of several nights, each user once, with its sums over the nights."""
         user, place = np.unique(np.concatenate([night.user for night in nights]), return_inverse=True)
         sums = [
             np.bincount(place, weights=np.concatenate([getattr(night, name) for night in nights]), minlength=len(user))
@@ -58,42 +59,42 @@ class Pairs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is known of the relative difference d."""
+    """The relative difference d with its bounds."""
 
     users: int
     relative: float
-    """d; infinite where the champion earned nothing."""
+    """d; infinite if only the champion's sums are all 0, nan if both systems' are."""
     low: float
-    """One-sided bound from below."""
+    """One-sided lower bound of d."""
     high: float
-    """The same from above."""
+    """One-sided upper bound of d."""
     error: float = ERROR
-    """How often each of the two misses: 0.05 = a bound at 95 %."""
+    """Error probability of each of the two bounds: 0.05 = 95 % bounds."""
     power: float
-    """Probability that a challenger as good as the champion passes, with so many users."""
+    """Probability that a challenger as good as the champion passes, with this number of users."""
     users_needed: int | None
-    """Users for which that is 80 %; None where the spread is not known."""
+    """Users for a power of 80 %; None if the spread is not known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guard:
-    """Something else that must not get worse."""
+    """Another condition for a promotion."""
 
     name: str
     value: float
-    """Of the challenger, or of the day."""
+    """The challenger's value, or the day's."""
     limit: str
-    """What it had to be, in words."""
+    """What the value must be, in words."""
     holds: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What the gate says, and why."""
+    """The gate's verdict, and why."""
 
     verdict: Verdict
     reasons: tuple[str, ...]
-    """Each a sentence; never empty."""
+    """Each is a sentence; there is at least one."""
 
 
 def pairs(
@@ -102,12 +103,13 @@ def pairs(
     *,
     requests: RequestConfig,
 ) -> Pairs:
-    """The users of two evaluations of the same requests."""
+    """The users and metric sums of two evaluations of the same requests."""
     if isinstance(challenger, RankedTargets) and isinstance(champion, RankedTargets):
         _refuse_other_requests(challenger, champion, ("user", "request"))
         mask = np.ones(len(challenger.user), bool)
         if requests.seen_items == "removed":
-            # What a model does not know it does not know as a repeat either: the same targets for both.
+            # A model cannot tell repeats of an item that it does not know. Leave out what is a repeat for either model,
+            # so that both have the same targets.
             mask = ~(challenger.repeat | champion.repeat)
         users = np.unique(challenger.user[mask])
         sums = [each.per_user(mask, seen_items=requests.seen_items)[0] for each in (challenger, champion)]
@@ -124,18 +126,21 @@ def pairs(
 
 
 def compare(found: Pairs, *, margin: float, seed: int, look: int = 1) -> Comparison:
-    """The relative difference with its bounds, from 2,000 resamples of the users; as many more as the bounds are
-    stricter at the n-th look."""
+    """The relative difference with its bounds, at look number `look`.
+
+    2,000 bootstrap resamples of the users at the first look; n times as many at the n-th, whose bounds are stricter.
+    """
     error = ERROR / look
     if not found.champion.any():
-        all_gained = math.inf if found.challenger.any() else math.nan
+        relative = math.inf if found.challenger.any() else math.nan
         return Comparison(
-            users=len(found.user), relative=all_gained, low=all_gained, high=all_gained, error=error, power=0.0,
+            users=len(found.user), relative=relative, low=relative, high=relative, error=error, power=0.0,
             users_needed=None,
         )  # fmt: skip
     ratio = bootstrap_ratio_interval(
         found.challenger, found.champion, seed=seed, num_resamples=_RESAMPLES * look, level=1 - 2 * error
     )
+    # Power and users needed: the spread shrinks with the square root of the number of users.
     z = NormalDist().inv_cdf(1 - error)
     spread = (ratio.high - ratio.low) / (2 * z)
     known = math.isfinite(spread) and spread > 0
@@ -155,14 +160,14 @@ def compare(found: Pairs, *, margin: float, seed: int, look: int = 1) -> Compari
 
 
 def compare_together(nights: Sequence[Pairs], *, gate: GateConfig, seed: int) -> Comparison:
-    """The users of this night, the last one of `nights`, and of the undecided ones before it; every time that they were
-    enough for a decision was a look."""
+    """Compare over the users of this night, the last of `nights`, and of the undecided nights before it. Every night
+    after which there were enough users for a decision counts as a look."""
     enough = (len(Pairs.joined(nights[:count]).user) >= gate.min_users for count in range(1, len(nights) + 1))
     return compare(Pairs.joined(nights), margin=gate.margin, seed=seed, look=max(1, sum(enough)))
 
 
 def without_champion(guards: Sequence[Guard]) -> Decision:
-    """The first model has nobody to meet."""
+    """The decision where there is no champion to compare with: only the guards count."""
     failed = _failed(guards)
     return Decision(verdict="refused" if failed else "promoted", reasons=failed or ("there is no champion yet",))
 
@@ -175,11 +180,14 @@ def decide(
     reference: Comparison | None,
     gate: GateConfig,
 ) -> Decision:
-    """`together`: this night's users with those of the undecided nights before; `reference`: the same against the
-    champion of some time ago, where it was asked for."""
+    """Promote, refuse or leave undecided.
+
+    `tonight` has this night's users; `together` also those of the undecided nights before; `reference` compares with an
+    earlier champion, on the nights that do so.
+    """
     failed = _failed(guards)
     if together.users < gate.min_users:
-        # With so few users guards fail by chance.
+        # With so few users, guards fail by chance.
         return Decision(verdict="undecided", reasons=(_too_few(together, "the champion", gate=gate), *failed))
     if failed:
         return Decision(verdict="refused", reasons=failed)
@@ -206,17 +214,17 @@ def _judged(found: Comparison, name: str, *, gate: GateConfig) -> tuple[Verdict,
     if found.users < gate.min_users:
         return "undecided", _too_few(found, name, gate=gate)
     if math.isnan(found.low):
-        return "undecided", f"against {name}: the difference cannot be told"
+        return "undecided", f"against {name}: the difference cannot be computed"
     bounds = f"{100 * (1 - found.error):.4g} % bounds {found.low:+.2%} and {found.high:+.2%}"
-    said = f"against {name}: {found.relative:+.2%} ({bounds}, {found.users:,} users)"
+    result = f"against {name}: {found.relative:+.2%} ({bounds}, {found.users:,} users)"
     if found.low > -gate.margin:
-        return "promoted", f"{said}: a loss of {gate.margin:.2%} is excluded"
+        return "promoted", f"{result}: a loss of {gate.margin:.2%} is excluded"
     if found.high < 0:
-        return "refused", f"{said}: worse"
+        return "refused", f"{result}: worse"
     if found.high - found.low > gate.margin:
-        needed = f", {found.users_needed:,} users would do" if found.users_needed else ""
-        return "undecided", f"{said}: wider than the margin of {gate.margin:.2%}{needed}"
-    return "refused", f"{said}: a loss of {gate.margin:.2%} is not excluded"
+        needed = f", {found.users_needed:,} users would suffice" if found.users_needed else ""
+        return "undecided", f"{result}: the interval is wider than the margin of {gate.margin:.2%}{needed}"
+    return "refused", f"{result}: a loss of {gate.margin:.2%} is not excluded"
 
 
 def _refuse_other_requests(
@@ -225,5 +233,5 @@ def _refuse_other_requests(
     for name in columns:
         if not np.array_equal(getattr(left, name), getattr(right, name)):
             raise ValueError(
-                f"the two systems were evaluated on other requests (column {name}): evaluate them together"
+                f"the two systems were evaluated on different requests (column {name}): evaluate them together"
             )

@@ -1,4 +1,5 @@
-"""What else a challenger must hold: loss, calibration, coverage, time to score; and what its day must look like."""
+"""The guards of a promotion: limits for the challenger's loss, calibration, coverage and scoring time, and for the row
+counts of its day."""
 
 from __future__ import annotations
 
@@ -21,23 +22,22 @@ from pipeline.shards.dataset import Shards
 
 LATENCY_REQUESTS = 8
 LATENCY_ROUNDS = 7
-"""Of a request the fastest counts: on a machine with five times more to do than cores the median of 15 was once 4 times
-the other's, of models of the same size."""
+"""Of each request the fastest round counts: on a machine with five times more work than cores, the median of 15 rounds
+was once 4 times the other model's, although both models had the same size."""
 LATENCY_CANDIDATES = 4_000
 _DAYS = 7
-"""Days before that a day is compared with."""
+"""Number of earlier days that a day is compared with."""
 
 
 def model_guards(
     challenger: Mapping[str, float], champion: Mapping[str, float], *, latency: tuple[float, float], gate: GateConfig
 ) -> list[Guard]:
-    """From the metrics of both on the same requests and their (challenger's, champion's) seconds a request."""
+    """Guards from the metrics of both models on the same requests, and from `latency`: (challenger's, champion's)
+    seconds per request."""
     guards = []
     if _known(challenger, champion, "logloss"):
-        most = champion["logloss"] * (1 + gate.max_logloss_rise)
-        guards.append(
-            _at_most("LogLoss", challenger["logloss"], most, "times the champion's", 1 + gate.max_logloss_rise)
-        )
+        factor = 1 + gate.max_logloss_rise
+        guards.append(_at_most("LogLoss", challenger["logloss"], factor * champion["logloss"], factor))
     if _known(challenger, champion, "calibration"):
         errors = [abs(math.log(max(each["calibration"], 1e-9))) for each in (challenger, champion)]
         guards.append(
@@ -63,7 +63,6 @@ def model_guards(
             "scoring time in ms",
             1e3 * latency[0],
             1e3 * latency[1] * gate.max_latency,
-            "times the champion's",
             gate.max_latency,
         )
     )
@@ -71,35 +70,36 @@ def model_guards(
 
 
 def day_guards(day: DayCounts, before: Sequence[DayCounts], *, gate: GateConfig) -> list[Guard]:
-    """What the day must look like beside those before."""
+    """Guards that compare the day's row counts with those of the days before; none if there are no such days."""
     before = before[-_DAYS:]
     if not before:
         return []
-    low, high = gate.event_range
+    lowest, highest = gate.event_range
     median = statistics.median(each.accepted for each in before)
+    low, high = lowest * median, highest * median
     usual = statistics.median(each.rejected_share for each in before)
-    share, most = day.rejected_share, usual + gate.max_rejected_rise
+    share, bound = day.rejected_share, usual + gate.max_rejected_rise
     return [
         Guard(
             name="events of the day",
             value=day.accepted,
-            limit=f"from {low * median:,.0f} to {high * median:,.0f} ({low:g} to {high:g} times the days before)",
-            holds=low * median <= day.accepted <= high * median,
+            limit=f"from {low:,.0f} to {high:,.0f} ({lowest:g} to {highest:g} times the median of the days before)",
+            holds=low <= day.accepted <= high,
         ),
         Guard(
             name="rejected share of the day's rows",
             value=share,
-            limit=f"at most {most:.4g} (the median of the days before + {gate.max_rejected_rise:g})",
-            holds=share <= most,
+            limit=f"at most {bound:.4g} (the median of the days before + {gate.max_rejected_rise:g})",
+            holds=share <= bound,
         ),
     ]
 
 
 def latencies(challenger: Path, champion: Path, *, shards: Shards, users: np.ndarray) -> tuple[float, float]:
-    """(challenger's, champion's) seconds to score one request with its raw history: the fastest of some turns, of which
+    """(challenger's, champion's) seconds to score one request with its raw history: each request's fastest round, then
     the median over requests.
 
-    `users`: rows of the shards' index whose histories are scored; both models read the same ones, in turn.
+    `users`: rows of the shards' index whose histories are scored, the same ones by both models in alternation.
     """
     users, models = users[:LATENCY_REQUESTS], []
     for directory in (challenger, champion):
@@ -110,11 +110,11 @@ def latencies(challenger: Path, champion: Path, *, shards: Shards, users: np.nda
     fastest = np.full((len(models), len(users)), np.inf)
     for _ in range(LATENCY_ROUNDS):
         for place, (model, (scorer, histories)) in itertools.product(range(len(users)), enumerate(models)):
-            one = histories.take(np.array([place]))
+            history = histories.take(np.array([place]))
             first = scorer.settings["first_item_row"]
             started = time.perf_counter()
-            shown, asked = scorer.shown(one, np.array([NO_TIME]))
-            scorer.logits(shown, asked, np.array([0, candidates]), np.arange(first, first + candidates))
+            shown, times = scorer.shown(history, np.array([NO_TIME]))
+            scorer.logits(shown, times, np.array([0, candidates]), np.arange(first, first + candidates))
             taken = time.perf_counter() - started
             fastest[model, place] = min(fastest[model, place], taken)
     return float(np.median(fastest[0])), float(np.median(fastest[1]))
@@ -124,5 +124,7 @@ def _known(challenger: Mapping[str, float], champion: Mapping[str, float], name:
     return all(math.isfinite(each.get(name, math.nan)) for each in (challenger, champion))
 
 
-def _at_most(name: str, value: float, most: float, of: str, factor: float) -> Guard:
-    return Guard(name=name, value=value, limit=f"at most {most:.4g} ({factor:g} {of})", holds=value <= most)
+def _at_most(name: str, value: float, bound: float, factor: float) -> Guard:
+    """`bound` is `factor` times the champion's value."""
+    limit = f"at most {bound:.4g} ({factor:g} times the champion's)"
+    return Guard(name=name, value=value, limit=limit, holds=value <= bound)

@@ -1,4 +1,4 @@
-"""The first step of a night: what is new of the log -> sequence shards, each day on its own."""
+"""The first step of a night: the new days of the log -> sequence shards, one ingest per day."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.shards.manifest import current_manifest
 
 
 def require_input(night: NightContext) -> None:
-    """NoInput where the night's day is not whole; costs a listing of the log."""
+    """NoInput if the night's day is not complete; lists the log, and reads none of it."""
     config = night.config
     daily = dataclasses.replace(config.data.prepare.daily, days=(night.date.isoformat(),), until=None)
     _, left_out = pending_days(config.events_dir, config.shards_dir, files=config.data.prepare.files, daily=daily)
@@ -29,10 +29,11 @@ def _no_input(night: NightContext, why: str) -> NoInput:
 
 
 def take_in(night: NightContext) -> Prepared:
-    """Ingest every whole day up to the night's that is new; one that is refused holds up no other, and is tried again
-    by the next nights.
+    """Ingest all new complete days up to the night's. A refused day does not block the others, and the next nights try
+    it again.
 
-    NoInput: the night's own day is not there, or refused. DataError: the first ingest of all is refused.
+    NoInput: the night's own day is not complete, or is refused. DataError: there is no data set yet, and its first
+    ingest is refused.
     """
     config, date = night.config, night.date.isoformat()
     options, daily = config.data.prepare, config.data.prepare.daily
@@ -40,7 +41,7 @@ def take_in(night: NightContext) -> Prepared:
     pending, left_out = pending_days(config.events_dir, config.shards_dir, files=options.files, daily=until)
     refused: dict[str, str] = {}
     if current_manifest(config.shards_dir) is None:
-        # A log of years: its days together. Somebody sets this up, and sees what is wrong with it.
+        # The first ingest may be years of log: it takes all days together. An error is raised to whoever sets this up.
         prepare_shards(config.events_dir, config.shards_dir, dataclasses.replace(options, daily=until), night.console)
         pending = []
     for day in map(str, pending):
@@ -51,7 +52,7 @@ def take_in(night: NightContext) -> Prepared:
             raise
         except DataError as error:
             refused[day] = str(error)
-            night.tell(f"{day} is refused and left out: {error}")
+            night.tell(f"{day} was refused and is left out: {error}")
     reasons = {str(day): why for day, why in left_out.items()}
     if why := (reasons | refused).get(date):
         raise _no_input(night, why)

@@ -1,11 +1,11 @@
-"""What a night has done, in WORKSPACE/nightly/NAME/DATE: a file a step, created exclusively when the step is done.
+"""The journal of a night, in WORKSPACE/nightly/NAME/DATE: one file per step, created when the step is done.
 
     prepare.json  champion.json  train.json  evaluate.json  decision.json  register.json  states.json  night.json
 
-steps.py says what each of them holds.
+steps.py defines the contents of each file.
 
-A killed night goes on after its last file; of two processes that do the same step only one writes its file, and the
-other learns of it. night.json ends the night.
+A killed night continues after its last file. Files are created exclusively: if two processes do the same step, only one
+can write its file, and the other gets TryLater. night.json ends the night.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ D = TypeVar("D", bound=Document)
 
 
 class TryLater(Exception):
-    """Nothing that a user did wrong: the same command may succeed later. One line."""
+    """Not a mistake of the user: the same command may succeed later. The message is one line."""
 
 
 class NoInput(TryLater):
-    """The day's log is not there, or was refused."""
+    """The day's log is missing or incomplete, or its ingest was refused."""
 
 
 class Journal:
-    """The steps of one night."""
+    """The documents of one night."""
 
     def __init__(self, root: Path, date: datetime.date) -> None:
         self.date = date
@@ -40,20 +40,20 @@ class Journal:
         self._store = Store(str(self.directory))
 
     def file(self, kind: type[Document]) -> Path:
-        """Where the document of a step is or will be."""
+        """Path of a step's document, which need not exist yet."""
         return self.directory / f"{kind.STEP}.json"
 
     def read(self, kind: type[D]) -> D | None:
-        """What a step left, None where it is not done."""
+        """The document of a step; None if the step is not done."""
         file = self.file(kind)
         return from_json(kind, read_json(file)) if file.exists() else None
 
     def write(self, document: D) -> D:
-        """Note that a step is done; what `read` returns from now on. TryLater: another process noted it meanwhile."""
-        # Not every reader of JSON knows NaN.
+        """Store the document of a finished step; returns it as `read` will. TryLater: another process was first."""
+        # `finite`: not every JSON reader accepts NaN.
         content = json.dumps(as_json(document, finite=True), indent=1, sort_keys=True) + "\n"
         if not self._store.create(f"{document.STEP}.json", content.encode()):
-            raise TryLater(f"{self.directory}: another process did the step {document.STEP!r} of this night meanwhile")
+            raise TryLater(f"{self.directory}: another process did the step {document.STEP!r} of this night first")
         return from_json(type(document), json.loads(content))
 
     @property
@@ -61,7 +61,7 @@ class Journal:
         return self.read(Outcome)
 
     def start_over(self) -> None:
-        """Set what there is of an unfinished night aside, under a name of its own."""
+        """Move the journal of an unfinished night aside, to DATE.set-aside-N; the night then begins anew."""
         number = 1
         while (aside := self.directory.with_name(f"{self.directory.name}.set-aside-{number}")).exists():
             number += 1
@@ -69,7 +69,7 @@ class Journal:
 
     @property
     def attempt(self) -> int:
-        """1, and one more for each time that the night started over."""
+        """1 + the number of times that the night started over."""
         return 1 + len(list(self.directory.parent.glob(f"{self.directory.name}.set-aside-*")))
 
 

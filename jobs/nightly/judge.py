@@ -1,4 +1,5 @@
-"""The judgement of a night: challenger and champion on the held-out requests, each as it is served, and the gate."""
+"""The judgement of a night: challenger and champion are evaluated on the held-out requests, both from the files that
+serve them, and the gate decides."""
 
 from __future__ import annotations
 
@@ -38,9 +39,10 @@ PAIRS = "pairs.npz"
 
 
 def evaluate_challenger(
-    night: NightContext, before: ChampionBefore, trained: TrainedChallenger, asked: RequestConfig
+    night: NightContext, before: ChampionBefore, trained: TrainedChallenger, requests: RequestConfig
 ) -> EvaluatedChallenger:
-    """Challenger, champion and now and then the reference on the held-out requests."""
+    """Evaluate the challenger, the champion and, on some nights, the reference on the held-out requests."""
+    # The systems, the challenger first.
     config = night.trained_config(trained)
     export = challenger_export(night, trained)
     systems = [System(name=config.model["name"], key=trained.key, weights=str(export.absolute()), job=None)]
@@ -50,11 +52,13 @@ def evaluate_challenger(
         reference = _reference(night, before.version)
     if reference is not None:
         systems.append(System.served(REFERENCE, night.fetch(reference)))
+
+    # Their metrics, on the data set that the challenger was trained on.
     record = read_record(trained.run_dir)
-    assert record is not None, "training left it"
+    assert record is not None, "training wrote it"
     shards = open_shards(config, number=record.manifest)
     evaluated = evaluate(
-        dataclasses.replace(config, data=dataclasses.replace(config.data, requests=asked)),
+        dataclasses.replace(config, data=dataclasses.replace(config.data, requests=requests)),
         systems,
         night.console,
         shards=shards,
@@ -62,25 +66,27 @@ def evaluate_challenger(
         directory=config.run_dir / "evaluation",
         verbose=night.verbose,
     )
+
+    # Their scoring times, for users of the evaluation.
     times = None
     if before.version is not None:
-        users = np.unique(read_result(evaluated.directory, systems[0].name, task=asked.task).user)
+        users = np.unique(read_result(evaluated.directory, systems[0].name, task=requests.task).user)
         times = latencies(export, Path(systems[1].weights), shards=shards, users=users)
     return EvaluatedChallenger(directory=evaluated.directory, reference=reference, latencies=times)
 
 
 def judge(
-    night: NightContext, before: ChampionBefore, evaluated: EvaluatedChallenger, asked: RequestConfig,
+    night: NightContext, before: ChampionBefore, evaluated: EvaluatedChallenger, requests: RequestConfig,
     prepared: Prepared,
 ) -> Judgement:  # fmt: skip
-    """The decision with its figures."""
+    """Compare the evaluated systems, check the guards and decide."""
     directory, main = evaluated.directory, night.config.model["name"]
     summary, gate = read_summary(directory), night.config.nightly.gate
     guards = _guards_of_day(night, prepared)
     if before.version is None:
         return _judgement(without_champion(guards), {}, guards, summary)
-    results = {name: read_result(directory, name, task=asked.task) for name in (main, CHAMPION)}
-    found = pairs(results[main], results[CHAMPION], requests=asked)
+    results = {name: read_result(directory, name, task=requests.task) for name in (main, CHAMPION)}
+    found = pairs(results[main], results[CHAMPION], requests=requests)
     np.savez(night.journal.directory / PAIRS, **dataclasses.asdict(found))
     seed, nights = night.config.seed, [*_undecided_before(night, before.version), found]
     comparisons = {
@@ -88,9 +94,9 @@ def judge(
         "together": compare_together(nights, gate=gate, seed=seed),
     }
     if evaluated.reference is not None:
-        other = pairs(results[main], read_result(directory, REFERENCE, task=asked.task), requests=asked)
+        other = pairs(results[main], read_result(directory, REFERENCE, task=requests.task), requests=requests)
         comparisons[REFERENCE] = compare(other, margin=gate.margin, seed=seed)
-    assert evaluated.latencies is not None, "measured where there is a champion"
+    assert evaluated.latencies is not None, "they are measured whenever there is a champion"
     metrics = summary.metrics
     guards += model_guards(metrics[main], metrics[CHAMPION], latency=evaluated.latencies, gate=gate)
     decision = decide(
@@ -100,9 +106,9 @@ def judge(
 
 
 def challenger_export(night: NightContext, trained: TrainedChallenger) -> Path:
-    """The challenger as it would be served: written once a night."""
+    """Directory of the challenger's export, as it would be served; written once per night."""
     directory = night.journal.directory / "export" / EXPORT
-    # Its last file: what a killed command left lacks it.
+    # config.json is written last: an export without it was cut short by a kill.
     if not (directory / "config.json").exists():
         remove_committed(directory)
         export_model(night.trained_config(trained), trained.checkpoint, directory)
@@ -110,7 +116,7 @@ def challenger_export(night: NightContext, trained: TrainedChallenger) -> Path:
 
 
 def _reference(night: NightContext, version: str) -> str | None:
-    """The champion of some time ago, on the nights when it is asked for."""
+    """Version of the champion of `reference_days` ago, on the nights that compare with it; None if it still serves."""
     nightly = night.config.nightly
     if not nightly.reference_every or night.date.toordinal() % nightly.reference_every:
         return None
@@ -128,7 +134,7 @@ def _guards_of_day(night: NightContext, prepared: Prepared) -> list[Guard]:
 
 
 def _undecided_before(night: NightContext, version: str) -> list[Pairs]:
-    """The users of the undecided nights right before this one, against the same champion, the oldest first."""
+    """The pairs of the undecided nights directly before this one, against the same champion, oldest first."""
     found = []
     for past in reversed(past_nights(night.root)):
         if past.date >= night.date:

@@ -1,6 +1,6 @@
-"""One night, read from top to bottom in `run_night`: the day's log in, a decision out.
+"""One night, from the day's log to a decision: read `run_night` from top to bottom.
 
-Each step leaves its file in the night's journal; a night that was killed goes on after the last one.
+Each step stores a document in the night's journal; a killed night continues after the last stored one.
 """
 
 from __future__ import annotations
@@ -33,33 +33,40 @@ from pipeline.storage import absolute
 
 S = TypeVar("S", bound=steps.Step)
 REASONS, REASON_LENGTH = 4, 500
-"""Kept with the registered model, whose tags are short."""
+"""Reasons that are stored with the registered model, and characters of each: its tags are short."""
 
 
 def run_night(night: NightContext) -> steps.Outcome:
-    """Go on to the end of the night; its outcome. TryLater: not tonight."""
+    """Do the steps of the night that are not done yet; returns its outcome. TryLater: the night cannot run now."""
     if (ended := night.journal.ended) is not None:
         return ended
-    _start_over_where_data_are_gone(night)
+    _start_over_if_data_were_removed(night)
+    # Check the input before Ray is started: after a long pause, many days may have none.
     if night.journal.read(steps.Prepared) is None:
-        # Before anything is started: after a long pause many days may have none.
         require_input(night)
     config = night.config
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=night.verbose):
+        # Ingest the day, and measure the champion on it before anything is trained on it.
         prepared = _step(night, steps.Prepared, lambda: take_in(night))
         before = _step(night, steps.ChampionBefore, lambda: measure_champion(night, prepared))
-        asked = night_requests(night, before)
-        if lack := lacking(night, asked):
+
+        # Train, evaluate and judge the challenger, if there are requests for all three.
+        requests = night_requests(night, before)
+        if missing := lacking(night, requests):
             trained = evaluated = None
-            decision = _step(night, steps.Judgement, lambda: steps.Judgement(verdict="undecided", reasons=(lack,)))
+            decision = _step(night, steps.Judgement, lambda: steps.Judgement(verdict="undecided", reasons=(missing,)))
         else:
-            trained = _step(night, steps.TrainedChallenger, lambda: train_challenger(night, before, asked))
+            trained = _step(night, steps.TrainedChallenger, lambda: train_challenger(night, before, requests))
             evaluated = _step(
-                night, steps.EvaluatedChallenger, lambda: evaluate_challenger(night, before, trained, asked)
+                night, steps.EvaluatedChallenger, lambda: evaluate_challenger(night, before, trained, requests)
             )
-            decision = _step(night, steps.Judgement, lambda: judge(night, before, evaluated, asked, prepared))
+            decision = _step(night, steps.Judgement, lambda: judge(night, before, evaluated, requests, prepared))
+
+        # Carry out the decision, and build the states for whichever version serves from now on.
         registered = _step(night, steps.Registered, lambda: _register(night, before, trained, evaluated, decision))
         _step(night, steps.BuiltStates, lambda: _build_states(night, registered, prepared))
+
+    # End the night.
     outcome = steps.Outcome(
         date=night.date,
         verdict=registered.verdict,
@@ -74,21 +81,22 @@ def run_night(night: NightContext) -> steps.Outcome:
 
 
 def _step(night: NightContext, kind: type[S], work: Callable[[], S]) -> S:
-    """What the step left, or leaves now."""
-    done = night.journal.read(kind)
-    if done is not None:
-        return done
+    """The document of a step: the stored one if the step is done, else do the step and store it."""
+    stored = night.journal.read(kind)
+    if stored is not None:
+        return stored
     night.tell(kind.STEP)
     started = time.monotonic()
     document = work()
     return night.journal.write(dataclasses.replace(document, seconds=time.monotonic() - started))
 
 
-def _start_over_where_data_are_gone(night: NightContext) -> None:
-    """A state of the data that the night began with may hold users who were forgotten since."""
+def _start_over_if_data_were_removed(night: NightContext) -> None:
+    """Start the night over if the state of the data that it began with was removed because users in it were
+    forgotten."""
     prepared = night.journal.read(steps.Prepared)
     if prepared and (why := why_removed(absolute(night.config.shards_dir), number=prepared.manifest)):
-        night.tell(f"starts over: its data are gone ({why})")
+        night.tell(f"starts over: the state of the data that it began with was removed ({why})")
         night.journal.start_over()
 
 
@@ -96,10 +104,12 @@ def _register(
     night: NightContext, before: steps.ChampionBefore, trained: steps.TrainedChallenger | None,
     evaluated: steps.EvaluatedChallenger | None, decision: steps.Judgement,
 ) -> steps.Registered:  # fmt: skip
-    """A promoted challenger becomes a version and the champion; of any other only the decision is kept."""
+    """Register a promoted challenger as the champion; of any other challenger store only the decision."""
     decision, version = _still_valid(night, before, decision), before.version
-    told = _told_to_registry(night, before, decision)
-    tags = {f"solar.night.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in told.items()}
+    summary = _registry_summary(night, before, decision)
+    tags = {
+        f"solar.night.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in summary.items()
+    }
     if trained is not None:
         for key, value in tags.items():
             night.client.set_tag(trained.mlflow_run_id, key, value)
@@ -120,14 +130,15 @@ def _register(
             exported=challenger_export(night, trained),
         )
         version = str(registered.version)
-    note_night(night.client, night.name, night.date.isoformat(), {**told, "champion": version})
+    note_night(night.client, night.name, night.date.isoformat(), {**summary, "champion": version})
     return steps.Registered(champion=version, verdict=decision.verdict, reasons=decision.reasons)
 
 
 def _still_valid(night: NightContext, before: steps.ChampionBefore, decision: steps.Judgement) -> steps.Judgement:
-    """The decision, unless somebody made another version the champion since."""
-    done = champion(night.client, night.name)
-    if decision.verdict != "promoted" or (done and done.tags.get("solar.night.date") == night.date.isoformat()):
+    """The decision; undecided if somebody has made another version the champion in the meantime."""
+    current = champion(night.client, night.name)
+    # The champion may be from this very night: the night was killed after the promotion.
+    if decision.verdict != "promoted" or (current and current.tags.get("solar.night.date") == night.date.isoformat()):
         return decision
     try:
         require_champion(night.client, night.name, before.version)
@@ -136,9 +147,9 @@ def _still_valid(night: NightContext, before: steps.ChampionBefore, decision: st
     return decision
 
 
-def _told_to_registry(night: NightContext, before: steps.ChampionBefore, decision: steps.Judgement) -> dict[str, Any]:
-    """A few figures and reasons: what `solar history` shows."""
-    told: dict[str, Any] = {
+def _registry_summary(night: NightContext, before: steps.ChampionBefore, decision: steps.Judgement) -> dict[str, Any]:
+    """A few figures and reasons, which `solar history` shows."""
+    summary: dict[str, Any] = {
         "date": night.date.isoformat(),
         "verdict": decision.verdict,
         "reasons": [reason[:REASON_LENGTH] for reason in decision.reasons[:REASONS]],
@@ -149,12 +160,12 @@ def _told_to_registry(night: NightContext, before: steps.ChampionBefore, decisio
     for key, system in metrics.items():
         if decision.primary and system in decision.metrics:
             value = as_json(decision.metrics[system][decision.primary], finite=True)
-            told |= {"metric": decision.primary, key: value}
-    return told
+            summary |= {"metric": decision.primary, key: value}
+    return summary
 
 
 def _build_states(night: NightContext, registered: steps.Registered, prepared: steps.Prepared) -> steps.BuiltStates:
-    """What serving needs of the champion's users without their raw histories; a model that reads those has none."""
+    """Build the states from which the champion can be served without raw histories; some models cannot have any."""
     if not night.config.nightly.states or registered.champion is None:
         return steps.BuiltStates(built=None)
     model = night.fetch(registered.champion)
@@ -170,7 +181,7 @@ def _build_states(night: NightContext, registered: steps.Registered, prepared: s
 
 
 def _end(night: NightContext, outcome: steps.Outcome, trained: steps.TrainedChallenger | None) -> steps.Outcome:
-    """The report, and the file that ends the night; then old nights are cleared away."""
+    """Write the report and the document that ends the night; then remove what old nights left."""
     report = write_report(night.config, night.root, night.journal, outcome)
     if trained is not None:
         for file in (report, night.journal.file(steps.Judgement)):

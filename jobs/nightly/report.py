@@ -1,7 +1,7 @@
-"""The page of a night, DATE/report.html: what was decided and why, for a person who was asleep. One file, no scripts.
+"""The page of a night, DATE/report.html: what was decided, and why. One file, without scripts.
 
-It reads the journals of this night and those before, and what the night's evaluation left; it shows no user. What is no
-longer there, or was never measured, is said in a sentence: a report never fails a night.
+It is made from the journals of this night and the earlier ones, and from the results of the night's evaluation; it
+names no user. Where results were removed or never measured, a sentence says so: a report never makes a night fail.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from jobs.runs.summary import read_summary
 from jobs.training.results import ScoredImpressions, primary_metric
 
 LATEST_DAYS = 14
-"""Days of the log that are listed; of days that are left out, twice as many."""
+"""Most days of the log that are listed; of refused and incomplete days, twice as many."""
 Metrics = Mapping[str, Mapping[str, float]]
 """{system: {metric: value}}."""
 _METRICS = {
@@ -52,13 +52,13 @@ _METRICS = {
 }
 _COMPARISONS = {
     "tonight": "against the champion, tonight's users",
-    "together": "the same, with the undecided nights before",
-    "reference": "against the reference, a champion of some time ago",
+    "together": "against the champion, with the undecided nights before",
+    "reference": "against the reference, an earlier champion",
 }
 
 
 def write_report(config: RunConfig, root: Path, journal: Journal, outcome: Outcome) -> Path:
-    """Write the page of the night beside its journal; `root` holds all nights. The same journals are the same page."""
+    """Write the page into the night's journal; `root` holds all nights. The same journals give the same page."""
     page = _environment().get_template("report.html").render(report_context(config, root, journal, outcome))
     path = journal.directory / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -86,31 +86,31 @@ def report_context(config: RunConfig, root: Path, journal: Journal, outcome: Out
         **log_of_the_day(journal, nights),
         **_measured(config, metrics, before, primary),
         "training": trained,
-        "pictures": _pictures(config, nights, trained, metrics, primary),
+        "pictures": _plots(config, nights, trained, metrics, primary),
     }
 
 
 def headline(outcome: Outcome) -> str:
     """The decision in one sentence."""
     serves, before = outcome.champion, outcome.champion_before
-    goes_on = f"version {serves} goes on serving" if serves else "there is no champion yet"
+    unchanged = f"version {serves} continues to serve" if serves else "there is no champion yet"
     if outcome.verdict == "promoted":
         return f"Promoted: version {serves} serves from now on" + (f" instead of version {before}." if before else ".")
     if outcome.verdict == "refused":
-        return f"Refused: {goes_on}. The next night begins from it again."
-    return f"Undecided: {goes_on}. What was measured tonight counts together with the next undecided night."
+        return f"Refused: {unchanged}." + (" The next night begins from it again." if serves else "")
+    return f"Undecided: {unchanged}. Tonight's users count together with those of the next undecided night."
 
 
 def log_of_the_day(journal: Journal, nights: Sequence[Journal]) -> dict[str, Any]:
-    """Days of the log with their rows, and those that came late, were refused or are missing."""
+    """The days of the log with their row counts, and which came late, were refused or are incomplete."""
     prepared, earlier = journal.read(Prepared), {}
     for past in (night.read(Prepared) for night in nights[:-1]):
         earlier |= past.days if past else {}
     tonight, refused, left_out = (prepared.days, prepared.refused, prepared.left_out) if prepared else ({}, {}, {})
     days, today = {**earlier, **tonight}, journal.date.isoformat()
-    came = [day for day in sorted(tonight) if earlier.get(day) != tonight[day]]
+    new = [day for day in sorted(tonight) if earlier.get(day) != tonight[day]]
     rows = [
-        {"day": day, "new": day in came, "late": day in came and day < today, **vars(days[day])}
+        {"day": day, "new": day in new, "late": day in new and day < today, **vars(days[day])}
         for day in sorted(days)[-LATEST_DAYS:]
     ]
     absent = sorted({**left_out, **refused}.items())
@@ -125,7 +125,7 @@ def log_of_the_day(journal: Journal, nights: Sequence[Journal]) -> dict[str, Any
 
 
 def _measured(config: RunConfig, metrics: Metrics, before: ChampionBefore | None, primary: str) -> dict[str, Any]:
-    """The metrics of every system, the challenger first."""
+    """The metrics of every system, the challenger's first."""
     names = [name for name in _METRICS[config.data.requests.task] if name != primary]
     challenger = challenger_of(metrics)
     shown = {challenger: f"challenger ({challenger})", f"{challenger}, {EMPTIED}": "challenger without histories"}
@@ -140,9 +140,10 @@ def _measured(config: RunConfig, metrics: Metrics, before: ChampionBefore | None
     }
 
 
-def _pictures(
+def _plots(
     config: RunConfig, nights: Sequence[Journal], trained: TrainedChallenger | None, metrics: Metrics, primary: str
 ) -> list[dict[str, str | None]]:
+    """Every plot of the page, drawn or with the sentence that says why not."""
     evaluated = nights[-1].read(EvaluatedChallenger)
     run_dir, evaluation = trained and trained.run_dir, evaluated and evaluated.directory
     systems = _shown_systems(metrics)
@@ -160,30 +161,30 @@ def _pictures(
         return plot_history_length(read_summary(evaluation), systems) if evaluation else None
 
     def loss() -> bytes | None:
-        there = run_dir is not None and (run_dir / "telemetry.jsonl").exists()
-        return png_of(plot_loss, run_dir) if there else None
+        has_telemetry = run_dir is not None and (run_dir / "telemetry.jsonl").exists()
+        return png_of(plot_loss, run_dir) if has_telemetry else None
 
     def spectrum() -> bytes | None:
         file = evaluation / "spectrum.json" if evaluation else None
         return png_of(plot_spectrum, read_json(file)) if file is not None and file.exists() else None
 
-    no_spectrum = untrained if evaluation is None else "The model has no interests, or their spectrum is not there."
+    no_spectrum = untrained if evaluation is None else "The model has no interests, or their spectrum was not measured."
     return [
-        _picture("nights", "Quality over the nights", lambda: plot_nights(nights, primary=primary), no_night),
-        _picture("calibration", "Calibration", calibration, untrained if impressions else unlabelled),
-        _picture("lengths", "Quality by history length", by_length, untrained),
-        _picture("loss", "Training", loss, untrained),
-        _picture("spectrum", "Energy of the histories", spectrum, no_spectrum),
-        _picture("cost", "Cost", lambda: plot_cost(nights), "No step has taken any time yet."),
+        _plot("nights", "Quality over the nights", lambda: plot_nights(nights, primary=primary), no_night),
+        _plot("calibration", "Calibration", calibration, untrained if impressions else unlabelled),
+        _plot("lengths", "Quality by history length", by_length, untrained),
+        _plot("loss", "Training", loss, untrained),
+        _plot("spectrum", "Energy of the histories", spectrum, no_spectrum),
+        _plot("cost", "Cost", lambda: plot_cost(nights), "No step has taken any time yet."),
     ]
 
 
-def _picture(name: str, title: str, draw: Callable[[], bytes | None], otherwise: str) -> dict[str, str | None]:
+def _plot(name: str, title: str, draw: Callable[[], bytes | None], otherwise: str) -> dict[str, str | None]:
     """A plot as a data URI, or the sentence that says why there is none."""
     try:
         png = draw()
     except (OSError, ValueError, KeyError) as error:
-        # A run that was collected or damaged: told here, where it matters.
+        # The run was removed or is damaged: the page says so in place of the plot.
         return {
             "name": name,
             "title": title,
@@ -195,7 +196,7 @@ def _picture(name: str, title: str, draw: Callable[[], bytes | None], otherwise:
 
 
 def _shown_systems(metrics: Metrics) -> dict[str, str]:
-    """{shown name: system} of those that are compared in a picture."""
+    """{shown name: system} of the systems that plots compare."""
     challenger = challenger_of(metrics)
     found = {"challenger": challenger, "champion": CHAMPION, "reference": REFERENCE}
     return {shown: system for shown, system in found.items() if system in metrics}

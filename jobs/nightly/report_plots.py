@@ -1,7 +1,6 @@
-"""The pictures of a night's report, as PNG bytes; None where there is nothing to show.
+"""The plots of a night's report, as PNG bytes; None if there is nothing to show.
 
-What they show comes from the journals of the nights and from what the night's evaluation left. Of the nights
-the latest `LATEST_NIGHTS` are shown.
+They show the journals of the latest `LATEST_NIGHTS` nights, and the results of the night's evaluation.
 """
 
 from __future__ import annotations
@@ -27,18 +26,19 @@ LATEST_NIGHTS = 60
 CALIBRATION_BINS = 10
 UNKNOWN = Interval(value=math.nan, low=math.nan, high=math.nan)
 _LABELS = 8
-"""Dates that fit below a picture."""
+"""Number of dates that fit below a plot."""
 
 
 def challenger_of(metrics: Mapping[str, Any]) -> str | None:
-    """The name of what the night trained, among the systems that it measured."""
+    """The challenger's name among the systems that the night measured; None if there is not exactly one candidate."""
     others = {CHAMPION, REFERENCE, POPULARITY, OWN_ITEMS}
     names = [name for name in metrics if name not in others and not name.endswith(f", {EMPTIED}")]
     return names[0] if len(names) == 1 else None
 
 
 def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
-    """The primary metric: of the champion on each day before it trained on it, and of both on the held-out part."""
+    """The primary metric over the nights: the champion's on each whole day, before anything was trained on that day,
+    and both systems' on the held-out requests."""
     nights = nights[-LATEST_NIGHTS:]
     before = [_number(known and known.metrics, primary) for known in (night.read(ChampionBefore) for night in nights)]
     held_out = [_held_out(night, primary) for night in nights]
@@ -52,7 +52,7 @@ def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
     figure, axes = new_figure(f"{METRIC_NAMES[primary]}, over the nights", "", METRIC_NAMES[primary])
     for name, (values, style, color) in lines.items():
         axes.plot(range(len(nights)), values, style, color=color, label=name, markersize=4, linewidth=1)
-    # Not the decision's: somebody may have changed the champion before it was carried out.
+    # The registry's verdict, not the decision's: somebody may have changed the champion in between.
     registered = [night.read(Registered) for night in nights]
     promoted = [number for number, found in enumerate(registered) if found and found.verdict == "promoted"]
     for place, number in enumerate(promoted):
@@ -65,7 +65,7 @@ def plot_nights(nights: Sequence[Journal], *, primary: str) -> bytes | None:
 
 
 def plot_cost(nights: Sequence[Journal]) -> bytes | None:
-    """Seconds of every step of every night, stacked."""
+    """Seconds per step of every night, stacked."""
     nights = nights[-LATEST_NIGHTS:]
     seconds = {step.STEP: [_seconds(night, step) for night in nights] for step in STEPS}
     if not any(map(sum, seconds.values())):
@@ -77,7 +77,7 @@ def plot_cost(nights: Sequence[Journal]) -> bytes | None:
         bottom += values
     axes.set_ylim(0, 1.05 * float(bottom.max()))
     _date_axis(axes, nights)
-    # As they are stacked.
+    # The legend in the order of the stack.
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _png(figure)
@@ -113,7 +113,8 @@ def plot_calibration(results: Mapping[str, ScoredImpressions]) -> bytes | None:
 
 
 def reliability(logit: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of tenths by probability, [bins] each: (mean probability, share of positives, half its 95 % interval)."""
+    """Per tenth of the candidates, ordered by probability: (mean probability, share of positives, half the width of the
+    share's 95 % interval), [bins] each."""
     probability = np.exp(-np.logaddexp(0, -logit.astype(np.float64)))
     parts = [part for part in np.array_split(np.argsort(probability, kind="stable"), CALIBRATION_BINS) if len(part)]
     predicted = np.array([probability[part].mean() for part in parts])
@@ -146,7 +147,7 @@ def plot_history_length(summary: Summary, systems: Mapping[str, str]) -> bytes |
 
 
 def _held_out(night: Journal, primary: str) -> tuple[float, float]:
-    """(challenger's, champion's)."""
+    """(challenger's, champion's) primary metric on the held-out requests."""
     decision = night.read(Judgement)
     metrics = decision.metrics if decision else {}
     challenger = challenger_of(metrics)
@@ -154,7 +155,7 @@ def _held_out(night: Journal, primary: str) -> tuple[float, float]:
 
 
 def _number(metrics: Mapping[str, float] | None, name: str) -> float:
-    """nan where it is not there: matplotlib leaves it out."""
+    """nan if the metric is missing: matplotlib then draws no point."""
     return (metrics or {}).get(name, math.nan)
 
 
@@ -177,7 +178,7 @@ def _png(figure: Any) -> bytes:
 
 
 def png_of(draw: Any, *arguments: Any) -> bytes:
-    """What a plot of jobs/runs/plots.py draws, as bytes."""
+    """The PNG that a function of jobs/runs/plots.py draws."""
     out = io.BytesIO()
     draw(*arguments, out)
     return out.getvalue()

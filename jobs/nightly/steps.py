@@ -1,6 +1,7 @@
-"""What the steps of a night leave in its journal and hand to each other: a dataclass a step, stored as STEP.json.
+"""The documents that the steps of a night store in its journal: one dataclass per step, stored as STEP.json.
 
-Keys of these documents do not change: journals of earlier versions are read with the same classes.
+Later steps and later nights read them. Their keys never change, so these classes also read journals that earlier
+versions wrote.
 """
 
 from __future__ import annotations
@@ -28,46 +29,46 @@ class Document:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(Document):
-    """What a step leaves, with the time that it took."""
+    """The document of a step, with the time that the step took."""
 
     seconds: float | None = stored_with("seconds")
-    """None as long as the step has not ended."""
+    """None until the step has ended."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared(Step):
-    """The data set with the days of the log that are whole."""
+    """The data set after the ingest of all complete days of the log."""
 
     STEP = "prepare"
     manifest: int
     """Number of its manifest."""
     fingerprint: str = ""
-    """Of its manifest."""
+    """Fingerprint of its manifest."""
     events: int
-    """Events that it holds."""
+    """Events in the data set."""
     days: Mapping[str, DayCounts]
-    """Rows of the days that were ingested on their own, by date."""
+    """Row counts of the days that were ingested one at a time, by date."""
     refused: Mapping[str, str]
-    """Days that were refused, and why."""
+    """Days whose ingest was refused, and why."""
     left_out: Mapping[str, str]
-    """Days that are not whole yet, and why."""
+    """Days that are not complete yet, and why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChampionBefore(Step):
-    """The champion that the night began with, measured on the whole day before anything is trained on it."""
+    """The champion at the start of the night, measured on the whole day before anything is trained on that day."""
 
     STEP = "champion"
     version: str | None
-    """None = there is no champion, and nothing else is known."""
+    """None = there is no champion; the other fields are not set."""
     checkpoint: str | None = stored_with("version")
-    """Path of the checkpoint that the version is from; None where its tags do not say."""
+    """Path of the checkpoint that was registered as this version; None if the version's tags do not name it."""
     trained_until: int | None = stored_with("version")
-    """First time, in milliseconds since 1970, whose requests it was not trained on."""
+    """Milliseconds since 1970: it was trained only on requests before this time."""
     events_then: int = stored_with("version", int)
-    """Events of the data that it was trained on."""
+    """Events in the data set that it was trained on."""
     metrics: Mapping[str, float] | None = stored_with("version")
-    """None = the day has no request."""
+    """None = the day has no requests."""
     primary: str | None = stored_with("metrics")
     """Name of the metric that decides."""
 
@@ -86,14 +87,14 @@ class TrainedChallenger(Step):
     why_cold: str | None
     """Why training began from scratch; None = it began from the champion's weights."""
     requests: RequestConfig
-    """What it was trained on."""
+    """The requests that it was trained on."""
     training: TrainingConfig
     steps: int
     """Optimizer steps."""
     events: int
     """Events of the histories read in these steps."""
     train_seconds: float
-    """Time spent in steps."""
+    """Time spent in optimizer steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,38 +105,38 @@ class EvaluatedChallenger(Step):
     directory: Path
     """Where its results are."""
     reference: str | None
-    """Version of an earlier champion that was evaluated too; None = not tonight."""
+    """Version of an earlier champion that was evaluated too; None = none was, this night."""
     latencies: tuple[float, float] | None
     """Seconds for one request, (challenger's, champion's); None without a champion."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Judgement(Step):
-    """The decision of the gate with its figures."""
+    """The decision of the gate, and the figures behind it."""
 
     STEP = "decision"
     verdict: str
     """promoted, refused or undecided."""
     reasons: tuple[str, ...]
-    """Each a sentence."""
+    """Each is a sentence."""
     comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
-    """tonight, together (with the undecided nights before) and reference, where they were made."""
+    """Those that were made, of: tonight, together (with the undecided nights before) and reference."""
     guards: tuple[Guard, ...] = ()
     metrics: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
-    """Every metric by its name, of each system; empty where nothing was evaluated."""
+    """{system: {metric: value}}; empty if nothing was evaluated."""
     primary: str | None = stored_with("primary")
-    """Name of the metric that decides; None where nothing was evaluated."""
+    """Name of the metric that decides; None if nothing was evaluated."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Registered(Step):
-    """What became of the decision in the registry."""
+    """How the decision was carried out in the registry."""
 
     STEP = "register"
     champion: str | None
-    """The version that serves now."""
+    """The version that serves from now on."""
     verdict: str
-    """Not the decision's where somebody changed the champion meanwhile."""
+    """Differs from the decision's if somebody changed the champion in the meantime."""
     reasons: tuple[str, ...]
 
 
@@ -147,7 +148,7 @@ class BuiltStates(Step):
     built: Path | None
     """Directory of the states; None = there are none."""
     why: str | None = stored_with("why")
-    """Why there are none, where a model cannot have them."""
+    """Why there are none: the reason why the model cannot have them."""
     users: int | None = stored_with("built")
     bytes: int | None = stored_with("built")
 
@@ -159,24 +160,24 @@ class Outcome(Document):
     STEP = "night"
     date: datetime.date
     verdict: str
-    """promoted, refused or undecided; no_input or failed where the night was given up."""
+    """promoted, refused or undecided; no_input or failed if the night was given up."""
     reasons: tuple[str, ...]
     champion: str | None
     """The version that serves afterwards."""
     champion_before: str | None = stored_with("report")
     run_dir: Path | None = stored_with("report")
-    """Directory of the challenger's run; None where nothing was trained."""
+    """Directory of the challenger's run; None if nothing was trained."""
     refused_days: Mapping[str, str] = stored_with("report", dict)
-    """Days of the log that were refused, and why."""
+    """Days of the log whose ingest was refused, and why."""
     left_out_days: Mapping[str, str] = stored_with("report", dict)
-    """Days of the log that were not whole yet, and why."""
+    """Days of the log that were not complete yet, and why."""
     report: Path | None = stored_with("report")
-    """The night's page; None where the night was given up."""
+    """The night's report; None if the night was given up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Notified(Document):
-    """People were told of the outcome."""
+    """The notification about the outcome was handed over; it is not sent again."""
 
     STEP = "notified"
 
@@ -184,4 +185,4 @@ class Notified(Document):
 STEPS: tuple[type[Step], ...] = (
     Prepared, ChampionBefore, TrainedChallenger, EvaluatedChallenger, Judgement, Registered, BuiltStates,
 )  # fmt: skip
-"""In the order in which a night takes them."""
+"""In the order of a night."""

@@ -1,1 +1,1 @@
-"""A run from the driver's side: trained, evaluated, exported, registered; its directory, its record, its tables."""
+"""What the driver does with a run: train, evaluate, export, register it; its directory, its record, its tables."""

@@ -1,9 +1,9 @@
-"""solar evaluate SUBJECT: a model -> metrics, beside its baselines, on the same requests.
+"""solar evaluate SUBJECT: the metrics of a model and of its baselines on the same requests.
 
-The subject is a run (by its recipe), a checkpoint or a registered model; data set, split and part may be others than
-those it was trained on. Systems: the model, the model with its history emptied, the models of `compare`, popularity
-and, where people come back to items, what each came to before. Results per target go to DIR/SYSTEM.parquet, the summary
-to DIR/summary.json (jobs/runs/result_tables.py prints it).
+The subject is a run (named by its recipe), a checkpoint or a registered model; data set, split and part may differ from
+those of its training. Systems: the model, the model with emptied histories, the models of `compare`, popularity and,
+where users return to items, the user's own earlier items. Results per target go to DIR/SYSTEM.parquet, the summary to
+DIR/summary.json (jobs/runs/result_tables.py prints it).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OWN_ITEMS = "own items"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """Where the results are and what they say."""
+    """The directory of an evaluation and its summary."""
 
     directory: Path
     summary: Summary
@@ -51,7 +51,8 @@ class Evaluated:
 def evaluate_run(
     config: RunConfig, trained: dict[str, Trained], console: Console, *, part: str = "test", verbose: bool = False
 ) -> Evaluated:
-    """Evaluate `trained` (model name -> its run; the main model first) on one part of their own data."""
+    """Evaluate `trained` (model name -> its run; the main model first) on one part of the data that they were trained
+    on."""
     shards = run_shards(config)
     systems = []
     for name, run in trained.items():
@@ -66,10 +67,11 @@ def evaluate(
     config: RunConfig, systems: list[System], console: Console, *, shards: Shards, part: str, directory: Path,
     beside: bool = True, verbose: bool = False,
 ) -> Evaluated:  # fmt: skip
-    """Evaluate the systems (the main one first) on one part of the shards. The same again is reused.
+    """Evaluate the systems (the main one first) on one part of the shards, or reuse the same evaluation made before.
 
-    `beside`: also what is measured beside the main one: itself without histories, its spectrum, the baselines.
+    `beside`: also evaluate the main system with emptied histories, its spectrum, and the baselines.
     """
+    # Reuse the results if the same was evaluated before.
     key = EvaluationKey(
         part=part,
         systems_evaluated={system.name: system.key for system in systems},
@@ -80,13 +82,16 @@ def evaluate(
         summary = read_summary(directory)
         if summary.is_of(key):
             return Evaluated(directory, summary, reused=True)
-    # What a killed command leaves is no evaluation, and in nobody's way.
+
+    # Write into a staging directory: what a killed command leaves there is ignored, then replaced.
     staging = directory.absolute().with_name(f".{directory.name}.unfinished")
     if not staging.exists() and not (directory / SUMMARY).exists() and directory.exists() and any(directory.iterdir()):
-        raise UserError(f"{directory}: not empty and no evaluation: give another --out")
+        raise UserError(f"{directory}: not empty and not an evaluation: choose another --out")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     _warn(config, shards, systems[0], console)
+
+    # The workers measure every system.
     arguments = {
         "systems": systems,
         "baselines": baselines(config.data.requests) if beside else [],
@@ -121,6 +126,8 @@ def evaluate(
             name="evaluate", on_rows=follow,
         )  # fmt: skip
         stage.result = f"{num_systems} systems on the {part} part"
+
+    # Summarise, and move the files into place, the summary last: it marks a complete evaluation.
     names = [system.name for system in systems]
     if beside:
         names[1:1] = [f"{names[0]}, {EMPTIED}"]
@@ -134,13 +141,13 @@ def evaluate(
 
 
 def _warn(config: RunConfig, shards: Shards, main: System, console: Console) -> None:
-    """What a reader of the figures must know."""
+    """Tell what distorts the figures: histories that are cut off, and requests that the model may have trained on."""
     requests = config.data.requests
     longer = int((shards.index.events > requests.max_history).sum())
     if longer:
         console.line(
             f"{'evaluate':<12} {longer:,} users have more than data.requests.max_history={requests.max_history} "
-            "events: their older ones are not read and count as unseen"
+            "events: their older events are not read, and the items in them count as unseen"
         )
     trained_on = main.job.requests if main.job else None
     if trained_on is not None and (trained_on.split, trained_on.valid_from, trained_on.test_from) != (
@@ -148,12 +155,12 @@ def _warn(config: RunConfig, shards: Shards, main: System, console: Console) -> 
     ):  # fmt: skip
         console.line(
             f"{'evaluate':<12} {main.name} was trained under split {trained_on.split} (test_from "
-            f"{trained_on.test_from}): requests of this part may have been trained on"
+            f"{trained_on.test_from}): it may have been trained on requests of this part"
         )
 
 
 def _evaluate_worker(arguments: dict[str, Any]) -> None:
-    """On every worker: each system in turn; rank 0 writes."""
+    """Runs on every worker: measures one system after another; rank 0 writes the results."""
     import torch
     import torch.distributed as dist
 
@@ -164,7 +171,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
 
     directory, reporter, done = Path(arguments["directory"]), arguments["reporter"], 0
     data = Shards.open(arguments["shards"], number=arguments["manifest"])
-    asked = {"requests": arguments["requests"], "part": arguments["part"]}
+    selection = {"requests": arguments["requests"], "part": arguments["part"]}
 
     def progress(system: str) -> Any:
         return lambda count, total: reporter.row("progress", stage=system, done=count, total=total)
@@ -178,7 +185,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
 
     for index, system in enumerate(arguments["systems"]):
         tower, rows, catalogue = _load_system(system, data, arguments)
-        common: dict[str, Any] = {"catalogue": catalogue, **asked}
+        common: dict[str, Any] = {"catalogue": catalogue, **selection}
         record(system.name, evaluate_part(tower, rows, data, progress=progress(system.name), **common))
         if index == 0 and arguments["beside"]:
             name = f"{system.name}, {EMPTIED}"
@@ -191,12 +198,13 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
             spectrum = energy_by_rank(tower, rows, data, **common)
             if spectrum is not None and dist.get_rank() == 0:
                 write_json(directory / "spectrum.json", spectrum)
+        # All ranks: free this system's memory before the next one is loaded.
         del tower, rows
         torch.distributed.barrier()
 
 
 def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """(tower, item rows, catalogue) of a system, for the data it is evaluated on. All ranks join."""
+    """(tower, item rows, catalogue) of a system, for the data that it is evaluated on. All ranks take part."""
     from jobs.training.catalogue import catalogue_of, training_counts
     from jobs.training.dense_engine import PRECISIONS
     from jobs.training.exported import load_export
@@ -227,7 +235,7 @@ def _write_result(directory: Path, system: str, result: RankedTargets | ScoredIm
 
 
 def read_result(directory: Path, system: str, *, task: str) -> RankedTargets | ScoredImpressions:
-    """What an evaluation measured of one of its systems."""
+    """The results of one system of an evaluation."""
     table = pq.read_table(directory / f"{_file_name(system)}.parquet")
     columns = {name: table[name].to_numpy() for name in table.column_names}
     counts = read_json(directory / f"{_file_name(system)}.json")["counts"]
@@ -235,7 +243,7 @@ def read_result(directory: Path, system: str, *, task: str) -> RankedTargets | S
 
 
 def _summarise(key: EvaluationKey, directory: Path, config: RunConfig, systems: list[str]) -> Summary:
-    """Metrics of every system; intervals over users and ratios of the primary one, also by slice."""
+    """Every system's metrics, and its primary metric with intervals over users: in all, by slice, and as a ratio."""
     main, requests = systems[0], config.data.requests
     results = {system: read_result(directory, system, task=requests.task) for system in systems}
 
@@ -253,7 +261,7 @@ def _summarise(key: EvaluationKey, directory: Path, config: RunConfig, systems: 
             continue
         intervals = {system: bootstrap_ratio_interval(*values, seed=config.seed) for system, values in sums.items()}
         slices.append(Slice(name=name, users=users, weight=float(sums[main][1].sum()), systems=intervals))
-    everything = {system: per_user(system, np.ones(len(results[system].user), bool))[0] for system in systems}
+    sums_of_all = {system: per_user(system, np.ones(len(results[system].user), bool))[0] for system in systems}
     return Summary(
         **vars(key),
         task=requests.task,
@@ -264,17 +272,17 @@ def _summarise(key: EvaluationKey, directory: Path, config: RunConfig, systems: 
         slices=slices,
         intervals=slices[0].systems if slices else {},
         ratios={
-            system: bootstrap_ratio_interval(everything[main], values, seed=config.seed)
-            for system, values in everything.items()
+            system: bootstrap_ratio_interval(sums_of_all[main], values, seed=config.seed)
+            for system, values in sums_of_all.items()
             if system != main and len(values)
         },
     )
 
 
 def baselines(requests: RequestConfig) -> list[str]:
-    """What needs no model: what everybody comes to and, where people may come back to items, what the user came to."""
-    comes_back = requests.task == "next_item" and requests.seen_items == "kept"
-    return [OWN_ITEMS, POPULARITY] if comes_back else [POPULARITY]
+    """The systems that need no model: popularity and, where users may return to items, the user's own earlier items."""
+    may_return = requests.task == "next_item" and requests.seen_items == "kept"
+    return [OWN_ITEMS, POPULARITY] if may_return else [POPULARITY]
 
 
 def _file_name(system: str) -> str:

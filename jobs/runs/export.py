@@ -1,4 +1,4 @@
-"""The best checkpoint of a run -> what a registered version consists of: weights, vocabulary, settings, scorer.py."""
+"""The best checkpoint of a run -> the files of a registered version: weights, vocabulary, settings, scorer.py."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 SCORER_FILES = ("histories.py", "user_states.py", "request_columns.py", "scorer.py")
-"""Of jobs/scorer, in the order in which they can be concatenated."""
+"""Files of jobs/scorer, in the order in which they are concatenated."""
 RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> None:
-    """Write the export of a checkpoint (write_export)."""
+    """Write the export of a checkpoint, as `write_export` does."""
     dense = load_file(checkpoint / "dense.safetensors")
     write_export(
         directory,
@@ -59,11 +59,12 @@ def write_export(
     table: Callable[[str], Tensor],
     tower: dict[str, Tensor],
 ) -> None:
-    """Write what the scorer reads: whole tables without optimizer state, tower, items with feature rows, values of
-    user features, settings.
+    """Write the files that the scorer reads: tables without optimizer state, tower, items with their feature rows,
+    values of user features, settings.
 
-    `table(NAME)` gives a table's weight, at least as many rows as its vocabulary has; `tower` is the state dict.
+    `table(NAME)` returns a table's weights, with at least as many rows as its vocabulary; `tower` is the state dict.
     """
+    # Tables, cut to the size of their vocabularies, and tower.
     directory.mkdir(parents=True)
     vocabulary = shards.vocabulary
     known = user_features(model, vocabulary)
@@ -72,6 +73,7 @@ def write_export(
     for name, size in sizes.items():
         save_file({"weight": table(name)[:size].clone()}, directory / f"table-{name}.safetensors")
     save_file(tower, directory / "model.safetensors")
+    # Vocabularies, and how often each item occurs in training.
     pq.write_table(_items_table(vocabulary), directory / "items.parquet")
     if known:
         values = [(name, value) for name in known for value in vocabulary.user_features[name]]
@@ -79,6 +81,7 @@ def write_export(
         pq.write_table(pa.table(listed), directory / "user-values.parquet")
     counts = torch.from_numpy(training_item_counts(shards, requests=requests)[: vocabulary.size])
     save_file({"training_events": counts.contiguous()}, directory / "item-counts.safetensors")
+    # Settings. config.json is written last: an export that has it is complete.
     settings = {
         "model": model_settings(model, vocabulary),
         "features": list(vocabulary.features),
@@ -95,8 +98,8 @@ def write_export(
 
 
 def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary) -> Any:
-    """Log an export (in a directory named `model`) and its scorer as an MLflow model of the active run; MLflow's
-    ModelInfo."""
+    """Log an export (in a directory named `model`) and its scorer as an MLflow model of the active run; returns
+    MLflow's ModelInfo."""
     import mlflow
 
     assert directory.name == EXPORT, directory
@@ -113,7 +116,7 @@ def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary
 
 
 def scorer_source(model: str) -> str:
-    """jobs/scorer/scorer.py, its input, its states and every file of models/ that the tower needs, as one file."""
+    """The source of scorer.py: the files of jobs/scorer and every file of models/ that the tower needs, in one file."""
     config_class, tower_class = MODELS[model]
     parts = [
         _module_body(path) for path in _imported_files(REPOSITORY / f"{tower_class.__module__.replace('.', '/')}.py")
@@ -130,7 +133,7 @@ def scorer_source(model: str) -> str:
 
 
 def _imported_files(path: Path) -> list[Path]:
-    """`path` after every file of models/ it imports, directly or not: the order in which they can be concatenated."""
+    """Every file of models/ that `path` imports, directly or indirectly, then `path`; each after its own imports."""
     ordered: list[Path] = []
 
     def visit(file: Path) -> None:
@@ -145,7 +148,7 @@ def _imported_files(path: Path) -> list[Path]:
 
 
 def _module_body(path: Path) -> str:
-    """The file without its imports of `__future__` and of this repository."""
+    """The source of a file without its imports from `__future__` and from this repository."""
     source = path.read_text()
     lines = source.splitlines()
     for node in ast.parse(source).body:
@@ -166,7 +169,7 @@ def _whole_table(checkpoint: Path, table: str) -> Any:
 
 
 def _items_table(vocabulary: Vocabulary) -> pa.Table:
-    """item_id and the rows of each feature, in the order of the table rows from NUM_RESERVED."""
+    """item_id, and a list of value rows for each feature; in the order of the item table's rows from NUM_RESERVED."""
     import numpy as np
 
     columns: dict[str, Any] = {"item_id": vocabulary.raw(np.arange(NUM_RESERVED, vocabulary.size))}
@@ -178,10 +181,10 @@ def _items_table(vocabulary: Vocabulary) -> pa.Table:
 
 
 def signature(model: dict[str, Any], vocabulary: Vocabulary) -> Any:
-    """What MLflow lets through to the scorer, which checks it: jobs/scorer/scorer.py names the columns.
+    """The columns that MLflow passes to the scorer, which checks them itself (jobs/scorer/scorer.py documents them).
 
-    Any type stands where MLflow would spoil values: of a list of strings with a null in it it keeps the first letter
-    of each, and it takes no null among numbers. A user feature is a category, or a list of them.
+    AnyType is used where MLflow would damage or refuse values: in a list of strings with a null it keeps only the first
+    letter of each string, and among numbers it refuses nulls. A user feature is a category or a list of categories.
     """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
@@ -192,12 +195,13 @@ def signature(model: dict[str, Any], vocabulary: Vocabulary) -> Any:
     for name in ("history", "latest"):
         columns |= {name: items, f"{name}_time": integers, f"{name}_action": AnyType()}
     columns |= dict.fromkeys(("state", "time", *user_features(model, vocabulary)), AnyType())
-    # What is missing the scorer tells better.
+    # Not required: the scorer's own message about a missing column is clearer than MLflow's.
     inputs = Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
     return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(Array(DataType.double), "scores")]))
 
 
 def training_shards(config: RunConfig, checkpoint: Path) -> Shards:
+    """The data set as it was when the checkpoint was trained."""
     return Shards.open(config.shards_dir, number=record_of(checkpoint).manifest)
 
 

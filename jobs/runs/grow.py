@@ -1,13 +1,13 @@
-"""solar grow CHECKPOINT --shards DIR --out DIR: a checkpoint whose tables are as large as the vocabulary asks for now.
+"""solar grow CHECKPOINT --shards DIR --out DIR: a checkpoint with tables as large as the vocabulary needs now.
 
     step-00000400/ of 4,096 rows        OUT/ of 8,192 rows
       table-item-000000000000    -->      table-item-000000000000     the same bytes (a hard link where possible)
       table-item-000000002048             table-item-000000002048     the same bytes
                                           table-item-000000004096     rows drawn from (seed, table, row), no state
-      dense, state.json, COMMIT           dense; state.json, COMMIT anew
+      dense, state.json, COMMIT           dense: the same bytes; state.json, COMMIT: written anew
 
-What is written is what a warm start of CHECKPOINT with its own seed makes in memory. Rows are written as they are
-drawn: memory does not follow the size of a table. Nothing is at OUT before all of it is.
+The result equals what a warm start from CHECKPOINT with the checkpoint's own seed creates in memory. New rows are
+written in blocks, so the memory needed does not depend on the size of a table. OUT appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -48,15 +48,18 @@ ROWS_AT_ONCE = 1 << 16
 
 
 def grow(text: str, console: Console, *, shards_dir: str, out: str) -> Path:
-    """Write the grown checkpoint; returns where it is. UserError, DataError, CheckpointError: nothing was written."""
+    """Write the grown checkpoint; returns its path. UserError, DataError, CheckpointError: nothing was written."""
     if "://" in out:
         raise UserError(f"--out {out}: must be a local or shared directory, not a URI")
+    # Check that the checkpoint fits these shards.
     checkpoint, target = find_checkpoint(text), Path(out)
     document = read_state(checkpoint, checksums=True)
     config = stored_config("grow", document["config"], str(checkpoint), [])
     shards = Shards.open(absolute(shards_dir))
     if problem := misfit(checkpoint, document, model=config.model, sparse=config.optimizer.sparse, shards=shards):
         raise UserError(f"{checkpoint}: {problem}")
+
+    # Keep all files but state.json, add the new rows, and write state.json anew.
     specs = model_tables(config.model, shards.vocabulary)
     capacities = {each["name"]: each["capacity"] for each in document["tables"]}
     with _staged(target) as staging, console.stage("grow") as stage:
@@ -82,22 +85,22 @@ def grow(text: str, console: Console, *, shards_dir: str, out: str) -> Path:
         grown = [
             f"{s.name} {capacities[s.name]:,} -> {s.capacity:,} rows" for s in specs if s.capacity > capacities[s.name]
         ]
-        stage.result = ", ".join(grown) or "every table is large enough"
+        stage.result = ", ".join(grown) or "every table is large enough already"
     return target
 
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A directory that becomes `target` as a whole if nothing fails inside; else nothing of it stays.
+    """A directory that becomes `target` if the block succeeds, and is removed if it fails.
 
-    What a killed command left is removed by the next one of the same target.
+    What a killed command left is removed by the next command with the same target.
     """
     work = target.with_name(f".{target.name}.growing")
     staging = work / "checkpoint"
     with sole_command(work, otherwise="name another --out"):
-        # Whoever wrote the same target held this lock.
+        # Checked under the lock: another command may have just written the same target.
         if target.exists():
-            raise UserError(f"--out {target}: is there already: name a directory that is not, or remove it")
+            raise UserError(f"--out {target}: exists already: choose another directory, or remove it")
         try:
             remove_committed(staging)
             staging.mkdir()
@@ -109,7 +112,7 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def _link_tables(checkpoint: Path, staging: Path) -> list[dict[str, Any]]:
-    """All files but state.json; what COMMIT says of them. They were checked against it."""
+    """Link or copy all files but state.json; returns their entries in COMMIT. Their checksums were verified before."""
     kept = [
         entry for entry in json.loads((checkpoint / "COMMIT").read_text())["files"] if entry["name"] != "state.json"
     ]
@@ -128,22 +131,24 @@ def _link_tables(checkpoint: Path, staging: Path) -> list[dict[str, Any]]:
 def _write_new_rows(
     staging: Path, spec: TableSpec, *, first: int, like: Path, seed: int, std: float, tell: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Rows first..capacity - 1 of a table with the state of `like`, all zero, as one safetensors file. `tell` hears how
-    many were drawn."""
+    """Write rows first..capacity - 1 of a table as one safetensors file, with the same optimizer state tensors as the
+    file `like`, all zero. `tell` is called with the number of rows drawn so far."""
     file, num_rows = staging / f"table-{spec.name}-{first:012d}.safetensors", spec.capacity - first
-    of_row = {name: shape[1:] for name, shape in stored_shapes(like).items()}
+    row_shapes = {name: shape[1:] for name, shape in stored_shapes(like).items()}
+    # The header of the safetensors format: the tensors' types, shapes and places, padded to a multiple of 8 bytes.
     header, start = {}, 0
-    for name in sorted(of_row, key=lambda name: name != "weight"):
-        size = 4 * num_rows * math.prod(of_row[name])
-        header[name] = {"dtype": "F32", "shape": [num_rows, *of_row[name]], "data_offsets": [start, start + size]}
+    for name in sorted(row_shapes, key=lambda name: name != "weight"):
+        size = 4 * num_rows * math.prod(row_shapes[name])
+        header[name] = {"dtype": "F32", "shape": [num_rows, *row_shapes[name]], "data_offsets": [start, start + size]}
         start += size
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
+    # The tensors, a block of rows at a time.
     with file.open("wb") as stream:
         stream.write(len(head).to_bytes(8, "little") + head)
         for name in header:
             for begin in range(first, spec.capacity, ROWS_AT_ONCE):
-                shape = [min(ROWS_AT_ONCE, spec.capacity - begin), *of_row[name]]
+                shape = [min(ROWS_AT_ONCE, spec.capacity - begin), *row_shapes[name]]
                 rows = np.zeros(shape, "<f4")
                 if name == "weight":
                     drawn = initial_rows(
@@ -156,7 +161,7 @@ def _write_new_rows(
 
 
 def _grown_state(document: dict[str, Any], checkpoint: Path, shards: Shards, specs: list[TableSpec]) -> dict[str, Any]:
-    """state.json: as it was, of the new data and tables, with where it comes from."""
+    """The new state.json: the old one with the new data and tables, and where it was grown from."""
     manifest = shards.manifest
     config = {**document["config"], "data": {**document["config"]["data"], "shards": shards.path}}
     return {

@@ -1,8 +1,8 @@
 """solar leaderboard BOARD: many models on one data set, under one protocol -> one table.
 
-A board (jobs/recipes/leaderboards/) is a recipe without a model and, under `models`, what each row adds to it. A row
-and a seed are a run, WORKSPACE/runs/BOARD-ROW-SEED: continued where it stopped, reused when it is finished.
-Table, figures and picture stand in WORKSPACE/leaderboards/BOARD and are written anew after each run.
+A board (jobs/recipes/leaderboards/) is a recipe without a model, and a section `models` with the settings that each row
+adds to it. Each pair of a row and a seed is one run, WORKSPACE/runs/BOARD-ROW-SEED: an unfinished run is continued, a
+finished one is reused. Table, figures and plot are in WORKSPACE/leaderboards/BOARD and are rewritten after each run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COSTS = ("parameters", "epochs", "steps", "train_seconds", "peak_gib", "events_p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoardResult:
-    """What one run adds to the board; popularity has metrics only."""
+    """The results of one run; of popularity, which is not trained, only the metrics."""
 
     row: str
     seed: int
@@ -43,34 +43,34 @@ class BoardResult:
     tables: str | None = None
     """The optimizer of the tables."""
     parameters: int | None = None
-    """Weights of the tower and of the rows of items."""
+    """Number of weights in the tower and in the rows of items."""
     epochs: int | None = None
     steps: int | None = None
     best_step: int | None = stored_with("best_step")
-    """The step of the best validation."""
+    """The step with the best validation metric."""
     train_seconds: float | None = None
     peak_gib: float | None = None
-    """Memory of all ranks, each at its peak."""
+    """Sum of all ranks' peak memory."""
     events_per_second: float | None = None
     curve: list[tuple[float, float]] | None = None
-    """(seconds of training steps, validation metric) of every validation."""
+    """(seconds spent in training steps so far, validation metric) of every validation."""
     mlflow_run_id: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Board:
-    """What is compared."""
+    """The runs of a leaderboard."""
 
     name: str
     rows: Mapping[str, RunConfig]
-    """The runs by the names of their rows, but for the seed; data, split and workspace are the same in all of them."""
+    """{row name: configuration, except for the seed}; data, split and workspace are the same in all of them."""
     seeds: Sequence[int]
     part: str = "test"
-    """Which part is ranked: test once per setting, valid to choose settings by."""
+    """Which part the metrics are of: test once per setting, valid while choosing settings."""
 
     @property
     def protocol(self) -> RunConfig:
-        """Any of the runs: for what is the same in all of them."""
+        """The configuration of any row, for settings that all rows share."""
         return next(iter(self.rows.values()))
 
     @property
@@ -83,14 +83,14 @@ class Board:
 
 
 def leaderboard(board: Board, console: Console, *, verbose: bool = False) -> Path:
-    """Train and evaluate what is not there yet; returns the table, as Markdown."""
+    """Train and evaluate the runs that are not done yet; returns the path of the table, in Markdown."""
     protocol = board.protocol
     import_missing(protocol, console)
     parent = _parent_run(board)
     results: list[BoardResult] = []
     with ray_session(protocol.cluster, num_cpus=protocol.parallel.num_cpus, verbose=verbose):
         prepare_shards(protocol.events_dir, protocol.shards_dir, protocol.data.prepare, console)
-        # Seed by seed: a table of all rows is there early.
+        # All rows with the first seed first: so a table with every row exists early.
         for number, (seed, row) in enumerate(itertools.product(board.seeds, board.rows), 1):
             config = board.run(row, seed)
             console.line(f"{f'{number}/{len(board.seeds) * len(board.rows)}':<12} {row}, seed {seed}")
@@ -111,7 +111,7 @@ def leaderboard(board: Board, console: Console, *, verbose: bool = False) -> Pat
 
 
 def write_board(board: Board, results: Sequence[BoardResult]) -> None:
-    """leaderboard.json, .md and .png of the results so far, one a row and seed."""
+    """Write leaderboard.json, .md and .png from the results so far, one per row and seed."""
     board.directory.mkdir(parents=True, exist_ok=True)
     write_json(
         board.directory / "leaderboard.json", {"board": board.name, "part": board.part, "results": as_json(results)}
@@ -125,7 +125,8 @@ def write_board(board: Board, results: Sequence[BoardResult]) -> None:
 
 
 def markdown(results: Sequence[BoardResult], *, part: str) -> str:
-    """One line a row, the best NDCG@10 with seen items kept first: means over seeds and standard deviations."""
+    """A table with one line per row, the best NDCG@10 with seen items kept first: means and standard deviations over
+    seeds."""
     metrics = [f"{metric}{suffix}" for suffix in ("_seen_kept", "") for metric in METRICS]
     heads = [f"{metric.removesuffix('_seen_kept').upper()}{', kept' if 'kept' in metric else ''}" for metric in metrics]
     rows = _by_row(results)
@@ -152,7 +153,7 @@ def markdown(results: Sequence[BoardResult], *, part: str) -> str:
 def _results(
     row: str, config: RunConfig, trained: Trained, evaluated: Evaluated, *, with_popularity: bool
 ) -> list[BoardResult]:
-    """What one run adds to the board: its own figures, and popularity's with the first one."""
+    """The results of one run, and with the first run also those of popularity."""
     summary = evaluated.summary
     latest = latest_checkpoint(trained.run_dir)
     assert latest is not None
@@ -180,7 +181,7 @@ def _results(
 
 
 def _parameters(config: RunConfig) -> int:
-    """Weights of the tower and of the rows of items."""
+    """Number of weights in the tower and in the rows of items."""
     vocabulary = open_shards(config).vocabulary
     tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
     rows = (vocabulary.size - NUM_RESERVED) * config.model["width"]
@@ -188,7 +189,7 @@ def _parameters(config: RunConfig) -> int:
 
 
 def _curve(run_dir: Path, metric: str) -> list[tuple[float, float]]:
-    """(seconds of training steps, validation metric) of every validation."""
+    """(seconds spent in training steps so far, validation metric) of every validation."""
     seconds, curve = 0.0, []
     for row in read_rows(run_dir / "telemetry.jsonl"):
         seconds += row["seconds"] if row["kind"] == "step" else 0.0
@@ -198,7 +199,7 @@ def _curve(run_dir: Path, metric: str) -> list[tuple[float, float]]:
 
 
 def _parent_run(board: Board) -> TrackedRun:
-    """The MLflow run above all rows, the same one when the board goes on."""
+    """The MLflow run above the runs of all rows; a board that is continued keeps it."""
     record = board.directory / "run.json"
     previous = read_json(record)["mlflow_run_id"] if record.exists() else None
     protocol = board.protocol

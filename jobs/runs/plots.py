@@ -1,4 +1,4 @@
-"""The pictures of a run, as PNG: loss, quality against history length, energy of real histories against rank."""
+"""The plots of a run, as PNG: loss, quality by history length, energy of real histories by rank."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from models.metrics import bootstrap_interval, ndcg
 
 LENGTH_BUCKETS = (0, 20, 50, 100, 200, 500, 1_000, 10_000, 1 << 62)
 Target = TypeVar("Target", Path, BinaryIO)
-"""Where a PNG goes."""
+"""Where a PNG is written to."""
 MIN_BUCKET_USERS = 20
-"""Fewer users than this say nothing about a bucket."""
+"""A bucket with fewer requests than this is not shown: its mean would be mostly noise."""
 
 
 def write_plots(run_dir: Path, *, model: str) -> list[Path]:
-    """Write every plot there is data for into RUN/plots; returns the files."""
+    """Write every plot that there are data for into RUN/plots; returns the files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,7 +39,7 @@ def write_plots(run_dir: Path, *, model: str) -> list[Path]:
 
 
 def plot_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: Path, *, title: str) -> Path:
-    """Quality against training time: (seconds, NDCG@10) of each seed of each row."""
+    """Quality over training time: `curves` has for each row one list of (seconds, NDCG@10) per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,7 +53,7 @@ def plot_curves(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], p
 
 
 def plot_loss(run_dir: Path, path: Target) -> Target:
-    """Training loss and the validation's metric, from RUN/telemetry.jsonl."""
+    """Training loss and validation metric by step, from RUN/telemetry.jsonl."""
     rows = read_rows(run_dir / "telemetry.jsonl")
     steps = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
     valid = {row["step"]: row for row in rows if row["kind"] == "valid"}
@@ -66,7 +66,7 @@ def plot_loss(run_dir: Path, path: Target) -> Target:
             list(valid), [row[metric] for row in valid.values()], "o-", color="tab:orange", label=f"valid {metric}"
         )
         right.set_ylabel(f"valid {metric}")
-        # Beside the axes: the two scales leave no corner free for sure.
+        # Outside the axes: with two scales, no corner inside is certain to be free.
         figure.legend(handles=[*axes.get_lines(), *right.get_lines()], loc="outside lower center", ncols=2)
     else:
         axes.legend()
@@ -94,7 +94,7 @@ def _plot_history_length(results: Path, path: Path) -> Path:
 
 
 def plot_spectrum(spectrum: dict[str, Any], path: Target) -> Target:
-    """Energy of histories against rank, from RUN/evaluation/spectrum.json."""
+    """Energy of histories by rank, from RUN/evaluation/spectrum.json."""
     figure, axes = new_figure(
         f"energy of {spectrum['histories']} real histories", "rank", "share of squared singular values"
     )
@@ -107,7 +107,7 @@ def plot_spectrum(spectrum: dict[str, Any], path: Target) -> Target:
 
 
 def new_figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    """(figure, axes) in the look that all plots share."""
+    """(figure, axes) in the style that all plots share."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -120,6 +120,6 @@ def new_figure(title: str, x: str, y: str) -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, path: Target) -> Target:
-    """As PNG; the same figure is the same bytes."""
+    """Write the figure as PNG; the same figure gives the same bytes."""
     figure.savefig(path, dpi=110, format="png")
     return path

@@ -17,17 +17,17 @@ from jobs.training.clock import PARTS
 from jobs.training.placement import PLAN_FILE
 
 QUIET_SECONDS = 60.0
-"""Without a row after which the bar says so; rows come with every step, and from validations as they go."""
+"""After this time without a row the bar says so; rows come with every step, and also during validations."""
 _STEPS_SHOWN = 20
-"""Latest steps whose speed stands beside the bar."""
+"""The speed shown beside the bar is that of this many latest steps."""
 _SUMMED = ("seconds", "events", *(f"{name}_seconds" for name in PARTS))
 _PREFIXES = {"step": "train", "valid": "valid", "checkpoint": "checkpoint", "cost": "cost"}
-"""Of MLflow's names, by kind of row."""
+"""Prefixes of the names of MLflow metrics, by kind of row."""
 _NO_METRICS = ("kind", "time", "step", "share", "path")
 
 
 class Follower:
-    """Called with every batch of rows. Each step stands once in telemetry.jsonl, however often it was trained."""
+    """Called with every batch of rows. telemetry.jsonl has each step once, even if restarts trained it again."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Follower:
         workers: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`workers`: as the bar names them while they start; `clock`: seconds."""
+        """`workers`: how the bar names the workers while they start; `clock`: the time in seconds."""
         self._run, self._stage, self._log, self._primary = run, stage, log, primary
         self._step, self._num_steps, self._share = 0, 0, 0.0
         self._loss, self._best = float("nan"), float("nan")
@@ -49,12 +49,12 @@ class Follower:
         self._sums: collections.Counter[str] = collections.Counter()
         self._cost = ""
         self._doing = f"starting {workers}"
-        self._clock, self._heard = clock, clock()
+        self._clock, self._last_row_at = clock, clock()
         self._failure = ""
 
     def __call__(self, rows: list[dict[str, Any]]) -> None:
         if rows:
-            self._heard = self._clock()
+            self._last_row_at = self._clock()
         self._show(rows)
         self._record([row for row in rows if row["kind"] not in ("progress", "waiting")])
 
@@ -65,7 +65,7 @@ class Follower:
                 self._doing = f"{row['stage']} {row['done']}/{row['total']}"
             elif row["kind"] == "start":
                 self._starts += 1
-                self._tell_restart(row)
+                self._print_restart(row)
                 self._step, self._num_steps, self._share = row["step"], row["num_steps"], row["share"]
                 self._began, self._began_share = row["time"], row["share"]
                 self._doing = "first batch"
@@ -99,14 +99,14 @@ class Follower:
             parts += [f"{last['memory_gib']:.1f} GiB"] if "memory_gib" in last else []
             parts += self._time_left(last)
         parts += [self._doing] if self._doing else []
-        quiet = self._clock() - self._heard
+        quiet = self._clock() - self._last_row_at
         parts += [f"no news from the workers for {quiet:.0f} s"] if quiet >= QUIET_SECONDS else []
         self._stage.update(self._share, 1.0 if self._num_steps else None, "  ".join(parts))
 
-    def _tell_restart(self, start: dict[str, Any]) -> None:
-        """A line of its own, which stays: the bar is overwritten."""
+    def _print_restart(self, start: dict[str, Any]) -> None:
+        """Print a separate line, which stays visible; the bar is overwritten."""
         if self._starts > 1:
-            why = self._failure or "the cluster has room for another number of workers"
+            why = self._failure or "the cluster has room for a different number of workers"
             workers = f"{start['workers']} worker{'s' * (start['workers'] != 1)}"
             self._stage.tell(f"{why}; goes on with {workers} from step {start['step']}")
         self._failure = ""
@@ -138,12 +138,12 @@ class Follower:
 
 
 def _summed(step: Mapping[str, Any]) -> dict[str, float]:
-    """What of a step's row adds up over steps."""
+    """The values of a step's row that are summed over steps."""
     return {name: step[name] for name in _SUMMED if name in step}
 
 
 def speed_texts(sums: Mapping[str, float]) -> list[str]:
-    """Events a second, and how the time of so many steps splits; nothing where nothing is known."""
+    """Events per second, and how the time of the summed steps is divided; [] if nothing is known."""
     if not sums.get("seconds") or not sums.get("events"):
         return []
     split = ", ".join(f"{name.replace('_', '-')} {sums[f'{name}_seconds'] / sums['seconds']:.0%}" for name in PARTS)
@@ -151,7 +151,7 @@ def speed_texts(sums: Mapping[str, float]) -> list[str]:
 
 
 def plan_text(row: Mapping[str, Any]) -> str:
-    """Where the tables lie, in a line."""
+    """How the tables are placed, in one line."""
     tables = ", ".join(f"{table['name']} {table['rows']:,} x {table['width']}" for table in row["tables"])
     kernels = " and ".join(sorted({table["kernel"] for table in row["tables"]}))
     each = sum(table["mib_per_worker"] for table in row["tables"])
@@ -166,7 +166,7 @@ def plan_text(row: Mapping[str, Any]) -> str:
 
 
 def cost_text(row: Mapping[str, Any]) -> str:
-    """The cost of a run, as its workers told it."""
+    """The cost of a run, as reported by its workers."""
     text = f"{row['core_seconds'] / 3600:.2f} core-hours"
     if "read_bytes" in row:
         text += f", {row['read_bytes'] / 2**30:.1f} GiB read, {row['written_bytes'] / 2**30:.1f} GiB written"
@@ -174,9 +174,10 @@ def cost_text(row: Mapping[str, Any]) -> str:
 
 
 def drop_superseded(log: Path, *, after_step: int) -> None:
-    """Remove the rows of steps that a restart from `after_step` trains again, and half a line of a killed driver.
+    """Remove the rows of steps that a restart from `after_step` trains again, and the incomplete last line of a
+    killed driver.
 
-    MLflow has no such removal: there these steps get a second point, of the same value and a later time stamp.
+    MLflow cannot remove points: there these steps get a second point, with the same value and a later time stamp.
     """
     if not log.exists():
         return

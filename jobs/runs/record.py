@@ -1,4 +1,4 @@
-"""RUN/run.json: what ties a run's directory to its configuration, its data and its MLflow run."""
+"""RUN/run.json: the record that connects a run's directory with its configuration, its data and its MLflow run."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ RECORD = "run.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """How a run came about, as run.json and, but for MLflow, every checkpoint of it say."""
+    """How a run came about. It is stored in run.json and, without the MLflow fields, in every checkpoint of the run."""
 
     config: Mapping[str, Any]
     """The whole configuration."""
     fingerprint: str
-    """Of the part of the configuration that makes two runs the same run."""
+    """Fingerprint of the part of the configuration that identifies the run."""
     manifest: int
     """Number of the manifest of the shards."""
     manifest_fingerprint: str
     git_commit: str
-    """Of this program."""
+    """Commit of this program."""
     warm_start: str | None = None
     """Key of the checkpoint that the run began from; None = from scratch."""
     mlflow_run_id: str | None = stored_with("mlflow_run_id")
     mlflow_status: str | None = stored_with("mlflow_status")
-    """RUNNING, FINISHED, FAILED or KILLED, where MLflow was told."""
+    """RUNNING, FINISHED, FAILED or KILLED: the last status that MLflow got."""
 
 
 def run_facts(config: RunConfig, shards: Shards, *, warm_start: str | None = None) -> RunRecord:
-    """The record of a run before MLflow knows of it; `warm_start` is the key of the checkpoint that it began from."""
+    """The record of a run without the MLflow fields; `warm_start` is the key of the checkpoint that it began from."""
     return RunRecord(
         config=config.as_dict(),
         fingerprint=config.fingerprint(),
@@ -57,7 +57,7 @@ def run_facts(config: RunConfig, shards: Shards, *, warm_start: str | None = Non
 
 
 def previous_run(config: RunConfig, shards: Shards) -> RunRecord | None:
-    """The directory's record, None where there is none; one of another configuration or of other data is refused."""
+    """The directory's record; None if there is none. UserError: it is of another configuration or of other data."""
     previous = read_record(config.run_dir)
     if previous is None:
         return None
@@ -78,7 +78,7 @@ def previous_run(config: RunConfig, shards: Shards) -> RunRecord | None:
 
 
 def read_record(run_dir: Path) -> RunRecord | None:
-    """What the directory says of its run, None where there is none."""
+    """The record of the run in a directory; None if there is no run."""
     file = run_dir / RECORD
     if file.exists():
         try:
@@ -86,24 +86,24 @@ def read_record(run_dir: Path) -> RunRecord | None:
         except ValueError as error:
             fix = f"remove {run_dir}, there is no checkpoint in it"
             if latest_checkpoint(run_dir) is not None:
-                fix = "remove it; the checkpoints say the same, only the MLflow run will be a new one"
-            raise UserError(f"{file}: not valid JSON (damaged or cut): {fix}") from error
+                fix = "remove it; the checkpoints hold the same record, only the MLflow run will be a new one"
+            raise UserError(f"{file}: not valid JSON (damaged or cut off): {fix}") from error
     latest = latest_checkpoint(run_dir)
     if latest is not None:
         return record_of(latest)
-    ours = {*LOCK_FILES, Path(RECORD).with_suffix(".tmp").name}
-    if run_dir.exists() and any(path.name not in ours for path in run_dir.iterdir()):
+    no_content = {*LOCK_FILES, Path(RECORD).with_suffix(".tmp").name}
+    if run_dir.exists() and any(path.name not in no_content for path in run_dir.iterdir()):
         raise UserError(f"{run_dir}: not empty and not a run: choose another --name or --workspace")
     return None
 
 
 def record_of(checkpoint: Path, *, checksums: bool = False) -> RunRecord:
-    """How the run of a checkpoint came about; the checkpoint is verified as by `read_state`."""
+    """The record of a checkpoint's run; the checkpoint is verified as by `read_state`."""
     return from_json(RunRecord, read_state(checkpoint, checksums=checksums))
 
 
 def open_tracked_run(config: RunConfig, facts: RunRecord, previous: RunRecord | None) -> TrackedRun:
-    """The MLflow run, new or continued, and the record that names it."""
+    """Open the run in MLflow, new or continued, and store the record that names it."""
     from mlflow.exceptions import MlflowException
 
     known = previous.mlflow_run_id if previous else None
@@ -121,15 +121,16 @@ def open_tracked_run(config: RunConfig, facts: RunRecord, previous: RunRecord | 
     _write_record(config.run_dir, dataclasses.replace(facts, mlflow_run_id=run.run_id, mlflow_status="RUNNING"))
     if run.run_id != known:
         run.params(dict(facts.config))
-        told = {key: value for key, value in as_json(facts).items() if key != "config" and value is not None}
-        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in told.items()}})
+        tags = {key: value for key, value in as_json(facts).items() if key != "config" and value is not None}
+        run.tags({**system_facts(), **{f"solar.{key}": value for key, value in tags.items()}})
     return run
 
 
 def close_tracked_run(config: RunConfig, run: TrackedRun, *, status: str) -> bool:
-    """End the MLflow run (FINISHED, FAILED, KILLED) and note it, so that a command that died before is made good.
+    """End the MLflow run (FINISHED, FAILED, KILLED), and record that it ended: if a command dies before, a later one
+    ends the run.
 
-    False where MLflow is away: the next command that opens the run makes it good.
+    False if MLflow does not answer: the next command that opens the run sends what is missing.
     """
     plan = config.run_dir / PLAN_FILE
     if not run.close(status=status, files=[plan] if plan.exists() else []):
@@ -145,7 +146,8 @@ def _write_record(run_dir: Path, record: RunRecord) -> None:
 
 
 def _refuse_other_beginning(config: RunConfig, previous: RunRecord) -> None:
-    """The run began from a certain checkpoint, or from the seed. One that is gone by now is not needed any more."""
+    """UserError if the run began from another checkpoint than the configuration names, or from scratch. A checkpoint
+    that was removed since is not compared: the run no longer needs it."""
     begun, asked = previous.warm_start, config.training.warm_start
     if begun and asked and not Path(asked).exists():
         return
@@ -163,7 +165,7 @@ def _beginning(path: str | None, key: str | None) -> str:
 
 
 def _first_difference(there: Mapping[str, Any], here: dict[str, Any], identity: dict[str, Any]) -> tuple[str, Any, Any]:
-    """The first dotted key within the identity whose values differ."""
+    """The first dotted key of the identity whose values differ, with both values."""
 
     def walk(keys: Any, left: Any, right: Any, prefix: str) -> tuple[str, Any, Any] | None:
         for key in keys:

@@ -1,7 +1,8 @@
 """solar register RECIPE: the best checkpoint of a run -> a version in the MLflow registry.
 
-A version holds weights as safetensors, the vocabulary, one self-contained torch-only scorer.py, metrics and lineage; no
-pickle, and this repository is not needed to load it. The first version becomes `champion`; a later one `challenger`.
+A version holds weights as safetensors, the vocabulary, one self-contained scorer.py that needs only torch, metrics and
+lineage. It has no pickle, and can be loaded without this repository. The first version becomes `champion`; a later one
+`challenger`.
 """
 
 from __future__ import annotations
@@ -47,21 +48,22 @@ def register(
     tags: Mapping[str, str] = MappingProxyType({}),
     exported: Path | None = None,
 ) -> Registered:
-    """Register the run's best checkpoint once; the same checkpoint again is the same version. `exported`: what
-    `export_model` wrote of it, in a directory named `model`.
+    """Register the run's best checkpoint; a checkpoint that is registered already keeps its version.
 
-    `set_alias(client, name, version)` decides what the version is called, and returns it; by default the first one is
-    the champion, a later one the challenger. `tags` are the version's, beside its lineage.
+    `exported`: the export of the checkpoint (`export_model`), in a directory named `model`; None = write it now.
+    `set_alias(client, name, version)` sets the version's alias and returns it; by default the first version becomes the
+    champion, a later one the challenger. `tags` are set on the version in addition to its lineage.
     """
     import mlflow
 
+    # Reuse the version that this checkpoint has already.
     set_alias = set_alias or _first_is_champion
     uri, name = tracking_uri(config.tracking, config.workspace), config.registered_model
     client = mlflow_client(uri)
     key = checkpoint_key(trained.checkpoint)
     found = _find_version(client, name, key)
     if found is not None:
-        # A crash may have come between the version and its alias.
+        # An earlier command may have died between creating the version and setting its alias.
         alias = ", ".join(sorted(found.aliases)) or set_alias(client, name, str(found.version))
         return Registered(name, found.version, alias, f"models:/{name}/{found.version}", True)
 
@@ -71,7 +73,7 @@ def register(
             export_model(config, trained.checkpoint, exported)
         vocabulary = training_shards(config, trained.checkpoint).vocabulary
         stage.update(1, 3, "log")
-        # Where MLflow's functions log to, for the rest of this process and for those it starts.
+        # Sets where MLflow's functions log to, for the rest of this process and for the processes that it starts.
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         with mlflow.start_run(run_id=trained.mlflow_run_id):
@@ -101,7 +103,7 @@ def _create_version(client: Any, name: str, logged: Any, trained: Trained, tags:
     if or_none(lambda: client.get_registered_model(name)) is None:
         client.create_registered_model(name)
     record = read_record(trained.run_dir)
-    assert record is not None, "training left it"
+    assert record is not None, "training wrote it"
     lineage = {
         "solar.checkpoint": str(trained.checkpoint.absolute()),
         "solar.manifest": str(record.manifest),
@@ -111,7 +113,7 @@ def _create_version(client: Any, name: str, logged: Any, trained: Trained, tags:
     before = champion(client, name)
     if before is not None:
         lineage["solar.parent_version"] = str(before.version)
-    # A tracking server refuses a source of this kind without the id that it names; a database does not ask.
+    # A tracking server refuses a source of this kind without the id of its model; a database store does not check.
     return client.create_model_version(
         name, source=logged.model_uri, run_id=trained.mlflow_run_id, model_id=logged.model_id, tags={**lineage, **tags}
     )

@@ -1,4 +1,4 @@
-"""The tables of an evaluation, for a terminal."""
+"""Prints the tables of an evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METRIC_NAMES = {"gauc": "GAUC", "ndcg@10": "NDCG@10, seen removed", "ndcg@10_see
 
 
 def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> None:
-    """One row a system; then the primary metric by kind of target and by history length."""
+    """Print one row per system; then the primary metric by kind of target and by history length."""
     summary = evaluated.summary
     if evaluated.reused:
         console.line(f"{'evaluate':<12} already there: {evaluated.directory}")
@@ -88,7 +88,7 @@ def _impression_row(system: str, summary: Summary) -> tuple[str, ...]:
 
 
 def _print_slices(console: Console, summary: Summary) -> None:
-    """Parts of the targets, where there is more than one part."""
+    """Print the primary metric by slice, unless all targets are in the same slice."""
     slices = summary.slices
     if len(slices) < 3:
         return

@@ -1,4 +1,4 @@
-"""A run's directory and its data, found again: what training left, and the shards that it was trained on."""
+"""Finds the results of a run in its directory, and the shards that it was trained on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.storage import absolute
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a training run left behind."""
+    """The results of a training run."""
 
     run_dir: Path
     checkpoint: Path
@@ -31,7 +31,7 @@ class Trained:
 
 
 def trained_run(config: RunConfig) -> Trained:
-    """What a run of this config left behind, finished or not."""
+    """The results of the run of this config, finished or not."""
     previous = previous_run(config, run_shards(config))
     if previous is None or previous.mlflow_run_id is None:
         raise UserError(f"{config.run_dir}: no run there: run `solar train` first")
@@ -39,20 +39,20 @@ def trained_run(config: RunConfig) -> Trained:
 
 
 def require_finished(run_dir: Path) -> None:
-    """Refuse a run that still has epochs to go."""
+    """UserError if the run has not trained all its epochs."""
     latest = latest_checkpoint(run_dir)
     if latest is None or not read_train_state(latest).finished:
         raise UserError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
 
 
 def run_shards(config: RunConfig) -> Shards:
-    """The data of the config's run: as it stood when the run began, or as it stands where there is none."""
+    """The data set of the config's run: at the manifest that the run began with; the current one if there is no run."""
     record = read_record(config.run_dir)
     return open_shards(config, number=record.manifest if record else None)
 
 
 def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
-    """The current data set of a config, or it as manifest `number` describes it."""
+    """The data set of a config at manifest `number`; None = the current one."""
     path = absolute(config.shards_dir)
     if current_manifest(path) is None:
         raise UserError(f"{config.shards_dir}: no shards there: run `solar prepare` or `solar run` first")
@@ -60,7 +60,7 @@ def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:
 
 
 def best_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint with the best validation metric so far, with all its checksums right."""
+    """The checkpoint with the best validation metric so far; its checksums are verified."""
     if latest_checkpoint(run_dir) is None:
         raise UserError(f"{run_dir}: no checkpoint there: run `solar train` first")
     chosen = best_of(run_dir)

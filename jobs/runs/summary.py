@@ -16,7 +16,7 @@ SUMMARY = "summary.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationKey:
-    """What was evaluated, and on what: the same again has the same results."""
+    """What was evaluated, and on what. Evaluations with equal keys have equal results."""
 
     part: str = ""
     """Which part of the split: train, valid or test."""
@@ -25,7 +25,7 @@ class EvaluationKey:
     manifest_fingerprint: str = ""
     """Fingerprint of the manifest of the shards."""
     requests_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The RequestConfig as it is stored."""
+    """The RequestConfig as stored."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Slice:
 
     name: str
     users: int
-    """Users that have one in this part."""
+    """Users that have any in this part."""
     weight: float
     """Requests (next_item) or candidates (impressions) in this part."""
     systems: Mapping[str, Interval]
@@ -52,13 +52,13 @@ class Summary(EvaluationKey):
     systems: list[str]
     """Names of the systems, the main one first."""
     metrics: Mapping[str, Mapping[str, float]]
-    """Every metric by its name, of each system."""
+    """{system: {metric: value}}."""
     slices: list[Slice]
     """All targets first, then by kind of target and history length."""
     intervals: Mapping[str, Interval]
-    """The primary metric of each system; empty without a user."""
+    """The primary metric of each system; empty if no user was evaluated."""
     ratios: Mapping[str, Interval]
-    """The primary metric of the main system divided by that of each other one."""
+    """The primary metric of the main system divided by that of each other system."""
 
     @property
     def main(self) -> str:
@@ -66,7 +66,7 @@ class Summary(EvaluationKey):
         return self.systems[0]
 
     def is_of(self, key: EvaluationKey) -> bool:
-        """Whether this is the summary of that evaluation."""
+        """Whether this is the summary of the evaluation with that key."""
         return all(getattr(self, name) == value for name, value in vars(key).items())
 
     def write(self, directory: Path) -> None:
@@ -74,5 +74,5 @@ class Summary(EvaluationKey):
 
 
 def read_summary(directory: Path) -> Summary:
-    """What the evaluation in a directory measured."""
+    """The summary of the evaluation in a directory."""
     return from_json(Summary, read_json(directory / SUMMARY))

@@ -1,7 +1,7 @@
 """solar train RECIPE: shards -> checkpoints and an MLflow run.
 
-The driver: checks everything that can be checked before a worker starts, starts Ray Train, follows it with a progress
-bar, writes MLflow. The work itself is jobs/training/loop.py.
+The driver checks everything that can be checked before a worker starts, starts the workers with Ray Train, shows a
+progress bar, and writes to MLflow. The training itself is in jobs/training/loop.py.
 """
 
 from __future__ import annotations
@@ -44,14 +44,16 @@ from pipeline.shards.vocabulary_growth import beginnings_of
 def train(
     config: RunConfig, console: Console, *, resume: bool, from_previous: bool = False, verbose: bool = False
 ) -> Trained:
-    """Train to the end. A finished run of the same configuration is reused; an unfinished one needs `resume`, or
-    `from_previous`, which goes on from the latest checkpoint that is whole."""
+    """Train to the end. A finished run of the same configuration is reused; an unfinished one is only continued with
+    `resume`, or with `from_previous`, which sets damaged checkpoints aside and continues from the latest intact one."""
     shards, present = run_shards(config), open_shards(config).manifest.number
     _check_model(config, shards)
     with sole_command(config.run_dir):
         previous = previous_run(config, shards)
         for line in set_aside_damaged(config.run_dir) if from_previous else ():
             console.line(f"{'train':<12} {line}")
+
+        # A finished run is reused; an unfinished one is continued with the data that it began with.
         latest = latest_checkpoint(config.run_dir)
         if latest is not None:
             if read_train_state(latest, checksums=True).finished:
@@ -70,9 +72,13 @@ def train(
             console.line(
                 f"{'train':<12} continues on manifest {shards.manifest.number}; the shards are at {present} now"
             )
+
+        # Prepare: the checkpoint to begin from, disk space, and the end of an earlier command's workers.
         begun = _begin(config, shards, console) if latest is None else None
         _require_disk(config, shards)
         wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
+
+        # Check that every part of the split has requests, then train.
         with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
             _check_parts(config, index_requests(shards, config=config.data.requests))
             run_id = _train(config, shards, console, previous, begun=begun)
@@ -80,7 +86,7 @@ def train(
 
 
 def _begin(config: RunConfig, shards: Shards, console: Console) -> Begun | None:
-    """The checkpoint that the run begins from, None = the seed."""
+    """The checkpoint that the run begins from; None = training from scratch."""
     if config.training.warm_start is None:
         return None
     try:
@@ -96,7 +102,7 @@ def _begin(config: RunConfig, shards: Shards, console: Console) -> Begun | None:
 def _train(
     config: RunConfig, shards: Shards, console: Console, previous: RunRecord | None, *, begun: Begun | None
 ) -> str:
-    """Start the workers, follow them to the end, and record the outcome; returns the MLflow run's id."""
+    """Start the workers, follow them until they end, and record the outcome; returns the id of the MLflow run."""
     warm_start = begun.key if begun else previous.warm_start if previous else None
     facts = run_facts(config, shards, warm_start=warm_start)
     run = open_tracked_run(config, facts, previous)
@@ -123,13 +129,14 @@ def _train(
     finally:
         if not close_tracked_run(config, run, status=status):
             console.line(
-                f"{'train':<12} MLflow is away: its points wait in {config.run_dir / SPOOL} for the same command again"
+                f"{'train':<12} MLflow does not answer: its points are kept in {config.run_dir / SPOOL}; run the same "
+                "command again to send them"
             )
     return run.run_id
 
 
 def _finished_before(config: RunConfig, facts: RunRecord, previous: RunRecord | None) -> Trained:
-    """A finished run; the MLflow run is ended where the command died between the last checkpoint and that."""
+    """The results of a finished run. Its MLflow run is ended now if an earlier command died before it could do so."""
     if previous and previous.mlflow_run_id and previous.mlflow_status == "FINISHED":
         run_id = previous.mlflow_run_id
     else:
@@ -142,7 +149,7 @@ def _finished_before(config: RunConfig, facts: RunRecord, previous: RunRecord | 
 def train_job(
     config: RunConfig, shards: Shards, *, facts: dict[str, Any] | None = None, begun: Begun | None = None
 ) -> TrainJob:
-    """What the workers get to know of a config."""
+    """The part of a config that the workers need."""
     return TrainJob(
         run_dir=str(config.run_dir.absolute()),
         shards=shards.path,
@@ -178,52 +185,53 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def _check_model(config: RunConfig, shards: Shards) -> None:
     if config.model.get("time_features") and not shards.manifest.has_time:
         raise UserError(
-            f"model.time_features=true: {config.shards_dir} has an order only, no time stamps: "
+            f"model.time_features=true: {config.shards_dir} has only an order, no time stamps: "
             "set --model.time_features false"
         )
     if config.optimizer.sparse == "adam" and config.parallel.table_memory == "cached":
         raise UserError(
-            "optimizer.sparse=adam with parallel.table_memory=cached: it writes rows beside the GPU's cache: set "
+            "optimizer.sparse=adam with parallel.table_memory=cached: adam's updates bypass the GPU's cache: set "
             "--parallel.table_memory host, or --optimizer.sparse rowwise_adagrad"
         )
     if config.model["width"] % 4:
-        raise UserError(f"model.width={config.model['width']}: must be a multiple of 4, as tables are stored")
+        raise UserError(f"model.width={config.model['width']}: must be a multiple of 4, which stored tables need")
     widths = config.model.get("feature_width")
     features = [*shards.vocabulary.features, *shards.vocabulary.user_features]
     if isinstance(widths, dict) and (unknown := sorted(set(widths) - set(features))):
         raise UserError(
             f"model.feature_width: {config.shards_dir} has no feature {unknown[0]!r}: it has "
-            f"{', '.join(features) or 'none'}; take it out"
+            f"{', '.join(features) or 'none'}; remove {unknown[0]!r}"
         )
 
 
 def _check_parts(config: RunConfig, counts: RequestCounts) -> None:
-    """Every part of the split must have a request, or the run would fail when it gets there."""
+    """UserError if a part of the split has no request: the run would fail later, when it reaches that part."""
     requests = config.data.requests
     for part in ("train", "valid", "test"):
         if not getattr(counts, part).requests.any():
             raise UserError(
                 f"data.requests: task {requests.task} with split {requests.split} (valid_from {requests.valid_from}, "
                 f"test_from {requests.test_from}) leaves no {part} request in {config.shards_dir}: move the bounds, "
-                "lower min_history, or bring more events"
+                "lower min_history, or add more events"
             )
 
 
 def _require_disk(config: RunConfig, shards: Shards) -> None:
-    """Refuse to begin where the checkpoints would not fit: those kept, the best one and the one being written."""
+    """CheckpointNotWritten if the disk has no room for the checkpoints: those kept, the best one and the one being
+    written."""
     vocabulary = shards.vocabulary
     tower = build_tower(model_settings(config.model, vocabulary), num_features=len(vocabulary.features))
-    each = checkpoint_bytes(
+    size = checkpoint_bytes(
         ((spec.capacity, spec.width) for spec in model_tables(config.model, vocabulary)),
         sparse=config.optimizer.sparse,
         dense_parameters=sum(parameter.numel() for parameter in tower.parameters()),
     )
-    there = sum(file.stat().st_size for path in committed_checkpoints(config.run_dir) for file in path.iterdir())
-    needed = each * (config.checkpoint.keep + 2) - there
+    existing = sum(file.stat().st_size for path in committed_checkpoints(config.run_dir) for file in path.iterdir())
+    needed = size * (config.checkpoint.keep + 2) - existing
     free = shutil.disk_usage(config.run_dir).free
     if free < needed:
         raise CheckpointNotWritten(
             f"{config.run_dir}: {free >> 20} MiB free, its checkpoints need {-(-needed >> 20)} MiB more "
-            f"({config.checkpoint.keep + 2} of {-(-each >> 20)} MiB): free some disk, lower checkpoint.keep, "
+            f"({config.checkpoint.keep + 2} of {-(-size >> 20)} MiB): free some disk space, lower checkpoint.keep, "
             "or choose another --workspace"
         )

@@ -1,7 +1,7 @@
-"""Weights that can be evaluated: of a run by its recipe, of a checkpoint, or of a registered model.
+"""Weights to evaluate: those of a run (named by its recipe), of a checkpoint, or of a registered model.
 
-A checkpoint and a registered version carry the configuration they were trained under; further arguments change what
-they are evaluated on.
+A checkpoint and a registered version contain the configuration that they were trained with; further arguments change
+what they are evaluated on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class System:
 
     name: str
     key: str
-    """Tells weights apart."""
+    """Content key: differs between different weights."""
     weights: str
     """A checkpoint, or the export of a registered model."""
     job: TrainJob | None
@@ -42,7 +42,7 @@ class System:
 
     @classmethod
     def served(cls, name: str, model: RegisteredModel) -> System:
-        """A registered version, by the files that serve it."""
+        """A registered version, evaluated from the files that serve it."""
         return cls(name=name, key=model.digest, weights=str(model.directory.absolute()), job=None)
 
 
@@ -52,7 +52,7 @@ class Subject:
 
     system: System
     config: RunConfig
-    """The stored configuration under the further arguments."""
+    """The stored configuration, with the further arguments applied."""
 
     def directory(self, part: str) -> Path:
         """Where the results go unless the user says otherwise: one place for each (weights, data, requests, part)."""
@@ -68,7 +68,8 @@ class Subject:
 
 
 def is_subject(text: str) -> bool:
-    """Whether a first argument names weights and not a recipe; a directory named like a recipe is the recipe."""
+    """Whether a first argument names weights rather than a recipe; if it is both a directory and a recipe, it names the
+    recipe."""
     return text.startswith("models:/") or (text not in recipe_names() and Path(text).is_dir())
 
 
@@ -103,11 +104,11 @@ def _checkpoint(path: Path, arguments: Sequence[str]) -> Subject:
 
 
 def _training_shards(stored: RunConfig, manifest: int, path: Path) -> Shards:
-    """The data set as it was when the checkpoint was written: its vocabulary says which row is which item."""
+    """The data set as it was when the checkpoint was written: its vocabulary maps table rows to items."""
     try:
         return open_shards(stored, number=manifest)
     except (DataError, UserError) as error:
         raise CheckpointError(
-            f"{path}: was trained on manifest {manifest} of {stored.shards_dir}, which cannot be read ({error}); bring "
-            "it back, or evaluate the registered model, which carries its items"
+            f"{path}: was trained on manifest {manifest} of {stored.shards_dir}, which cannot be read ({error}); "
+            "restore it, or evaluate the registered model, which contains its items"
         ) from error

@@ -1,1 +1,2 @@
-"""The steps that create and change a data set: ingest, compaction, forgetting, garbage; build.py runs them on Ray."""
+"""The steps that create and change a data set: ingest, compaction, forgetting, garbage collection; ../build.py runs
+them on Ray."""

@@ -1,9 +1,9 @@
-"""Compaction: all files of a bucket rewritten as one.
+"""Compaction: the files of a bucket rewritten as one.
 
-    compact_bucket   a bucket's files -> one file, what stood twice or is forgotten left out           (a task a bucket)
-    finish           counts, index, manifest                                                           (driver)
+    compact_bucket   a bucket's files -> one file without repeated events and forgotten users     (one task per bucket)
+    finish           counts, index, manifest                                                      (driver)
 
-Users keep their rows; what a reader gets is the same before and after.
+Users keep their rows, and readers get the same before and after.
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ from pipeline.storage import Store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewrittenBucket:
-    """What became of a bucket that was rewritten as one file."""
+    """The result of rewriting a bucket as one file."""
 
     bucket: int
     file: dict[str, Any] | None
-    """The manifest's entry; None when no user is left."""
+    """The file's entry for the manifest; None if no user is left."""
     forgotten: int
-    """Events of forgotten users that were left out."""
+    """Number of events that were left out because their users are forgotten."""
 
 
 def crowded(data: Shards, *, max_deltas: int) -> list[int]:
-    """Buckets that have more files over their first one than that."""
+    """Buckets that have more than `max_deltas` files besides their first one."""
     return [bucket for bucket in data.buckets if len(data.files_of(bucket)) - 1 > max_deltas]
 
 
 def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombstones | None = None) -> RewrittenBucket:
-    """Write the bucket as one file, without users who are forgotten. Leaves the places of its users."""
+    """Write the bucket as one file, without forgotten users. Stages the places of its users for `finish`."""
     keys, places, dropped = [], [data.index_table().clear()], 0
 
+    # The generators run while write_shard reads from them; they also collect keys, places and what was dropped.
     def parts() -> Iterator[tuple[int, pa.Table]]:
         for group, rows in enumerate(_regrouped(kept(), limit=data.manifest.config["row_group_events"])):
             keys.append(EventKeys.of(rows))
@@ -77,10 +78,13 @@ def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombst
 
 
 def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> Manifest:
-    """Describe the data set with these buckets rewritten; the caller commits it."""
+    """The manifest of the data set with these buckets rewritten; the caller commits it."""
+    # Files: those of the rewritten buckets replace the old ones.
     fresh = {b.bucket: b.file for b in built}
     files = [file for file in data.manifest.files if file["bucket"] not in fresh]
     files = sorted([*files, *filter(None, fresh.values())], key=lambda entry: entry["bucket"])
+
+    # Counts: events that went are either those of forgotten users, or repeats that are found only now.
     forgotten = sum(b.forgotten for b in built)
     fewer = sum(entry["accepted"] for entry in data.manifest.files) - sum(entry["accepted"] for entry in files)
     counts = data.manifest.counts
@@ -92,6 +96,8 @@ def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> M
         "duplicate": counts["duplicate"] + fewer - forgotten,
         "rejected": rejected,
     }
+
+    # Index: new places for users of the rewritten buckets; users keep their order.
     places = [read_table(Store(staging), f"places-{bucket:05d}.parquet") for bucket in fresh]
     before = data.index_table().with_row_index("user_row")
     stays = before.filter(~pl.col("bucket").is_in(list(fresh))).drop("user_row")
@@ -104,7 +110,8 @@ def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> M
 
 
 def _regrouped(groups: Iterable[UserRows], *, limit: int) -> Iterator[UserRows]:
-    """The same users in their order, cut into groups of at most `limit` events; two are in memory at a time."""
+    """The same users in the same order, divided into groups of at most `limit` events. Two groups are in memory at a
+    time."""
     rest: UserRows | None = None
     for group in groups:
         rows = UserRows.concat([rest, group]) if rest else group

@@ -1,10 +1,10 @@
-"""Forgetting users: their events leave every file of a data set, and later ingests drop what still comes of them.
+"""Forgetting users: their events are removed from every file of a data set, and later ingests drop new ones.
 
-    read_users      the file that names them
-    clean_rejected  the quarantine without their rows
-    traces          where anything of them is left
+    read_users      reads the file that names the users
+    clean_rejected  removes their rows from the quarantine
+    traces          finds what is left of them
 
-build.forget strings them together with the rewriting of buckets (compaction.py) and the removal of every older state.
+build.forget combines these with the rewriting of buckets (compaction.py) and the removal of all older states.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.storage import Store
 
 
 def read_users(path: str) -> list[str]:
-    """Ids out of a text file, one a line, or the column user_id of a Parquet file. DataError: none there."""
+    """The ids in a text file with one per line, or in column user_id of a Parquet file. DataError: there are none."""
     folder, _, leaf = path.rpartition("/")
     store = Store(folder or ".")
     try:
@@ -40,18 +40,20 @@ def read_users(path: str) -> list[str]:
         else:
             ids = content.decode().splitlines()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; name one with an id a line, or a Parquet file of user_id") from None
+        raise DataError(
+            f"{path}: no such file; name one with one id per line, or a Parquet file with a column user_id"
+        ) from None
     except (KeyError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"{path}: neither text with an id a line nor Parquet with a column user_id") from error
+        raise DataError(f"{path}: neither text with one id per line nor Parquet with a column user_id") from error
     found = sorted({user.strip() for user in ids if user is not None and user.strip()})
     if not found:
-        raise DataError(f"{path}: names no user; write one id a line")
+        raise DataError(f"{path}: names no user; write one id per line")
     return found
 
 
 def clean_rejected(path: str, users: Sequence[str]) -> int:
-    """Rewrite the quarantine without rows of these users; how many went. Of lines that were no rows, those that hold
-    an id as a word."""
+    """Rewrite the quarantine without the rows of these users; returns how many were removed. A line that could not be
+    parsed is removed if it contains one of the ids as a word."""
     store, removed = Store(path), 0
     for name in _rejected(store):
         rows = pl.DataFrame(pq.read_table(io.BytesIO(store.read(name))))
@@ -63,7 +65,8 @@ def clean_rejected(path: str, users: Sequence[str]) -> int:
 
 
 def traces(path: str, users: Sequence[str], *, outputs: Sequence[str] = ()) -> list[str]:
-    """What is left of these users, one line each: in the data set, and in result files with a column user_id."""
+    """What is left of these users in the data set and in result files with a column user_id; one line per place."""
+    # The current state: index, shards, tombstones.
     found = []
     data = Shards.open(path)
     known = set(data.index_table()["user_id"].cast(pl.String).to_list())
@@ -71,12 +74,14 @@ def traces(path: str, users: Sequence[str], *, outputs: Sequence[str] = ()) -> l
         found.append(f"{data.manifest.index['name']}: {len(known & set(users))} of them")
     for bucket in data.buckets:
         for group in data.groups_of(bucket):
-            there = data.read_table(group)["user_id"].cast(pa.large_string()).to_pylist()
-            if both := set(there) & set(users):
-                found.append(f"bucket {bucket}: {len(both)} of them")
+            stored = data.read_table(group)["user_id"].cast(pa.large_string()).to_pylist()
+            if left := set(stored) & set(users):
+                found.append(f"bucket {bucket}: {len(left)} of them")
     stones = Tombstones.of(path, data.manifest)
     if stones is None or not stones.among(pl.Series(users, dtype=pl.String)).all():
         found.append("tombstones: not all of them, so a later ingest would bring them back")
+
+    # Older states, the quarantine, result files.
     for number in manifest_numbers(Store(path))[:-1]:
         before = set(Shards.open(path, number=number).index_table()["user_id"].cast(pl.String).to_list())
         if before & set(users):
@@ -87,15 +92,16 @@ def traces(path: str, users: Sequence[str], *, outputs: Sequence[str] = ()) -> l
 
 
 def clean_output(path: str, users: Sequence[str]) -> int:
-    """Rewrite a result file (Parquet with user_id) without these users' rows; how many went."""
-    drop = _of_users(path, users)
-    if drop.any():
+    """Rewrite a result file (Parquet with user_id) without these users' rows; returns how many were
+    removed."""
+    is_theirs = _of_users(path, users)
+    if is_theirs.any():
         folder, _, leaf = path.rpartition("/")
-        table = pq.read_table(path).filter(pa.array(~drop.to_numpy()))
+        table = pq.read_table(path).filter(pa.array(~is_theirs.to_numpy()))
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd")
         Store(folder or ".").write(leaf, sink.getvalue())
-    return int(drop.sum())
+    return int(is_theirs.sum())
 
 
 def _rejected(store: Store) -> list[str]:
@@ -108,7 +114,7 @@ def _table(path: str, name: str) -> pl.DataFrame:
 
 
 def _about(rows: pl.DataFrame, users: Sequence[str]) -> pl.Series:
-    """[n] bool: which rejected rows are of these users."""
+    """[n] bool: which rejected rows are about these users."""
     wanted = set(users)
     words = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, users))})(?![\w-])")
     return pl.Series(
@@ -125,6 +131,7 @@ def _user_of(record: str) -> str:
 
 
 def _of_users(path: str, users: Sequence[str]) -> pl.Series:
+    """[n] bool: which rows of a result file are about these users."""
     try:
         ids: Any = pq.read_table(path, columns=["user_id"])["user_id"]
     except (OSError, KeyError, pa.ArrowException) as error:

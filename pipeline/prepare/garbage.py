@@ -1,4 +1,4 @@
-"""Removing what no reader needs: old manifests, files that none of the kept ones names, what killed runs left."""
+"""Removing what no reader needs: old manifests, files that no kept manifest names, and what killed runs left."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ class Collected:
 
 
 def collect(path: str, *, keep: int) -> Collected:
-    """Keep the latest `keep` manifests and what they name. DataError: nothing there, or another run is writing.
+    """Keep the latest `keep` manifests and the files that they name; remove the rest.
 
-    Interrupted, it leaves a whole data set: a manifest goes before its files.
+    DataError: there is no data set. NotNow: another run may be writing. If interrupted, it leaves a valid data set,
+    because a manifest is removed before its files.
     """
     store = Store(path)
-    # Listed before anything else is looked at: what a run that starts now writes is not in the list.
+    # List the files first: the list then cannot contain what a run that starts from now on writes.
     found = {name: store.size(name) for folder in _FOLDERS for name in _files(store, folder)}
     if runs := other_runs(path):
         raise NotNow(f"{path}: {runs[0]} belongs to a run that may still write; wait for its end, or remove it")
@@ -40,7 +41,7 @@ def collect(path: str, *, keep: int) -> Collected:
     counted = {manifest.fingerprint[:16] for manifest in kept}
     for number in numbers[:-keep]:
         store.remove(manifest_name(number))
-    garbage = [name for name in found if name not in named and name != KEY and not _counts(name, counted)]
+    garbage = [name for name in found if name not in named and name != KEY and not _is_count_cache(name, counted)]
     for name in garbage:
         store.remove(name)
     for name in store.names():
@@ -53,7 +54,7 @@ def _files(store: Store, folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in store.names(folder)]
 
 
-def _counts(name: str, fingerprints: set[str]) -> bool:
-    """Is it a cache of request counts (request_index.py) of one of these manifests?"""
+def _is_count_cache(name: str, fingerprints: set[str]) -> bool:
+    """Whether a file is a cache of request counts (request_index.py) for one of these manifests."""
     folder, _, leaf = name.partition("/")
     return folder == "requests" and leaf.partition("-")[0] in fingerprints

@@ -1,11 +1,11 @@
-"""The steps of preparing a data set, each a plain function; build.py strings them together with Ray Data.
+"""The steps that prepare a data set, each a plain function; build.py runs them in this order on Ray Data.
 
-    make_plan     what is new, and whether it may be added          (driver, plan.py)
-    stage_part    a part of a file -> valid events by bucket        (a task a row group, log_parts.py)
-    stage_users   a part of the users table -> its rows by bucket   (a task a row group)
-    check_users   a bucket's users -> counts of what is wrong       (a task a bucket)
-    build_bucket  a bucket's new events -> one more shard file      (a task a bucket)
-    finish        index, counts, manifest                           (driver)
+    make_plan     which inputs are new, and whether they may be added   (driver, plan.py)
+    stage_part    a part of a file -> valid events by bucket            (one task per row group, log_parts.py)
+    stage_users   a part of the users table -> its rows by bucket       (one task per row group)
+    check_users   a bucket's users -> counts of wrong rows              (one task per bucket)
+    build_bucket  a bucket's new events -> one more shard file          (one task per bucket)
+    finish        index, counts, manifest                               (driver)
 
 Tasks exchange files in a staging directory and return small dataclasses, so nothing large passes through Ray.
 """
@@ -44,12 +44,12 @@ _FILES_AT_ONCE = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BucketInput:
-    """What is staged for one bucket, over all parts."""
+    """The staged fragments of one bucket, from all parts."""
 
     bucket: int
     events: list[Fragment]
     users: list[Fragment]
-    """Its rows of the users table."""
+    """The bucket's rows of the users table."""
 
     @property
     def num_events(self) -> int:
@@ -58,35 +58,35 @@ class BucketInput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BuiltBucket:
-    """What became of the new events of one bucket."""
+    """The result of building one bucket."""
 
     bucket: int
     file: dict[str, Any] | None
-    """The manifest's entry of the new shard file; None when nothing is new."""
+    """The new shard file's entry for the manifest; None if nothing is new."""
     accepted: int
-    """New events."""
+    """Number of new events."""
     duplicates: int
-    """Events that were there already."""
+    """Number of events that the data set has already, or that were read twice."""
 
 
 def stage_users(part: Part, *, plan: Plan, staging: str) -> StagedUsers:
-    """users.stage_users with what the plan knows."""
+    """users.stage_users, with settings from the plan."""
     id_type, buckets = plan.schema["id_types"]["user_id"], plan.config["buckets"]
     return users.stage_users(part, id_type=id_type, buckets=buckets, staging=staging)
 
 
 def check_users(row: BucketInput, *, plan: Plan, staging: str) -> CheckedUsers:
-    """users.check_users with what the data set holds so far."""
+    """users.check_users, with the users in the data set so far."""
     known = _known_users(plan, row.bucket)["user_id"]
     return users.check_users(row.users, row.events, known=known, staging=staging)
 
 
 def by_bucket(staged: Sequence[StagedPart], staged_users: Sequence[StagedUsers], *, plan: Plan) -> list[BucketInput]:
-    """Every bucket that must be written, the largest first."""
+    """The input of every bucket that must be written, the largest first."""
     events, table = (_fragments_by_bucket(results) for results in (staged, staged_users))
-    # A bucket of the users table that has no events has no shard.
-    old = set(plan.shards.buckets) if plan.shards else set()
-    changed = {b for b in table if plan.users_are_new and b in old}
+    # A bucket without events has no shard, even if the users table has rows for it.
+    existing = set(plan.shards.buckets) if plan.shards else set()
+    changed = {b for b in table if plan.users_are_new and b in existing}
     wanted = events.keys() | changed
     rows = [BucketInput(bucket=b, events=events.get(b, []), users=table.get(b, [])) for b in wanted]
     # Largest first: the last task to finish should be a short one.
@@ -96,7 +96,7 @@ def by_bucket(staged: Sequence[StagedPart], staged_users: Sequence[StagedUsers],
 def grow_vocabulary(
     staged: Sequence[StagedPart], staged_users: Sequence[StagedUsers], *, plan: Plan, staging: str
 ) -> Vocabulary:
-    """The data set's vocabulary with the new items, actions, item features and values of user features."""
+    """The data set's vocabulary, extended by new items, actions, item features and values of user features."""
     store, parent = Store(staging), plan.parent
     vocabulary = Shards(plan.out, parent).vocabulary if parent else Vocabulary.empty(plan.schema["id_types"]["item_id"])
     if names := [s.items for s in staged if s.items]:
@@ -107,9 +107,10 @@ def grow_vocabulary(
     if plan.users:
         names = plan.schema["user_features"]
         vocabulary = vocabulary.with_user_values(users.staged_values(staged_users, names, staging=staging))
-    if twice := [name for name in vocabulary.user_features if f"user-{name}" in vocabulary.features]:
+    if clashing := [name for name in vocabulary.user_features if f"user-{name}" in vocabulary.features]:
         raise DataError(
-            f"{plan.out}: item feature 'user-{twice[0]}' and user feature {twice[0]!r} would share a table; rename one"
+            f"{plan.out}: item feature 'user-{clashing[0]}' and user feature {clashing[0]!r} would share a table; "
+            "rename one"
         )
     return vocabulary
 
@@ -118,21 +119,26 @@ def build_bucket(
     row: BucketInput, *, plan: Plan, staging: str, vocabulary: str, row_group_events: int, late_days: int,
     latest: int | None,
 ) -> BuiltBucket:  # fmt: skip
-    """Sort, dedupe and write what is new of one bucket, beside what the data set holds of it.
+    """Sort and deduplicate the new events of one bucket, and write them as one more file of the bucket.
 
-    `latest`: the last event of all that is new. Leaves the places of the users of the new file.
+    `latest`: time of the last new event in all buckets. Stages the places of the file's users for `finish`.
     """
+    # Sort the staged events into sequences.
     store, bucket, names = Store(staging), row.bucket, _load_vocabulary(plan.out, vocabulary)
     known, num_groups = _known_users(plan, bucket), 0
     events = pl.concat([plan.empty_events(), *read_fragments(store, row.events)])
     staged, num_read = UserRows.encode(sequences.build_sequences(events), names), events.height
     keys = EventKeys.of(staged)
+
+    # Look up which of them the bucket's files hold already.
     found = np.full(staged.num_events, Found.NEW)
     if plan.shards and plan.shards.files_of(bucket):
         num_groups = len(plan.shards.groups_of(bucket))
         with contextlib.ExitStack() as open_files:
             files = [open_files.enter_context(plan.shards.part_of(f["keys"])) for f in plan.shards.files_of(bucket)]
             found = look_up(keys, files=files, latest=latest, late_days=late_days)
+
+    # Write the shard file with the new events and user features, its keys, and the places of its users.
     is_new = (found == Found.NEW) | (found == Found.UNCHECKED)
     rows = staged.filter_events(found != Found.SAME)
     rows = _with_values(rows, row.users, known=known, plan=plan, store=store, vocabulary=names)
@@ -152,12 +158,14 @@ def finish(
     built: Sequence[BuiltBucket], counts: dict[str, Any], *, plan: Plan, staging: str, vocabulary: dict[str, Any],
     items: int, time_range: list[int] | None,
 ) -> Manifest:  # fmt: skip
-    """Write the index and describe the new state; the caller commits it."""
+    """Write the index and return the manifest of the new state; the caller commits it."""
+    # Files. The sort is stable: the files of a bucket stay in the order in which they were added.
     parent, store = plan.parent, Store(staging)
     written = [b.file for b in built if b.file]
-    # Stable: the files of a bucket stay in the order in which they came.
     old = parent.files if parent else []
     files = sorted([*old, *written], key=lambda entry: entry["bucket"])
+
+    # Index, counts and inputs.
     places = [read_table(store, f"places-{entry['bucket']:05d}.parquet") for entry in written]
     index = _grown_index(plan.shards, places)
     accepted, duplicates = sum(b.accepted for b in built), sum(b.duplicates for b in built)
@@ -195,7 +203,7 @@ def _load_vocabulary(out: str, name: str) -> Vocabulary:
 
 
 def _distinct_items(names: list[str], store: Store) -> pl.Series:
-    """What files of distinct items hold together: some at a time, since each has most of what is popular."""
+    """The distinct items of several files. A few are read at a time, because popular items are in most of them."""
     found = read_table(store, names[0])["item_id"]
     for first in range(1, len(names), _FILES_AT_ONCE):
         several = [read_table(store, name)["item_id"] for name in names[first : first + _FILES_AT_ONCE]]
@@ -204,7 +212,7 @@ def _distinct_items(names: list[str], store: Store) -> pl.Series:
 
 
 def _known_users(plan: Plan, bucket: int) -> pl.DataFrame:
-    """user_id, group, row of the bucket's users in the data set so far."""
+    """user_id, group and row of the bucket's users in the data set so far."""
     if plan.shards:
         return plan.shards.users_of(bucket)
     return plan.empty_events().select("user_id", group=pl.lit(0, pl.Int64), row=pl.lit(0, pl.Int64)).clear()
@@ -213,18 +221,17 @@ def _known_users(plan: Plan, bucket: int) -> pl.DataFrame:
 def _with_values(
     rows: UserRows, fragments: list[Fragment], *, known: pl.DataFrame, plan: Plan, store: Store, vocabulary: Vocabulary
 ) -> UserRows:
-    """The users that must be written: those with events, and those of whom the users table says something new."""
+    """The rows of the users that must be written, with their features: users with events, and users for whom the users
+    table has new values."""
     table = pl.concat(read_fragments(store, fragments)) if fragments else None
     if table is not None and not plan.users_are_new:
-        # What is known of earlier users stays as it is.
+        # The stored features of earlier users stay unchanged.
         table = table.join(known, on="user_id", how="anti")
     with_events = rows.user_id.filter(pl.Series(rows.lengths > 0))
-    described = with_events
+    written = with_events
     if table is not None:
-        described = pl.concat(
-            [with_events, known["user_id"].filter(known["user_id"].is_in(table["user_id"].implode()))]
-        )
-    wanted = described.unique().sort()
+        written = pl.concat([with_events, known["user_id"].filter(known["user_id"].is_in(table["user_id"].implode()))])
+    wanted = written.unique().sort()
     rows = rows.with_users(wanted)
     names = plan.schema.get("user_features", [])
     is_new = ~wanted.is_in(known["user_id"].implode()).to_numpy()
@@ -233,23 +240,24 @@ def _with_values(
 
 
 def _grown_index(old: Shards | None, places: list[pl.DataFrame]) -> pl.DataFrame:
-    """Old users keep their rows, with what came counted in; new ones follow, sorted by id."""
+    """The new index: earlier users keep their rows, their new events are added to the counts; new users follow,
+    sorted by id."""
     before = old.index_table() if old else None
     if not places:
         assert before is not None, "the first ingest has events"
         return before
-    came = pl.concat(places)
+    added = pl.concat(places)
     if before is None:
-        return came.sort("user_id")
-    more = came.select("user_id", more="events")
+        return added.sort("user_id")
+    more = added.select("user_id", more="events")
     grown = before.join(more, on="user_id", how="left", maintain_order="left")
     grown = grown.with_columns(events=pl.col("events") + pl.col("more").fill_null(0)).drop("more")
-    new = came.join(before, on="user_id", how="anti").sort("user_id")
+    new = added.join(before, on="user_id", how="anti").sort("user_id")
     return pl.concat([grown, new.select(grown.columns)])
 
 
 def join_ranges(ranges: Iterable[list[int] | None]) -> list[int] | None:
-    """From the first to the last moment of all of them; None where none is known."""
+    """The range from the earliest start to the latest end; None if no range is known."""
     bounds = [moment for known in ranges if known for moment in known]
     return [min(bounds), max(bounds)] if bounds else None
 

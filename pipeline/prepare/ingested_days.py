@@ -1,4 +1,4 @@
-"""What the ingest of each day of a daily log brought: rows read, accepted and rejected, out of the manifests."""
+"""Rows read, accepted and rejected by the ingest of each day of a daily log, derived from the manifests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.storage import Store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DayCounts:
-    """Rows of one day of the log; what is neither accepted nor rejected was there already."""
+    """Row counts of one day of the log; a row that is neither accepted nor rejected was in the data set already."""
 
     read: int
     accepted: int
@@ -25,8 +25,8 @@ class DayCounts:
 
 
 def day_counts(path: str, *, daily: DailyLog) -> dict[datetime.date, DayCounts]:
-    """The rows of the days that were ingested on their own, as far back as the data set's states are kept: of each,
-    when most of it came."""
+    """The row counts of the days that were ingested one at a time, as far back as the data set's states are kept. Of
+    several ingests of a day, the one that read the most rows counts."""
     assert daily.folder is not None
     states = [read_manifest(path, number=number) for number in manifest_numbers(Store(path))]
     found: dict[datetime.date, DayCounts] = {}

@@ -1,4 +1,4 @@
-"""The items table of an event log: one row an item, its features as categories."""
+"""The items table of an event log: one row per item, with categorical features."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 
 def read_items(file: Input, vocabulary: Vocabulary) -> pl.DataFrame:
-    """item_id and string or list-of-strings features, as Vocabulary.with_features takes them.
+    """item_id, and features as strings or lists of strings: the input of Vocabulary.with_features.
 
-    DataError: a file that cannot be read whole, no item_id, a feature that is no category, no item of the vocabulary.
+    DataError: the file is damaged, has no item_id or a feature that is not a category, or shares no item with the
+    vocabulary.
     """
     try:
         with file.open() as stream:
             table = pl.DataFrame(pq.read_table(stream))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.name}: not a whole Parquet file; copy it again") from error
+        raise DataError(f"{file.name}: not a complete Parquet file; copy it again") from error
     if "item_id" not in table.columns:
         raise DataError(f"{file.name}: no column 'item_id'; it has {', '.join(table.columns)}; rename the id column")
     for name, dtype in table.schema.items():

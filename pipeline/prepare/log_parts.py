@@ -1,4 +1,4 @@
-"""Staging a log: each part of an event file is read and validated, and its events are written by bucket of users."""
+"""Staging a log: each part of an event file is read and validated, and its events are written by user bucket."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.storage import Store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagedPart:
-    """What was read and staged of one part of an event file."""
+    """The counts and staged files of one part of an event file."""
 
     number: int
     """The number of the part."""
@@ -27,9 +27,9 @@ class StagedPart:
     """Rows read; read = valid + the sum of rejected."""
     valid: int
     rejected: dict[str, int]
-    """Rows by reason, among them those of forgotten users."""
+    """Rejected rows by reason, including those of forgotten users."""
     time_range: list[int] | None
-    """First and last valid event, milliseconds since 1970 UTC; None without a valid event or a time column."""
+    """Times of the first and last valid event, milliseconds since 1970 UTC; None without valid events or times."""
     actions: list[str]
     """Distinct actions."""
     items: str | None
@@ -40,9 +40,12 @@ class StagedPart:
 
 def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
     """Read and validate one part; write its events by bucket, its distinct items and its rejected rows."""
+    # The columns of the file, with nulls for columns that only other files have.
     file, store, number = part.input, Store(staging), part.number
     mapping = mapping_of(file, columns=plan.columns, files=plan.files, schema=plan.schema)
     absent = [pl.lit(None).alias(name) for name in plan.columns.mapping() if name not in mapping]
+
+    # Each block: drop forgotten users, validate, and write the events as fragments.
     stones = Tombstones.of(plan.out, plan.parent)
     read = forgotten = valid = 0
     fragments: list[Fragment] = []
@@ -75,6 +78,8 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith(file.name) else f"{file.name}: {text}") from None
+
+    # The distinct items, for the vocabulary; the rejected rows, into the quarantine of the data set.
     items_file = f"items-{number:06d}.parquet" if items else None
     if items_file:
         write_table(store, items_file, pl.concat(items).unique().to_frame())
@@ -91,7 +96,7 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
 
 
 def refuse_bad_log(staged: Sequence[StagedPart], *, plan: Plan, max_rejected_ratio: float) -> dict[str, Any]:
-    """Counts over all parts: read, valid, rejected. DataError when nothing is valid or too much was rejected."""
+    """Counts over all parts: read, valid, rejected. DataError: no row is valid, or too many were rejected."""
     read, valid = sum(s.read for s in staged), sum(s.valid for s in staged)
     rejected = {r.value: n for r in Reason if (n := sum(s.rejected.get(r.value, 0) for s in staged))}
     assert read == valid + sum(rejected.values())
@@ -100,7 +105,7 @@ def refuse_bad_log(staged: Sequence[StagedPart], *, plan: Plan, max_rejected_rat
     where = f"{plan.out}/rejected/{plan.ingest}"
     if not read:
         raise DataError(f"{names}: the log is empty; nothing was prepared")
-    # Rows of forgotten users are no mistake of the log.
+    # Rows of forgotten users are not mistakes in the log.
     of_log = read - rejected.get(Reason.FORGOTTEN_USER, 0)
     if of_log and not valid:
         raise DataError(f"{names}: all {of_log} rows are invalid ({reasons}); see {where}; nothing was prepared")

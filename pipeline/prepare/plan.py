@@ -1,4 +1,4 @@
-"""What one run of prepare has to do: what is new among the inputs, and whether it may be added to what is there."""
+"""The plan of one run of prepare: which inputs are new, and whether they may be added to the data set."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from pipeline.shards.manifest import Manifest, current_manifest
 from pipeline.storage import Store
 
 ADDABLE = ("action", "request_id")
-"""Columns that a log may get when it has events already; earlier ones, and files without it, have none."""
+"""Columns that a log may gain when the data set already has events. Earlier events, and those of files without the
+column, have no value in it."""
 
 _OWN_NAMES = {"manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests", "tombstones"}
 _LEAST_BUCKETS = 16
 _BUCKET_ROWS = 4_000_000
 _DISK_FACTOR = 3
-"""Staging and shards together stay below this multiple of the input's bytes (gzipped CSV comes closest)."""
+"""Staging and shards together take less than this multiple of the input's bytes (gzipped CSV comes closest)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HashedInput:
-    """A file to read with the checksum of its bytes."""
+    """A file to read, and its checksum."""
 
     file: Input
     checksum: str
@@ -48,7 +49,7 @@ class HashedInput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run of prepare does."""
+    """What one run of prepare is to do."""
 
     out: str
     parent: Manifest | None
@@ -56,17 +57,17 @@ class Plan:
     files: FileFormat
     schema: dict[str, Any]
     config: dict[str, Any]
-    """What must stay the same as long as the data set lives."""
+    """Settings that must stay the same for the lifetime of the data set."""
     inputs: list[HashedInput]
     """New event files."""
     items: HashedInput | None
-    """The items table, when it is new."""
+    """The items table, if it is new."""
     users: HashedInput | None
-    """The users table, when it is new, or when there are new events: users who are new may be in it."""
+    """The users table, if it is new or there are new events, whose new users may be in it."""
     users_are_new: bool
-    """False = the table was ingested before; what is known of earlier users stays as it is."""
+    """False = the table was ingested before; the stored features of earlier users stay unchanged."""
     left_out: list[str]
-    """Days that are not whole yet, and why."""
+    """Days that are not complete yet, and why."""
 
     @property
     def is_done(self) -> bool:
@@ -74,27 +75,27 @@ class Plan:
 
     @property
     def ingest(self) -> str:
-        """Name of this set of inputs."""
+        """Identifier of this set of inputs."""
         return hashlib.sha256(repr([new.checksum for new in self.inputs]).encode()).hexdigest()[:16]
 
     @property
     def shards(self) -> Shards | None:
-        """What the data set holds so far."""
+        """The data set so far; None if there is none."""
         return Shards(self.out, self.parent) if self.parent else None
 
     def empty_events(self) -> pl.DataFrame:
-        """No events, with the columns and types of the log's."""
+        """An empty table with the columns and types of the log's events."""
         ids = {"int64": pl.Int64(), "string": pl.String()}
         types = {name: ids[kind] for name, kind in self.schema["id_types"].items()}
         types |= {"timestamp": pl.Int64(), "order": pl.Int64(), "action": pl.String(), "label": pl.Int8()}
         return pl.DataFrame(schema={name: types[name] for name in self.schema["columns"]})
 
     def parts(self) -> list[Part]:
-        """Every part of an event file that can be read on its own."""
+        """The parts of all new event files; each part can be read on its own."""
         return _parts([new.file for new in self.inputs])
 
     def user_parts(self) -> list[Part]:
-        """The same of the users table."""
+        """The parts of the users table."""
         return _parts([self.users.file] if self.users else [])
 
 
@@ -102,16 +103,19 @@ def make_plan(
     events: str, out: str, *, columns: EventColumns | None, files: FileFormat, daily: DailyLog,
     settings: dict[str, Any], items: str | None, users_table: str | None,
 ) -> Plan:  # fmt: skip
-    """Compare the inputs and the configuration with what the data set holds already. DataError when they disagree.
+    """Compare the inputs and the configuration with the data set so far. DataError: they do not fit together.
 
-    `items` and `users_table` are by default the log's own, where they are.
+    `items` and `users_table`: None = items.parquet and users.parquet in the log's directory, if they exist.
     """
+    # The log's complete days, and the data set so far.
     found, left_out = whole_days(readers.find_inputs(events, options=files), events=events, daily=daily)
     _refuse_foreign(out)
     parent = current_manifest(out)
     if not found and parent is None:
         why = left_out[-1] if left_out else f"the log begins after {daily.until}"
-        raise DataError(f"{events}: no day is whole yet ({why}); wait, or see daily.marker and daily.until")
+        raise DataError(f"{events}: no day is complete yet ({why}); wait, or see daily.marker and daily.until")
+
+    # The configuration, which must equal that of the data set.
     if columns is None:
         columns = _canonical_columns(found[0], files) if parent is None else EventColumns(**parent.config["columns"])
     if settings["buckets"] is None:
@@ -119,6 +123,8 @@ def make_plan(
     config = {"columns": dataclasses.asdict(columns), **settings}
     if parent is not None:
         _refuse_other_config(out, config, parent.config)
+
+    # The inputs that are new.
     ingested = {entry["name"]: entry for entry in parent.inputs} if parent else {}
     new = _new_inputs(found, ingested)
     checksums = {entry["checksum"] for entry in ingested.values()}
@@ -139,10 +145,10 @@ def make_plan(
 def pending_days(
     events: str, out: str, *, files: FileFormat, daily: DailyLog
 ) -> tuple[list[datetime.date], dict[datetime.date, str]]:
-    """The whole days of a daily log with files that `out` does not hold under their names, or with other sizes; and why
-    the other days are left out.
+    """The complete days of a daily log to ingest, and the days that are left out, with the reason.
 
-    One that is refused shows here again until it is mended: each day can be ingested on its own (`daily.days`).
+    A day is to be ingested if `out` does not have all its files by name and size. So a refused day is listed again
+    until it is repaired; each day can be ingested on its own (`daily.days`).
     """
     log = log_days(readers.find_inputs(events, options=files), events=events, daily=daily)
     parent = current_manifest(out)
@@ -152,21 +158,23 @@ def pending_days(
 
 
 def require_disk(plan: Plan) -> None:
-    """DataError when the disk cannot hold what the plan writes."""
+    """NotNow if the disk has too little free space for what the plan writes."""
     free = Store(plan.out).free_bytes()
     read = [*plan.inputs, *([plan.users] if plan.users else [])]
     needed = _DISK_FACTOR * sum(each.file.bytes for each in read) + (64 << 20)
     if free is not None and free < needed:
-        raise NotNow(f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk")
+        raise NotNow(
+            f"{plan.out}: {free >> 20} MiB free, preparing needs about {needed >> 20} MiB; free some disk space"
+        )
 
 
 def _buckets_for(files: list[Input]) -> int:
-    """So many that a bucket of the first ingest has a few million events."""
+    """The number of buckets with which each has a few million events after the first ingest."""
     return min(99_999, max(_LEAST_BUCKETS, -(-sum(map(readers.estimate_rows, files)) // _BUCKET_ROWS)))
 
 
 def _table(path: str | None, events: str, name: str) -> HashedInput | None:
-    """A table beside the events."""
+    """The items or users table: at `path`, or by default `name` in the log's directory; None if there is none."""
     if path is None and Store(events).exists(name):
         path = f"{events.rstrip('/')}/{name}"
     if path is None:
@@ -178,7 +186,7 @@ def _table(path: str | None, events: str, name: str) -> HashedInput | None:
 
 
 def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list[HashedInput]:
-    """The files that the data set does not hold, under any name."""
+    """The files whose content was not ingested before, under any name; of equal files only one."""
     with ThreadPoolExecutor(4) as pool:
         known = pool.map(functools.partial(_is_ingested, ingested=ingested), found)
         unknown = [file for file, is_known in zip(found, known, strict=True) if not is_known]
@@ -193,7 +201,8 @@ def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list
 
 
 def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
-    """Told by name, size and the file's ends, so that a log of years is not read to add a day."""
+    """Whether a file was ingested, by its name, size and first and last bytes: to add a day, a log of years is not read
+    again. DataError: the file changed after it was ingested."""
     known = ingested.get(file.name)
     if known is None:
         return False
@@ -201,7 +210,7 @@ def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
         change = "grew" if file.bytes > known["bytes"] else "shrank"
         raise DataError(
             f"{file.name}: {change} from {known['bytes']} to {file.bytes} bytes after it was ingested; "
-            "restore it, and bring what is new in a file of another name"
+            "restore it, and put new events into a file with another name"
         )
     same = readers.edges(file) == known["edges"] if known["edges"] else readers.checksum(file) == known["checksum"]
     if not same:
@@ -210,7 +219,7 @@ def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
 
 
 def _schema(parent: Manifest | None, new: list[Input], *, columns: EventColumns, files: FileFormat) -> dict[str, Any]:
-    """The log's columns, the types of its ids, and which columns its first events did not have."""
+    """The log's columns, the types of its ids, and which columns were added later. DataError: a file does not fit."""
     if parent is None:
         schema = readers.log_schema(new, columns=columns, options=files)
     else:
@@ -228,10 +237,13 @@ def _schema(parent: Manifest | None, new: list[Input], *, columns: EventColumns,
 
 
 def mapping_of(file: Input, *, columns: EventColumns, files: FileFormat, schema: dict[str, Any]) -> dict[str, str]:
-    """{canonical name: column} of what the file has to have: all but what the log got later and the file lacks."""
-    there = readers.read_schema(file, options=files)
+    """{canonical name: column} for the columns that the file must have: all, except that it may lack those that were
+    added to the log later."""
+    present = readers.read_schema(file, options=files)
     mapping = columns.mapping()
-    return {name: column for name, column in mapping.items() if column in there or name not in schema.get("added", [])}
+    return {
+        name: column for name, column in mapping.items() if column in present or name not in schema.get("added", [])
+    }
 
 
 def _parts(files: list[Input]) -> list[Part]:
@@ -251,14 +263,14 @@ def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, A
 
 
 def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
-    there = readers.read_schema(file, options=files)
-    if "timestamp" not in there and "order" not in there:
+    present = readers.read_schema(file, options=files)
+    if "timestamp" not in present and "order" not in present:
         raise DataError(
-            f"{file.name}: no column 'timestamp' or 'order'; it has {', '.join(there) or 'no columns'}; "
+            f"{file.name}: no column 'timestamp' or 'order'; it has {', '.join(present) or 'no columns'}; "
             "set columns.timestamp"
         )
     names = ("timestamp", "order", "action", "label", "request_id")
-    found: dict[str, Any] = {name: name if name in there else None for name in names}
+    found: dict[str, Any] = {name: name if name in present else None for name in names}
     return EventColumns(**found)
 
 
@@ -268,4 +280,4 @@ def _refuse_foreign(out: str) -> None:
         raise DataError(f"{out}: is a file; name a directory for the prepared data")
     for name in store.names():
         if name not in _OWN_NAMES and not name.startswith(("staging-", ".")):
-            raise DataError(f"{out}: holds {name!r}, which is no prepared data; name an empty or new directory")
+            raise DataError(f"{out}: holds {name!r}, which is not prepared data; name an empty or new directory")

@@ -1,4 +1,4 @@
-"""The staging directory of one run, and the files its tasks hand each other there: tables, and rows cut by bucket."""
+"""The staging directory of one run, in which its tasks exchange files: tables, and rows divided by bucket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STAGING = "staging-"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
 class Fragment:
-    """Rows of one bucket of users in a file of the staging directory."""
+    """The rows of one user bucket in a file of the staging directory."""
 
     file: str
     """Name of the Arrow file in the staging directory."""
@@ -30,12 +30,12 @@ class Fragment:
     """Which record batch of the file holds them."""
     bucket: int
     rows: int
-    """How many rows there are."""
+    """Number of rows."""
 
 
 @contextlib.contextmanager
 def staging_directory(out: str) -> Iterator[str]:
-    """A directory inside `out` for the time of a run; those of processes that died here are removed."""
+    """A directory inside `out` that exists during the run; those of dead processes of this machine are removed."""
     store, existed = Store(out), Store(out).exists()
     alive = other_runs(out)
     for name in store.names():
@@ -69,7 +69,7 @@ def _is_alive(pid: str) -> bool:
 
 
 def write_fragments(store: Store, name: str, rows: pl.DataFrame, *, buckets: int) -> list[Fragment]:
-    """One Arrow file, one record batch a bucket of user_id: a bucket's task then reads only its own batches."""
+    """Write one Arrow file with one record batch per user bucket: a bucket's task then reads only its own batches."""
     rows = rows.with_columns(bucket_of(rows["user_id"], buckets=buckets).alias("bucket"))
     fragments, sink = [], io.BytesIO()
     writer = None

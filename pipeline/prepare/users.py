@@ -1,10 +1,10 @@
-"""The users table of an event log: one row a user, its features as categories.
+"""The users table of an event log: one row per user, with categorical features.
 
-    users table --stage_users, a task a row group--> rows by bucket, distinct values --> vocabulary
-    a bucket's rows --values_of--> a list of values a user and feature, stored as codes in the user's row
+    users table --stage_users, one task per row group--> rows by bucket, distinct values --> vocabulary
+    rows of a bucket --values_of--> one list of values per user and feature, stored as codes in the user's row
 
-Only values are a vocabulary. Which user has which of them stands in the user's own row of its shard, so that no file
-and no process ever holds all users.
+The vocabulary has only the values. Which user has which values is stored in the user's own row of its shard, so that no
+file and no process ever holds all users.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from pipeline.storage import Store
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StagedUsers:
-    """What is staged of one part of a users table."""
+    """The staged files of one part of a users table."""
 
     number: int
     """The number of the part."""
     fragments: list[Fragment]
-    """Its rows by bucket: user_id and a list of values for each feature."""
+    """The part's rows by bucket: user_id, and a list of values for each feature."""
     values: str
     """Name of the staged file of distinct values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckedUsers:
-    """What was counted among the users of one bucket of a users table."""
+    """Counts over the users table's rows of one bucket."""
 
     twice: int
     """Users that have more than one row."""
@@ -45,7 +45,7 @@ class CheckedUsers:
 
 
 def feature_names(file: Input) -> list[str]:
-    """The features of a users table, sorted. DataError: no user_id, no feature, one that is no category or misnamed."""
+    """The features of a users table, sorted. DataError: no user_id, no feature, or one with a wrong type or name."""
     schema = readers.read_schema(file, options=FileFormat(format="parquet"))
     if "user_id" not in schema:
         raise DataError(f"{file.name}: no column 'user_id'; it has {', '.join(schema)}; rename the id column")
@@ -53,14 +53,14 @@ def feature_names(file: Input) -> list[str]:
         if name != "user_id":
             refuse_bad_feature(name, dtype, file=file.name)
     if len(schema) == 1:
-        raise DataError(f"{file.name}: no column beside user_id; add a feature, or remove the file")
+        raise DataError(f"{file.name}: no column besides user_id; add a feature, or remove the file")
     return sorted(set(schema) - {"user_id"})
 
 
 def stage_users(part: Part, *, id_type: str, buckets: int, staging: str) -> StagedUsers:
-    """Write the rows of one part of the users table by bucket, and its distinct values.
+    """Write the rows of one part of the users table by bucket, and the distinct values in them.
 
-    Rows whose id cannot be an id of the log are left out: no event has it.
+    A row whose id does not have the type of the log's user ids is left out: no event can have that id.
     """
     file, store, number = part.input, Store(staging), part.number
     names = [name for name in readers.read_schema(file, options=FileFormat(format="parquet")) if name != "user_id"]
@@ -82,7 +82,7 @@ def stage_users(part: Part, *, id_type: str, buckets: int, staging: str) -> Stag
 
 
 def staged_values(staged: Iterable[StagedUsers], names: Iterable[str], *, staging: str) -> dict[str, list[str]]:
-    """{feature: its distinct values} over all parts."""
+    """{feature: its distinct values}, over all parts."""
     values = pl.concat([read_table(Store(staging), result.values) for result in staged]).unique()
     return {name: values.filter(pl.col("feature") == name)["value"].to_list() for name in names}
 
@@ -90,8 +90,8 @@ def staged_values(staged: Iterable[StagedUsers], names: Iterable[str], *, stagin
 def check_users(
     table: Iterable[Fragment], events: Iterable[Fragment], *, known: pl.Series, staging: str
 ) -> CheckedUsers:
-    """Count the users of a bucket: `table` is its part of the users table, `events` are its new events, `known` its
-    users in the data set so far."""
+    """Count the users of a bucket. `table`: its rows of the users table; `events`: its new events; `known`: its users
+    in the data set so far."""
     store = Store(staging)
     users = pl.concat([rows["user_id"] for rows in read_fragments(store, table)])
     twice = int((users.value_counts()["count"] > 1).sum())
@@ -101,9 +101,10 @@ def check_users(
 
 
 def refuse_bad_users(checked: Sequence[CheckedUsers], *, file: str) -> None:
-    """DataError when users stand twice in the table or none of them is in the log. No id is named: they are private."""
+    """DataError: users have more than one row in the table, or none of them is in the log. Ids are private, so the
+    message names none."""
     if twice := sum(result.twice for result in checked):
-        raise DataError(f"{file}: {twice} user ids stand in more than one row; keep one row a user")
+        raise DataError(f"{file}: {twice} user ids are in more than one row; keep one row per user")
     if not sum(result.matched for result in checked):
         raise DataError(f"{file}: none of its user ids is in the log; check that both name users the same way")
 
@@ -111,24 +112,24 @@ def refuse_bad_users(checked: Sequence[CheckedUsers], *, file: str) -> None:
 def values_of(
     users: pl.Series, *, is_new: np.ndarray, table: pl.DataFrame | None, names: Iterable[str]
 ) -> pl.DataFrame:
-    """user_id and, for each feature, the list of values that the users table has for each of `users`, in their order.
+    """user_id, and for each feature the list of values in the users table; one row for each of `users`, in their order.
 
-    Where it has none the list is empty for a user who is new, and null, nothing new is known, for the others.
+    Where the table has no values, the list is empty for new users, and null (the stored values stay) for other users.
     """
-    asked = pl.DataFrame({"user_id": users, "is_new": is_new})
+    wanted = pl.DataFrame({"user_id": users, "is_new": is_new})
     columns = []
     for name in names:
         rows = pl.DataFrame(schema={"user_id": users.dtype, name: pl.List(pl.String)})
         if table is not None and name in table.columns:
             rows = table.select("user_id", name)
-        found = asked.join(rows, on="user_id", how="left", maintain_order="left")
-        nothing = pl.when("is_new").then(pl.lit([], pl.List(pl.String)))
-        columns.append(found.select(pl.coalesce(name, nothing).alias(name)).to_series())
-    return asked.select("user_id").with_columns(columns)
+        found = wanted.join(rows, on="user_id", how="left", maintain_order="left")
+        otherwise = pl.when("is_new").then(pl.lit([], pl.List(pl.String)))
+        columns.append(found.select(pl.coalesce(name, otherwise).alias(name)).to_series())
+    return wanted.select("user_id").with_columns(columns)
 
 
 def as_values(raw: pl.Series) -> pl.Series:
-    """A list of strings a row, without nulls and empty strings: [a], of a single value a."""
+    """One list of strings per row, without nulls and empty strings; a single value a becomes [a]."""
     lists = (
         raw if isinstance(raw.dtype, pl.List) else raw.cast(pl.String).to_frame("v").select(pl.concat_list("v"))["v"]
     )

@@ -158,5 +158,5 @@ def test_widths_that_cannot_be_are_refused_by_name(days):
     with pytest.raises(UserError, match=r"unknown key model.feature_width"):
         tiny_config(directory, "--model.name", "sasrec", "--compare", "[]", "--model.feature_width", "4")
     config = tiny_config(directory, "--model.feature_width", json.dumps({"genre": 4}))
-    with pytest.raises(UserError, match="has no feature 'genre': it has genres, taste; take it out"):
+    with pytest.raises(UserError, match="has no feature 'genre': it has genres, taste; remove 'genre'"):
         _check_model(config, first)

@@ -88,7 +88,7 @@ def test_users_table_that_cannot_be_used_is_named_without_its_users(refuses, log
     events = log / "events-00000.parquet"
     pl.DataFrame({"user_id": [31, 32, 31], "age": [1, 2, 3]}).write_parquet(table)
     line = refuses(*prepare(events, out, "--users_path", str(table)))
-    assert line.endswith("people.parquet: 1 user ids stand in more than one row; keep one row a user")
+    assert line.endswith("people.parquet: 1 user ids are in more than one row; keep one row per user")
     pl.DataFrame({"user_id": ["someone"], "age": [1]}).write_parquet(table)
     line = refuses(*prepare(events, out, "--users_path", str(table)))
     assert line.endswith("none of its user ids is in the log; check that both name users the same way")

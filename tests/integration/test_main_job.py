@@ -229,7 +229,7 @@ def test_a_checkpoint_and_its_registered_version_evaluate_alike_on_another_split
     again = solar("evaluate", checkpoint, *asked, "--out", workplace / "out-0", cwd=workplace)
     assert "already there" in again.stdout
     line = refused("evaluate", checkpoint, *asked, "--out", workplace / "raw", cwd=workplace)
-    assert "not empty and no evaluation" in line
+    assert "not empty and not an evaluation" in line
     assert "remove it" in refused("evaluate", checkpoint, *asked, "--model.rank", "2", cwd=workplace)
 
 

@@ -50,7 +50,7 @@ def client(workplace: Path) -> MlflowClient:
 def test_plan_is_told_without_writing_anything(workplace):
     done = solar("nightly", "shop.yaml", "--date", "2026-03-01", "--dry-run", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "champion     solar-daily has none: from the seed" in done.stdout
+    assert "champion     solar-daily has none: training from scratch" in done.stdout
     assert "judged by    requests from 2026-03-01 18:00 to 2026-03-02 00:00 UTC" in done.stdout
     assert {path.name for path in (workplace / "workspace").iterdir()} <= {"logs"}
 

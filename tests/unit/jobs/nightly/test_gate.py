@@ -188,7 +188,7 @@ def test_impressions_pair_users_that_have_both_labels():
     assert found.challenger.tolist() == [10.0, 10.0]
     assert found.champion.tolist() == [0.0, 0.0]
     other = dataclasses.replace(results[1], user=user + 1)
-    with pytest.raises(ValueError, match="other requests"):
+    with pytest.raises(ValueError, match="evaluated on different requests"):
         pairs(results[0], other, requests=RequestConfig(task="impressions"))
 
 

@@ -256,7 +256,7 @@ def test_first_night_without_a_champion_compares_nothing(nights, tmp_path):
     page = made.page(journal, champion_before=None, champion="1")
     assert "Promoted: version 1 serves from now on." in page.sections["verdict"]
     assert "nothing to compare" in page.sections["comparison"]
-    assert "from the seed, because there is no champion" in page.sections["training"]
+    assert "from scratch, because there is no champion" in page.sections["training"]
 
 
 def test_night_that_trained_nothing_says_so(nights):
@@ -265,7 +265,7 @@ def test_night_that_trained_nothing_says_so(nights):
     log, champion = prepared(d2026_03_01=9), {"version": "4", "metrics": None}
     journal = made.journal(0, prepare=log, champion=champion, decision=undecided)
     page = made.page(journal, verdict="undecided", champion="4", reasons=undecided["reasons"])
-    assert "Undecided: version 4 goes on serving." in page.sections["verdict"]
+    assert "Undecided: version 4 continues to serve." in page.sections["verdict"]
     assert "Nothing was trained" in page.sections["training"]
     assert page.pictures == ["Cost"]
     assert "No night has measured anything" in page.sections["nights"]

@@ -138,7 +138,7 @@ def test_refusals_leave_nothing(days, checkpoint, tmp_path):
 def test_what_is_there_is_never_touched(days, checkpoint, tmp_path):
     out = tmp_path / "place" / "grown"
     out.mkdir(parents=True)
-    with pytest.raises(UserError, match="is there already: name a directory that is not, or remove it"):
+    with pytest.raises(UserError, match="exists already: choose another directory, or remove it"):
         grow(str(checkpoint), Console(), shards_dir=days[2].path, out=str(out))
     assert (list(out.iterdir()), left_beside(out)) == ([], ["grown"])
 

@@ -127,7 +127,7 @@ def test_restart_is_told_with_its_cause_the_workers_and_the_step(follow, stage, 
     follow([row("start", step=1, num_steps=4)])
     assert stage.told == [
         "rank 1 is lost with its node; goes on with 1 worker from step 0",
-        "the cluster has room for another number of workers; goes on with 2 workers from step 1",
+        "the cluster has room for a different number of workers; goes on with 2 workers from step 1",
     ]
     kinds = [json.loads(line)["kind"] for line in log.read_text().splitlines()]
     assert kinds == ["start", "failure", "start", "start"]

@@ -49,7 +49,9 @@ def test_damaged_record_is_named_and_removing_it_falls_back_on_the_checkpoint(co
     with pytest.raises(UserError, match=rf"run.json: not valid JSON .*: remove {run_dir}, there is no checkpoint"):
         previous_run(config, SHARDS)
     write_checkpoint(run_dir / "step-00000004", **as_json(run_facts(config, SHARDS)))
-    with pytest.raises(UserError, match=r"run.json: not valid JSON .*: remove it; the checkpoints say the same"):
+    with pytest.raises(
+        UserError, match=r"run.json: not valid JSON .*: remove it; the checkpoints hold the same record"
+    ):
         previous_run(config, SHARDS)
     record.unlink()
     assert previous_run(config, SHARDS) == run_facts(config, SHARDS)

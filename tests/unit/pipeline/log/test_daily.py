@@ -51,7 +51,7 @@ def mark(tmp_path, *days):
 
 def test_a_day_comes_with_its_marker_and_is_named_while_it_has_none(ingest, write_days, tmp_path):
     write_days()
-    with pytest.raises(DataError, match=r"no day is whole yet \(2026-03-30: no _SUCCESS in dt=2026-03-30\)"):
+    with pytest.raises(DataError, match=r"no day is complete yet \(2026-03-30: no _SUCCESS in dt=2026-03-30\)"):
         ingest(SPARK)
     mark(tmp_path, DAYS[0], DAYS[2])
     first = ingest(SPARK)

@@ -123,14 +123,14 @@ def test_the_digest_follows_the_values_and_not_how_they_came(log, write_log, pre
     ("table", "words"),
     [
         ({"id": [1], "sex": ["m"]}, r"users.parquet: no column 'user_id'; it has id, sex"),
-        ({"user_id": [1]}, r"users.parquet: no column beside user_id"),
+        ({"user_id": [1]}, r"users.parquet: no column besides user_id"),
         ({"user_id": [1], "age": [1.5]}, r"feature 'age' is Float64; features are categories: cast it to strings"),
         ({"user_id": [1], "scores": [[0.5]]}, r"feature 'scores' is List\(Float64\)"),
         ({"user_id": [1], "time": ["m"]}, r"feature 'time' has a name that is reserved in requests"),
         ({"user_id": [1], "a/b": ["m"]}, r"the name of feature 'a/b' may have only letters"),
         ({"user_id": [77, 88], "sex": ["m", "f"]}, r"users.parquet: none of its user ids is in the log"),
         ({"user_id": ["x"], "sex": ["m"]}, r"users.parquet: none of its user ids is in the log"),
-        ({"user_id": [1, 2, 1, 2, 3], "sex": ["m"] * 5}, r"users.parquet: 2 user ids stand in more than one row"),
+        ({"user_id": [1, 2, 1, 2, 3], "sex": ["m"] * 5}, r"users.parquet: 2 user ids are in more than one row"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_line_and_nothing_is_written(log, write_log, prepare, tmp_path, table, words):
