@@ -3,11 +3,11 @@
     python tests/benchmarks/quality.py ml-1m models --seeds 1 2 3
     python tests/benchmarks/quality.py ml-1m ablations --users 1000 --epochs 3
 
-The event log must have been imported (WORKSPACE/events/NAME, README.md); `--users` takes a sample of its users into a
-data set of its own, `--source` and further `--set KEY VALUE` reach the recipe. Every variant and seed is one process on
-one core, `--jobs` of them at once; what has a result in DIRECTORY is not run again. Ablations are measured on the
-validation part, models on the test part; the table gives the mean over seeds and their standard deviation, and the
-mean ratio to the first variant of the same seed.
+The event log must have been imported (WORKSPACE/events/NAME, see pipeline/README.md); `--users` takes a sample of its
+users into a data set of its own, `--source` and further `--set KEY VALUE` reach the recipe. Every variant and seed is
+one process on one core, `--jobs` of them at once; what has a result in DIRECTORY is not run again. Ablations are
+measured on the validation part, models on the test part; the table gives the mean over seeds and their standard
+deviation, and the mean ratio to the first variant of the same seed.
 """
 
 from __future__ import annotations
