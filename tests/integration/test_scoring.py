@@ -42,7 +42,7 @@ def test_states_are_built_found_by_themselves_and_score_as_raw_histories(place, 
     assert solar(*asked, "--out", "raw.parquet", cwd=place).returncode == 0
     missing = solar(*asked, "--states", "auto", "--out", "fallback.parquet", cwd=place)
     assert missing.returncode == 0, missing.stderr
-    assert "none that are complete at workspace/states/tiny/1: raw histories are read" in missing.stdout
+    assert "no complete states at workspace/states/tiny/1: raw histories are read" in missing.stdout
     assert "requests from stored states, 4 without one" in missing.stdout
     build = [*model, "--build-states", "--shards", "shards", "--parallel", "1"]
     done = solar(*build, cwd=place)
