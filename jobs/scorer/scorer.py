@@ -152,9 +152,9 @@ class Scorer(RequestReader, PythonModel):
         shown, _ = self.shown(histories, np.full(len(histories.lengths), NO_TIME))
 
         def sums(some: Histories) -> HistorySums:
-            nobody = np.zeros(len(some.lengths) + 1, np.int64)
+            zeros = np.zeros(len(some.lengths) + 1, np.int64)
             with torch.inference_mode():
-                return self.tower.history_sums(self._inputs(some, nobody[1:], nobody, np.zeros(0, np.int64)))
+                return self.tower.history_sums(self._inputs(some, zeros[1:], zeros, np.zeros(0, np.int64)))
 
         return pack_states(
             shown,

@@ -112,8 +112,8 @@ class ShardedTables:
 
     def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
         """(item_IC, features_IFC) of distinct items, without users. A collective, also for ranks without items."""
-        nobody = UserCodes.of_nobody(len(self.user_tables))
-        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, nobody)
+        no_users = UserCodes.of_nobody(len(self.user_tables))
+        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, no_users)
         return item_IC, features_IFC
 
     def look_up_with_users(self, item_rows_I: Tensor, users: UserCodes) -> tuple[Tensor, Tensor, Tensor]:
