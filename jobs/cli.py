@@ -1,7 +1,7 @@
-"""The command `solar`: the list of its commands, and how each of them ends.
+"""The program `solar`: the list of its commands, and how a command ends.
 
-A user's mistake ends with one line on stderr and exit code 2; an interruption leaves a resumable state and exits 130;
-anything else is a defect and shows its traceback.
+A user's mistake ends with one line on stderr and exit code 2; an interruption leaves a resumable state and ends with
+exit code 130; any other exception is a defect and shows its traceback.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ solar COMMAND ... [-v]
 
 RECIPE is one of {recipes}, or a YAML file.
 Settings follow it: --config FILE, dotted overrides (--model.rank 8), --print_config.
--v shows what the libraries print. `solar COMMAND --help` lists the options of a command.
+-v shows the output of libraries. `solar COMMAND --help` lists the options of a command.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
-    # SIGTERM (a scheduler's, a container's) ends a command as Ctrl-C does: leaving nothing half-written behind.
+    # SIGTERM (of a scheduler or container) ends a command in the same way as Ctrl-C, without incomplete files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("solar: interrupted", file=sys.stderr)
         code = INTERRUPTED
     if code == INTERRUPTED:
-        # Threads of Ray may be inside its C++ code: the ordinary end of Python can then crash (seen: SIGSEGV).
+        # Threads of Ray may be in its C++ code: Python's normal exit can then crash (observed: SIGSEGV).
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -64,6 +64,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool) -> int:
+    """Run a command; its exceptions become messages and exit codes."""
     from jsonargparse import ArgumentError
 
     from jobs.cluster.failures import Interrupted, WorkerFailure
@@ -88,7 +89,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         console.error(f"solar: a worker failed: {one_line(error)}" + ("" if verbose else f" (details: {console.log})"))
         return 1
     except SystemExit as end:
-        # Ray replaces the handler of SIGTERM by one that exits with the signal's number.
+        # Ray replaces the handler of SIGTERM with one that exits with the signal's number.
         if end.code != signal.SIGTERM:
             raise
         console.error("solar: interrupted; what was committed is still there")
@@ -115,7 +116,7 @@ COMMANDS: Mapping[str, Command] = {
         run=runs.run,
         parsers=with_settings(runs.run_parser),
         usage="RECIPE",
-        does="import, prepare, train, evaluate, register in one go; reuses what is there",
+        does="import, prepare, train, evaluate and register in one command; reuses existing results",
     ),
     "leaderboard": Command(
         run=runs.leaderboard,
@@ -127,7 +128,7 @@ COMMANDS: Mapping[str, Command] = {
         run=system.doctor,
         parsers=plain(system.doctor_parser),
         usage="[--json]",
-        does="does everything work on this machine?",
+        does="checks that everything works on this machine",
     ),
     "import": Command(
         run=data.import_,
@@ -140,43 +141,43 @@ COMMANDS: Mapping[str, Command] = {
         run=data.prepare,
         parsers=plain(data.prepare_parser),
         usage="--events E --out DIR",
-        does="event log -> sequence shards; again with more events: merges",
+        does="event log -> sequence shards; with existing shards: adds new events",
     ),
     "inspect": Command(
         run=data.inspect,
         parsers=plain(data.inspect_parser),
         usage="DIR",
-        does="what is in a shard directory or a checkpoint (--verify, --digest)",
+        does="shows the contents of sequence shards or of a checkpoint (--verify, --digest)",
     ),
     "compact": Command(
         run=data.compact,
         parsers=plain(data.compact_parser),
         usage="DIR",
-        does="shards: what later ingests brought, rewritten into the users' own files",
+        does="shards: merges the files of all ingests",
     ),
     "forget": Command(
         run=data.forget,
         parsers=plain(data.forget_parser),
         usage="DIR --users FILE",
-        does="shards and results: users removed for ever (--outputs FILE, --verify)",
+        does="shards and results: removes users permanently (--outputs FILE, --verify)",
     ),
     "gc": Command(
         run=data.gc,
         parsers=plain(data.gc_parser),
         usage="DIR --keep N",
-        does="shards: all but the latest N states removed",
+        does="shards: removes all but the latest N manifests and their files",
     ),
     "train": Command(
         run=runs.train,
         parsers=with_settings(runs.train_parser),
         usage="RECIPE",
-        does="shards -> checkpoints and an MLflow run (--resume; --from-previous: past a damaged checkpoint)",
+        does="shards -> checkpoints and an MLflow run (--resume; --from-previous: skips damaged checkpoints)",
     ),
     "grow": Command(
         run=runs.grow,
         parsers=plain(runs.grow_parser),
         usage="CHECKPOINT",
-        does="the same checkpoint with tables as large as the vocabulary of --shards DIR is now (--out DIR)",
+        does="the same checkpoint with tables enlarged to the vocabulary of --shards DIR (--out DIR)",
     ),
     "evaluate": Command(
         run=runs.evaluate,
@@ -200,7 +201,7 @@ COMMANDS: Mapping[str, Command] = {
         run=nightly.nightly,
         parsers=with_settings(nightly.nightly_parser),
         usage="RECIPE",
-        does="a day's log -> a better champion or a reasoned refusal (--date D, --catch-up, --dry-run)",
+        does="a day's log -> a better champion, or a refusal with reasons (--date D, --catch-up, --dry-run)",
     ),
     "promote": Command(
         run=nightly.promote,
@@ -224,14 +225,14 @@ COMMANDS: Mapping[str, Command] = {
         run=scheduling.schedule,
         parsers=with_settings(scheduling.schedule_parser),
         usage="RECIPE",
-        does='a night whenever --cron "0 3 * * *" fires, or --emit cronjob|kuberay: manifests for a cluster',
+        does='a night at the times of --cron "0 3 * * *", or --emit cronjob|kuberay: manifests for a cluster',
         is_job=False,
     ),
     "submit": Command(
         run=_submit,
         parsers=plain(cluster.submit_parser),
         usage="-- COMMAND",
-        does="any of these as a job of a Ray cluster, its log followed here",
+        does="any of these commands as a job of a Ray cluster; prints its log here",
         is_job=False,
     ),
     "jobs": Command(
@@ -243,7 +244,7 @@ COMMANDS: Mapping[str, Command] = {
         is_job=False,
     ),
 }
-"""Every command, in the order in which help shows them. Nothing else knows their names."""
+"""Every command, in the order of `solar --help`. No other file has a list of their names."""
 
 
 def _usage() -> str:

@@ -1,7 +1,7 @@
-"""solar doctor: does everything that Solar stands on work on this machine? One line each: ok, or the fix.
+"""solar doctor: checks that everything that Solar needs works on this machine. One line per check: ok, or the fix.
 
-A check runs in a process of its own (`python -m jobs.doctor NAME`), so that a library that crashes while it loads
-takes only its own line down.
+Each check runs in its own process (`python -m jobs.doctor NAME`), so that a library that crashes while it loads does
+not end the other checks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEEDED_MEMORY_GIB = 4
 
 
 def doctor(console: Console, *, as_json: bool = False) -> int:
-    """Run every check; 1 if one that is needed failed."""
+    """Run every check; returns 1 if one failed, else 0."""
     results = []
     for name, (_, fix) in CHECKS.items():
         ok, text = _run(name)
@@ -38,6 +38,7 @@ def doctor(console: Console, *, as_json: bool = False) -> int:
 
 
 def _run(name: str) -> tuple[bool, str]:
+    """(whether the check succeeded, its result or last line of errors)."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "jobs.doctor", name], capture_output=True, text=True, timeout=TIMEOUT_SECONDS
@@ -58,7 +59,7 @@ def _python() -> str:
 
 
 def _versions() -> str:
-    """The installed versions against the pins of pyproject.toml, where that file is at hand."""
+    """Compare the installed versions with the pins of pyproject.toml, if that file is there."""
     pins = _pins()
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in pins if _is_installed(name)}
     wrong = [f"{name} {version}, pinned {pins[name]}" for name, version in installed.items() if version != pins[name]]
@@ -206,8 +207,8 @@ CHECKS: dict[str, tuple[Callable[[], str], str]] = {
     "deepspeed": (_deepspeed, "remove .venv and run `make setup`; DS_ACCELERATOR=cpu forces the CPU"),
     "ray": (_ray, "`ray stop --force`; free memory and disk; keep TMPDIR short (a socket path has 107 bytes at most)"),
     "mlflow": (_mlflow, "check that the temporary directory is writable; remove .venv and run `make setup`"),
-    "disk": (_disk, "free disk, or use --workspace on a larger one"),
-    "memory": (_memory, "close other programs; `ray stop --force` ends a Ray left behind"),
+    "disk": (_disk, "free disk space, or use --workspace on a larger disk"),
+    "memory": (_memory, "close other programs; `ray stop --force` ends leftover Ray processes"),
     "gpus": (_gpus, "check the driver with nvidia-smi"),
 }
 

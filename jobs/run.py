@@ -1,4 +1,4 @@
-"""solar run RECIPE: import, prepare, train, evaluate, register in one go; what is already there is reused.
+"""solar run RECIPE: import, prepare, train, evaluate and register in one command; existing results are reused.
 
 `make demo` is `solar run movielens-100k`.
 """
@@ -25,7 +25,7 @@ from jobs.tracking.runs import tracking_uri
 
 
 def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Registered:
-    """The whole flow. Each part returns what it made or found."""
+    """The whole flow. Each step returns what it made, or the existing result."""
     started = time.monotonic()
     import_missing(config, console)
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
@@ -41,21 +41,21 @@ def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Regist
 
 
 def systems(config: RunConfig) -> list[RunConfig]:
-    """The run itself and its comparisons."""
+    """The run itself, and one run for each model of `compare`."""
     return [config, *(config.with_model(name) for name in config.compare)]
 
 
 def evaluate_runs(
     config: RunConfig, console: Console, *, part: str = "test", verbose: bool = False
 ) -> tuple[Trained, Evaluated]:
-    """Evaluate the run of a recipe beside those of its comparisons that were trained."""
+    """Evaluate the run of a recipe together with those of its comparisons that were trained."""
     main, *comparisons = systems(config)
     trained = {main.model["name"]: trained_run(main)}
     for other in comparisons:
         if (other.run_dir / "run.json").exists():
             trained[other.model["name"]] = trained_run(other)
         else:
-            console.line(f"{'evaluate':<12} without {other.model['name']}: not trained (`solar run` trains it beside)")
+            console.line(f"{'evaluate':<12} without {other.model['name']}: not trained (`solar run` trains it, too)")
     return trained[config.model["name"]], evaluate_run(config, trained, console, part=part, verbose=verbose)
 
 
@@ -85,5 +85,5 @@ def _print_places(config: RunConfig, console: Console, trained: Trained, registe
 
 
 def _command(name: str) -> str:
-    """How to call a program of this environment from here."""
+    """The command line that calls a program of this Python environment from the current directory."""
     return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)

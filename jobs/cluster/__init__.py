@@ -1,1 +1,1 @@
-"""Everything of Ray: sessions, worker groups and their failures, actor pools, submitted jobs. Knows no RunConfig."""
+"""All code for Ray: sessions, worker groups and their failures, actor pools, submitted jobs. Imports no RunConfig."""

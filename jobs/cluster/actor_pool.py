@@ -1,6 +1,6 @@
-"""Descriptors through a pool of Ray Data actors, each of which opens what it works with once.
+"""Processes descriptors of work in a pool of Ray Data actors; each actor opens its model and data once.
 
-Data travels through files: a descriptor says where it is, an answer what was written.
+The data itself is in files: a descriptor says what to read, an answer what was written.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pipeline.events import DataError
 
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 MOST_BLOCKS = 2_000
-"""Blocks of descriptors: more cost the driver time and help nobody."""
+"""Largest number of blocks of descriptors: more blocks cost the driver time without a gain."""
 
 
 def map_in_actors(
     opened: Callable[[], Work], rows: Sequence[dict[str, Any]], *, parallel: int | None
 ) -> Iterator[dict[str, Any]]:
-    """The answers to all rows, as they come. `opened()` is called once in each of `parallel` actors (None: as many as
-    the cluster has cores) and gives what answers a row. Ray must be initialised.
+    """The answers to all rows, in the order in which they become ready. `opened()` is called once in each of `parallel`
+    actors (None = one per core of the cluster) and returns the function that answers a row. Ray must be initialised.
 
-    A UserError or DataError of an actor is raised here as it was.
+    A UserError or DataError in an actor is raised here with the same type and message.
     """
     import ray
     import ray.data
@@ -50,7 +50,7 @@ class _Actor:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
-            # Not in the constructor: Ray would start the actor again and again, and hide the reason.
+            # Not in the constructor: after an error there Ray would restart the actor repeatedly and hide the reason.
             self._work = self._work or self._opened()
             return {"answer": json.dumps(self._work(json.loads(row["row"]))), "kind": ""}
         except tuple(_KINDS.values()) as error:

@@ -1,4 +1,4 @@
-"""Runs in Ray Train's controller: tells the driver why a group of workers is about to be restarted."""
+"""Runs in Ray Train's controller: reports to the driver why a worker group is about to be restarted."""
 
 from __future__ import annotations
 

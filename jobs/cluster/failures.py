@@ -1,4 +1,4 @@
-"""Why a group of workers failed, in one line: of all ranks' errors the one that caused the others."""
+"""Why a worker group failed, in one line: finds among the errors of all ranks the one that caused the others."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pipeline.events import DataError
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run stopped on Ctrl-C or SIGTERM, after a checkpoint where there was anything to keep."""
+    """The run was stopped by Ctrl-C or SIGTERM, after a checkpoint if it had made a step."""
 
 
 class WorkerFailure(Exception):
-    """A worker died or raised; the message says which one and what to do, in one line."""
+    """A worker died or raised an error; the message says in one line which one, and what to do."""
 
 
 def explained(
     error: BaseException, *, asked_to_stop: bool, parallel: ParallelConfig, restarts: int, name: str
 ) -> BaseException:
-    """The error of Ray Train's `fit` as one that is told in a line; `restarts`: how many the group was allowed."""
+    """An error of Ray Train's `fit` as an error with a message of one line. `asked_to_stop`: whether this process got a
+    signal; `restarts`: number of restarts that the group was allowed."""
     failures = getattr(error, "worker_failures", None) or {None: error}
     causes = {rank: _root(failure) for rank, failure in failures.items()}
     for cause in causes.values():
@@ -37,7 +38,7 @@ def explained(
 
 
 def cause_text(failures: Mapping[int, BaseException], parallel: ParallelConfig) -> str:
-    """What happened to a group, without what to do about it."""
+    """What happened to a group, without advice."""
     return _cause({rank: _root(failure) for rank, failure in failures.items()}, parallel)[0]
 
 
@@ -45,30 +46,31 @@ _AGAIN = "run the same command again (`solar train` with --resume)"
 
 
 def _cause(causes: Mapping[Any, BaseException], parallel: ParallelConfig) -> tuple[str, str]:
-    """(what happened, what to do)."""
+    """(what happened, advice), from each rank's error."""
     of = "" if parallel.elastic else f" of {parallel.num_workers}"
     if full := _ranks(causes, _out_of_memory):
         return (
-            f"rank {full}{of} was ended by Ray, its machine's memory is full",
-            "lower data.loader.batch_events or parallel.num_workers, or take a larger machine",
+            f"rank {full}{of} was ended by Ray because its machine's memory is full",
+            "lower data.loader.batch_events or parallel.num_workers, or use a larger machine",
         )
     if lost := _ranks(causes, _lost_with_its_node):
-        return f"rank {lost}{of} is lost with its node (dead, or out of reach)", _AGAIN
+        return f"rank {lost}{of} is lost with its node (dead, or not reachable)", _AGAIN
     if died := _ranks(causes, _died):
         return f"rank {died}{of} died (killed from outside, out of memory, or crashed)", _AGAIN
     stalls = f"for {parallel.stall_seconds:g} s (parallel.stall_seconds)"
     if silent := _ranks(causes, _silent):
         return f"rank {silent}{of} did not answer {stalls}: it is stopped, or its machine hangs", _AGAIN
-    # When a rank ends, the others lose their connection to it: what they say tells nothing.
+    # When a rank ends, the others lose their connection to it: their (gloo) errors are not the cause.
     rank, cause = min(causes.items(), key=lambda item: "gloo" in str(item[1]))
     if "gloo" in str(cause) and "Timed out" in str(cause):
-        return f"rank {rank}{of} waited {stalls} for another one, which stalls (a hanging disk, a dead network)", _AGAIN
+        return f"rank {rank}{of} waited {stalls} for another rank, which stalls (disk or network hangs)", _AGAIN
     lines = [line for line in str(cause).splitlines() if line.strip()]
     where = "" if rank is None else f"rank {rank}: "
     return f"{where}{type(cause).__name__}: {lines[-1] if lines else ''}", ""
 
 
 def _ranks(causes: Mapping[Any, BaseException], holds: Callable[[BaseException], bool]) -> str:
+    """The ranks whose error satisfies `holds`, as text; empty if there are none."""
     return ", ".join(str(rank) for rank, cause in sorted(causes.items()) if rank is not None and holds(cause))
 
 
@@ -97,7 +99,7 @@ def _silent(cause: BaseException) -> bool:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The worker's own error, out of Ray's wrappers."""
+    """The worker's own error, taken out of Ray's wrappers."""
     cause: Any = error
     while True:
         inner = (

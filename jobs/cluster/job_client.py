@@ -1,6 +1,6 @@
-"""A Ray cluster seen through its job server (the dashboard): connect, submit, follow, list, stop.
+"""Client of a Ray cluster's job server (the dashboard): connect, submit, follow, list, stop.
 
-Every way in which this can go wrong for a reason that a user can mend is one line: UserError or ConnectionError.
+Every failure that a user can fix becomes a UserError or ConnectionError with a message of one line.
 """
 
 from __future__ import annotations
@@ -27,33 +27,34 @@ from jobs.host.errors import UserError
 from jobs.host.secrets import redacted, refuse_open_token
 
 LOCAL_DASHBOARD = "http://127.0.0.1:8265"
-"""Where `ray start --head` puts the dashboard unless told otherwise."""
+"""The default address of the dashboard of `ray start --head`."""
 CONNECT_SECONDS, ANSWER_SECONDS = 10, 60
 POLL_SECONDS = 1.0
 PENDING_SECONDS = 10.0
-"""A job that has not started after this long gets a line, and another one after each six times as long."""
+"""If a job has not started after this time, a line says so, and another line after each further six times as long."""
 SILENT_SECONDS = 60.0
-"""Without a word for this long the log stream is opened anew: a connection may be lost without a sign."""
+"""If nothing is received for this time, the log stream is reopened: a connection can be lost without an error."""
 LOST_SECONDS = 300.0
-"""How long a cluster that went silent is asked again before following gives up."""
+"""How long a cluster that does not answer is tried again before following a job gives up."""
 NODES_SECONDS = 60.0
-"""How long a dashboard that knows of no node is asked again: one that has just started answers before it does."""
+"""How long a dashboard that lists no node is asked again: one that has just started answers before it knows them."""
 STOP_GRACE_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
-"""Read by Ray's job supervisor, which runs in the job's own environment: seconds from SIGTERM to SIGKILL."""
+"""Environment variable of a job with the seconds from SIGTERM to SIGKILL; read by Ray's job supervisor, which has the
+job's environment."""
 STOP_GRACE_SECONDS = 3
-"""Ray's default of it."""
+"""Ray's default value of that variable."""
 RAY_LINES = re.compile(
     r"^(?:\S+ \S+\tINFO job_manager\.py:\d+ -- Runtime env is setting up\.|Running entrypoint for job .*)\n", re.M
 )
-"""What Ray writes at the head of a job's log."""
+"""The lines that Ray writes at the beginning of a job's log."""
 
 
 class ConnectionLost(Exception):
-    """The cluster did not answer any more while a job was followed."""
+    """The cluster stopped answering while a job was followed."""
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client with time limits: by itself it waits for ever for a host that swallows packets."""
+    """Ray's client with time limits; without them it waits for ever for a host that drops packets."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         return super()._do_request(method, endpoint, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **options)
@@ -72,24 +73,26 @@ def choose_address(given: str | None, environment: Mapping[str, str]) -> str:
     if not re.match(r"https?://[^/\s]+", address):
         host = re.sub(r"^\w+://|:\d+$", "", address)
         raise UserError(
-            f"{origin}={redacted(address)}: jobs go to the cluster's dashboard: give --address http://{host}:8265"
+            f"{origin}={redacted(address)}: must be the URL of the cluster's dashboard: give --address "
+            f"http://{host}:8265"
         )
     return address.rstrip("/")
 
 
 def auth_headers(environment: Mapping[str, str], home: Path) -> dict[str, str]:
-    """The cluster's token where Ray's own tools look for it, as HTTP headers; {} without one.
+    """HTTP headers with the cluster's token, which is read from the places where Ray's own tools look for it; {} if
+    there is no token. UserError: others may write the token's file.
 
-    A file that others may write is refused.
-
-    Ray's client sends it only where RAY_AUTH_MODE=token is set as well; headers given to it are always sent.
+    Headers are needed because Ray's client itself sends the token only if RAY_AUTH_MODE=token is set, too.
     """
     token = environment.get("RAY_AUTH_TOKEN", "").strip()
     if not token:
         named = environment.get("RAY_AUTH_TOKEN_PATH")
         file = Path(named) if named else home / ".ray" / "auth_token"
         if named and not file.is_file():
-            raise UserError(f"RAY_AUTH_TOKEN_PATH={named}: no such file: name the file with the cluster's token")
+            raise UserError(
+                f"RAY_AUTH_TOKEN_PATH={named}: no such file: give the path of the file with the cluster's token"
+            )
         if file.is_file():
             refuse_open_token(file)
             token = file.read_text().strip()
@@ -97,10 +100,10 @@ def auth_headers(environment: Mapping[str, str], home: Path) -> dict[str, str]:
 
 
 class Cluster:
-    """The job server at an address."""
+    """A connection to the job server at an address."""
 
     def __init__(self, address: str | None) -> None:
-        """Connect; UserError or ConnectionError where it cannot take our jobs."""
+        """Connect; UserError or ConnectionError if the cluster cannot run our jobs."""
         import ray
 
         self._default = not (address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS"))
@@ -112,8 +115,8 @@ class Cluster:
         there = self._client._server_ray_version
         if there != ray.__version__:
             raise UserError(
-                f"{self.shown}: runs Ray {there}, this is Ray {ray.__version__}: "
-                "use the same version on both sides (pyproject.toml names ours)"
+                f"{self.shown}: runs Ray {there}, but this environment has Ray {ray.__version__}: "
+                "use the same version on both sides (ours is in pyproject.toml)"
             )
 
     @property
@@ -122,14 +125,14 @@ class Cluster:
         return redacted(self.address)
 
     def on_this_machine(self) -> bool:
-        """Whether every node of the cluster is this machine: its raylet's socket is a file here."""
+        """Whether every node of the cluster is this machine, that is, the socket of its raylet is a file here."""
         deadline = time.monotonic() + NODES_SECONDS
         while not (sockets := self._raylet_sockets()) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         return bool(sockets) and all(Path(socket).is_socket() for socket in sockets)
 
     def _raylet_sockets(self) -> list[str]:
-        """The raylet's socket of every node that is alive, as far as the dashboard knows the nodes."""
+        """The raylet sockets of all live nodes that the dashboard lists."""
         with self._explained():
             response = self._client._do_request("GET", "/nodes?view=summary")
         if response.status_code != 200:
@@ -152,7 +155,7 @@ class Cluster:
             if not re.fullmatch(r"\w[\w.-]*", submission_id):
                 raise UserError(f"--submission-id {submission_id}: must be letters, digits, '.', '_' and '-'")
             if submission_id in (job.submission_id for job in self.jobs()):
-                raise UserError(f"--submission-id {submission_id}: a job there has this id: choose another one")
+                raise UserError(f"--submission-id {submission_id}: the cluster has a job with this id: choose another")
         with self._explained():
             return self._client.submit_job(
                 entrypoint=entrypoint,
@@ -163,7 +166,7 @@ class Cluster:
             )
 
     def jobs(self) -> list[JobDetails]:
-        """The submitted jobs, the latest first."""
+        """The submitted jobs, latest first."""
         with self._explained():
             jobs = [job for job in self._client.list_jobs() if job.submission_id]
         return sorted(jobs, key=lambda job: -(job.start_time or 0))
@@ -173,29 +176,29 @@ class Cluster:
             return self._client.get_job_info(job_id)
 
     def logs(self, job_id: str) -> str:
-        """What the job has printed so far."""
+        """The output of the job so far."""
         self.job(job_id)
         with self._explained(job_id):
             return RAY_LINES.sub("", self._client.get_job_logs(job_id))
 
     def stop(self, job_id: str, console: Console) -> JobDetails:
-        """Ask a job to stop and wait until it has ended."""
+        """Request that a job stops, and wait until it has ended."""
         job = self.job(job_id)
         if job.status.is_terminal():
-            console.line(f"job {job_id} had ended before: {job.status.lower()}")
+            console.line(f"job {job_id} has already ended: {job.status.lower()}")
             return job
         with self._explained(job_id):
             self._client.stop_job(job_id)
         seconds = int((job.runtime_env or {}).get("env_vars", {}).get(STOP_GRACE_VARIABLE, STOP_GRACE_SECONDS))
         console.line(f"job {job_id} is asked to stop; after {seconds} s it is killed")
-        asked = time.monotonic()
+        requested = time.monotonic()
         while not job.status.is_terminal():
-            waited = time.monotonic() - asked
+            waited = time.monotonic() - requested
             if job.status == JobStatus.PENDING and waited > PENDING_SECONDS:
-                console.line(f"job {job_id} has not started; Ray ends it before it does: {shown_error(job.message)}")
+                console.line(f"job {job_id} has not started; Ray will not start it: {shown_error(job.message)}")
                 return job
             if waited > seconds + ANSWER_SECONDS:
-                raise ConnectionError(f"job {job_id} has not ended, it is {job.status}: ask again, or see its node")
+                raise ConnectionError(f"job {job_id} has not ended, it is {job.status}: try again, or check its node")
             time.sleep(POLL_SECONDS)
             job = self.job(job_id)
         last = [line for line in self.logs(job_id).splitlines() if line.strip()][-1:]
@@ -203,26 +206,26 @@ class Cluster:
         return job
 
     def follow(self, job_id: str, console: Console) -> JobDetails:
-        """Print the job's log to the end; ConnectionLost if the cluster stays silent for LOST_SECONDS."""
-        heard, told = time.monotonic(), False
+        """Print the job's log until it ends; ConnectionLost if the cluster does not answer for LOST_SECONDS."""
+        last_answer, reported = time.monotonic(), False
         log, pending = LogTail(self._client, job_id), Pending(console)
         while True:
             try:
                 job = self.job(job_id)
-                heard, told = time.monotonic(), False
+                last_answer, reported = time.monotonic(), False
                 if job.status == JobStatus.PENDING:
                     pending.tell(job)
                 else:
                     asyncio.run(log.print())
-                    # A log stream that ends says nothing about the job (ray-project/ray#57002, #60665).
+                    # The end of the log stream does not mean that the job has ended (ray-project/ray#57002, #60665).
                     job = self.job(job_id)
                     if job.status.is_terminal():
                         return job
             except (OSError, aiohttp.ClientError, RuntimeError) as error:
-                if time.monotonic() - heard > LOST_SECONDS:
+                if time.monotonic() - last_answer > LOST_SECONDS:
                     raise ConnectionLost(shown_error(error)) from error
-                if not told:
-                    told = True
+                if not reported:
+                    reported = True
                     console.error(f"{self.shown} does not answer; trying for {LOST_SECONDS:.0f} s")
             time.sleep(POLL_SECONDS)
 
@@ -238,36 +241,38 @@ class Cluster:
 
 
 def explained(error: Exception, *, address: str, has_token: bool, default: bool, named: str = "") -> Exception:
-    """What Ray's client raised as one line for the user; `named` is the job that was asked for, if any."""
+    """An error of Ray's client as an error with a message of one line; `named`: the job that the request was about."""
     if isinstance(error, AuthenticationError):
-        why = "refuses this token" if has_token else "asks for a token, and there is none here"
+        why = "refuses this token" if has_token else "requires a token, and there is none here"
         return UserError(
             f"{address}: {why}: `ray get-auth-token` prints it on the cluster's head node; store it in "
             "~/.ray/auth_token, or set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         )
     if isinstance(error, KeyError | requests.exceptions.JSONDecodeError):
-        return UserError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
+        return UserError(f"{address}: is not a Ray dashboard: give --address http://HOST:8265")
     if isinstance(error, requests.exceptions.HTTPError) and error.response is not None:
         code = error.response.status_code
-        return UserError(f"{address}: answers {code}, is no Ray dashboard: give --address http://HOST:8265")
+        return UserError(
+            f"{address}: answers with status {code}, is not a Ray dashboard: give --address http://HOST:8265"
+        )
     if isinstance(error, requests.exceptions.RequestException | ConnectionError):
         why = "no --address given, and no Ray dashboard on this machine" if default else "does not answer"
         fix = "give --address http://HOST:8265, or start a cluster with `ray start --head`"
         return ConnectionError(f"{address}: {why}: {fix}")
     text = str(error)
     if named and "status code 404" in text:
-        return UserError(f"{named}: {address} does not know it: `solar jobs list` shows the ids")
+        return UserError(f"{named}: {address} has no job with this id: `solar jobs list` shows the ids")
     if "returned 404" in text:
-        return UserError(f"{address}: is no Ray dashboard: give --address http://HOST:8265")
+        return UserError(f"{address}: is not a Ray dashboard: give --address http://HOST:8265")
     lines = [line for line in text.splitlines() if line.strip()]
-    # A server's own trouble may pass; whoever follows a job asks again.
+    # A server error (5xx) may be temporary: following a job tries again after a ConnectionError.
     kind = ConnectionError if "status code 5" in text else UserError
     return kind(f"{address}: {redacted(lines[-1] if lines else type(error).__name__)}")
 
 
 @contextmanager
 def _without_addresses() -> Iterator[None]:
-    """Ray's client prefers these two variables to the address it is given."""
+    """Unset two variables during the block, because Ray's client prefers them to the address that it is given."""
     there = {name: os.environ.pop(name, None) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
     try:
         yield
@@ -276,14 +281,14 @@ def _without_addresses() -> Iterator[None]:
 
 
 class LogTail:
-    """A job's log on standard output, each character once, however often the stream has to be opened."""
+    """Prints a job's log on standard output, each character once, however often the stream is reopened."""
 
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         self._client, self._job_id = client, job_id
         self._printed = 0
 
     async def print(self) -> None:
-        """Print what is new until the stream ends or falls silent."""
+        """Print new output until the stream ends, or nothing comes for SILENT_SECONDS."""
         stream: Any = self._client.tail_job_logs(self._job_id)
         seen = 0
         try:
@@ -301,7 +306,7 @@ class LogTail:
 
 
 class Pending:
-    """Says now and then why a job has not started."""
+    """Prints from time to time why a job has not started."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -1,4 +1,4 @@
-"""What is shown of a job: its command, its tags, how long it ran and how it ended; no passwords."""
+"""A job as text: its command, its tags, its duration and its outcome; without passwords."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jobs.host.errors import INTERRUPTED, UserError
 from jobs.host.secrets import redacted
 
 COMMAND_KEY = "solar_command"
-"""Of a job's metadata: the command as the user gave it. The other keys are tags."""
+"""The key in a job's metadata for the command, as the user gave it. All other keys are tags."""
 
 
 def exit_code(job: JobDetails) -> int:
-    """The job's own exit code; 130 if it was stopped, 128 + n after signal n, 1 if its driver never ran."""
+    """The job's exit code; 130 if it was stopped, 128 + n after signal n, 1 if its driver never ran."""
     if job.status == JobStatus.SUCCEEDED:
         return 0
     if job.status == JobStatus.STOPPED:
@@ -30,7 +30,7 @@ def exit_code(job: JobDetails) -> int:
 
 
 def outcome(job: JobDetails) -> str:
-    """How a job ended, in one line."""
+    """The outcome of a job that has ended, in one line."""
     took = f"after {duration(job)}"
     if job.status == JobStatus.SUCCEEDED:
         return f"job {job.submission_id} succeeded {took}"
@@ -46,7 +46,7 @@ def outcome(job: JobDetails) -> str:
 
 
 def duration(job: JobDetails) -> str:
-    """Hours, minutes and seconds from its start to its end, or until now."""
+    """Hours, minutes and seconds from the job's start to its end, or until now."""
     if not job.start_time:
         return ""
     seconds = max(0, round((job.end_time or time.time() * 1000) / 1000 - job.start_time / 1000))
@@ -56,23 +56,24 @@ def duration(job: JobDetails) -> str:
 
 
 def shown_command(job: JobDetails) -> str:
-    """The command as the user gave it, or what another tool submitted; no passwords."""
+    """The command as the user gave it, else the entrypoint that another tool submitted; without passwords."""
     return redacted((job.metadata or {}).get(COMMAND_KEY) or job.entrypoint)
 
 
 def shown_error(text: object) -> str:
+    """The text on one line, without passwords, at most 500 characters."""
     return redacted(one_line(text or ""))[:500]
 
 
 def read_tags(given: Sequence[str]) -> dict[str, str]:
-    """The tags of `--tag KEY=VALUE`; UserError where one is none, or holds a password."""
+    """The tags of `--tag KEY=VALUE`; UserError for another form, a password, or two values for one key."""
     tags = {}
     for text in given:
         key, _, value = text.partition("=")
         if not re.fullmatch(r"[\w.-]+", key) or key == COMMAND_KEY or not value:
             raise UserError(f"submit: --tag {redacted(text)}: must be KEY=VALUE, KEY of letters, digits, '.', '_', '-'")
         if redacted(value) != value:
-            raise UserError(f"submit: --tag {redacted(text)}: a cluster shows its jobs' tags: leave the password away")
+            raise UserError(f"submit: --tag {redacted(text)}: a cluster shows its jobs' tags: omit the password")
         if tags.get(key, value) != value:
             raise UserError(f"submit: --tag {text}: {key} is {tags[key]!r} already: give it once")
         tags[key] = value
@@ -80,6 +81,6 @@ def read_tags(given: Sequence[str]) -> dict[str, str]:
 
 
 def shown_tags(metadata: Mapping[str, str] | None) -> str:
-    """A job's tags, by key; no passwords."""
+    """A job's tags, sorted by key; without passwords."""
     tags = {key: value for key, value in (metadata or {}).items() if key != COMMAND_KEY}
     return redacted(" ".join(f"{key}={tags[key]}" for key in sorted(tags)))

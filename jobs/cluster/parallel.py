@@ -1,4 +1,4 @@
-"""How a job is spread: how many workers, on which device, at which precision, and when one counts as dead."""
+"""How a job is distributed: number of workers, device, precision, and when a worker counts as dead."""
 
 from __future__ import annotations
 
@@ -7,38 +7,41 @@ import dataclasses
 TABLE_MEMORY = ("device", "host", "cached")
 PRECISION = ("fp32", "bf16")
 MIN_STALL_SECONDS = 10.0
-"""Ray asks every 2 seconds, and steps that wait for a busy machine are no stall."""
+"""Smallest `stall_seconds`: Ray polls workers every 2 seconds, and slow steps of a busy machine must not count."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the job is spread."""
+    """How the job is distributed."""
 
     num_workers: int | tuple[int, ...] = 2
-    """Training processes; each holds a slice of every table and the whole tower. [MIN, MAX]: as many as the cluster has
-    room for; a group that loses a node goes on with fewer, one that finds room for more is made anew with more."""
+    """Number of training processes, 1 or more; each holds a part of every table and the whole tower. [MIN, MAX]: as
+    many as the cluster has room for; a group that loses a node continues with fewer workers, and restarts with more
+    when there is room for them."""
     threads_per_worker: int = 1
-    """CPU threads of each worker's tensor operations, and the CPUs it reserves in Ray."""
+    """CPU threads for the tensor operations of each worker, and CPUs that it reserves in Ray; 1 or more."""
     device: str = "cpu"
-    """cpu (gloo) or cuda (NCCL, one GPU a worker)."""
+    """cpu (gloo) or cuda (NCCL, one GPU per worker)."""
     zero_stage: int = 1
-    """DeepSpeed ZeRO stage of the tower: 0 replicates, 1 shards optimizer state, 2 also gradients, 3 also weights."""
+    """DeepSpeed ZeRO stage of the tower. 0: replicates all; 1: shards optimizer state; 2: also gradients; 3: also
+    weights."""
     precision: str = "fp32"
-    """fp32, or bf16 for the tower (stages 1-3). Tables, decompositions and losses stay in fp32 or above."""
+    """Precision of the tower: fp32, or bf16 (ZeRO stages 1 to 3). Tables, decompositions and losses stay in fp32 or
+    above."""
     table_memory: str = "device"
-    """Where table rows lie. cuda: device (the GPU's memory), host (the machine's, read by the GPU through UVM) or
-    cached (host, with the rows in use on the GPU); cpu: device alone."""
+    """Where table rows are stored. With cuda: device (the GPU's memory), host (the machine's memory, read by the GPU
+    through UVM) or cached (host, with rows in use on the GPU). With cpu: device only."""
     table_cache: float = 0.2
-    """cached: share of the rows that the GPU's cache holds."""
+    """table_memory=cached: share of the rows that the GPU's cache holds, above 0 and at most 1."""
     stall_seconds: float = 600.0
-    """A worker that neither answers nor takes part in a step for this long counts as dead."""
+    """A worker that does not answer, or takes part in no step, for this many seconds counts as dead; 10 or more."""
     overlap: bool = True
-    """Read the next batch and send its ids to the ranks that own their rows while the tower computes; the losses are
-    the same without."""
+    """While the tower computes, read the next batch and send its ids to the ranks that own their rows. Does not change
+    the losses."""
 
     @property
     def elastic(self) -> bool:
-        """The number of workers follows the cluster."""
+        """Whether the number of workers is a range, and follows the size of the cluster."""
         return not isinstance(self.num_workers, int)
 
     @property
@@ -56,7 +59,7 @@ class ParallelConfig:
 
     @property
     def num_cpus(self) -> int:
-        """CPUs that all workers reserve together, at most."""
+        """Most CPUs that all workers reserve together."""
         return self.max_workers * self.threads_per_worker
 
     def __post_init__(self) -> None:
@@ -78,9 +81,9 @@ class ParallelConfig:
         if self.table_memory not in TABLE_MEMORY:
             raise ValueError(f"table_memory={self.table_memory!r}: must be {', '.join(TABLE_MEMORY)}")
         if self.table_memory != "device" and self.device == "cpu":
-            raise ValueError(f"table_memory={self.table_memory}: must be device where parallel.device is cpu")
+            raise ValueError(f"table_memory={self.table_memory}: must be device if parallel.device is cpu")
         if not 0 < self.table_cache <= 1:
-            raise ValueError(f"table_cache={self.table_cache}: must be above 0, and 1 at most")
+            raise ValueError(f"table_cache={self.table_cache}: must be above 0 and at most 1")
         if self.precision == "fp16":
             raise ValueError("precision=fp16: loss scaling would leak into the fused table updates; use bf16 or fp32")
         if self.precision not in PRECISION:

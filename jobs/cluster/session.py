@@ -1,4 +1,4 @@
-"""Ray, started here or joined by address."""
+"""A Ray session: starts a local Ray, or connects to a cluster by its address."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import psutil
 from jobs.host.process import environment, noted_signals
 
 OBJECT_STORE_BYTES = 512 << 20
-"""Enough for a local run: events travel through files, not through the object store."""
+"""Enough for a local run: events are passed in files, not in the object store."""
 
 
 ELASTIC_RESTARTS = 3
-"""Of a group that may lose a node: enough for nodes, few for an error that comes again every time."""
+"""Default number of restarts of an elastic group: enough for lost nodes, and not too many for an error that occurs
+every time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where the job runs."""
+    """The Ray cluster on which the job runs."""
 
     address: str | None = None
-    """Ray address (`auto`, `ray://host:10001`, `host:6379`, or `local` for a Ray that lives as long as the command);
-    unset = RAY_ADDRESS, which Ray sets inside a submitted job, else `local`."""
+    """Ray address: `auto`, `ray://host:10001`, `host:6379`, or `local` for a Ray that runs as long as the command.
+    Unset = the environment variable RAY_ADDRESS, which Ray sets inside a submitted job, else `local`."""
     max_failures: int | None = None
-    """Restarts of the worker group by Ray Train after a worker died; each continues from the latest checkpoint.
-    Unset = 0, and 3 where parallel.num_workers is a range."""
+    """How often Ray Train restarts the worker group after the death of a worker, each time from the latest checkpoint;
+    -1 = no limit. Unset = 0, or 3 if parallel.num_workers is a range."""
 
     def restarts(self, *, elastic: bool) -> int:
-        """`max_failures`, or what stands for it; -1: no limit."""
+        """`max_failures`, or its default; -1 = no limit."""
         if self.max_failures is None:
             return ELASTIC_RESTARTS if elastic else 0
         return self.max_failures
@@ -52,22 +53,23 @@ DEFAULT_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray Train waits so long for a failed group to leave its process group; a rank that hangs never does.
+    # How long Ray Train waits until the ranks of a failed group leave their process group; a hanging rank never does.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
-    # Keep freed tensors in the process: giving them back page by page costs a step 20 to 30 % on a CPU
-    # (MovieLens-100K, 1 and 2 ranks). Workers of a local Ray inherit it, those of a job get it from `solar submit`.
+    # Keep freed memory in the process: returning it to the system page by page makes a step 20 to 30 % slower on a CPU
+    # (MovieLens-100K, 1 and 2 ranks). Workers of a local Ray inherit this, those of a job get it from `solar submit`.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }
 
 WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
-"""For workers alone: tasks share out the cores; threads of each for all of them cost a quarter (prepare, 2 cores)."""
+"""For Ray workers only: Ray runs one task per core, and if each task had a thread for every core, the work would take a
+quarter more time (prepare, 2 cores)."""
 TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
-"""How often Ray tries to connect to a cluster: 20 times unless set, each of up to 30 s where nobody answers."""
+"""How often Ray tries to connect to a cluster: 20 times by default, each up to 30 s if the address does not answer."""
 
 
 def quiet_environment() -> None:
-    """Settings that libraries read when they are imported; nothing of ours phones home."""
+    """Set environment variables that libraries read at import, among them those that turn off usage reports."""
     os.environ.update(FIXED_ENVIRONMENT)
     for key, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -75,9 +77,9 @@ def quiet_environment() -> None:
 
 @contextmanager
 def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = False) -> Iterator[None]:
-    """Ray for the duration of the block; a session that is already there is used and left alone.
+    """A Ray session for the duration of the block; an existing session is used and not ended.
 
-    A local Ray offers at least `num_cpus`, so that a training group of that size can be placed on a smaller machine.
+    A local Ray has at least `num_cpus` CPUs, so that a training group of that size also fits on a smaller machine.
     """
     import ray
 
@@ -86,7 +88,8 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
         return
     level = logging.INFO if verbose else logging.ERROR
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
-    # What Ray's C++ makes at its start waits for ever in its destructors when a signal interrupts it (seen: Ctrl-C).
+    # Record signals while Ray starts: an exception there makes destructors of its C++ code wait for ever (observed with
+    # Ctrl-C).
     with noted_signals(second=lambda: os._exit(130)) as signalled:
         if address == "local":
             _start(num_cpus=num_cpus, level=level)
@@ -100,16 +103,16 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
     except Exception:
         ray.shutdown()
         raise
-    # On an interruption another thread (Ray Train's, Ray Data's) may be waiting in Ray's C++ code, and a shutdown under
-    # it crashes (seen: SIGSEGV). The process is about to end, and a local Ray ends with it.
+    # No shutdown after an interruption: another thread (of Ray Train or Ray Data) may wait in Ray's C++ code, and a
+    # shutdown then crashes (observed: SIGSEGV). The process is about to end, and a local Ray ends with it.
     ray.shutdown()
 
 
 def _start(*, num_cpus: int, level: int) -> None:
-    """A Ray of this command alone; ConnectionError where the machine is too busy to start one."""
+    """Start a local Ray for this command; ConnectionError if the machine is too busy to start it."""
     import ray
 
-    # What Ray starts inherits it; what a user set stays.
+    # Ray's processes inherit these variables; values set by the user stay.
     inherited = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     try:
         with environment(inherited):
@@ -121,12 +124,12 @@ def _start(*, num_cpus: int, level: int) -> None:
                 logging_level=level,
                 log_to_driver=level == logging.INFO,
             )
-    # Ray raises the base class here, after a limit that it cannot be told to change.
+    # Ray raises the base class Exception here, after a time limit that cannot be changed.
     except Exception as error:
         if "timed out during startup" not in str(error):
             raise
         raise ConnectionError(
-            "Ray did not start within 30 s, this machine is too busy (or out of memory): end something and try again"
+            "Ray did not start within 30 s: this machine is too busy or out of memory: end other programs and try again"
         ) from error
 
 
@@ -137,13 +140,13 @@ def _join(address: str, *, named: str, level: int) -> None:
 
     if address.startswith(("http://", "https://")):
         raise ConnectionError(
-            f"{named}: is a dashboard, which takes jobs: use `solar submit`, or --cluster.address local to run here"
+            f"{named}: is the address of a dashboard: use `solar submit`, or --cluster.address local to run here"
         )
     try:
         with environment({TRIES_VARIABLE: os.environ.get(TRIES_VARIABLE, "1")}):
             ray.init(address=address, logging_level=level, log_to_driver=level == logging.INFO)
     except (AuthenticationError, ConnectionError) as error:
-        # While it joins, Ray tells of a refused token only in the text of the cause.
+        # While connecting, Ray reports a refused token only in the text of the cause.
         if isinstance(error, AuthenticationError) or "InvalidAuthToken" in str(error.__cause__):
             raise ConnectionError(
                 f"{named}: refuses this machine's token, or there is none: copy the cluster's (`ray get-auth-token`) "

@@ -1,9 +1,9 @@
 """solar submit -- COMMAND: any `solar` command as a job of a Ray cluster.
 
-What a job needs travels with it: the three packages, pyproject.toml and the YAML files that the command names are
-copied into a directory of their own, which Ray unpacks on the cluster and puts first on the path of the driver and of
-every worker. Data stays where it is: each place that the command's parsers know becomes absolute here, because the
-directory in which a job runs is temporary. Talking to the cluster is jobs/cluster/job_client.py.
+The code is uploaded with each job: the three packages, pyproject.toml and the YAML files that the command names are
+copied to a temporary directory, which Ray unpacks on the cluster and puts first on the Python path of the driver and of
+every worker. Data is not uploaded: each place among the command's arguments becomes absolute here, because a job runs
+in a temporary directory. jobs/cluster/job_client.py communicates with the cluster.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from jobs.host.secrets import redacted
 
 PACKAGES = ("jobs", "models", "pipeline")
 CODE_SUFFIXES = (".py", ".yaml", ".html")
-"""What the packages consist of; anything else that lies in them is not code."""
+"""Files of the packages that are uploaded; other files in them are not code."""
 UPLOAD_LIMIT_BYTES = 100 << 20
-"""Ray's dashboard refuses a larger request (DASHBOARD_CLIENT_MAX_SIZE)."""
+"""Ray's dashboard refuses larger requests (DASHBOARD_CLIENT_MAX_SIZE)."""
 YAML = (".yaml", ".yml")
 SQLITE = "sqlite:///"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobCommand:
-    """A command as it runs in the job."""
+    """A command as the job runs it."""
 
     arguments: tuple[str, ...]
-    """The command's name and its arguments, every path absolute or inside the upload."""
+    """The command's name and its arguments; every path is absolute or inside the upload."""
     files: Mapping[str, Path]
-    """YAML files to upload: path inside the upload -> path here."""
+    """YAML files to upload: path inside the upload -> path on this machine."""
 
     def __str__(self) -> str:
         return redacted(shlex.join(["solar", *self.arguments]))
@@ -67,10 +67,11 @@ def submit(
     stop_grace_seconds: int = 60,
     tags: Mapping[str, str] | None = None,
 ) -> tuple[str, JobCommand]:
-    """Hand a command to the cluster; returns the job's id and the command as it runs there.
+    """Submit a command to the cluster; returns the job's id and the command as the job runs it.
 
-    `parsers` read its arguments after its name and the `chosen_by` arguments that choose them.
+    `parsers`: the parsers of its arguments after its name and the `chosen_by` arguments that choose the parsers.
     """
+    # Rewrite the paths and collect the job's environment, then upload.
     here = cluster.on_this_machine()
     command = job_command(
         arguments, parsers=parsers, chosen_by=chosen_by, directory=Path.cwd(), workspace=workspace, same_machine=here
@@ -96,7 +97,7 @@ def submit(
 
 
 def entrypoint(python: str, arguments: Sequence[str]) -> str:
-    """The shell line of a job. exec: the driver itself gets the signals, and its exit code is the job's."""
+    """The shell line of a job. With exec the driver itself gets the signals, and the job ends with its exit code."""
     return f"exec {shlex.quote(python)} -m jobs.cli {shlex.join(arguments)}"
 
 
@@ -109,10 +110,11 @@ def job_command(
     workspace: str | None,
     same_machine: bool,
 ) -> JobCommand:
-    """The command with its places made right for a job.
+    """The command with its places rewritten for a job.
 
-    Relative paths are meant from `directory`. They become absolute where the whole cluster is `same_machine`;
-    elsewhere nobody can know where they lead, and they are refused. YAML files are uploaded from wherever they are.
+    Relative paths are relative to `directory`. They become absolute if all nodes of the cluster are this machine
+    (`same_machine`); otherwise they are refused, because other nodes may not have them. YAML files are uploaded in both
+    cases.
     """
     _refuse_secrets(arguments)
     files = _Uploads(directory)
@@ -121,12 +123,13 @@ def job_command(
         if kind in (YamlFile, Subject) and (value.endswith(YAML) or named == "--config"):
             return files.place_of(value)
         if kind is YamlFile or (kind is Subject and not (directory / value).is_dir()):
-            return value  # the name of a recipe or board that comes with the code, or a model's URI
+            return value  # the name of a recipe or board in the package, or a model's URI
         if not _is_relative(value):
             return value
         shown = named if named.startswith("--") else arguments[0]
         return _absolute(value, directory, shown, same_machine=same_machine)
 
+    # Rewrite the arguments; then add the workspace and the places in YAML files that must become absolute.
     first = 1 + chosen_by
     found = [*arguments[:first], *rewritten(arguments[first:], parsers, rewrite)]
     layers = [_read_yaml(path) for path in files.found.values()]
@@ -142,7 +145,7 @@ def job_command(
 
 
 def stage(directory: Path, files: Mapping[str, Path]) -> None:
-    """Copy what a job needs to `directory`; refuse more than Ray takes."""
+    """Copy the files of a job to `directory`. UserError: they exceed Ray's limit."""
     root = Path(importlib.import_module("jobs").__path__[0]).parent
     for package in PACKAGES:
         source = Path(importlib.import_module(package).__path__[0])
@@ -157,19 +160,20 @@ def stage(directory: Path, files: Mapping[str, Path]) -> None:
 
 
 def check_size(directory: Path, *, limit: int) -> None:
-    """UserError with the largest files where the directory holds more than `limit` bytes."""
+    """UserError with the names of the largest files if the directory has more than `limit` bytes."""
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
     total = sum(sizes.values())
     if total > limit:
         largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
         named = ", ".join(f"{name} ({sizes[name] / 2**20:.1f} MiB)" for name in largest)
         raise UserError(
-            f"submit: the upload has {total / 2**20:.1f} MiB, Ray takes {limit / 2**20:.0f}; the largest: {named}: "
-            "keep data outside of the packages and of YAML files"
+            f"submit: the upload has {total / 2**20:.1f} MiB, Ray accepts {limit / 2**20:.0f}; the largest: {named}: "
+            "keep data out of the packages and of YAML files"
         )
 
 
 def _refuse_secrets(arguments: Sequence[str]) -> None:
+    """UserError if the arguments contain a password or a webhook's URL."""
     if any(redacted(argument) != argument for argument in arguments):
         raise UserError(
             f"submit: {redacted(shlex.join(arguments))}: a cluster shows its jobs' commands, so a password must not be "
@@ -177,21 +181,21 @@ def _refuse_secrets(arguments: Sequence[str]) -> None:
         )
     if _given(arguments, "notify.url"):
         raise UserError(
-            "submit: --notify.url: a cluster shows its jobs' commands, and a webhook's token must not be there: put it "
-            f"into a YAML file, or set {URL_VARIABLE} in the environment of the cluster's nodes"
+            "submit: --notify.url: a cluster shows its jobs' commands, so a webhook's token must not be in them: put "
+            f"it into a YAML file, or set {URL_VARIABLE} in the environment of the cluster's nodes"
         )
 
 
 class _Uploads:
-    """The YAML files of a command, in its order."""
+    """Collects the YAML files that a command names, in their order."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.found: dict[str, Path] = {}
-        """{path inside the upload: path here}."""
+        """{path inside the upload: path on this machine}."""
 
     def place_of(self, value: str) -> str:
-        """The path inside the upload of a file that the command names."""
+        """The path inside the upload for a file that the command names."""
         path = self._directory / value
         if not path.is_file():
             raise UserError(f"submit: {value}: no such file here: name a YAML file to upload, or a recipe")
@@ -202,7 +206,7 @@ class _Uploads:
 
 
 def _places_in_files(layers: Sequence[dict[str, Any]], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Those of the dotted keys that YAML files set, with their last value."""
+    """(key, last value) of those dotted keys that the YAML files set."""
     for key in keys:
         found = None
         for layer in layers:
@@ -217,10 +221,10 @@ def _places_in_files(layers: Sequence[dict[str, Any]], keys: Sequence[str]) -> I
 def _workspace(
     arguments: Sequence[str], workspace: str | None, directory: Path, *, in_files: bool, same_machine: bool
 ) -> list[str]:
-    """The `--workspace` to add to the command."""
+    """The arguments with `--workspace` to add to the command; empty if the command or a YAML file has it already."""
     if _given(arguments, "workspace"):
         if workspace:
-            raise UserError(f"submit: --workspace {workspace} is given beside the command's own: give one of them")
+            raise UserError(f"submit: --workspace {workspace}: the command has a --workspace, too: give one of them")
         return []
     if workspace is None and in_files:
         return []
@@ -254,14 +258,14 @@ def _absolute(value: str, directory: Path, named: str, *, same_machine: bool) ->
     prefix = SQLITE if value.startswith(SQLITE) else ""
     if not same_machine:
         raise UserError(
-            f"submit: {named} {value}: relative to a directory that the cluster does not see: give an absolute path "
+            f"submit: {named} {value}: is relative to a directory that the cluster does not see: give an absolute path "
             "that all of its nodes mount, or a URI"
         )
     return prefix + os.path.normpath(directory / value.removeprefix(prefix))
 
 
 def _parts(value: str) -> list[str]:
-    """The paths of a list as it stands on a command line: [one, two]."""
+    """The paths of a list in the form of a command line: [one, two]."""
     return [part.strip().strip("'\"") for part in value.strip("[]").split(",")]
 
 

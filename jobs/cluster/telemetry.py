@@ -1,7 +1,7 @@
-"""What workers tell the driver while they train, and the one thing the driver tells them: stop.
+"""Communication between driver and workers during training: rows from rank 0 to the driver, a stop flag to all ranks.
 
-Rank 0 of the workers pushes rows into an actor; the driver polls them for its progress bar and for MLflow. The stop
-flag goes the other way and reaches every rank in the same step.
+Rank 0 pushes rows into an actor; the driver polls them for its progress bar and for MLflow. The driver sets the stop
+flag in the same actor; it reaches all ranks in the same step.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ class Telemetry:
         return rows
 
     def stop(self) -> bool:
-        """Ask all ranks to checkpoint at the same step and end; returns whether they have begun (row `start`)."""
+        """Request that all ranks write a checkpoint at the same step and end; returns whether training has begun (row
+        `start`)."""
         self._stop = True
         return self._started
 
 
 class Reporter:
-    """One rank's end: `row` on rank 0 sends, `should_stop` is joined by every rank."""
+    """A rank's side: `row` sends rows from rank 0, `should_stop` is a collective of all ranks."""
 
     def __init__(self, actor: Any | None) -> None:
-        # Torch and Ray are imported where a rank uses them: the actor needs neither.
+        # Import Torch and Ray only in a rank: the actor needs neither.
         import torch.distributed as dist
 
         self._actor = actor if dist.get_rank() == 0 else None
@@ -46,30 +47,30 @@ class Reporter:
         self._stop = False
 
     def row(self, kind: str, **values: Any) -> None:
-        """Send one row without waiting; other ranks do nothing.
+        """On rank 0, send one row without waiting for the answer; on other ranks, do nothing.
 
-        A row of kind `progress` (stage, done, total) is shown beside the bar and not kept.
+        A row of kind `progress` (stage, done, total) is shown with the progress bar and not stored.
         """
         if self._actor is not None:
             rows = [{"kind": kind, "time": time.time(), **values}]
             self._pending.append(self._actor.push.remote(rows))
 
     def should_stop(self) -> bool:
-        """Whether the driver asked to stop, the same answer on every rank. A collective."""
+        """Whether the driver requested a stop, the same answer on every rank. A collective: all ranks take part."""
         import ray
 
         if self._pending:
-            # Answers of earlier steps: waiting for this step's would cost a round trip.
+            # Use the answers that have arrived, of earlier steps: waiting for this step's would cost a round trip.
             ready, self._pending = ray.wait(self._pending, num_returns=len(self._pending), timeout=0)
             self._stop = self._stop or any(ray.get(ready))
         return bool(said_by_rank_0(float(self._stop)))
 
 
 def said_by_rank_0(number: float) -> float:
-    """Rank 0's number, on every rank. A collective."""
+    """Rank 0's number, on every rank. A collective: all ranks take part."""
     import torch
     import torch.distributed as dist
 
-    said = torch.tensor([number], dtype=torch.float64)
-    dist.broadcast(said, src=0)
-    return float(said)
+    value = torch.tensor([number], dtype=torch.float64)
+    dist.broadcast(value, src=0)
+    return float(value)

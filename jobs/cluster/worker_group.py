@@ -1,4 +1,4 @@
-"""A group of Ray Train workers, seen from the driver: start it, follow it, stop it."""
+"""The driver's side of a group of Ray Train workers: start it, receive its rows, stop it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from jobs.host.process import environment, noted_signals
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 300.0
-"""After a first signal the running step, validation and checkpoint get this long; then the command ends without."""
+"""After a first signal, the running step, validation and checkpoint may take this long; then the command ends without
+waiting for them."""
 RESERVE_SECONDS = 10.0
-"""A range of workers: a group that cannot be placed for so long is sized anew. Ray counts a dead node's room for some
-15 s more, and would wait a minute for it; where the room is there it is reserved within one."""
+"""If the number of workers is a range: a group that cannot be placed for this long is resized. Ray counts the resources
+of a dead node for some 15 s more, and would wait a minute for them; resources that exist are reserved within a second.
+"""
 LATER_SECONDS = 10.0
-"""Ranks wait in a step that much longer than Ray for an answer: a stopped process is found first, and by its rank."""
+"""Ranks wait so much longer for each other in a step than Ray waits for an answer: a stopped process is then found by
+Ray first, which knows its rank."""
 
 
 def run_workers(
@@ -38,11 +41,12 @@ def run_workers(
     on_rows: Callable[[list[dict[str, Any]]], None],
     stoppable: bool = False,
 ) -> None:
-    """Run `function` on every worker of a Ray Train group and hand rank 0's rows to `on_rows`. Ray keeps its own notes
+    """Run `function` on every worker of a Ray Train group and pass rank 0's rows to `on_rows`. Ray stores its own files
     in `run_dir`/ray.
 
-    `fit` runs beside the main thread, which keeps the signals. The first SIGINT or SIGTERM asks all ranks to
-    checkpoint and stop (`stoppable`) and raises Interrupted once they did; the second raises at once.
+    `fit` runs in another thread, because only the main thread receives signals. If `stoppable`, the first SIGINT or
+    SIGTERM makes all ranks write a checkpoint and stop, and Interrupted is raised afterwards; the second one raises at
+    once.
     """
     import ray
     import ray.train
@@ -52,9 +56,10 @@ def run_workers(
     from jobs.cluster.failure_callback import FailureCallback
     from jobs.cluster.telemetry import Telemetry
 
+    # Describe the group: resources, process group, restarts.
     _check_resources(parallel)
     restarts = cluster.restarts(elastic=parallel.elastic)
-    # Beside the driver and Ray Train's controller: the loss of another node must not take it along.
+    # The actor must run on the node of the driver and of Ray Train's controller, to survive the loss of other nodes.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     telemetry = ray.remote(num_cpus=0)(Telemetry).options(scheduling_strategy=here).remote()
     trainer = TorchTrainer(
@@ -87,40 +92,42 @@ def run_workers(
         except BaseException as error:  # handed to the main thread
             failure.append(error)
 
+    # Run the group, pass on its rows, and handle signals.
     thread = threading.Thread(target=fit, daemon=True)
-    asked: float | None = None
+    stop_requested: float | None = None
     with environment(_controller_settings(parallel)), noted_signals() as signalled:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
             on_rows(_answer(telemetry.drain.remote()))
-            if asked is None and signalled():
-                asked = time.monotonic()
-                # Before the first step there is nothing that a checkpoint could keep.
+            if stop_requested is None and signalled():
+                stop_requested = time.monotonic()
+                # Before training has begun there is nothing to store in a checkpoint.
                 if not stoppable or not _answer(telemetry.stop.remote()):
                     raise Interrupted(name)
-            if asked is not None and time.monotonic() - asked > STOP_SECONDS:
+            if stop_requested is not None and time.monotonic() - stop_requested > STOP_SECONDS:
                 raise Interrupted(name)
+    # The group has ended: pass on its last rows and report its outcome.
     on_rows(_answer(telemetry.drain.remote()))
     if failure:
         raise explained(
-            failure[0], asked_to_stop=asked is not None, parallel=parallel, restarts=restarts, name=name
+            failure[0], asked_to_stop=stop_requested is not None, parallel=parallel, restarts=restarts, name=name
         ) from failure[0]
-    if asked is not None:
+    if stop_requested is not None:
         raise Interrupted(name)
 
 
 def _controller_settings(parallel: ParallelConfig) -> dict[str, str]:
-    """What Ray Train's controller takes from the driver's environment."""
+    """Environment variables that Ray Train's controller reads from the driver's environment."""
     import ray
 
     settings = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(parallel.stall_seconds)}
     if parallel.max_workers == 1:
-        # Asked more often than Ray's 2 s whether it is through. Of several one may be lost: Ray should have heard of
-        # that before the others' broken connections are taken for the cause.
+        # Poll a single worker more often than Ray's 2 s, to notice its end sooner. Not with several workers: when one
+        # dies, Ray must learn of it before the broken connections of the others are mistaken for the cause.
         settings["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.5"
     if not parallel.elastic and len(ray.nodes()) == 1:
-        # The only node is not taken away from under the workers without the driver: nobody need watch for it.
+        # A preemption of the only node would end the driver, too: no need to watch for it.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     if parallel.elastic:
         settings["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(RESERVE_SECONDS)
@@ -128,7 +135,7 @@ def _controller_settings(parallel: ParallelConfig) -> dict[str, str]:
 
 
 def _answer(reference: Any) -> Any:
-    """What the telemetry actor answers; a WorkerFailure if it is gone."""
+    """The answer of the telemetry actor; WorkerFailure if the actor has died."""
     import ray
     from ray.exceptions import RayActorError
 
@@ -139,7 +146,7 @@ def _answer(reference: Any) -> Any:
 
 
 def _start_worker(arguments: dict[str, Any]) -> None:
-    """Runs in every worker: threads, noise, then the job's function."""
+    """Runs in every worker: sets the number of threads, silences libraries, then runs the job's function."""
     import torch
 
     from jobs.cluster.telemetry import Reporter
@@ -152,7 +159,7 @@ def _start_worker(arguments: dict[str, Any]) -> None:
 
 
 def _check_resources(parallel: ParallelConfig) -> None:
-    """A group that can never be placed would wait for ever."""
+    """UserError if the cluster is too small for the group, which would otherwise wait for ever."""
     import ray
 
     there = ray.cluster_resources()
@@ -162,15 +169,15 @@ def _check_resources(parallel: ParallelConfig) -> None:
     }
     for kind, count in needed.items():
         if there.get(kind, 0) < count:
-            asked = [parallel.min_workers, parallel.max_workers] if parallel.elastic else parallel.num_workers
+            workers = [parallel.min_workers, parallel.max_workers] if parallel.elastic else parallel.num_workers
             raise UserError(
-                f"parallel.num_workers={asked}, device={parallel.device}: needs {count} {kind}, "
+                f"parallel.num_workers={workers}, device={parallel.device}: needs {count} {kind}, "
                 f"this Ray has {there.get(kind, 0):.0f}: lower parallel.num_workers or set parallel.device"
             )
 
 
 def quiet_libraries() -> None:
-    """Silence third-party start-up messages; warnings of our own and all errors stay."""
+    """Silence start-up messages of libraries; our own warnings, and all errors, are still shown."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

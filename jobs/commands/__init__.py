@@ -1,1 +1,1 @@
-"""The subcommands of `solar`: their arguments, and which job they start."""
+"""The subcommands of `solar`: each reads its arguments and calls one function of the other packages."""

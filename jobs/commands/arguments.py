@@ -1,4 +1,4 @@
-"""What subcommands share: what a command is, recipes with their settings, and mistakes told in one line."""
+"""Shared by all subcommands: the description of a command, parsers of recipes and settings, and errors in one line."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class Command:
     run: Callable[..., int]
     """`run(arguments, console, verbose=...)` -> the exit code."""
     parsers: Callable[[Sequence[str]], Parsers]
-    """What reads its arguments: one parser, or its own options and then the settings of a recipe."""
+    """`parsers(arguments)` -> the parsers of its arguments: one, or one of its own options and one of the settings."""
     usage: str
-    """Its most important arguments."""
+    """Its most important arguments, for `solar --help`."""
     does: str
-    """One line of `solar --help`."""
+    """Its line in `solar --help`."""
     chosen_by: int = 0
-    """How many first arguments choose the parser and are not read by it (`import SOURCE`)."""
+    """Number of first arguments that choose the parser and are not read by it (1 for `import SOURCE`)."""
     is_job: bool = True
-    """`solar submit` may run it on a cluster."""
+    """Whether `solar submit` may run it on a cluster."""
 
 
 def recipe_parser(command: str, *, usage: str = "", description: str, subject: type[str] = YamlFile) -> Any:
-    """The own options of a command that takes a recipe; what it does not know are settings (`config_parser`)."""
+    """The parser of a recipe and of a command's own options; all other arguments are settings (see `config_parser`)."""
     parser = argparse.ArgumentParser(
         prog=f"solar {command}",
         usage=" ".join(filter(None, [f"solar {command} RECIPE", usage, "[SETTING VALUE ...]"])),
         description=description,
-        epilog="Settings: dotted keys of the recipe, as --model.rank 8, and --config FILE for a further YAML file; "
+        epilog="Settings: dotted keys of the recipe, such as --model.rank 8, and --config FILE with further ones; "
         "`solar train --help` lists them all.",
         exit_on_error=False,
         allow_abbrev=False,
@@ -53,19 +53,19 @@ def recipe_parser(command: str, *, usage: str = "", description: str, subject: t
     parser.add_argument(
         "recipe", type=subject, metavar="RECIPE", help=f"one of {', '.join(recipe_names())}, or the path of a YAML file"
     )
-    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and do nothing")
+    parser.add_argument("--print_config", action="store_true", help="only print the resolved settings")
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     return parser
 
 
 def plain(parser: Callable[[], argparse.ArgumentParser]) -> Callable[[Sequence[str]], Parsers]:
-    """The parsers of a command with options of its own alone."""
+    """The parsers of a command without settings."""
     return lambda arguments: [parser()]
 
 
 def with_settings(parser: Callable[[], argparse.ArgumentParser]) -> Callable[[Sequence[str]], Parsers]:
-    """The parsers of a command with options of its own and the settings of a recipe. Settings of other models than
-    SOLAR are not in them: each has one value, and none is a place."""
+    """The parsers of a command with options of its own and the settings of a recipe. They lack settings that only other
+    models than SOLAR have: each of these has one value, and none is a place."""
 
     def parsers(arguments: Sequence[str]) -> Parsers:
         from jobs.config.reader import config_parser
@@ -106,7 +106,7 @@ def read_recipe(own: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
 
 
 def parse(parser: Any, arguments: list[str]) -> Any:
-    """What a jsonargparse parser makes of the arguments. UserError: one line with the key, the value and the fix."""
+    """The arguments, parsed by a jsonargparse parser. UserError: one line with the key, the value and the fix."""
     from jsonargparse import ArgumentError
 
     from jobs.config.reader import explain
@@ -118,7 +118,7 @@ def parse(parser: Any, arguments: list[str]) -> Any:
 
 
 def instantiate(parser: Any, parsed: Any) -> Any:
-    """The parsed arguments with their sections as dataclasses. UserError: a section's own rule."""
+    """The parsed arguments with their sections as dataclasses. UserError: a value breaks a section's rule."""
     try:
         return parser.instantiate(parsed)
     except ValueError as error:
@@ -126,16 +126,16 @@ def instantiate(parser: Any, parsed: Any) -> Any:
 
 
 def usage_error(command: str, text: str) -> UserError:
-    """A mistake in how a command was called."""
+    """The error for a mistake in a command's arguments."""
     return UserError(f"{command}: {text}")
 
 
 def capture(console: Console, workspace: str, command: str, *, verbose: bool) -> None:
-    """Send what libraries print to a file of WORKSPACE/logs, unless the user asked to see it."""
+    """Send the output of libraries to a file in WORKSPACE/logs, unless `verbose`."""
     if verbose:
         return
     log = Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}.log"
     try:
         console.capture_libraries(log)
     except OSError as error:
-        raise UserError(f"workspace={workspace}: {error.strerror}: name a directory that can be written") from error
+        raise UserError(f"workspace={workspace}: {error.strerror}: name a writable directory") from error

@@ -1,4 +1,4 @@
-"""submit, jobs: any command as a job of a Ray cluster, and a look at the jobs there."""
+"""submit, jobs: run any command as a job of a Ray cluster; list, follow and stop jobs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 ADDRESS_HELP = (
-    "the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's"
+    "URL of the cluster's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's"
 )
 SUBMIT_DESCRIPTION = """\
-Run `solar COMMAND` as a job of a Ray cluster; its log is followed here, its exit code is ours. Ctrl-C ends the
-following, not the job. The code and the YAML files that COMMAND names are uploaded; data is not: on a cluster other
-than this machine every path must be absolute and on a file system that all nodes mount (or a URI)."""
+Run `solar COMMAND` as a job of a Ray cluster, print its log here and end with its exit code. Ctrl-C stops printing the
+log; the job continues. The code and the YAML files that COMMAND names are uploaded, data is not: unless the cluster is
+this machine, every path must be absolute and on a file system that all nodes mount, or a URI."""
 
 
 def submit(arguments: list[str], console: Console, *, verbose: bool, commands: Mapping[str, Command]) -> int:
-    """`commands`: all of `solar`, by name."""
+    """Run a command as a job, with retries; `commands`: all commands of `solar`, by name."""
+    # Read our own options, which precede `--`, and the command after it.
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parsed = parse(submit_parser(), arguments[:split])
     _check_submission(parsed)
@@ -35,6 +36,7 @@ def submit(arguments: list[str], console: Console, *, verbose: bool, commands: M
     _check_command(command, commands)
     _quiet(verbose)
     command += ["-v"] if verbose else []
+    # Submit it until it succeeds, fails for good, or all tries are used up.
     for tried in range(1, parsed.retries + 2):
         last = tried > parsed.retries
         try:
@@ -44,7 +46,7 @@ def submit(arguments: list[str], console: Console, *, verbose: bool, commands: M
                 raise
             why = one_line(error)
         else:
-            # Nothing mends a user's mistake, and who stopped a job wants no other. One that was lost may still go on.
+            # No retry after a user's mistake or a stop by a user, nor if the job may still run (connection lost).
             if last or not ended or code in (0, MISTAKE, INTERRUPTED):
                 return code
             why = f"exit code {code}"
@@ -55,7 +57,7 @@ def submit(arguments: list[str], console: Console, *, verbose: bool, commands: M
 
 
 def submit_parser() -> ArgumentParser:
-    """The parser of what stands before `--`."""
+    """The parser of the arguments before `--`."""
     parser = new_parser("submit", description=SUBMIT_DESCRIPTION)
     parser.usage = "solar submit [options] -- COMMAND ..."
     parser.add_argument("--address", type=str | None, default=None, help=ADDRESS_HELP)
@@ -63,20 +65,39 @@ def submit_parser() -> ArgumentParser:
         "--workspace",
         type=Place | None,
         default=None,
-        help="COMMAND's workspace; default: COMMAND's own, or ./workspace where the whole cluster is this machine",
+        help="workspace of COMMAND; default: the one in COMMAND's YAML files, or ./workspace if all nodes of the "
+        "cluster are this machine",
     )
-    parser.add_argument("--detach", action="store_true", help="print the job's id and return")
-    parser.add_argument("--submission-id", type=str | None, default=None, help="the job's id; default: Ray's choice")
-    parser.add_argument("--stop-grace", type=int, default=60, help="seconds from a stop's SIGTERM to SIGKILL")
-    parser.add_argument("--driver-cpus", type=float, default=0, help="CPUs reserved for the driver; 0: on the head")
+    parser.add_argument("--detach", action="store_true", help="only submit: print the job's id and return")
     parser.add_argument(
-        "--python", type=str | None, default=None, help="the cluster's Python; default: `python`, or this one here"
-    )
-    parser.add_argument(
-        "--retries", type=int, default=0, help="new jobs after one that failed, but for exit code 2; default: 0"
+        "--submission-id",
+        type=str | None,
+        default=None,
+        help="the job's id: letters, digits, '.', '_', '-'; default: chosen by Ray",
     )
     parser.add_argument(
-        "--retry-minutes", type=float, default=5.0, help="before the first of them, then twice as long; default: 5"
+        "--stop-grace", type=int, default=60, help="seconds from SIGTERM to SIGKILL when the job is stopped; 0 or more"
+    )
+    parser.add_argument(
+        "--driver-cpus", type=float, default=0, help="CPUs reserved for the driver, 0 or more; 0: it runs on the head"
+    )
+    parser.add_argument(
+        "--python",
+        type=str | None,
+        default=None,
+        help="the cluster's Python; default: `python`, or on this machine the Python that runs this command",
+    )
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        help="number of new jobs after a failed one, from 0 to 100; none after exit code 2 or a stop",
+    )
+    parser.add_argument(
+        "--retry-minutes",
+        type=float,
+        default=5.0,
+        help="minutes before the first new job, above 0 and at most 60; doubled before each later one",
     )
     parser.add_argument(
         "--tag",
@@ -84,7 +105,7 @@ def submit_parser() -> ArgumentParser:
         type=str,
         default=[],
         metavar="KEY=VALUE",
-        help="shown by `solar jobs list`; repeatable",
+        help="a tag, shown by `solar jobs list`; may be given several times",
     )
     return parser
 
@@ -105,13 +126,13 @@ def _check_submission(parsed: Any) -> None:
     if not 0 < parsed.retry_minutes <= 60:
         raise usage_error("submit", f"--retry-minutes {parsed.retry_minutes:g}: must be above 0 and at most 60")
     if parsed.detach and parsed.retries:
-        raise usage_error("submit", "--retries: a command that does not wait cannot try again: omit --detach")
+        raise usage_error("submit", "--retries: a detached command cannot retry: omit --detach")
 
 
 def _submit_once(
     arguments: list[str], command: Command, parsed: Any, console: Console, *, tried: int
 ) -> tuple[int, bool]:
-    """(exit code, whether the job has ended); each further try is a job with an id of its own."""
+    """(exit code, whether the job has ended); a further try is a new job with the id ID-TRY."""
     from jobs.cluster.job_client import Cluster
     from jobs.cluster.job_text import read_tags
     from jobs.cluster.submission import submit as submit_job
@@ -133,7 +154,7 @@ def _submit_once(
     )
     console.line(f"job {job_id} on {cluster.shown}: {shown}")
     if parsed.detach:
-        console.line(_how_to_go_on(cluster, job_id))
+        console.line(_next_commands(cluster, job_id))
         return 0, False
     return _followed(cluster, job_id, console)
 
@@ -163,7 +184,7 @@ def _jobs_parser(action: str) -> ArgumentParser:
     if action != "list":
         parser.add_argument("id", type=str, help="the job's id, as `solar jobs list` shows it")
     if action == "logs":
-        parser.add_argument("--follow", action="store_true", help="to the end; the exit code is the job's")
+        parser.add_argument("--follow", action="store_true", help="print the log to its end; exit with the job's code")
     parser.add_argument("--address", type=str | None, default=None, help=ADDRESS_HELP)
     return parser
 
@@ -205,25 +226,26 @@ def _follow(cluster: Any, job_id: str, console: Console) -> int:
 
 
 def _followed(cluster: Any, job_id: str, console: Console) -> tuple[int, bool]:
-    """(exit code, whether the job has ended)."""
+    """Print the job's log to its end; returns (exit code, whether the job has ended)."""
     from jobs.cluster.job_client import ConnectionLost
     from jobs.cluster.job_text import exit_code, outcome
 
     try:
         job = cluster.follow(job_id, console)
     except KeyboardInterrupt:
-        console.error(f"\njob {job_id} goes on; {_how_to_go_on(cluster, job_id)}")
+        console.error(f"\njob {job_id} continues; {_next_commands(cluster, job_id)}")
         return INTERRUPTED, False
     except ConnectionLost as error:
         console.error(
-            f"solar: lost {cluster.shown} ({error}); job {job_id} may go on; {_how_to_go_on(cluster, job_id)}"
+            f"solar: lost {cluster.shown} ({error}); job {job_id} may continue; {_next_commands(cluster, job_id)}"
         )
         return 1, False
     (console.line if exit_code(job) == 0 else console.error)(outcome(job))
     return exit_code(job), True
 
 
-def _how_to_go_on(cluster: Any, job_id: str) -> str:
+def _next_commands(cluster: Any, job_id: str) -> str:
+    """The commands that follow and stop the job, for messages."""
     return (
         f"follow it: solar jobs logs {job_id} --follow --address {cluster.shown}; "
         f"stop it: solar jobs stop {job_id} --address {cluster.shown}"
@@ -231,6 +253,6 @@ def _how_to_go_on(cluster: Any, job_id: str) -> str:
 
 
 def _quiet(verbose: bool) -> None:
-    """Ray's client tells every upload on the terminal."""
+    """Silence Ray's client, which reports every upload on the terminal."""
     if not verbose:
         logging.disable(logging.WARNING)

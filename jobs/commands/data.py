@@ -38,24 +38,25 @@ def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def import_parsers(arguments: Sequence[str]) -> Parsers:
-    """The parser of the source that the first argument names; none where it names none."""
+    """The parser of the source that the first argument names; empty if it names no source."""
     from jobs.config.run import SOURCES
 
     return [_import_parser(arguments[0])[0]] if arguments and arguments[0] in SOURCES else []
 
 
 def _import_parser(source: str) -> tuple[ArgumentParser, Callable[[Any], SourceConfig]]:
-    """(the parser of `solar import SOURCE`, what makes the source's configuration of the parsed arguments)."""
+    """(the parser of `solar import SOURCE`, the function from parsed arguments to the source's configuration)."""
     parser = new_parser(f"import {source}", description="A public format, or your own files -> event log.")
     readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic}
     read_source = readers[source](parser) if source in readers else _published(parser, source)
-    parser.add_argument("--out", type=Place | None, default=None, help="event log; default: WORKSPACE/events/NAME")
-    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of everything written")
+    parser.add_argument("--out", type=Place | None, default=None, help="event log; default: WORKSPACE/events/SOURCE")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory for downloads and logs")
     return parser, read_source
 
 
 def _movielens(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
-    """Add the source's arguments; what is returned makes the source of the parsed ones. So do those below."""
+    """Add the source's arguments to the parser; returns the function from parsed arguments to the source's
+    configuration. The functions below do the same for other sources."""
     from jobs.config.run import SourceConfig
 
     parser.add_argument("--from", type=Place | None, default=None, help="a local copy of the wheel or of its files")
@@ -104,7 +105,8 @@ def _published(parser: ArgumentParser, name: str) -> Callable[[Any], SourceConfi
 
 
 def _build(options: type, parser: ArgumentParser, parsed: Any) -> Any:
-    """The options that stand at the top of a command; their own rules are checked here, sections' in instantiate."""
+    """The dataclass `options` from the command's top-level options, whose rules are checked here (`instantiate` checks
+    those of sections)."""
     built = instantiate(parser, parsed)
     try:
         return options(**{field: built[field] for field in options.__dataclass_fields__})
@@ -138,12 +140,12 @@ def prepare_parser() -> ArgumentParser:
     from jobs.cluster.session import ClusterConfig
     from pipeline.build import PrepareConfig
 
-    parser = new_parser("prepare", description="Event log -> sequence shards; again with more files: adds what is new.")
+    parser = new_parser("prepare", description="Event log -> sequence shards; with existing shards: adds new files.")
     parser.add_argument("--events", type=Place, required=True, help="event log: file, directory, pattern or s3:// URI")
     parser.add_argument("--out", type=Place, required=True, help="directory of the sequence shards")
     parser.add_argument("--items_path", type=Place | None, default=None, help="items table; default: the log's own")
     parser.add_argument("--users_path", type=Place | None, default=None, help="users table; default: the log's own")
-    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of logs")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory for logs")
     parser.add_class_arguments(PrepareConfig)
     parser.add_class_arguments(ClusterConfig, "cluster")
     return parser
@@ -157,10 +159,10 @@ def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def inspect_parser() -> ArgumentParser:
-    parser = new_parser("inspect", description="What is in a directory of sequence shards, or in a checkpoint.")
+    parser = new_parser("inspect", description="Shows the contents of sequence shards or of a checkpoint.")
     parser.add_argument("directory", type=Place, help="sequence shards or a checkpoint")
-    parser.add_argument("--verify", action="store_true", help="re-check every size and checksum")
-    parser.add_argument("--digest", action="store_true", help="print the logical digest of the shards")
+    parser.add_argument("--verify", action="store_true", help="check the size and checksum of every file")
+    parser.add_argument("--digest", action="store_true", help="print a digest of the shards' logical content")
     return parser
 
 
@@ -176,7 +178,7 @@ def compact(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def compact_parser() -> ArgumentParser:
-    return _shards_parser("compact", "Rewrite what later ingests brought into the users' own files.")
+    return _shards_parser("compact", "Merge the files of all ingests into one file per bucket of users.")
 
 
 def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -195,10 +197,12 @@ def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def forget_parser() -> ArgumentParser:
-    parser = _shards_parser("forget", "Remove users from shards and from results, for ever.")
-    parser.add_argument("--users", type=Place, required=True, help="text with one id per line, or Parquet with user_id")
-    parser.add_argument("--outputs", type=Place, nargs="+", default=[], help="results of solar score to clean as well")
-    parser.add_argument("--verify", action="store_true", help="change nothing; look for what is left of the users")
+    parser = _shards_parser("forget", "Remove users permanently from shards and from results.")
+    parser.add_argument(
+        "--users", type=Place, required=True, help="text file with one id per line, or Parquet file with user_id"
+    )
+    parser.add_argument("--outputs", type=Place, nargs="+", default=[], help="results of `solar score` to clean, too")
+    parser.add_argument("--verify", action="store_true", help="change nothing; search for remains of the users")
     return parser
 
 
@@ -213,18 +217,18 @@ def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def gc_parser() -> ArgumentParser:
-    parser = new_parser("gc", description="Remove old states of a data set, and the files that only they name.")
-    parser.add_argument("directory", type=Place, help="sequence shards")
-    parser.add_argument("--keep", type=int, required=True, help="how many of the latest manifests stay readable")
+    parser = new_parser("gc", description="Remove old manifests of a data set, and the files that only they name.")
+    parser.add_argument("directory", type=Place, help="directory of sequence shards")
+    parser.add_argument("--keep", type=int, required=True, help="number of latest manifests to keep, 1 or more")
     return parser
 
 
 def _shards_parser(command: str, description: str) -> ArgumentParser:
-    """Of a command that works on shards with Ray."""
+    """The parser of a command that processes shards with Ray."""
     from jobs.cluster.session import ClusterConfig
 
     parser = new_parser(command, description=description)
-    parser.add_argument("directory", type=Place, help="sequence shards")
-    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of logs")
+    parser.add_argument("directory", type=Place, help="directory of sequence shards")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory for logs")
     parser.add_class_arguments(ClusterConfig, "cluster")
     return parser

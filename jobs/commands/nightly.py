@@ -1,4 +1,4 @@
-"""nightly, promote, rollback, history: retraining by day, and who the champion is."""
+"""nightly, promote, rollback, history: retraining every night, and which version is the champion."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
         return 0
     flags, config = found
     if SCHEDULED_VARIABLE in os.environ:
-        # A scheduler in the background of a shell ignores Ctrl-C, and so would its nights, which it stops that way.
+        # A background process of a shell ignores SIGINT, and so would the nights of a scheduler there, which stops them
+        # with SIGINT: restore the default.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     options = NightlyOptions(date=flags.date, catch_up=flags.catch_up)
     capture(console, config.workspace, "nightly", verbose=verbose)
@@ -47,15 +48,16 @@ def nightly_parser() -> argparse.ArgumentParser:
     parser = recipe_parser(
         "nightly",
         usage="[--date D] [--catch-up] [--dry-run]",
-        description="One night: the day's log, a challenger, the gate, the registry, the report. Exit code 75: nothing "
-        "is wrong, try again later. A night's own settings are --nightly.*, --nightly.gate.* and --notify.*.",
+        description="One night: ingest the day's log, train a challenger, compare it with the champion, register it, "
+        "write the report. Exit code 75: nothing is wrong, try again later. Settings of the night itself: --nightly.*, "
+        "--nightly.gate.* and --notify.*.",
     )
     parser.add_argument(
         "--date", type=_date, default=None, metavar="D",
-        help="day of the log, as 2026-11-21; default: the latest that is over",
+        help="day of the log, such as 2026-11-21; default: the latest day that is over",
     )  # fmt: skip
-    parser.add_argument("--catch-up", action="store_true", help="the days since the last night first, in order")
-    parser.add_argument("--dry-run", action="store_true", help="tell the plan, do nothing")
+    parser.add_argument("--catch-up", action="store_true", help="first do all days since the last night, in order")
+    parser.add_argument("--dry-run", action="store_true", help="only print the plan")
     return parser
 
 
@@ -63,7 +65,7 @@ def _date(text: str) -> datetime.date:
     try:
         return datetime.date.fromisoformat(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date: write it as 2026-11-21") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date: write it like 2026-11-21") from None
 
 
 def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
@@ -78,8 +80,8 @@ def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def promote_parser() -> ArgumentParser:
     parser = _model_parser("promote", "Make any version of a registered model its champion.")
-    parser.add_argument("--version", type=int, required=True, help="the version that shall serve")
-    parser.add_argument("--why", type=str, required=True, help="the reason, kept with the model")
+    parser.add_argument("--version", type=int, required=True, help="number of the version to make the champion")
+    parser.add_argument("--why", type=str, required=True, help="the reason, stored with the model")
     return parser
 
 
@@ -95,7 +97,7 @@ def rollback(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def rollback_parser() -> ArgumentParser:
     parser = _model_parser("rollback", "Make the previous champion the champion again.")
-    parser.add_argument("--why", type=str, required=True, help="the reason, kept with the model")
+    parser.add_argument("--why", type=str, required=True, help="the reason, stored with the model")
     return parser
 
 
@@ -107,9 +109,9 @@ def history(arguments: list[str], console: Console, *, verbose: bool) -> int:
         require_model(client, parsed.model)
         decided, changed = nights(client, parsed.model), changes(client, parsed.model)
     rows = [
-        (date, told["verdict"], told.get("champion") or "-", _percent(told.get("relative")), _percent(told.get("low")),
-         str(told.get("users", "-")), "; ".join(told["reasons"]))
-        for date, told in decided.items()
+        (date, night["verdict"], night.get("champion") or "-", _percent(night.get("relative")),
+         _percent(night.get("low")), str(night.get("users", "-")), "; ".join(night["reasons"]))
+        for date, night in decided.items()
     ]  # fmt: skip
     columns = ("night", "verdict", "champion", "difference", "bound", "users", "reasons")
     console.table(f"nights of {parsed.model}", columns, rows, text=("verdict", "reasons"))
@@ -128,16 +130,16 @@ def _percent(value: Any) -> str:
 
 def _model_parser(command: str, description: str) -> ArgumentParser:
     parser = new_parser(command, description=description)
-    parser.add_argument("model", type=str, help="the registered model's name, as solar-shop")
-    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of the MLflow store")
+    parser.add_argument("model", type=str, help="the registered model's name, such as solar-shop")
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory with the MLflow store")
     parser.add_argument(
-        "--tracking.uri", type=Place | None, default=None, help="MLflow; default: the workspace's store"
+        "--tracking.uri", type=Place | None, default=None, help="MLflow's tracking URI; default: the workspace's store"
     )
     return parser
 
 
 def _registry(parsed: Any) -> Any:
-    """The client of the store that a command names; a store that does not answer is one line."""
+    """A context manager with a client of the MLflow store that the command names."""
     from jobs.tracking.registry import open_registry
     from jobs.tracking.runs import TrackingConfig
 

@@ -1,4 +1,4 @@
-"""run, train, evaluate, register, leaderboard: commands of a recipe or of a board of them; grow: of a checkpoint."""
+"""run, train, evaluate, register: commands with a recipe; leaderboard: with a board; grow: with a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(arguments: list[str], console: Console, *, verbose: bool) -> int:
 def run_parser() -> argparse.ArgumentParser:
     return recipe_parser(
         "run",
-        description="Import, prepare, train, evaluate and register in one go. What is already there is reused: the "
+        description="Import, prepare, train, evaluate and register in one command. Existing results are reused: the "
         "same command continues after an interruption.",
     )
 
@@ -52,7 +52,7 @@ def train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from-previous",
         action="store_true",
-        help="the same, but rename damaged checkpoints and continue from the latest undamaged one",
+        help="like --resume, but rename damaged checkpoints and continue from the latest undamaged one",
     )
     return parser
 
@@ -96,7 +96,9 @@ def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
             return 0
         options, config = found
         if options.out:
-            raise usage_error("evaluate", "--out is for a checkpoint or a registered model: a run has its own place")
+            raise usage_error(
+                "evaluate", "--out is for a checkpoint or a registered model: results of a run are in its directory"
+            )
         capture(console, config.workspace, "evaluate", verbose=verbose)
         evaluated = evaluate_runs(config, console, part=options.part, verbose=verbose)[1]
     print_results(config, console, evaluated)
@@ -108,17 +110,17 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser = recipe_parser(
         "evaluate",
         usage="[--part valid|test] [--out DIR]",
-        description="A model -> metrics, beside its baselines. RECIPE is a trained run by its recipe, the directory of "
-        "a checkpoint, or a registered model (models:/NAME@ALIAS or models:/NAME/VERSION).",
+        description="A model -> its metrics and those of its baselines. RECIPE is the recipe of a trained run, the "
+        "directory of a checkpoint, or a registered model (models:/NAME@ALIAS or models:/NAME/VERSION).",
         subject=Subject,
     )
-    parser.add_argument("--part", choices=("valid", "test"), default="test", help="part of the split; default: test")
+    parser.add_argument("--part", choices=("valid", "test"), default="test", help="part to evaluate; default: test")
     parser.add_argument(
         "--out",
         type=Place,
         default=None,
         metavar="DIR",
-        help="directory of the results of a checkpoint or a registered model; default: WORKSPACE/evaluations/NAME",
+        help="directory for the results of a checkpoint or a registered model; default: WORKSPACE/evaluations/NAME",
     )
     return parser
 
@@ -157,7 +159,7 @@ def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int
         raise usage_error("leaderboard", f"name a board first: {', '.join(board_names())}, or a YAML file")
     for fixed in ("--seed", "--name"):
         if any(argument.split("=")[0] == fixed for argument in arguments):
-            raise usage_error("leaderboard", f"{fixed}: rows name their runs; seeds are --seeds 1 2 3")
+            raise usage_error("leaderboard", f"{fixed}: runs are named by their rows; give seeds as --seeds 1 2 3")
     try:
         options, settings = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -175,8 +177,8 @@ def board_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="solar leaderboard",
         usage="solar leaderboard BOARD [--seeds N ...] [--only ROW ...] [--part test|valid] [SETTING VALUE ...]",
-        description="Many models on one data set under one protocol -> one table. Runs that are there are reused.",
-        epilog="Settings are those of `solar train --help`; they hold for every row that runs.",
+        description="Many models on one data set under one protocol -> one table. Existing runs are reused.",
+        epilog="Settings are those of `solar train --help`; they apply to every row that runs.",
         exit_on_error=False,
         allow_abbrev=False,
         add_help=False,
@@ -190,13 +192,16 @@ def board_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[1],
         metavar="N",
-        help="seeds of every row; the table has means; default: 1",
+        help="seeds with which every row is trained; the table shows means over them; default: 1",
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="ROW", help="rows to run; default: all rows of the board"
     )
     parser.add_argument(
-        "--part", choices=("test", "valid"), default="test", help="part that is ranked; valid is for choosing settings"
+        "--part",
+        choices=("test", "valid"),
+        default="test",
+        help="part to evaluate; use valid to choose settings; default: test",
     )
     parser.add_argument("-h", "--help", action="store_true", help="show this text")
     return parser
@@ -212,8 +217,12 @@ def grow(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def grow_parser() -> Any:
-    parser = new_parser("grow", description="A checkpoint -> the same with tables as large as the vocabulary is now.")
-    parser.add_argument("checkpoint", type=Place, help="a committed checkpoint, or a run's directory: its best one")
+    parser = new_parser(
+        "grow", description="A checkpoint -> the same checkpoint with tables enlarged to the vocabulary of --shards."
+    )
+    parser.add_argument(
+        "checkpoint", type=Place, help="a committed checkpoint, or a run's directory (its best checkpoint)"
+    )
     parser.add_argument("--shards", type=Place, required=True, help="sequence shards whose vocabulary has grown")
     parser.add_argument("--out", type=Place, required=True, help="directory of the new checkpoint; must not exist")
     return parser

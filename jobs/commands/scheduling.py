@@ -1,4 +1,4 @@
-"""schedule: `solar nightly` on a cron expression, here or as the manifests of a cluster."""
+"""schedule: run `solar nightly` at the times of a cron expression, here or by manifests for Kubernetes."""
 
 from __future__ import annotations
 
@@ -40,28 +40,40 @@ def schedule_parser() -> argparse.ArgumentParser:
         "schedule",
         usage='--cron "0 3 * * *" [options]',
         description="Runs `solar nightly RECIPE --catch-up` whenever the expression fires, until Ctrl-C or SIGTERM; "
-        "with --emit writes the manifests of a cluster that does the same. Each night gets the settings.",
+        "with --emit writes Kubernetes manifests that do the same. Each night gets the settings given here.",
     )
-    parser.add_argument("--cron", metavar="EXPRESSION", help="minute, hour, day of month, month, weekday (0: Sunday)")
-    parser.add_argument("--time_zone", metavar="ZONE", help="of the expression; default: data.prepare.daily.time_zone")
-    parser.add_argument("--retries", type=int, help="further tries of a night that failed; default: 5, kuberay: 2")
     parser.add_argument(
-        "--retry_minutes", type=float, help="minutes before the first further try, then twice as long; default: 5"
+        "--cron",
+        metavar="EXPRESSION",
+        help="required; five fields: minute, hour, day of month, month, weekday (0: Sunday), such as '0 3 * * *'",
+    )
+    parser.add_argument(
+        "--time_zone",
+        metavar="ZONE",
+        help="time zone of --cron, an IANA name such as Europe/Berlin; default: data.prepare.daily.time_zone",
+    )
+    parser.add_argument(
+        "--retries", type=int, help="number of further tries of a failed night, from 0 to 100; default: 5, kuberay: 2"
+    )
+    parser.add_argument(
+        "--retry_minutes",
+        type=float,
+        help="minutes before the first further try, above 0 and at most 60; doubled before each later one; default: 5",
     )
     parser.add_argument("--emit", choices=("cronjob", "kuberay"), help="write manifests instead of running nights here")
-    parser.add_argument("--out", type=Place, metavar="DIR", help="--emit: directory of the manifests")
-    parser.add_argument("--image", help="--emit: container image, by tag or digest")
-    parser.add_argument("--gpu", action="store_true", help="--emit: workers have one GPU each")
+    parser.add_argument("--out", type=Place, metavar="DIR", help="--emit: directory for the manifests")
+    parser.add_argument("--image", help="--emit: container image, by tag (not latest) or digest")
+    parser.add_argument("--gpu", action="store_true", help="--emit: each worker has one GPU")
     parser.add_argument("--namespace", help="--emit: Kubernetes namespace; default: default")
-    parser.add_argument("--claim", help="--emit kuberay: PersistentVolumeClaim; default: solar-workspace")
-    parser.add_argument("--head", metavar="URL", help="--emit cronjob: dashboard of the cluster, http://HOST:8265")
-    parser.add_argument("--overwrite", action="store_true", help="--emit: replace what was written there before")
+    parser.add_argument("--claim", help="--emit kuberay: PersistentVolumeClaim to mount; default: solar-workspace")
+    parser.add_argument("--head", metavar="URL", help="--emit cronjob: dashboard of the Ray cluster, http://HOST:8265")
+    parser.add_argument("--overwrite", action="store_true", help="--emit: replace manifests written there before")
     return parser
 
 
 def _check(options: argparse.Namespace, overrides: list[str]) -> None:
     if not options.cron:
-        raise usage_error("schedule", "--cron is not given: as --cron '0 3 * * *' for every day at 03:00")
+        raise usage_error("schedule", "--cron is not given: give for example --cron '0 3 * * *' for every day at 03:00")
     _check_emit(options)
     if options.retries is None:
         options.retries = 2 if options.emit == "kuberay" else 5
@@ -75,11 +87,11 @@ def _check(options: argparse.Namespace, overrides: list[str]) -> None:
         raise usage_error("schedule", "--print_config: is for `solar nightly`, which has the same settings")
     for flag in ("--date", "--catch-up", "--dry-run"):
         if any(argument.split("=")[0] == flag for argument in overrides):
-            raise usage_error("schedule", f"{flag}: is for `solar nightly`: each night takes all days that are missing")
+            raise usage_error("schedule", f"{flag}: is for `solar nightly`: a scheduled night does all missing days")
 
 
 def _check_emit(options: argparse.Namespace) -> None:
-    """Options that would have no effect are mistakes."""
+    """UserError for options that would have no effect."""
     for_emit = ("out", "image", "gpu", "namespace", "claim", "head", "overwrite")
     given = [name for name in for_emit if getattr(options, name)]
     if not options.emit and given:
@@ -88,15 +100,15 @@ def _check_emit(options: argparse.Namespace) -> None:
         missing = "--image NAME:TAG" if options.out else "--out DIR"
         raise usage_error("schedule", f"--emit {options.emit}: {missing} is not given")
     if options.emit == "cronjob" and options.claim:
-        raise usage_error("schedule", "--claim: is for --emit kuberay: the standing cluster has its own workspace")
+        raise usage_error("schedule", "--claim: is for --emit kuberay: a permanent cluster has its own workspace")
     if options.emit == "kuberay" and options.head:
-        raise usage_error("schedule", "--head: is for --emit cronjob: KubeRay makes a cluster for each night")
+        raise usage_error("schedule", "--head: is for --emit cronjob: KubeRay creates a cluster for each night")
     if options.emit == "kuberay" and options.retry_minutes is not None:
-        raise usage_error("schedule", "--retry_minutes: KubeRay tries again at once: omit it")
+        raise usage_error("schedule", "--retry_minutes: KubeRay retries without a wait: omit it")
 
 
 def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace, console: Console) -> int:
-    """As manifests."""
+    """Write the manifests."""
     from jobs.host.errors import UserError
     from jobs.scheduling.cronjob import cronjob_documents
     from jobs.scheduling.kuberay import kuberay_documents
@@ -116,5 +128,5 @@ def _emit(config: Any, cron: Any, night: list[str], options: argparse.Namespace,
     documents = (cronjob_documents if options.emit == "cronjob" else kuberay_documents)(what, target)
     for path in write_manifests(Path(options.out), documents, overwrite=options.overwrite):
         console.line(f"{path}")
-    console.line(f"read the heads of these files, then: kubectl apply -f {options.out}")
+    console.line(f"read the comments at the top of these files, then: kubectl apply -f {options.out}")
     return 0

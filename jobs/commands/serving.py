@@ -49,41 +49,56 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def score_parser() -> ArgumentParser:
     parser = new_parser(
-        "score", description="A registered model on requests -> ranked candidates with scores; or users' states for it."
+        "score",
+        description="Scores requests with a registered model -> ranked candidates with scores; with --build-states "
+        "stores users' states for the model.",
     )
     add = parser.add_argument
     add("model", type=str, help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    add("--requests", type=Place | None, default=None, help="Parquet with one row per request: file or directory")
+    add("--requests", type=Place | None, default=None, help="Parquet file, or directory of them: one row per request")
     add("--out", type=Place | None, default=None, help="Parquet file of the result; with --build-states a directory")
     add("--shards", type=Place | None, default=None, help="sequence shards with the users' histories")
-    add("--states", type=StatesPlace | None, default=None, help="the users' stored states: a directory, or auto")
-    add("--build-states", action="store_true", help="store what serving needs of every user of --shards")
-    add("--manifest", type=int | None, default=None, help="state of the shards, for --build-states; default: latest")
-    add("--top_k", type=int | None, default=None, help="number of best candidates to keep; default: all that are given")
-    add("--keep_seen", action="store_true", help="whole catalogue: rank items of the history too")
-    add("--overwrite", action="store_true", help="replace an existing result")
-    add("--workspace", type=Place, default="workspace", help="directory of the MLflow store and of logs")
-    add("--tracking.uri", type=Place | None, default=None, help="MLflow; default: the workspace's store")
     add(
-        "--parallel", type=int | None, default=None, help="actors, each with the model in memory; default: one per core"
+        "--states",
+        type=StatesPlace | None,
+        default=None,
+        help="directory of the users' stored states, or auto: WORKSPACE/states/NAME/VERSION",
     )
-    add("--cluster.address", type=str | None, default=None, help="Ray; default: RAY_ADDRESS, else local")
+    add("--build-states", action="store_true", help="store a state of every user of --shards, for --states")
+    add("--manifest", type=int | None, default=None, help="--build-states: number of a manifest; default: latest")
+    add(
+        "--top_k",
+        type=int | None,
+        default=None,
+        help="number of best candidates to keep, 1 or more; default: all candidates of the request",
+    )
+    add("--keep_seen", action="store_true", help="rank items of the history, too, if the whole catalogue is ranked")
+    add("--overwrite", action="store_true", help="replace an existing result")
+    add("--workspace", type=Place, default="workspace", help="directory with the MLflow store, and for logs")
+    add("--tracking.uri", type=Place | None, default=None, help="MLflow's tracking URI; default: the workspace's store")
+    add(
+        "--parallel",
+        type=int | None,
+        default=None,
+        help="number of actors, each with the model in memory; default: one per core",
+    )
+    add("--cluster.address", type=str | None, default=None, help="Ray address; default: RAY_ADDRESS, else local")
     return parser
 
 
 def _refuse_mixed_up(parsed: Any) -> None:
-    """UserError for options of scoring beside those of building states, and the other way round."""
+    """UserError if options for scoring and options for building states are mixed, or a required one is missing."""
     if parsed.parallel is not None and parsed.parallel < 1:
         raise usage_error("score", f"--parallel={parsed.parallel}: must be 1 or more")
     if parsed.build_states:
         if parsed.shards is None:
-            raise usage_error("score", "--build-states: needs --shards DIR, the users whose states are built")
+            raise usage_error("score", "--build-states: needs --shards DIR with the users whose states are built")
         for option in ("requests", "states", "top_k"):
             if parsed[option] is not None:
-                raise usage_error("score", f"--{option}: belongs to scoring requests, not to --build-states")
+                raise usage_error("score", f"--{option}: is for scoring requests, not for --build-states")
         return
     for option in ("requests", "out"):
         if parsed[option] is None:
             raise usage_error("score", f"--{option} is missing: give a Parquet file")
     if parsed.manifest is not None:
-        raise usage_error("score", "--manifest: belongs to --build-states")
+        raise usage_error("score", "--manifest: is only for --build-states")

@@ -1,4 +1,4 @@
-"""doctor: does everything work on this machine?"""
+"""doctor: checks that everything works on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def doctor(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def doctor_parser() -> ArgumentParser:
     parser = new_parser(
-        "doctor", description="One line per check of this machine: ok, or the fix. Exit code 1 if a needed one fails."
+        "doctor", description="Checks this machine; one line per check: ok, or the fix. Exit code 1 if a check fails."
     )
     parser.add_argument("--json", action="store_true", help="print the checks as JSON")
     return parser

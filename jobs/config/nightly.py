@@ -1,4 +1,4 @@
-"""NightlyConfig: when a night's requests are held out, how much is trained, and what a challenger must show."""
+"""NightlyConfig: which requests a night holds out, how much it trains, and what a challenger must show."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ HOURS_A_DAY = 24
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateConfig:
-    """What a challenger must show beside the champion, on the same requests."""
+    """The conditions for a promotion; challenger and champion are compared on the same requests."""
 
     margin: float = 0.01
-    """Relative loss of the primary metric that the one-sided 95 % bound must exclude: 0.01 = one per cent. About
-    (2.5 s / margin)^2 users are needed, s the relative spread of a user's difference: .001 takes a hundred times
-    as many as .01."""
+    """Largest accepted relative loss of the primary metric, above 0 and below 1; 0.01 = one per cent. The one-sided
+    95 % bound must exclude a larger loss, which needs about (2.5 s / margin)^2 users, where s is the relative spread of
+    a user's difference: .001 needs a hundred times as many users as .01."""
     min_users: int = 200
-    """With fewer users nothing is decided; undecided nights in a row with the same champion are counted together."""
+    """With fewer users the night is undecided, 2 or more; consecutive undecided nights with the same champion are
+    counted together."""
     max_logloss_rise: float = 0.02
-    """Relative rise of LogLoss above the champion's."""
+    """Largest relative rise of LogLoss above the champion's; 0 or more."""
     max_calibration_error: float = 0.1
-    """impressions: how far the log of (sum of probabilities / positives) may be further from 0 than the champion's."""
+    """impressions: the distance of log(sum of probabilities / positives) from 0 may exceed the champion's distance by
+    at most this much; 0 or more."""
     min_coverage: float = 0.7
-    """Share of the champion's catalogue coverage."""
+    """Smallest catalogue coverage, as a share of the champion's; 0 or more."""
     max_latency: float = 1.5
-    """Scoring time of a request, times the champion's on this machine."""
+    """Largest scoring time per request, as a multiple of the champion's on the same machine; 1 or more."""
     event_range: tuple[float, float] = (0.4, 2.5)
-    """Accepted events of the day, times the median of the days before."""
+    """Smallest and largest number of accepted events of the day, as multiples of the median of the days before: one
+    number below 1 and one above."""
     max_rejected_rise: float = 0.005
-    """Rejected share of the day's rows above the median of the days before."""
+    """The rejected share of the day's rows may exceed the median of the days before by at most this much; 0 or more."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "event_range", tuple(self.event_range))
@@ -51,24 +54,27 @@ class NightlyConfig:
     """One night of retraining."""
 
     gate_hours: float = 6.0
-    """Last hours of the day, whose requests no model has trained on when it is judged by them."""
+    """Last hours of the day, above 0: the gate compares the models on their requests, on which neither has trained."""
     valid_hours: float = 2.0
-    """Hours before those, which choose among the night's checkpoints; the next night trains on both."""
+    """Hours before the gate's, above 0: their requests choose the best of the night's checkpoints. The next night
+    trains on both."""
     replay: float = 0.2
-    """Share of the night's training requests that are older than the champion's last ones, about."""
+    """Approximate share, from 0 to below 1, of the night's training requests that are older than those on which the
+    champion trained last."""
     epochs: int = 1
-    """Passes over the night's requests from the champion's weights on; from the seed it is training.epochs."""
+    """Passes over the night's requests, 1 or more, if training starts from the champion's weights; from scratch,
+    training.epochs applies."""
     reference_every: int = 7
-    """Nights after which the challenger must also stand beside the champion of some time ago; 0 = never."""
+    """Every so many nights the challenger must also pass against the champion of `reference_days` ago; 0 = never."""
     reference_days: int = 30
-    """How long ago that was: many small losses, each within the margin, must not add up."""
+    """Age of that champion in days, 1 or more: many small losses, each within the margin, must not add up."""
     states: bool = True
-    """Build the users' states for the champion each night, so that serving need not read histories."""
+    """Build the users' states for the champion each night, so that serving does not need to read histories."""
     keep: int = 7
-    """Nights whose runs and states of the data are kept. Besides, what an alias, the champion before or one of the
-    latest three versions needs."""
+    """Number of nights, 1 or more, whose runs and data manifests are kept. Also kept is everything that an alias, the
+    previous champion or one of the latest three versions needs."""
     gate: GateConfig = dataclasses.field(default_factory=GateConfig)
-    """What decides."""
+    """The conditions for a promotion."""
 
     def __post_init__(self) -> None:
         for name in ("gate_hours", "valid_hours"):

@@ -1,4 +1,4 @@
-"""A RunConfig from a recipe, further files and dotted overrides, in that order.
+"""Builds a RunConfig from a recipe, further YAML files and dotted overrides, in that order.
 
     solar train movielens-100k --config mine.yaml --model.rank 16
 
@@ -43,10 +43,16 @@ def config_parser(command: str, *, model: str) -> ArgumentParser:
     """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`."""
     parser = new_parser(command)
     parser.add_argument("--config", action="config", help="a further YAML file; may be given several times")
-    parser.add_argument("--name", type=str | None, default=None, help="names the run; default: the recipe")
-    parser.add_argument("--seed", type=int, default=1, help="of weights, order, negatives and dropout")
-    parser.add_argument("--workspace", type=Place, default="workspace", help="directory of everything written")
-    parser.add_argument("--compare", type=tuple[str, ...], default=(), help="models that `solar run` trains beside")
+    parser.add_argument(
+        "--name", type=str | None, default=None, help="name of the run: letters, digits, '.', '_', '-'; default: recipe"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of weights, order, negatives and dropout, from 0 to 2147483647"
+    )
+    parser.add_argument("--workspace", type=Place, default="workspace", help="directory for all output; not a URI")
+    parser.add_argument(
+        "--compare", type=tuple[str, ...], default=(), help="other models that `solar run` trains for comparison"
+    )
     parser.add_class_arguments(_named(model), "model")
     for section, section_class in SECTIONS.items():
         parser.add_class_arguments(section_class, section)
@@ -60,15 +66,15 @@ def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfi
 
 
 def stored_config(command: str, stored: Mapping[str, Any], origin: str, arguments: Sequence[str]) -> RunConfig:
-    """A config as `as_dict` stored it (with a checkpoint, in the registry) under further arguments."""
+    """A config that `as_dict` stored (with a checkpoint or in the registry), overridden by further arguments."""
     values = {key: value for key, value in stored.items() if key != "recipe"}
     return _resolve(command, values, origin, arguments, recipe=stored["recipe"], default_name=stored["name"])
 
 
 def load_board(board: str, arguments: Sequence[str], *, only: Sequence[str] = ()) -> tuple[str, dict[str, RunConfig]]:
-    """(name, the runs of its rows, or of those alone) of `solar leaderboard BOARD ARGUMENTS`.
+    """(name of the board, {row: its run}) of `solar leaderboard BOARD ARGUMENTS`; `only`: the rows to take, () = all.
 
-    The arguments hold for every row that is asked for.
+    The arguments apply to every row taken.
     """
     path = Path(board) if board.endswith((".yaml", ".yml")) else RECIPES / "leaderboards" / f"{board}.yaml"
     if not path.is_file():
@@ -76,21 +82,21 @@ def load_board(board: str, arguments: Sequence[str], *, only: Sequence[str] = ()
     values = _read_yaml(path)
     rows = values.pop("models", None)
     if rows in board_names():
-        # The same models on other data.
+        # `models` names another board: take its rows, for the data of this one.
         rows = _read_yaml(RECIPES / "leaderboards" / f"{rows}.yaml")["models"]
     if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
         raise UserError(
-            f"{path}: models must hold `ROW NAME: what the row adds` sections, or name a board that does "
-            f"({', '.join(board_names())}), holds {rows!r}"
+            f"{path}: models must hold sections `ROW NAME: settings of the row`, or the name of a board with such "
+            f"sections ({', '.join(board_names())}), holds {rows!r}"
         )
     if unknown := [row for row in only if row not in rows]:
-        raise UserError(f"leaderboard: --only {unknown[0]!r}: must be of {', '.join(map(str, rows))}")
+        raise UserError(f"leaderboard: --only {unknown[0]!r}: must be one of {', '.join(map(str, rows))}")
     found, names = {}, {}
     for row, added in rows.items():
         origin = f"{path}: models.{row}"
         name = f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', str(row).lower()).strip('-')}"
         if name in names:
-            raise UserError(f"{origin}: its runs would be named as those of {names[name]}; give it another name")
+            raise UserError(f"{origin}: its runs would have the names of those of {names[name]}; rename the row")
         names[name] = row
         if row in only or not only:
             found[str(row)] = _resolve(
@@ -100,7 +106,7 @@ def load_board(board: str, arguments: Sequence[str], *, only: Sequence[str] = ()
 
 
 def _merged(base: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `added` laid over it, section by section."""
+    """`base`, overridden by `added` key by key, also inside sections."""
     merged = dict(base)
     for key, value in added.items():
         old = merged.get(key)
@@ -111,6 +117,7 @@ def _merged(base: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
 def _resolve(
     command: str, first: dict[str, Any], origin: str, arguments: Sequence[str], *, recipe: str, default_name: str
 ) -> RunConfig:
+    # Read the files and find the model, which determines the fields of `--model.*`.
     files = [(file, _read_yaml(Path(file))) for file in _config_files(arguments)]
     model = _model_name([(origin, first), *files], arguments)
     if model not in MODELS:
@@ -118,6 +125,7 @@ def _resolve(
     parser = config_parser(command, model=model)
     if (written_for := _model_name([(origin, first)], [])) in MODELS and written_for != model:
         first, default_name = _for_model(first, model, written_for=written_for), f"{default_name}-{model}"
+    # Parse each file alone, so that an error names its file; then all together with the command line.
     layers = [(origin, first), *files]
     for layer, values in layers:
         try:
@@ -129,6 +137,7 @@ def _resolve(
     except (ArgumentError, ValueError) as error:
         raise UserError(f"command line: {explain(error, parser)}") from error
 
+    # Build the sections, whose own rules are checked then; rules across sections follow.
     try:
         built = parser.instantiate(parsed)
     except ValueError as error:
@@ -148,7 +157,7 @@ def _resolve(
 
 
 def _check_run(parsed: Any, model: str) -> None:
-    """The rules of the fields that belong to no section."""
+    """Check the fields outside of sections."""
     others = [name for name in MODELS if name != model]
     if set(parsed.compare) - set(others) or len(set(parsed.compare)) < len(parsed.compare):
         raise UserError(f"compare={list(parsed.compare)}: must be different models other than {model}, of {others}")
@@ -161,11 +170,11 @@ def _check_run(parsed: Any, model: str) -> None:
 
 
 def _check_log_q(training: TrainingConfig, requests: RequestConfig) -> None:
-    """A correction of draws needs draws; draws that favour what the user knows need the correction."""
+    """Check the rules of training.log_q: it needs drawn negatives, and history_negatives need it."""
     if requests.history_negatives and not training.log_q:
         raise UserError(
-            f"data.requests.history_negatives={requests.history_negatives}: needs training.log_q=true, or the model "
-            "learns to avoid what its users know; set it"
+            f"data.requests.history_negatives={requests.history_negatives}: set training.log_q=true, otherwise the "
+            "model learns to avoid items of the history"
         )
     if training.log_q and (requests.task != "next_item" or not requests.num_negatives):
         reason = f"task {requests.task}" if requests.task != "next_item" else "data.requests.num_negatives=0"
@@ -173,14 +182,14 @@ def _check_log_q(training: TrainingConfig, requests: RequestConfig) -> None:
 
 
 def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Sequence[str]) -> None:
-    """A softmax over the catalogue needs requests that are vectors, and draws nothing."""
+    """Check the rules of training.loss=catalogue: models whose requests are vectors, next_item, no drawn negatives."""
     if training.loss != "catalogue":
         return
     by_vectors = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
     if others := [name for name in models if name not in by_vectors]:
         raise UserError(
-            f"training.loss=catalogue: requests are no vectors to {others[0]}; train {' or '.join(by_vectors)}, "
-            "or set it to candidates"
+            f"training.loss=catalogue: model {others[0]} does not represent requests as vectors; train "
+            f"{' or '.join(by_vectors)}, or set it to candidates"
         )
     if requests.task != "next_item":
         raise UserError(f"training.loss=catalogue: task {requests.task} ranks its own candidates; set it to candidates")
@@ -192,7 +201,7 @@ def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Se
 
 
 def _named(model: str) -> type:
-    """The model's config with its own name as one more field."""
+    """The model's config class with `name` as one more field."""
     name = ("name", str, dataclasses.field(default=model))
     doc = {"__doc__": f"The model and its own settings.\n\nArgs:\n    name: One of {', '.join(MODELS)}."}
     return dataclasses.make_dataclass(
@@ -226,7 +235,7 @@ def _model_name(layers: Sequence[tuple[str, dict[str, Any]]], arguments: Sequenc
 
 
 def _for_model(values: Mapping[str, Any], model: str, *, written_for: str) -> dict[str, Any]:
-    """A recipe that was written for another model, without what only that model has."""
+    """A recipe that was written for another model, without the settings that only that model has."""
     ours, theirs = ({field.name for field in dataclasses.fields(MODELS[name][0])} for name in (model, written_for))
     section = {key: value for key, value in (values.get("model") or {}).items() if key not in theirs - ours}
     return {**values, "model": {**section, "name": model}}
@@ -244,7 +253,7 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str]:
 
 
 def explain(error: Exception, parser: ArgumentParser) -> str:
-    """jsonargparse's words on one line, with the nearest known key where one is unknown."""
+    """jsonargparse's message on one line; for an unknown key, a message with the most similar known key."""
     text = one_line(error)
     text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"expected \1, got \2", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
@@ -261,7 +270,7 @@ def explain(error: Exception, parser: ArgumentParser) -> str:
 
 
 def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: Sequence[str]) -> str:
-    """Put the dotted key and its origin before a section's `field=value: rule`."""
+    """Put the origin and the section's name before a section's message `field=value: rule`."""
     text = one_line(error)
     named = re.match(r"[\w.]+", text)
     field = named[0].split(".")[-1] if named else ""

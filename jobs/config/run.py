@@ -1,4 +1,5 @@
-"""RunConfig: everything a run depends on. Its sections are dataclasses beside their owners; this file composes them.
+"""RunConfig: all settings of a run. Its sections are dataclasses beside the code that they configure; this file
+combines them.
 
 jobs/config/reader.py reads it from recipes, files and the command line.
 """
@@ -38,7 +39,7 @@ SOURCES = ("movielens-100k", "files", "git", "synthetic", *PUBLISHED)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where events come from when the event log is not there yet."""
+    """The source of events, read if the event log does not exist yet."""
 
     name: str = "files"
     """movielens-100k, files, git, synthetic, or a public data set: movielens, kuairand, amazon-2023, mind, taobao,
@@ -51,11 +52,11 @@ class SourceConfig:
     users_path: Place | None = None
     """files: a table of users and their features."""
     files: ImportConfig = dataclasses.field(default_factory=ImportConfig)
-    """files: how to read them."""
+    """files: how to read the files."""
     git: GitConfig = dataclasses.field(default_factory=GitConfig)
-    """git: which commits count."""
+    """git: which commits become events."""
     synthetic: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)
-    """synthetic: what is simulated."""
+    """synthetic: settings of the simulation."""
 
     def __post_init__(self) -> None:
         if self.name not in SOURCES:
@@ -63,7 +64,7 @@ class SourceConfig:
         if not isinstance(self.path, (str, NoneType)) and self.name != "git":
             raise ValueError(f"path={list(self.path)}: must be one path; only git takes several")
         if self.path is not None and self.name == "synthetic":
-            raise ValueError(f"path={self.path}: must be unset, synthetic reads nothing")
+            raise ValueError(f"path={self.path}: must be unset, source synthetic reads no files")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -74,24 +75,24 @@ class SourceConfig:
 
     @property
     def needs_path(self) -> bool:
-        """Nothing can be imported because source.path is missing."""
+        """Whether source.path is missing, so that nothing can be imported."""
         return self.name not in ("movielens-100k", "synthetic") and not self.paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data set and how requests and batches are made of it."""
+    """The data set, and how requests and batches are made from it."""
 
     name: str = "data"
-    """Names the event log and the shards inside the workspace."""
+    """Name of the data set; its event log and shards in the workspace have this name."""
     events: Place | None = None
-    """Event log; unset = WORKSPACE/events/NAME."""
+    """Directory or URI of the event log; unset = WORKSPACE/events/NAME."""
     shards: Place | None = None
-    """Sequence shards; unset = WORKSPACE/shards/NAME."""
+    """Directory or URI of the sequence shards; unset = WORKSPACE/shards/NAME."""
     prepare: PrepareConfig = dataclasses.field(default_factory=PrepareConfig)
     """How shards are built."""
     requests: RequestConfig = dataclasses.field(default_factory=RequestConfig)
-    """Which requests are made of a user's sequence."""
+    """Which requests are made from a user's sequence."""
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
     """How users are packed into batches."""
 
@@ -101,15 +102,15 @@ class RunConfig:
     """A resolved configuration."""
 
     recipe: str
-    """The recipe as the user named it."""
+    """The recipe, as the user named it."""
     name: str
-    """Names the run's directory WORKSPACE/runs/NAME."""
+    """Name of the run; its directory is WORKSPACE/runs/NAME."""
     seed: int
-    """Of weights, order, negatives and dropout."""
+    """Seed of weights, order, negatives and dropout."""
     workspace: str
-    """Directory of everything written."""
+    """Directory for all output."""
     compare: tuple[str, ...]
-    """Models trained beside the main one by `solar run`, with the same data, loss and number of epochs."""
+    """Models that `solar run` trains for comparison, with the same data, loss and number of epochs."""
     source: SourceConfig
     data: DataConfig
     model: dict[str, Any]
@@ -133,7 +134,7 @@ class RunConfig:
 
     @property
     def registered_model(self) -> str:
-        """Name in the registry."""
+        """Name of the model in the MLflow registry."""
         return self.tracking.registered_model or f"solar-{self.data.name}"
 
     @property
@@ -141,23 +142,23 @@ class RunConfig:
         return Path(self.workspace) / "runs" / self.name
 
     def with_model(self, name: str) -> RunConfig:
-        """The same run with another model: what both models have is the same, the rest its defaults."""
+        """This run with another model: settings that both models have are kept, all others have their defaults."""
         config_class = MODELS[name][0]
         common, theirs = ({field.name for field in dataclasses.fields(each)} for each in (TowerConfig, config_class))
         kept = {key: value for key, value in self.model.items() if key in common & theirs}
         model = {"name": name, **dataclasses.asdict(config_class(**kept))}
-        # A checkpoint is of one model.
+        # A checkpoint fits only the model that wrote it.
         training = dataclasses.replace(self.training, warm_start=None)
         return dataclasses.replace(self, name=f"{self.name}-{name}", model=model, training=training, compare=())
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, secrets in URIs redacted: what is printed, stored and logged."""
+        """Plain values without the secrets in URIs, for printing, storing and logging."""
         stored = dataclasses.replace(self, notify=self.notify.recorded())
         return redacted(json.loads(json.dumps(dataclasses.asdict(stored))))
 
     def identity(self) -> dict[str, Any]:
-        """What decides the trained weights, but for the content of training.warm_start, which stands in the run's
-        record: a run directory belongs to one identity."""
+        """The settings that determine the trained weights; a run directory belongs to one identity. The checkpoint of
+        training.warm_start also determines them, but is stored in the run's record instead."""
         whole = self.as_dict()
         parts = {key: whole[key] for key in ("seed", "model", "training", "optimizer")}
         parts["training"] = {key: value for key, value in whole["training"].items() if key != "warm_start"}
@@ -167,7 +168,7 @@ class RunConfig:
         return parts
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits of the identity."""
+        """Hash of the identity, sixteen hex digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,1 +1,1 @@
-"""What `solar import`, `prepare`, `inspect`, `compact`, `forget` and `gc` do: data sets made, looked at, maintained."""
+"""The work of `solar import`, `prepare`, `inspect`, `compact`, `forget` and `gc`: make, show and maintain data sets."""

@@ -1,4 +1,4 @@
-"""solar inspect DIR: what is in sequence shards or in a checkpoint, and whether it is undamaged."""
+"""solar inspect DIR: shows the contents of sequence shards or of a checkpoint, and whether they are undamaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.shards.manifest import current_manifest
 
 
 def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
-    """Print what a shard directory or a checkpoint holds; 1 if `check` finds damage."""
+    """Print the contents of a shard directory or a checkpoint; returns 1 if `check` finds damage, else 0."""
     if (path / "COMMIT").exists():
         problems = verify_checkpoint(path, checksums=check)
         if not problems:

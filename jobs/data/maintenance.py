@@ -1,4 +1,4 @@
-"""solar compact, forget, gc: what a data set needs that grows for years."""
+"""solar compact, forget, gc: maintenance of a data set that grows for years."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from pipeline.storage import absolute
 
 
 def compact_shards(path: str, console: Console, *, cluster: ClusterConfig, verbose: bool = False) -> None:
-    """Rewrite every bucket that has more than one file as one."""
+    """Merge the files of every bucket into one file."""
     before = Shards.open(path).manifest
     with ray_session(cluster, verbose=verbose), console.stage("compact") as stage:
         after = compact(absolute(path), progress=progress_of(stage))
         found = after.counts["duplicate"] - before.counts["duplicate"]
         stage.result = f"{len(before.files):,} files -> {len(after.files):,}, manifest {after.number} in {path}"
         if found:
-            stage.result += f"; {found:,} old events had come again: counted as duplicates now"
+            stage.result += f"; {found:,} events were repetitions of old ones, now counted as duplicates"
 
 
 def forget_users(
     path: str, users: str, console: Console, *, outputs: Sequence[str], cluster: ClusterConfig, verbose: bool = False
 ) -> None:
-    """Take the users that a file names out of the shards and out of results of `solar score`."""
+    """Remove the users that a file names from the shards and from results of `solar score`."""
     ids = read_users(users)
     before = Shards.open(path).manifest
     with ray_session(cluster, verbose=verbose), console.stage("forget") as stage:
         after = forget(absolute(path), ids, progress=progress_of(stage))
         removed = sum(clean_output(output, ids) for output in outputs)
         stage.result = (
-            f"{before.users - after.users:,} of {len(ids):,} users were there, "
+            f"{before.users - after.users:,} of {len(ids):,} users were found, "
             f"{before.counts['accepted'] - after.counts['accepted']:,} events; manifest {after.number} in {path}"
             + (f"; {removed:,} rows of {len(outputs)} result files" if outputs else "")
         )
     logs = [entry["name"] for entry in after.inputs]
     shown = ", ".join(logs[:3]) + (f" and {len(logs) - 3} more" if len(logs) > 3 else "")
     for what, text in (
-        ("not covered", f"the raw logs ({shown}) and event logs made of them; what comes again from there is dropped"),
+        ("not covered", f"the raw logs ({shown}) and their event logs; later ingests drop these users' events"),
         ("", "weights learned from these users, in checkpoints and registered models: train and register again"),
         ("", "results of `solar score` that --outputs did not name, and backups"),
     ):
@@ -50,7 +50,7 @@ def forget_users(
 
 
 def check_forgotten(path: str, users: str, console: Console, *, outputs: Sequence[str]) -> int:
-    """Look for the users everywhere; 1 if anything is left."""
+    """Search the data set and the results for the users; returns 1 if anything is left, else 0."""
     found = traces(path, read_users(users), outputs=outputs)
     for trace in found:
         console.line(f"still there: {trace}")
@@ -60,7 +60,7 @@ def check_forgotten(path: str, users: str, console: Console, *, outputs: Sequenc
 
 
 def collect_garbage(path: str, console: Console, *, keep: int) -> None:
-    """Remove old manifests and what only they name."""
+    """Remove all but the latest `keep` manifests, and the files that only the removed ones name."""
     removed = collect(path, keep=keep)
     numbers = f"manifests {removed.manifests[0]} to {removed.manifests[-1]}" if removed.manifests else "no manifest"
     console.line(f"removed       {numbers}, {removed.files:,} files, {removed.bytes / 2**20:,.1f} MiB in {path}")

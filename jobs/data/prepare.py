@@ -20,7 +20,7 @@ from pipeline.storage import absolute
 
 
 def import_events(source: SourceConfig, out: str, console: Console, *, downloads: Path) -> Imported:
-    """Bring a source into an event log; the same source again is a no-op."""
+    """Import a source into an event log; does nothing if the log already has the same source."""
     with console.stage("import") as stage:
         imported = _import(source, out, downloads=downloads, progress=progress_of(stage))
         tables = [f"{n:,} {what}" for what, n in (("items", imported.items), ("users", imported.users)) if n]
@@ -33,7 +33,8 @@ def import_events(source: SourceConfig, out: str, console: Console, *, downloads
 
 
 def import_missing(config: RunConfig, console: Console) -> None:
-    """The event log of a recipe. Where a user has to name the files, a log that is there is taken as it is."""
+    """Import the event log of a recipe. If the recipe does not name the files (source.path), an existing log is used
+    as it is."""
     there = "://" in config.events_dir or Path(config.events_dir).exists()
     if config.source.needs_path and there:
         console.line(f"{'import':<12} already there: {config.events_dir}")
@@ -46,8 +47,8 @@ def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -
         what = {"git": "the repository", "files": "the events"}.get(source.name, "the unpacked data set")
         value = "FILE" if source.name == "files" else "DIRECTORY"
         raise UserError(
-            f"source.path is not set and {out} is not there: name {what} with --source.path {value}, "
-            f"or bring them in with `solar import {source.name}`"
+            f"source.path is not set and {out} does not exist: name {what} with --source.path {value}, "
+            f"or import the events with `solar import {source.name}`"
         )
     if source.name == "git":
         return import_git(source.paths, out, config=source.git, progress=progress)
@@ -75,7 +76,7 @@ def prepare_shards(
     cluster: ClusterConfig = ClusterConfig(),
     verbose: bool = False,
 ) -> Prepared:
-    """Event log -> sequence shards through Ray Data, whose tasks may work in another directory than this one."""
+    """Event log -> sequence shards, with Ray Data. Paths become absolute: its tasks may run in another directory."""
     places = {"items": items and absolute(items), "users": users and absolute(users)}
     with ray_session(cluster, verbose=verbose), console.stage("prepare") as stage:
         prepared = prepare(absolute(events), absolute(out), config=options, **places, progress=progress_of(stage))
@@ -90,6 +91,7 @@ def prepare_shards(
 
 
 def events_line(counts: Any) -> str:
+    """A manifest's counts of rows as one line of text."""
     rejected = sum(counts["rejected"].values())
     return (
         f"{counts['read']:,} read = {counts['accepted']:,} accepted + {counts['duplicate']:,} duplicate + "
@@ -98,7 +100,7 @@ def events_line(counts: Any) -> str:
 
 
 def progress_of(stage: Stage) -> Any:
-    """Shows how far the tasks of a stage are."""
+    """A function that shows the progress of a stage's tasks: (name, done, total)."""
 
     def progress(name: str, done: int, total: int) -> None:
         stage.update(done, total or None, name)

@@ -1,1 +1,1 @@
-"""The ground floor: errors, files, locks, secrets, processes, the console. Imports nothing of ours."""
+"""The lowest layer: errors, files, locks, secrets, processes, the console. Imports no other package of this project."""

@@ -1,4 +1,4 @@
-"""Which commit of the code runs."""
+"""The commit of the running code."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import subprocess
 from pathlib import Path
 
 GIT_COMMIT_VARIABLE = "SOLAR_GIT_COMMIT"
-"""Environment variable that tells a job which commit its code was uploaded from."""
+"""Environment variable of a submitted job: the commit from which its code was uploaded."""
 
 
 def git_commit() -> str:
-    """Commit of the running code, with `-dirty` where it was changed.
+    """Commit of the running code, with `-dirty` if the checkout has uncommitted changes.
 
-    Outside a checkout what `solar submit` noted down when it uploaded the code, else `unknown`.
+    Outside a git checkout: the commit that `solar submit` recorded when it uploaded the code, else `unknown`.
     """
     root = Path(__file__).resolve().parents[2]
     try:

@@ -1,7 +1,7 @@
-"""What a user of ours sees: our lines, progress bars on a terminal, plain lines elsewhere.
+"""The output that a user sees: messages, tables, and progress (bars on a terminal, plain lines elsewhere).
 
-Third-party libraries (and the C++ processes they start) write to file descriptors 1 and 2 whatever their log level is.
-Unless `-v` is given these two go to a log file, and the console keeps the terminal for itself.
+Third-party libraries (and the C++ processes that they start) write to file descriptors 1 and 2, whatever their log
+level is. Without `-v` both descriptors are redirected to a log file, and only this console writes to the terminal.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from rich.table import Table
 
 PLAIN_WIDTH = 160
 PLAIN_LINE_SECONDS = 10.0
-"""Off a terminal a stage prints a line at its start and end and at most this often between."""
+"""Without a terminal, a stage prints a line at its start and at its end, and in between at most one per this time."""
 
 
 def one_line(error: object) -> str:
-    """Its text without line breaks."""
+    """The text of the error, without line breaks."""
     return " ".join(str(error).split())
 
 
@@ -34,12 +34,12 @@ class Console:
 
     def __init__(self) -> None:
         self.log: Path | None = None
-        """Where the libraries' output goes, None while it goes to the terminal."""
+        """The file that receives the libraries' output; None while it goes to the terminal."""
         self._out, self._err = sys.stdout, sys.stderr
         self._rich = _rich_console(self._out)
 
     def capture_libraries(self, log: Path) -> None:
-        """From now on file descriptors 1 and 2 of this process and its children are `log`; this console is not."""
+        """Send file descriptors 1 and 2 of this process and its children to `log` from now on; not this console."""
         log.parent.mkdir(parents=True, exist_ok=True)
         self._out.flush()
         sys.stderr.flush()
@@ -57,24 +57,24 @@ class Console:
         print(text, file=self._err, flush=True)
 
     def line(self, text: str = "") -> None:
-        """One line, as it is."""
+        """One line of text, without interpretation of markup."""
         self._rich.print(text, markup=False)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: Sequence[str] = ()
     ) -> None:
-        """A table; the first column and those of `text` are left-aligned, numbers to the right."""
+        """A table; the first column and the columns named in `text` are left-aligned, all others right-aligned."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 or column in text else "right", no_wrap=index == 0)
         for row in rows:
-            # A cell such as [genres] is text, no markup.
+            # A cell such as [genres] is text, not markup.
             table.add_row(*(escape(cell) for cell in row))
         self._rich.print(table)
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Stage]:
-        """A unit of long work with a progress bar; ends with a line that says how long it took."""
+        """Show the progress of the block; at its end print a line with its duration and the stage's `result`."""
         stage = Stage(title, self._rich) if self._rich.is_terminal else PlainStage(title, self._rich)
         stage.begin()
         try:
@@ -86,7 +86,7 @@ class Console:
 
 
 def _rich_console(out: TextIO) -> rich.console.Console:
-    # Off a terminal nothing needs to fit a window.
+    # Without a terminal there is no window width to respect.
     width = None if out.isatty() else PLAIN_WIDTH
     return rich.console.Console(file=out, highlight=False, soft_wrap=True, width=width)
 
@@ -96,7 +96,7 @@ class Stage:
 
     def __init__(self, title: str, console: rich.console.Console) -> None:
         self.result = ""
-        """What the last line says beside the time."""
+        """Text of the last line, after the duration."""
         self._title, self._console = title, console
         self._started = time.monotonic()
         self._progress: Progress | None = None
@@ -122,7 +122,7 @@ class Stage:
         self._progress.update(self._task, completed=done, total=total, note=note)
 
     def tell(self, text: str) -> None:
-        """A line above the bar, which stays."""
+        """Print a permanent line above the bar."""
         self._console.print(f"{self._title:<12} {text}", markup=False)
 
     def end(self, result: str) -> None:
@@ -132,7 +132,7 @@ class Stage:
 
 
 class PlainStage(Stage):
-    """The same where there is no terminal: now and then a line."""
+    """Progress without a terminal: a line at most every PLAIN_LINE_SECONDS."""
 
     def begin(self) -> None:
         self._last = time.monotonic()

@@ -1,25 +1,26 @@
-"""What ends a command: a user's mistake in one line, exit codes, and how long to wait before another try."""
+"""How a command ends: the error class of a user's mistake, exit codes, and the wait before another try."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one line that names the key or file, the value and the fix; exit code 2.
+    """A user's mistake. The message is one line that names the key or file, the value and the fix; exit code 2.
 
-    Rooms have kinds of their own below it (CheckpointError, RunInUse). Mistakes in the data are pipeline's DataError,
-    those in what a registered model is asked the scorer's RequestError: neither imports this package.
+    Packages define subclasses (CheckpointError, RunInUse). Errors in the data are `pipeline.events.DataError`, errors
+    in a request to a registered model are the scorer's `RequestError`: those packages do not import this one.
     """
 
 
 MISTAKE = 2
-"""The user's: no retry mends it."""
+"""A user's mistake: a retry cannot succeed."""
 TRY_LATER = 75
-"""As in sysexits.h: nothing is wrong, the same command may succeed later."""
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command may succeed later."""
 INTERRUPTED = 130
-"""Somebody stopped it; what was committed is still there."""
+"""The command was stopped by Ctrl-C or SIGTERM; everything committed before remains."""
 LONGEST_SECONDS = 3600.0
+"""Upper limit of `wait_seconds`."""
 
 
 def wait_seconds(tried: int, *, first: float) -> float:
-    """After `tried` tries: `first` after one, then twice as long each time, an hour at most."""
+    """Seconds to wait after `tried` failed tries: `first` after one, then doubled each time, at most an hour."""
     return min(first * 2.0 ** min(tried - 1, 32), LONGEST_SECONDS)

@@ -1,4 +1,5 @@
-"""JSON files that a process may die in the middle of writing: documents replaced as a whole, and one row per line."""
+"""JSON files that stay readable if a process dies while it writes: documents replaced atomically, and files with one
+JSON row per line."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows, without half a line of a killed process; none where there is no file."""
+    """The rows of the file; incomplete lines of a killed process are skipped. Empty if there is no file."""
     rows = []
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -24,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Replace the file as a whole; an OSError names it, and leaves the old one."""
+    """Replace the file atomically; an OSError names the file, whose old content is then unchanged."""
     staged = path.with_suffix(".tmp")
     try:
         with staged.open("w") as stream:

@@ -1,10 +1,10 @@
-"""Who may write into a run directory: one command at a time, and of its workers only the newest group.
+"""Who may write into a run directory: one command at a time, and only the newest group of its workers.
 
     RUN/lock          held by the command that drives the run
-    RUN/workers.lock  held by every worker; a new group begins when no worker of an earlier one is left
+    RUN/workers.lock  held by every worker; a new group starts when no worker of an earlier group is left
 
-Both are advisory locks of the kernel: they end with the process that holds them, however it ends. Workers outlive a
-killed driver by some seconds and may be writing a checkpoint in that time; that is why they have a lock of their own.
+Both are advisory locks of the kernel: they are released when the process that holds them ends, for whatever reason.
+Workers outlive a killed driver by some seconds and may write a checkpoint in that time: hence their separate lock.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from jobs.host.errors import UserError
 
 LOCK_FILES = ("lock", "workers.lock")
 WAIT_SECONDS = 60.0
-"""For the workers of a dead command; Ray ends them about two seconds after their driver (measured on one machine)."""
+"""How long to wait for the workers of a dead command; Ray ends them about two seconds after their driver (measured on
+one machine)."""
 POLL_SECONDS = 0.2
 
 
 class RunInUse(UserError):
-    """Another process writes into the run directory; the message says which."""
+    """Another process writes into the run directory; the message says which one."""
 
 
 @contextlib.contextmanager
 def sole_command(run_dir: Path, *, otherwise: str = "choose another --name") -> Iterator[None]:
-    """Hold RUN/lock; RunInUse if another command does. A directory that stayed empty is removed afterwards.
+    """Hold RUN/lock during the block; RunInUse if another command holds it. A run directory that is still empty at the
+    end is removed.
 
-    `otherwise`: what a user can do but wait."""
+    `otherwise`: what the user can do instead of waiting, for the message."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "lock"
     descriptor = try_lock(path, fcntl.LOCK_EX)
@@ -59,19 +61,21 @@ def wait_for_workers(run_dir: Path, *, tell: Callable[[str], None], wait_seconds
 
 
 def _wait_for_lock(path: Path, *, wait_seconds: float, tell: Callable[[str], None] = lambda text: None) -> int:
-    deadline, told = time.monotonic() + wait_seconds, False
+    deadline, announced = time.monotonic() + wait_seconds, False
     while (descriptor := try_lock(path, fcntl.LOCK_EX)) is None:
-        if not told:
+        if not announced:
             tell(f"waiting for workers of an earlier command to end ({holder(path)})")
-            told = True
+            announced = True
         if time.monotonic() > deadline:
-            raise RunInUse(f"{path.parent}: workers of an earlier command still write there ({holder(path)}): end it")
+            raise RunInUse(
+                f"{path.parent}: workers of an earlier command still write there ({holder(path)}): end that process"
+            )
         time.sleep(POLL_SECONDS)
     return descriptor
 
 
 def try_lock(path: Path, mode: int) -> int | None:
-    """A descriptor that holds the lock, None where another process holds it."""
+    """Try to take the flock `mode` of the file: a descriptor that holds it, or None if another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -81,9 +85,9 @@ def try_lock(path: Path, mode: int) -> int | None:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
             raise RunInUse(
-                f"{path}: {error.strerror}: the file system has no locks (flock): choose another --workspace"
+                f"{path}: {error.strerror}: this file system does not support locks (flock): choose another --workspace"
             ) from error
-        # The holder before may have removed the file after it was opened here.
+        # The previous holder may have removed the file after it was opened here: then the lock protects nothing.
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
@@ -91,14 +95,16 @@ def try_lock(path: Path, mode: int) -> int | None:
 
 
 def sign(descriptor: int) -> None:
+    """Write into a held lock file which process holds it."""
     text = f"process {os.getpid()} on {socket.gethostname()} (since {time.strftime('%Y-%m-%d %H:%M:%S')})"
-    # The lock holds without its text; a full disk is told of where its free space is compared with the need.
+    # The lock works without this text. A full disk is reported elsewhere: where free space is compared with the need.
     with contextlib.suppress(OSError):
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
 
 
 def holder(path: Path) -> str:
+    """The text of `sign` in a lock file, for messages."""
     with contextlib.suppress(OSError):
         return path.read_text() or "another process"
     return "another process"

@@ -1,8 +1,8 @@
-"""Tells people how a night went: a command of theirs and a webhook get the event.
+"""Notifications about the outcome of a night: a user-defined command and a webhook receive the event.
 
 An event holds `event` (promoted, refused, undecided, no_input or failed), model, date, version, reason and report (the
-path of the night's report); what does not apply is None. Whatever fails here is told in a line, never raised: a night
-does not fail because nobody could be told of it.
+path of the night's report); a key that does not apply is None. Every failure here is reported in one line and never
+raised: a night does not fail because its notification failed.
 """
 
 from __future__ import annotations
@@ -23,59 +23,60 @@ from jobs.host.secrets import redacted, scheme_and_host
 
 EVENTS = ("promoted", "refused", "undecided", "no_input", "failed")
 FACTS = ("event", "model", "date", "version", "reason", "report")
-"""Keys that the command finds in its environment too: SOLAR_EVENT, SOLAR_MODEL and so on."""
+"""Keys of an event that the command also gets as environment variables: SOLAR_EVENT, SOLAR_MODEL and so on."""
 
 URL_VARIABLE = "SOLAR_NOTIFY_URL"
-"""Environment variable with the webhook's address, for where a recipe must not hold its token."""
+"""Environment variable with the webhook's URL, for setups in which a recipe must not contain its token."""
 FACT_LENGTH = 4000
-"""A variable's value is cut there: the kernel starts no program with longer ones than 128 KiB."""
+"""Longer values of these variables are cut: the kernel starts no program with a variable longer than 128 KiB."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NotifyConfig:
-    """Who is told of a night's outcome."""
+    """Where the outcome of a night is sent."""
 
     command: str | None = None
-    """Shell command that gets the event as JSON on its standard input and its facts as SOLAR_EVENT, SOLAR_MODEL ..."""
+    """Shell command that gets the event as JSON on its standard input, and its values in the environment variables
+    SOLAR_EVENT, SOLAR_MODEL, SOLAR_DATE, SOLAR_VERSION, SOLAR_REASON and SOLAR_REPORT. Unset = none."""
     url: str | None = None
-    """Webhook, http or https, to which the event is posted as JSON; a token in it stays out of logs and records.
-    Unset = SOLAR_NOTIFY_URL of the environment, if that is there."""
+    """URL of a webhook (http or https) to which the event is posted as JSON; a token in it stays out of logs and
+    records. Unset = the environment variable SOLAR_NOTIFY_URL, if set."""
     command_seconds: float = 60.0
-    """After so long the command is killed."""
+    """The command is killed after this many seconds; above 0, at most 3600."""
     url_seconds: float = 10.0
-    """How long the webhook may take to accept a connection, and again to answer."""
+    """Most seconds that the webhook may take to accept the connection, and again to answer; above 0, at most 3600."""
 
     def __post_init__(self) -> None:
         if self.url is not None and scheme_and_host(self.url) is None:
-            raise ValueError("url is no web address: it must be as https://HOST/PATH")
+            raise ValueError("url is not a web address: it must have the form https://HOST/PATH")
         for name in ("command_seconds", "url_seconds"):
             if not 0 < getattr(self, name) <= 3600:
                 raise ValueError(f"{name}={getattr(self, name):g}: must be above 0 and at most 3600")
 
     def recorded(self) -> NotifyConfig:
-        """The same without what must not be stored: of the webhook only scheme and host."""
+        """This configuration as it may be stored: only scheme and host of the webhook's URL, which may hold a token."""
         return self if self.url is None else dataclasses.replace(self, url=scheme_and_host(self.url))
 
 
 def notify(config: NotifyConfig, event: Mapping[str, Any], tell: Callable[[str], None]) -> None:
-    """Hand the event to the command and to the webhook; what fails is told in one line each."""
+    """Send the event to the command and to the webhook; each failure is reported to `tell` in one line."""
     config = dataclasses.replace(config, url=_url(config, tell))
     for use, send in ((config.command, _run), (config.url, _post)):
         if use is None:
             continue
         try:
             problem = send(config, event)
-        # An error's text may hold the whole address; no error of a notification may end what it tells of.
+        # Only the error's type: its text may hold the whole URL. No failed notification may end the night itself.
         except Exception as error:
             problem = f"{_target(config, send)}: {type(error).__name__}"
         if problem:
-            tell(f"nobody was told of {event.get('event')!r}: {problem}")
+            tell(f"notification of {event.get('event')!r} failed: {problem}")
 
 
 def _url(config: NotifyConfig, tell: Callable[[str], None]) -> str | None:
     url = config.url or os.environ.get(URL_VARIABLE) or None
     if url is not None and scheme_and_host(url) is None:
-        tell(f"{URL_VARIABLE} is no web address: it must be as https://HOST/PATH")
+        tell(f"{URL_VARIABLE} is not a web address: it must have the form https://HOST/PATH")
         return None
     return url
 
@@ -85,10 +86,10 @@ def _target(config: NotifyConfig, send: Callable[..., Any]) -> str:
 
 
 def _run(config: NotifyConfig, event: Mapping[str, Any]) -> str | None:
-    """What went wrong with the command, if anything."""
+    """Run the command; returns what went wrong, or None."""
     assert config.command is not None
     facts = {f"SOLAR_{name.upper()}": str(event[name])[:FACT_LENGTH] for name in FACTS if event.get(name) is not None}
-    # A file, not a pipe: what the command leaves running may keep a pipe open for ever.
+    # A file, not a pipe: a process that the command leaves running may keep a pipe open for ever.
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             config.command,
@@ -110,7 +111,7 @@ def _run(config: NotifyConfig, event: Mapping[str, Any]) -> str | None:
             raise
         if process.returncode == 0:
             return None
-        return f"notify.command ended with {process.returncode}{_last_line(errors)}"
+        return f"notify.command ended with exit code {process.returncode}{_last_line(errors)}"
 
 
 def _last_line(errors: IO[bytes]) -> str:
@@ -120,16 +121,16 @@ def _last_line(errors: IO[bytes]) -> str:
 
 
 def _post(config: NotifyConfig, event: Mapping[str, Any]) -> str | None:
-    """What went wrong with the webhook, if anything."""
+    """Post to the webhook; returns what went wrong, or None."""
     assert config.url is not None
     shown = _target(config, _post)
     body, kind = json.dumps(event, default=str), {"Content-Type": "application/json"}
     try:
-        # Followed to another host the event would go where nobody sent it; the answer's body is not read.
+        # No redirects: the event must not reach a host that the user did not name. The answer's body is not read.
         with requests.post(
             config.url, data=body, headers=kind, timeout=config.url_seconds, allow_redirects=False, stream=True
         ) as answer:
-            return None if answer.ok and not answer.is_redirect else f"{shown} answers {answer.status_code}"
+            return None if answer.ok and not answer.is_redirect else f"{shown} answers with status {answer.status_code}"
     except requests.Timeout:
         return f"{shown} does not answer within {config.url_seconds:g} s (notify.url_seconds)"
     except requests.ConnectionError:

@@ -1,7 +1,7 @@
-"""Arguments that are places: paths and URIs. A relative one depends on the directory in which a command runs.
+"""Arguments that are places: paths and URIs. A relative path depends on the directory in which a command runs.
 
-Parsers give such an argument one of the types below, and `rewritten` walks over a command line as its parsers would. So
-nothing else has to know which arguments are places: cluster/submission.py makes them absolute for a job.
+Parsers declare such an argument with one of the types below, and `rewritten` reads a command line as its parsers would.
+So no other module keeps a list of these arguments: cluster/submission.py uses `rewritten` to make them absolute.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ class Place(str):
     """A path, a pattern of paths, or a URI."""
 
     words: ClassVar[tuple[str, ...]] = ("null",)
-    """Values that are no place."""
+    """Values that have a meaning of their own and are not places."""
 
 
 class StatesPlace(Place):
-    """Stored states: a directory, or `auto` for the workspace's own."""
+    """The place of stored user states: a directory, or `auto` for the workspace's default directory."""
 
     words = (*Place.words, "auto")
 
 
 class YamlFile(str):
-    """A YAML file that a command reads, or the name of one that comes with the code (a recipe, a board)."""
+    """A YAML file that a command reads, or the name of a YAML file in the package (a recipe, a leaderboard)."""
 
 
 class Subject(str):
-    """What can be evaluated: a recipe (YamlFile), the directory of a checkpoint (Place) or a model's URI."""
+    """The argument of `solar evaluate`: a recipe (YamlFile), the directory of a checkpoint (Place) or a model's URI."""
 
 
 Kind = type[Place] | type[YamlFile] | type[Subject]
 
 
 def new_parser(command: str, *, description: str | None = None) -> ArgumentParser:
-    """The parser of `solar COMMAND`: reads the types above, raises instead of exiting, and shows the docstring of each
-    field of a configuration as its help."""
+    """The parser of `solar COMMAND`: accepts the types above, raises instead of exiting, and uses the docstring of each
+    configuration field as the help of its option."""
     from jsonargparse import ArgumentParser, set_parsing_settings
     from jsonargparse.typing import register_type
 
@@ -52,7 +52,7 @@ def new_parser(command: str, *, description: str | None = None) -> ArgumentParse
 
 
 def kind_of(action: argparse.Action) -> Kind | None:
-    """The kind of place that an argument is, also inside a union, list or tuple; None for any other argument."""
+    """The kind of place that an argument holds, directly or inside a union, list or tuple; None for other arguments."""
     if action.dest == "config":
         return YamlFile
     kinds = [kind for kind in _types_in(getattr(action, "_typehint", None) or action.type) if _is_kind(kind)]
@@ -60,7 +60,7 @@ def kind_of(action: argparse.Action) -> Kind | None:
 
 
 def place_keys(parsers: Sequence[argparse.ArgumentParser]) -> list[str]:
-    """The dotted configuration keys (`data.shards`) whose value is a Place, in the parsers' order."""
+    """The dotted configuration keys (such as `data.shards`) whose value is a Place, in the parsers' order."""
     return [
         action.dest
         for parser in parsers
@@ -77,15 +77,16 @@ def takes_option(parsers: Sequence[argparse.ArgumentParser], option: str) -> boo
 def rewritten(
     arguments: Sequence[str], parsers: Sequence[argparse.ArgumentParser], rewrite: Callable[[Kind, str, str], str]
 ) -> list[str]:
-    """The arguments with each place replaced by `rewrite(kind, value, named)`; `named`: its option or positional name.
+    """The arguments with each place replaced by `rewrite(kind, value, named)`; `named`: the option (`--data.shards`) or
+    the name of the positional argument.
 
-    Both `--option VALUE` and `--option=VALUE` are understood, options with several values, flags and positional
-    arguments. An option that no parser knows is taken to have one value, as settings of a model have.
+    Handles `--option VALUE`, `--option=VALUE`, options with several values, flags and positional arguments. An option
+    that no parser knows is assumed to have one value: it is a setting of a model.
     """
     options = {name: action for parser in parsers for name, action in parser._option_string_actions.items()}
     positionals = [action for parser in parsers for action in parser._actions if not action.option_strings]
     found: list[str] = []
-    waiting: tuple[argparse.Action | None, int] = (None, 0)  # whose values follow, and how many at most
+    waiting: tuple[argparse.Action | None, int] = (None, 0)  # the option whose values follow, and how many at most
     for argument in arguments:
         if _is_option(argument):
             name, equals, value = argument.partition("=")
@@ -115,7 +116,7 @@ def _one(action: argparse.Action | None, value: str, rewrite: Callable[[Kind, st
 
 
 def _most_values(action: argparse.Action | None) -> int:
-    """How many arguments after an option belong to it, at most."""
+    """The maximum number of arguments after an option that are its values."""
     if action is None or action.nargs is None:
         return 1
     if isinstance(action.nargs, int):
@@ -124,7 +125,7 @@ def _most_values(action: argparse.Action | None) -> int:
 
 
 def _is_option(argument: str) -> bool:
-    """Whether argparse would take it for an option: -1 and -0.5 are values."""
+    """Whether argparse would treat the argument as an option: -1 and -0.5 are values."""
     return argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit() and argument[1] != "."
 
 

@@ -1,4 +1,4 @@
-"""What a process is given from outside: signals that are noted instead of raised, environment variables for a while."""
+"""The environment of a process: signals recorded instead of raised, and environment variables set temporarily."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def interrupt() -> None:
 
 @contextmanager
 def noted_signals(*, second: Callable[[], None] = interrupt) -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM arrived in the block; `second` is what a second one does. Elsewhere than in the main
-    thread, which alone gets signals, none ever does."""
+    """Record SIGINT and SIGTERM during the block: yields a function that returns whether one has arrived. `second` runs
+    at every further signal. Outside the main thread (Python delivers signals only there) it always returns False."""
     seen: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
@@ -38,7 +38,7 @@ def noted_signals(*, second: Callable[[], None] = interrupt) -> Iterator[Callabl
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables in the block, for this process and for what it starts; then they are as they were."""
+    """Set environment variables during the block, for this process and its children; then restore the old ones."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

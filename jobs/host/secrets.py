@@ -1,4 +1,4 @@
-"""What must not leak and must not be forged: passwords in addresses, files that others could write."""
+"""Protection of secrets and of files: hide passwords in URIs, refuse files and directories that others may write."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from jobs.host.errors import UserError
 
 
 def refuse_open_directory(path: Path) -> None:
-    """UserError where everybody may write into the directory; the sticky bit, as /tmp has it, protects what is there.
-
-    A directory that is not there yet is nobody's.
+    """UserError if everybody may write into the directory, unless it has the sticky bit (such as /tmp), which protects
+    the files in it. A directory that does not exist yet is accepted.
     """
     if not path.exists():
         return
     mode = path.stat().st_mode
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         raise UserError(
-            f"{path}: everybody may write there, and so decide what is trained and registered: chmod o-w {path}"
+            f"{path}: everybody may write there, and could change what is trained and registered: chmod o-w {path}"
         )
 
 
 def refuse_open_token(file: Path) -> None:
-    """UserError where others than its owner may write the file of a cluster's token."""
+    """UserError if users other than the owner may write the file with a cluster's token."""
     if file.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UserError(f"{file}: others may write this token, and so choose whose cluster it is: chmod go-w {file}")
+        raise UserError(
+            f"{file}: others may write this token, and could send jobs to a cluster of theirs: chmod go-w {file}"
+        )
 
 
 def redacted(value: Any) -> Any:
-    """The value with the passwords inside its URIs replaced."""
+    """The value (text, or nested dicts and lists of text) with the passwords inside URIs replaced by ***."""
     if isinstance(value, dict):
         return {key: redacted(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -43,7 +44,8 @@ def redacted(value: Any) -> Any:
 
 
 def scheme_and_host(url: str) -> str | None:
-    """All that can be told of a webhook, whose tokens stand in path or query. None where it is no web address."""
+    """The part of a webhook's URL that may be shown: a token can be in the path or in the query. None if `url` is not a
+    web address."""
     try:
         parts = urlsplit(url)
         port = f":{parts.port}" if parts.port else ""

@@ -1,4 +1,4 @@
-"""Complete named configurations, one YAML file each."""
+"""Complete named configurations: one YAML file per recipe, and leaderboards."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ RECIPES = Path(__file__).resolve().parent
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with Solar."""
+    """The names of the recipes in this package."""
     return sorted(file.stem for file in RECIPES.glob("*.yaml"))
 
 
 def board_names() -> list[str]:
-    """The leaderboards that come with Solar."""
+    """The names of the leaderboards in this package."""
     return sorted(file.stem for file in (RECIPES / "leaderboards").glob("*.yaml"))

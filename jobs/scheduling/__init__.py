@@ -1,1 +1,1 @@
-"""Nights on a cron expression: here in the foreground, or as manifests for Kubernetes and KubeRay."""
+"""Runs nights at the times of a cron expression: here in the foreground, or by manifests for Kubernetes and KubeRay."""

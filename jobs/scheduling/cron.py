@@ -1,7 +1,7 @@
-"""When a cron expression fires, in a time zone and across changes of its clock.
+"""The times at which a cron expression fires, in a time zone with its changes to and from daylight saving time.
 
-APScheduler computes the times; here its dialect becomes the one of crontab and of Kubernetes: weekdays count from
-Sunday, and where day of month and weekday are both named either is enough.
+APScheduler computes the times; this file converts from the dialect of crontab and Kubernetes to APScheduler's: weekdays
+count from Sunday, and if both day of month and weekday are restricted, a day that matches either of them counts.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from apscheduler.triggers.cron import CronTrigger
 _FIELDS = ("minute", "hour", "day of month", "month", "weekday")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_EXAMPLE = "give five fields (minute, hour, day of month, month, weekday), as '0 3 * * *' for every day at 03:00"
+_EXAMPLE = "give five fields (minute, hour, day of month, month, weekday), such as '0 3 * * *' for every day at 03:00"
 
 
 class Cron:
     """A cron expression in a time zone."""
 
     def __init__(self, expression: str, time_zone: str) -> None:
-        """ValueError names what is wrong and a fix."""
+        """ValueError names the mistake and the fix."""
         self.expression, self.time_zone = " ".join(expression.split()), time_zone
         try:
             self.zone = zoneinfo.ZoneInfo(time_zone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(f"time_zone {time_zone!r}: give an IANA name, as Europe/Berlin") from None
+            raise ValueError(f"time_zone {time_zone!r}: give an IANA name, such as Europe/Berlin") from None
         fields = self.expression.lower().split()
         if len(fields) != len(_FIELDS):
             raise ValueError(f"cron {expression!r}: {_EXAMPLE}")
@@ -41,22 +41,22 @@ class Cron:
             raise ValueError(f"cron {expression!r}: {error}: {_EXAMPLE}") from error
         self._every_hour = fields[1].startswith("*")
         self.portable = " ".join([*fields[:4], _weekdays(fields[4])])
-        """The same for schedulers that know no Sunday 7."""
+        """The same expression for schedulers that do not accept weekday 7 for Sunday."""
         if self.next(datetime.datetime.now(datetime.UTC)) is None:
-            raise ValueError(f"cron {expression!r}: there is no such day: {_EXAMPLE}")
+            raise ValueError(f"cron {expression!r}: no such day exists: {_EXAMPLE}")
 
     def next(self, after: datetime.datetime) -> datetime.datetime | None:
-        """The first time later than `after` (aware), in the expression's zone; None = never again.
+        """The first time later than `after` (an aware datetime), in the expression's zone; None = never again.
 
-        A time that the clock leaves out when it goes forward is an hour later by the clock; one that comes twice when
-        it goes back counts once, unless the expression is for every hour.
+        When the clock goes forward, a skipped time fires an hour later by the clock. When it goes back, a repeated time
+        fires once, unless the expression is for every hour.
         """
         found = [time for trigger in self._triggers if (time := self._next(trigger, after))]
         return min(found, default=None)
 
     def _next(self, trigger: CronTrigger, after: datetime.datetime) -> datetime.datetime | None:
         while True:
-            # In UTC: differences between local times leave out the change of the clock.
+            # Add in UTC: sums and differences of local times ignore a change of the clock.
             start = after.astimezone(datetime.UTC) + datetime.timedelta(microseconds=1)
             fire = trigger.get_next_fire_time(None, start)
             if fire is None:

@@ -1,4 +1,4 @@
-"""A CronJob whose pod submits the night to a standing Ray cluster and follows it."""
+"""The manifest of a CronJob whose pod submits the night to a permanent Ray cluster and follows its log."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from jobs.scheduling.kubernetes import (
 )
 
 MISSED_SECONDS = 6 * 3600
-"""A start that was missed by less is made up for; a later one is left to the next night."""
+"""A missed start is made up for within this time; after that, the next night includes the missed days."""
 KEPT_SECONDS = 3 * 24 * 3600
+"""Finished jobs are removed after this time."""
 POD_RETRIES = 3
-"""For pods that are lost; jobs that fail are tried again by `solar submit`, which waits longer in between."""
+"""New pods after a lost pod; jobs that fail are tried again by `solar submit`, which waits longer in between."""
 FINAL = [MISTAKE, TRY_LATER, INTERRUPTED]
-"""Exit codes that another pod would not change: a mistake, all tries used up, a job that somebody stopped."""
+"""Exit codes after which another pod does not help: a mistake, all tries used up, a job that was stopped by a user."""
 NAME = "submit"
 COMMENT = f"""\
-Each night as a job of a standing Ray cluster. `solar submit` waits in the pod, tries again what may pass (the input is
-not there yet, MLflow is away) and ends with the job's exit code; a user's mistake (2) is not tried again.
-Kubernetes 1.27 or later. The workspace and every path of the recipe lie where the nodes of that cluster see them.
-Needed before:  kubectl create secret generic {TOKEN_SECRET} --from-file={TOKEN_KEY}=$HOME/.ray/auth_token
+Runs each night as a job of a permanent Ray cluster. `solar submit` waits in the pod, tries again after a temporary
+failure (missing input, no answer from MLflow) and ends with the job's exit code; it does not try again after a user's
+mistake (exit code 2). Needs Kubernetes 1.27 or later. All nodes of the Ray cluster must see the workspace and every
+path of the recipe.
+Create first:   kubectl create secret generic {TOKEN_SECRET} --from-file={TOKEN_KEY}=$HOME/.ray/auth_token
 One night now:  kubectl create job --from=cronjob/(name) (name)-now"""
 
 
 def cronjob_documents(night: Night, target: TargetConfig) -> dict[str, list[Any]]:
     """{file name: [head comment, manifest, ...]}."""
     if target.head is None:
-        raise UserError("schedule: --emit cronjob: name the standing cluster: --head http://HOST:8265")
+        raise UserError("schedule: --emit cronjob: name the permanent Ray cluster: --head http://HOST:8265")
     head = choose_address(target.head, {})
     comment = COMMENT.replace("(name)", night.name)
     return {**shared_documents(night, target), "cronjob.yaml": [comment, _cronjob(night, target, head)]}
@@ -70,7 +72,7 @@ def _cronjob(night: Night, target: TargetConfig, head: str) -> dict[str, Any]:
         "ttlSecondsAfterFinished": KEPT_SECONDS,
         "podFailurePolicy": {
             "rules": [
-                # A node that is drained is no failure of the night.
+                # A pod evicted from a drained node does not count as a failure.
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 {"action": "FailJob", "onExitCodes": {"containerName": NAME, "operator": "In", "values": FINAL}},
             ]

@@ -1,4 +1,4 @@
-"""solar schedule RECIPE --cron ...: nights in the foreground, until a signal."""
+"""solar schedule RECIPE --cron ...: runs nights in the foreground, until SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from jobs.scheduling.night_process import run_night
 from jobs.scheduling.scheduler import Scheduler, Surroundings
 
 SOLAR = (sys.executable, "-P", "-m", "jobs.cli")
-"""How `solar` is called from here: never a package of that name that lies in the working directory."""
+"""The command line of `solar`; -P keeps a package `jobs` in the working directory from being used instead."""
 ROOT = Path(__file__).resolve().parents[2]
-"""Where this package lies, and a night's too."""
+"""The directory of the packages; nights run the same code."""
 SLICE_SECONDS = 0.5
-"""A signal is noticed so soon while nothing is due."""
+"""Between nights, a signal is noticed within this time."""
 
 
 def run_nights(
@@ -39,6 +39,7 @@ def run_nights(
 ) -> int:
     """Run `solar nightly` with the arguments `night` (the recipe first) whenever the expression fires; returns the exit
     code after a signal."""
+    # Check the directory, and build the command of a night.
     directory = Path(config.workspace).absolute() / "schedules" / config.name
     for each in (directory.parents[1], directory.parent, directory):
         refuse_open_directory(each)
@@ -47,6 +48,7 @@ def run_nights(
     command = [*SOLAR, "nightly", recipe, "--catch-up", *rest]
     here = _path_of_checkout()
     otherwise = "stop the other one: one scheduler per recipe and workspace is enough"
+    # Run nights while holding the lock, so that there is one scheduler per recipe and workspace.
     with sole_command(directory, otherwise=otherwise), noted_signals() as stopped:
         around = Surroundings(
             clock=lambda: datetime.datetime.now(datetime.UTC),
@@ -64,12 +66,12 @@ def run_nights(
             retry_seconds=60 * retry_minutes,
         )
         scheduler.run()
-    console.error("solar: interrupted; the same command goes on, and makes up for what it misses until then")
+    console.error("solar: interrupted; the same command continues, and makes up for missed nights")
     return INTERRUPTED
 
 
 def _path_of_checkout() -> dict[str, str]:
-    """What a night needs in its environment to find a checkout that was not installed."""
+    """Environment variables with which a night finds a checkout that is not installed."""
     if not (ROOT / "pyproject.toml").is_file():
         return {}
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}

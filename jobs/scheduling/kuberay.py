@@ -1,4 +1,4 @@
-"""A Ray cluster of its own for each night: RayJob for one by hand, RayCronJob for all of them."""
+"""Manifests with a separate Ray cluster for each night: RayJob for one night by hand, RayCronJob for all nights."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from jobs.scheduling.kubernetes import (
 )
 
 LOGS_SECONDS = 600
-"""How long a cluster stays after its night, for a look at its logs."""
+"""How long a cluster stays after its night, so that its logs can be read."""
 SUBMITTER_RETRIES = 3
-"""For submitter pods that are lost; the night itself goes on."""
+"""New submitter pods after a lost one; the night itself continues."""
 GPU_CPUS = 4
-"""CPUs beside each GPU, at least: they read and build batches."""
+"""Least number of CPUs per GPU: they read and build batches."""
 HEAD = {"cpu": "2", "memory": "8Gi"}
 WORKER_MEMORY = "16Gi"
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
 NEEDED = f"""\
-Needs KubeRay 1.6 or later, and before:
+Needs KubeRay 1.6 or later. Create first:
   kubectl create secret generic {TOKEN_SECRET} --from-literal={TOKEN_KEY}="$(openssl rand -hex 32)"
   kubectl create secret generic {CREDENTIALS_SECRET} --from-literal=... (optional; its keys become the environment:
     {", ".join(CREDENTIALS)},
     {URL_VARIABLE})
   a PersistentVolumeClaim (claim), ReadWriteMany
-Memory and CPUs are a beginning: measure the first nights. `solar nightly` keeps two from working at once."""
+Memory and CPUs are first guesses: measure the first nights. `solar nightly` prevents two nights at the same time."""
 JOB_COMMENT = f"""\
-One night by hand, on a cluster that lives as long as the night. It is made suspended, so that applying the whole
-directory starts nothing:
+One night by hand, on a cluster that exists as long as the night. The manifest is suspended, so that applying the whole
+directory starts nothing. Start it with:
   kubectl patch rayjob (name) --type merge --patch '{{"spec": {{"suspend": false}}}}'
-K8sJobMode: a pod of its own submits and shows the log. The operator itself needs no way to the dashboard (HTTPMode),
-and the head need not end with the submitter (SidecarMode).
+K8sJobMode: a separate pod submits the job and shows the log. Unlike HTTPMode, the operator needs no connection to the
+dashboard; unlike SidecarMode, the head does not end with the submitter.
 {NEEDED}"""
 CRON_COMMENT = f"""\
 RayCronJob is ALPHA and behind a feature gate that is OFF by default. The operator must be 1.6 or later and run with
   --feature-gates=RayCronJob=true
-Without it nothing of this file runs, and nothing says so: use `--emit cronjob` with a standing cluster there.
-It has no policy for nights that overlap and none for starts that were missed; a night that finds another one at work
-ends, and each night takes all days that are missing. A failed night is tried again at once, on a new cluster: where
-input comes late, let it fire more often (as 0 3-7 * * *); a night that is done already ends at once.
+Without this gate nothing in this file runs, and there is no error message: use `--emit cronjob` with a permanent Ray
+cluster instead. RayCronJob has no policy for overlapping nights or for missed starts. A night ends if another one is
+running, and each night includes all missing days. A failed night is tried again at once, on a new cluster. If input
+may come late, choose more start times (such as 0 3-7 * * *): a night ends at once if its day is already done.
 {NEEDED}"""
 
 
@@ -84,7 +84,7 @@ def _job(night: Night, target: TargetConfig) -> dict[str, Any]:
         resources={"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"memory": "1Gi"}},
     )
     return {
-        # KubeRay puts it into a shell line and Ray quotes its words again: what is quoted here arrives as it was.
+        # KubeRay puts this into a shell line and Ray quotes its words again: quoted words arrive unchanged.
         "entrypoint": entrypoint("python", night.arguments),
         "submissionMode": "K8sJobMode",
         "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
@@ -104,14 +104,14 @@ def _job(night: Night, target: TargetConfig) -> dict[str, Any]:
 
 
 def _head(night: Night, target: TargetConfig) -> dict[str, Any]:
-    """The driver runs here; num-cpus 0 keeps tasks and workers away from it."""
+    """The head's group: the driver runs here, and num-cpus 0 keeps tasks and workers on other nodes."""
     node = _node("ray-head", night, target, {"requests": HEAD, "limits": HEAD})
     node["containers"][0]["ports"] = [{"name": name, "containerPort": port} for name, port in PORTS.items()]
     return {"rayStartParams": {"num-cpus": "0", **_START}, "template": {"spec": node}}
 
 
 def _workers(night: Night, target: TargetConfig) -> dict[str, Any]:
-    """A pod for each training worker."""
+    """The workers' group: one pod per training worker."""
     cpus = max(night.parallel.threads_per_worker, GPU_CPUS if target.gpu else 1)
     resources = {"cpu": str(cpus), "memory": WORKER_MEMORY} | ({"nvidia.com/gpu": "1"} if target.gpu else {})
     node = _node("ray-worker", night, target, {"requests": resources, "limits": resources})
@@ -131,7 +131,7 @@ _START = {"object-store-memory": str(OBJECT_STORE_BYTES)}
 
 
 def _node(name: str, night: Night, target: TargetConfig, resources: dict[str, Any]) -> dict[str, Any]:
-    """A pod of the cluster: the workspace, the recipe and shared memory that holds the object store."""
+    """The spec of a cluster's pod, with volumes for the workspace, the recipe and the object store's shared memory."""
     volumes, mounts = recipe_volume(night)
     volumes = [
         {"name": "workspace", "persistentVolumeClaim": {"claimName": target.claim}},

@@ -1,12 +1,12 @@
-"""solar schedule RECIPE --emit cronjob|kuberay: a night as manifests for Kubernetes, complete and without secrets.
+"""solar schedule RECIPE --emit cronjob|kuberay: Kubernetes manifests that run the nights; complete, without secrets.
 
-    access.yaml       ServiceAccount, Role and RoleBinding of the pods, which may ask the API server for nothing
-    recipe.yaml       ConfigMap with the YAML files that the command names, where it names any
-    cronjob.yaml      CronJob that submits each night to a standing Ray cluster (jobs/scheduling/cronjob.py)
-    rayjob.yaml, raycronjob.yaml      a Ray cluster of its own for each night (jobs/scheduling/kuberay.py)
+    access.yaml       ServiceAccount, Role and RoleBinding of the pods, without any rights at the API server
+    recipe.yaml       ConfigMap with the YAML files that the command names, if it names any
+    cronjob.yaml      CronJob that submits each night to a permanent Ray cluster (jobs/scheduling/cronjob.py)
+    rayjob.yaml, raycronjob.yaml      a separate Ray cluster for each night (jobs/scheduling/kuberay.py)
 
-Secrets are named, never written: `solar-ray-token` holds the cluster's token, `solar-credentials` what becomes the
-environment of the driver and its workers.
+Manifests refer to secrets by name: `solar-ray-token` has the cluster's token, `solar-credentials` the environment
+variables of the driver and its workers.
 """
 
 from __future__ import annotations
@@ -31,41 +31,42 @@ from jobs.host.secrets import redacted
 from jobs.scheduling.cron import Cron
 
 TOKEN_SECRET, TOKEN_KEY = "solar-ray-token", "auth_token"
-"""KubeRay expects this key."""
+"""KubeRay requires this key."""
 CREDENTIALS_SECRET = "solar-credentials"
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 WORKSPACE = "/workspace"
-"""Where the claim is mounted, unless the recipe names an absolute workspace."""
+"""Mount path of the claim, unless the recipe has an absolute workspace."""
 RECIPES = "/etc/solar"
+"""Mount path of the YAML files."""
 USER = 1000
 """The user of infra/docker/Dockerfile."""
 STOP_GRACE_SECONDS = 120
-"""From the SIGTERM to a driver to its SIGKILL: enough for a checkpoint."""
+"""Time between SIGTERM and SIGKILL for a driver: enough for a checkpoint."""
 DEADLINE_SECONDS = 20 * 3600
-"""A night that takes longer is ended before the next one."""
+"""A night that takes longer is stopped, before the next one starts."""
 MAX_NAME = 30
-"""KubeRay adds to names, and its longest may have 47 characters."""
+"""KubeRay appends to names, and its longest names may have 47 characters."""
 LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetConfig:
-    """Where nights run."""
+    """The cluster in which nights run."""
 
     image: str
-    """Container image with Solar and its dependencies, by tag or digest."""
+    """Container image with Solar and its dependencies, by tag (not latest) or digest."""
     namespace: str = "default"
-    """Namespace of everything that is written."""
+    """Namespace of all manifests."""
     claim: str = "solar-workspace"
-    """PersistentVolumeClaim of the workspace; ReadWriteMany where there are several workers."""
+    """PersistentVolumeClaim of the workspace; must be ReadWriteMany if there are several workers."""
     head: str | None = None
-    """cronjob: dashboard of the standing cluster, http://HOST:8265."""
+    """cronjob: dashboard of the permanent Ray cluster, http://HOST:8265."""
     gpu: bool = False
-    """Workers have a GPU each."""
+    """Whether each worker has a GPU."""
     retries: int = 5
-    """Further tries of a night that failed."""
+    """Number of further tries of a failed night."""
     retry_minutes: float = 5.0
-    """cronjob: before the first of them, then twice as long."""
+    """cronjob: minutes before the first further try, doubled before each later one."""
 
     def __post_init__(self) -> None:
         tagged = re.fullmatch(r"[^\s@]+@sha256:[0-9a-f]{64}|[^\s@]+:([\w.-]+)", self.image)
@@ -78,32 +79,32 @@ class TargetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Night:
-    """What runs."""
+    """The command that runs, and when."""
 
     name: str
-    """Of everything that is written."""
+    """Name of all manifests."""
     arguments: tuple[str, ...]
-    """`nightly RECIPE --catch-up ...` as it runs in the cluster."""
+    """`nightly RECIPE --catch-up ...`, with paths as in the cluster."""
     files: Mapping[str, str]
-    """YAML files that it names: path below RECIPES -> text."""
+    """YAML files that the command names: path below RECIPES -> text."""
     cron: Cron
-    """When."""
+    """When nights start."""
     workspace: str
     """Absolute directory that all pods mount."""
     parallel: ParallelConfig
-    """How many workers."""
+    """Number of workers and their resources."""
 
 
 def night_of(
     recipe: str, overrides: Sequence[str], config: RunConfig, cron: Cron, *, parsers: Sequence[argparse.ArgumentParser]
 ) -> Night:
-    """The night of a resolved config; UserError where it cannot run in a cluster, or would write down a secret.
+    """The night of a resolved config; UserError if it cannot run in a cluster, or a manifest would contain a secret.
 
-    `parsers`: what reads the arguments of `solar nightly`.
+    `parsers`: the parsers of the arguments of `solar nightly`.
     """
     if config.notify.url is not None:
         raise UserError(
-            f"notify.url: a manifest holds no tokens: omit it, and set {URL_VARIABLE} in {CREDENTIALS_SECRET}"
+            f"notify.url: a manifest must not contain tokens: omit it, and set {URL_VARIABLE} in {CREDENTIALS_SECRET}"
         )
     arguments = ["nightly", recipe, "--catch-up", *overrides]
     workspace = config.workspace
@@ -116,7 +117,7 @@ def night_of(
     files = {name: path.read_text() for name, path in command.files.items()}
     for name, text in files.items():
         if redacted(text) != text:
-            raise UserError(f"{command.files[name]}: holds a password: set it in {CREDENTIALS_SECRET}, not in a recipe")
+            raise UserError(f"{command.files[name]}: has a password: set it in {CREDENTIALS_SECRET}, not in a recipe")
     name = f"solar-{re.sub(r'[^a-z0-9]+', '-', config.name.lower()).strip('-')}"
     return Night(
         name=name[:MAX_NAME].strip("-"),
@@ -129,14 +130,15 @@ def night_of(
 
 
 def _in_cluster(argument: str, files: Mapping[str, str]) -> str:
+    """The argument, with the path of an uploaded file replaced by its path in the pods."""
     option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
     return f"{option}{equals}{RECIPES}/{value}" if value in files else argument
 
 
 def write_manifests(directory: Path, documents: Mapping[str, Sequence[Any]], *, overwrite: bool) -> list[Path]:
-    """Write {file name: [head comment, manifest, ...]}; UserError where the directory is in use.
+    """Write {file name: [head comment, manifest, ...]}; UserError if the directory is not empty.
 
-    With `overwrite` manifests of an earlier time go; anything else there stays.
+    With `overwrite`, manifests written there earlier are removed first; other files stay.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory}: is a file: name a directory")
@@ -156,7 +158,7 @@ def write_manifests(directory: Path, documents: Mapping[str, Sequence[Any]], *, 
 
 
 class _Plain(yaml.SafeDumper):
-    """Without anchors, and texts of several lines as they are."""
+    """Writes no anchors, and writes texts of several lines as blocks."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -175,14 +177,14 @@ def metadata(night: Night, target: TargetConfig) -> dict[str, Any]:
 
 
 def shared_documents(night: Night, target: TargetConfig) -> dict[str, list[Any]]:
-    """access.yaml, and recipe.yaml where the night names files."""
+    """access.yaml, and recipe.yaml if the night names files."""
     meta = metadata(night, target)
     subject = {"kind": "ServiceAccount", "name": night.name, "namespace": target.namespace}
     reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": night.name}
     rbac = "rbac.authorization.k8s.io/v1"
     documents: dict[str, list[Any]] = {
         "access.yaml": [
-            "Who the pods are. They ask the API server for nothing: the role is empty and no token is mounted.",
+            "The account of the pods. They do not use the API server: the role is empty and no token is mounted.",
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta, "automountServiceAccountToken": False},
             {"apiVersion": rbac, "kind": "Role", "metadata": meta, "rules": []},
             {"apiVersion": rbac, "kind": "RoleBinding", "metadata": meta, "roleRef": reference, "subjects": [subject]},
@@ -191,7 +193,7 @@ def shared_documents(night: Night, target: TargetConfig) -> dict[str, list[Any]]
     if night.files:
         data = {_key(index): text for index, text in enumerate(night.files.values())}
         documents["recipe.yaml"] = [
-            "The YAML files that the night names. After a change of them: solar schedule ... --emit ... --overwrite",
+            "The YAML files that the night names. After changing one: solar schedule ... --emit ... --overwrite",
             {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": data},
         ]
     return documents
@@ -200,7 +202,7 @@ def shared_documents(night: Night, target: TargetConfig) -> dict[str, list[Any]]
 def pod(
     night: Night, containers: Sequence[Mapping[str, Any]], *, volumes: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A pod's spec: nobody's account, no root."""
+    """A pod's spec: an account without rights, not root."""
     return {
         "serviceAccountName": night.name,
         "automountServiceAccountToken": False,
@@ -210,7 +212,7 @@ def pod(
             "runAsUser": USER,
             "runAsGroup": USER,
             "fsGroup": USER,
-            # Else every start walks through all files of the workspace.
+            # Otherwise every start changes the group of all files in the workspace, one by one.
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -220,19 +222,19 @@ def pod(
 
 
 def container(name: str, target: TargetConfig, **fields: Any) -> dict[str, Any]:
-    """A container that can become no more than it is."""
+    """A container that cannot gain privileges."""
     safe = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     return {"name": name, "image": target.image, "imagePullPolicy": "IfNotPresent", "securityContext": safe, **fields}
 
 
 def token_environment() -> list[dict[str, Any]]:
-    """For clients of a standing cluster; KubeRay adds the same to its own pods."""
+    """Environment with the token, for clients of a permanent cluster; KubeRay adds the same to its own pods."""
     reference = {"secretKeyRef": {"name": TOKEN_SECRET, "key": TOKEN_KEY}}
     return [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": reference}]
 
 
 def node_environment() -> list[dict[str, str]]:
-    """What every node of a cluster needs before Ray starts there."""
+    """Environment that every node of a cluster needs before Ray starts."""
     values = {**FIXED_ENVIRONMENT, **DEFAULT_ENVIRONMENT, STOP_GRACE_VARIABLE: str(STOP_GRACE_SECONDS)}
     return [{"name": name, "value": value} for name, value in values.items()]
 

@@ -1,4 +1,4 @@
-"""One try of a night: a process with a group of its own, its errors shown as they come and kept in a file."""
+"""One try of a night: a process in its own process group; its error output is shown immediately and kept in a file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import IO
 from jobs.host.secrets import redacted
 
 SCHEDULED_VARIABLE = "SOLAR_SCHEDULED"
-"""Tells a night that its scheduler notifies of failures, once it has given up."""
+"""Environment variable of a scheduled night: the scheduler, not the night, notifies of a failure after the last try."""
 POLL_SECONDS = 0.2
 LEFTOVERS_SECONDS = 30.0
-"""How long the rest of a group whose leader died may take to end after SIGTERM."""
+"""After the death of a group's leader: how long its other processes may take to end after SIGTERM."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Outcome:
     code: int
     """Exit code; -n after signal n."""
     reason: str
-    """Its last line of errors, else what the code says."""
+    """The last line of its error output, else a text for the exit code."""
 
 
 def run_night(
@@ -39,22 +39,22 @@ def run_night(
     stopped: Callable[[], bool],
     echo: Callable[[str], None],
 ) -> Outcome:
-    """Run the command to its end. When `stopped` says so it gets SIGINT, and may take its time.
+    """Run the command to its end. Once `stopped()` is true it gets SIGINT, and may take its time to end.
 
-    `environment` is added to ours. A KeyboardInterrupt meanwhile (a second signal) kills the whole group. `echo` gets
-    the errors as they come; they go through the file `errors`, because a pipe would break the night when the scheduler
-    is killed.
+    `environment` is added to that of this process. A KeyboardInterrupt meanwhile (a second signal) kills the whole
+    group. `echo` gets the error output immediately. It passes through the file `errors`: with a pipe, the night would
+    fail when the scheduler is killed.
     """
     whole = {**os.environ, **environment, SCHEDULED_VARIABLE: "1", "PYTHONUNBUFFERED": "1"}
     with errors.open("wb") as written, errors.open("rb") as read:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=written, env=whole, start_new_session=True)
         try:
-            asked = False
+            interrupted = False
             while process.poll() is None:
                 _echo(read, echo)
-                if stopped() and not asked:
+                if stopped() and not interrupted:
                     process.send_signal(signal.SIGINT)
-                    asked = True
+                    interrupted = True
                 time.sleep(POLL_SECONDS)
         except BaseException:
             _signal_group(process.pid, signal.SIGKILL)
@@ -74,12 +74,12 @@ def _echo(read: IO[bytes], echo: Callable[[str], None]) -> None:
 def _reason(code: int, errors: Path) -> str:
     how = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
     lines = errors.read_text(errors="replace").strip().splitlines()
-    # A killed process had no time to say why.
+    # A killed process could not write the reason: its last line is about something else.
     return redacted(lines[-1].strip())[:500] if lines and code >= 0 else how
 
 
 def _end_group(group: int) -> None:
-    """End what a dead leader left behind, so that the next try finds nobody at work."""
+    """End the other processes of a dead leader's group, so that they do not disturb the next try."""
     deadline = time.monotonic() + LEFTOVERS_SECONDS
     alive = _signal_group(group, signal.SIGTERM)
     while alive and time.monotonic() < deadline:
@@ -90,7 +90,7 @@ def _end_group(group: int) -> None:
 
 
 def _signal_group(group: int, number: int) -> bool:
-    """Whether there was still somebody in the group."""
+    """Send a signal to the group (0 = only check); returns whether it still has processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, number)
         return True

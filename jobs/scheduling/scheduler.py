@@ -1,11 +1,11 @@
-"""solar schedule RECIPE --cron "0 3 * * *": nights in the foreground, one at a time, tried again where that may help.
+"""solar schedule RECIPE --cron "0 3 * * *": runs nights in the foreground, one at a time, and retries failed ones.
 
-    WORKSPACE/schedules/NAME/state.json   up to when nothing is due any more, and how the last night ended
-    WORKSPACE/schedules/NAME/errors.log   what the last try wrote to its error stream
-    WORKSPACE/schedules/NAME/lock         held while a scheduler works
+    WORKSPACE/schedules/NAME/state.json   the time up to which all nights are done, and how the last night ended
+    WORKSPACE/schedules/NAME/errors.log   error output of the last try
+    WORKSPACE/schedules/NAME/lock         held while a scheduler runs
 
-The loop asks the wall clock every half minute, so that a machine that slept or whose clock was set is noticed. Nights
-missed while it was down or busy are one night: `solar nightly --catch-up` takes all days that are missing.
+The loop reads the wall clock every half minute, so that it notices when the machine slept or its clock was set. All
+nights missed while the scheduler was down or busy become one night: `solar nightly --catch-up` does all missing days.
 """
 
 from __future__ import annotations
@@ -23,44 +23,45 @@ from jobs.scheduling.night_process import Outcome
 
 LONGEST_SLEEP_SECONDS = 30.0
 BACKWARDS_SECONDS = 3600.0
-"""A time further ahead than this was written, or waited for, while the clock was wrong."""
+"""A stored time further in the future than this, or a clock that goes back by more, means that the clock was wrong."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a scheduler has to do with: replaced in tests."""
+    """The functions through which a scheduler acts; tests replace them."""
 
     clock: Callable[[], datetime.datetime]
     """The time, in UTC."""
     sleep: Callable[[float], None]
-    """Waits so many seconds, less when it is asked to stop."""
+    """Waits so many seconds, or less after a signal."""
     stopped: Callable[[], bool]
-    """Whether a signal asked to stop."""
+    """Whether a signal has arrived that stops the scheduler."""
     night: Callable[[], Outcome]
     """Tries a night once."""
     failed: Callable[[Outcome], None]
-    """Hears of a night that was given up."""
+    """Called when the last try of a night has failed."""
     tell: Callable[[str], None]
-    """A line for people."""
+    """Prints a line."""
 
 
 class Scheduler:
-    """Nights at the times of a cron expression."""
+    """Runs nights at the times of a cron expression."""
 
     def __init__(
         self, cron: Cron, around: Surroundings, *, state: Path, retries: int = 5, retry_seconds: float = 300.0
     ) -> None:
-        """`retries`: further tries of a night, the first of them after `retry_seconds`; `state`: its memory."""
+        """`retries`: number of further tries of a night, the first one after `retry_seconds`; `state`: state.json."""
         self._cron, self._around, self._state = cron, around, state
         self._retries, self._retry_seconds = retries, retry_seconds
         self._done_until = around.clock()
         """Nothing is due up to this moment."""
 
     def run(self) -> None:
-        """Until it is asked to stop."""
+        """Run nights until a signal arrives."""
         around, self._done_until = self._around, self._read()
         self._write({})
         while not around.stopped():
+            # The clock was set back: forget times in the future.
             if self._is_ahead(self._done_until):
                 self._done_until = around.clock()
             due = self._cron.next(self._done_until)
@@ -73,7 +74,7 @@ class Scheduler:
                 self._night()
 
     def _night(self) -> None:
-        """One night with its further tries; interrupted it stays due."""
+        """One night with its further tries; if a signal stops it, it stays due."""
         around = self._around
         for attempt in range(1, self._retries + 2):
             started = around.clock()
@@ -94,7 +95,7 @@ class Scheduler:
             self._wait_until(again)
             if around.stopped():
                 return
-        # What became due while the last try ran is one more night.
+        # Count from the start of the last try: times that came while it ran are due as one more night.
         self._done_until = started
         self._write({"started": started.isoformat(), "exit_code": outcome.code, "tries": attempt})
         if outcome.code == 0:
@@ -104,7 +105,7 @@ class Scheduler:
             around.failed(outcome)
 
     def _wait_until(self, moment: datetime.datetime) -> bool:
-        """Whether the moment came; False where it was asked to stop, or the clock was set back by much."""
+        """Wait; returns False if a signal arrived, or if the clock went back by more than BACKWARDS_SECONDS."""
         around, seen = self._around, self._around.clock()
         while not around.stopped():
             now = around.clock()
@@ -118,7 +119,7 @@ class Scheduler:
         return False
 
     def _read(self) -> datetime.datetime:
-        """Up to when nothing is due; now where nothing is remembered, or where it cannot be right."""
+        """The stored time up to which all nights are done; the current time if there is none, or it cannot be right."""
         now = self._around.clock()
         try:
             until = datetime.datetime.fromisoformat(read_json(self._state)["done_until"])
@@ -126,17 +127,17 @@ class Scheduler:
         except FileNotFoundError:
             return now
         except (ValueError, KeyError, TypeError):
-            self._around.tell(f"{self._state}: not readable, begins anew")
+            self._around.tell(f"{self._state}: not readable, starting from now")
             return now
         if ahead:
-            self._around.tell(f"{self._state}: its time {_text(until)} is still to come, begins anew")
+            self._around.tell(f"{self._state}: its time {_text(until)} is in the future, starting from now")
         return now if ahead else until
 
     def _is_ahead(self, moment: datetime.datetime) -> bool:
         return (moment - self._around.clock()).total_seconds() > BACKWARDS_SECONDS
 
     def _write(self, last: dict[str, Any]) -> None:
-        """Remember; what cannot be written is told, since the next night may still succeed."""
+        """Write state.json. A failure is only reported, because the next night may still succeed."""
         try:
             kept = read_json(self._state).get("last", {})
         except (OSError, ValueError, AttributeError):
@@ -144,7 +145,7 @@ class Scheduler:
         try:
             write_json(self._state, {"done_until": self._done_until.isoformat(), "last": last or kept})
         except OSError as error:
-            self._around.tell(f"{self._state}: {error.strerror}: a restart would not know of this night")
+            self._around.tell(f"{self._state}: {error.strerror}: after a restart this night will be run again")
 
 
 def _text(moment: datetime.datetime) -> str:

@@ -1,1 +1,2 @@
-"""What travels with a registered model: torch, numpy, pandas, pyarrow and safetensors only. Imports models alone."""
+"""The code stored with a registered model. It needs only torch, numpy, pandas, pyarrow and safetensors, and of this
+project imports only models/."""

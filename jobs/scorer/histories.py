@@ -1,8 +1,8 @@
-"""What a registered model is asked, as flat arrays: histories in total order, candidates, times.
+"""Requests to a registered model as flat arrays: histories in total order, candidates, times.
 
     history [[a, b], [], [c]]    ->    offsets [0, 2, 2, 3]    row [row of a, of b, of c]
 
-Exported into `scorer.py` beside jobs/scorer/scorer.py, so it imports numpy and pyarrow alone.
+This file becomes a part of the exported `scorer.py` (see jobs/scorer/scorer.py), so it imports only numpy and pyarrow.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 NO_TIME = np.iinfo(np.int64).max
-"""The time of a request that names none: later than every event, so that all of them are its history."""
+"""The time of a request without a time: later than every event, so that all events are its history."""
 
 
 class RequestError(ValueError):
-    """A mistake in the requests: one line that names the column or row, the rule and the fix."""
+    """A mistake in the requests; the message is one line that names the column or row, the rule and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class UserFeature:
-    """What B requests say of their users: any number of values of one feature each."""
+    """One user feature of B requests: any number of values for each."""
 
     lengths: np.ndarray
-    """[B] int64."""
+    """[B] int64: number of values of each request's user."""
     row: np.ndarray
     """[lengths.sum()] int64 rows of the feature's table, by request."""
 
     def take(self, requests: np.ndarray) -> UserFeature:
-        """That of these requests, in this order."""
+        """The values of these requests, in this order."""
         lengths = self.lengths[requests]
         return UserFeature(
             lengths=lengths, row=self.row[flat_ranges(flat_offsets(self.lengths)[:-1][requests], lengths)]
@@ -41,20 +41,20 @@ class UserFeature:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Histories:
-    """The histories of B requests, N events of all of them, each in the log's total order."""
+    """The histories of B requests with N events in all, each history in the log's total order."""
 
     offsets: np.ndarray
     """[B + 1] int64: request b has events offsets[b] : offsets[b + 1]."""
     row: np.ndarray
     """[N] int64 rows of the model's item table."""
     time: np.ndarray
-    """[N] int64 milliseconds since 1970 UTC, zeros where there are no times."""
+    """[N] int64 milliseconds since 1970 UTC, zeros if there are no times."""
     action: np.ndarray
     """[N] int64 action codes of the model."""
     users: tuple[UserFeature, ...] = ()
-    """Who asks: one for each user feature of the model."""
+    """The features of the requests' users, one for each user feature of the model."""
     stored: Any = None
-    """StoredStates (scorer_states.py) of requests whose older events are not given; None = all events are."""
+    """StoredStates (user_states.py) of the requests whose older events are not given; None = all events are given."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -66,7 +66,7 @@ class Histories:
         return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
 
     def events(self, places: np.ndarray, lengths: np.ndarray) -> Histories:
-        """The events at these places (or under this mask), `lengths` of them for each request."""
+        """The events at these places (or under this mask); request b has `lengths[b]` of them."""
         return Histories(
             offsets=flat_offsets(lengths),
             row=self.row[places],
@@ -87,12 +87,12 @@ class Histories:
         )
 
     def before(self, time: np.ndarray) -> Histories:
-        """The events strictly before each request's time [B]; all of them where that is NO_TIME."""
+        """The events strictly before each request's time [B]; all of them if that is NO_TIME."""
         earlier = self.time < time[self.owner]
         return self.events(earlier, np.bincount(self.owner[earlier], minlength=len(time)))
 
     def latest(self, most: int) -> Histories:
-        """The latest `most` events of each request; all that are given where older ones are stored."""
+        """The latest `most` events of each request; all given events if the request has a stored state."""
         lengths = np.minimum(self.lengths, most)
         if self.stored is not None:
             lengths[self.stored.request] = self.lengths[self.stored.request]
@@ -101,20 +101,20 @@ class Histories:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Lists:
-    """A list column, flat."""
+    """A column of lists, as flat arrays."""
 
     offsets: np.ndarray
-    """[B + 1] int64; a null list is an empty one."""
+    """[B + 1] int64; a null list counts as empty."""
     values: pa.Array
-    """[N], without nulls unless they are allowed."""
+    """[N] values; without nulls unless they are allowed."""
     is_null: np.ndarray
-    """[B] bool: the list itself is null."""
+    """[B] bool: whether the list itself is null."""
 
 
 def list_column(batch: pa.RecordBatch, name: str, *, values: str, first_row: int = 0, nulls: bool = False) -> Lists:
     """A column of lists of "int64", "string" or "time" (milliseconds since 1970 UTC, or timestamps).
 
-    RequestError: the column is absent, is no list column, holds other values, or a null where `nulls` is false.
+    RequestError: the column is absent, has no lists, has other values, or has a null although `nulls` is false.
     """
     column = required_column(batch, name)
     kind = column.type
@@ -128,14 +128,14 @@ def list_column(batch: pa.RecordBatch, name: str, *, values: str, first_row: int
     if flat.null_count and not nulls:
         place = int(np.flatnonzero(np.asarray(flat.is_null()))[0])
         row = first_row + int(np.searchsorted(offsets, place, side="right")) - 1
-        raise RequestError(f"row {row}: column {name!r} holds a null in its list: leave the entry out, or give it")
+        raise RequestError(f"row {row}: column {name!r} holds a null in its list: omit the entry, or give a value")
     return Lists(offsets=offsets, values=cast_values(flat, name, values), is_null=np.asarray(column.is_null()))
 
 
 def category_column(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, pa.Array]:
-    """([B] how many values a request has, all of them as strings) of a column of categories or of lists of them.
+    """([B] number of values of each request, all values as strings) of a column of categories or of lists of them.
 
-    Nulls and empty strings are no value, as in a users table. RequestError: numbers with a fraction, or other types.
+    Nulls and empty strings are not values, as in a users table. RequestError: numbers with a fraction, or other types.
     """
     column = required_column(batch, name)
     kind = column.type
@@ -158,19 +158,20 @@ def category_column(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, pa.Ar
 
 
 def time_column(batch: pa.RecordBatch, name: str) -> np.ndarray:
-    """[B] int64 milliseconds since 1970 UTC of a column of such numbers or of timestamps; NO_TIME where it is null."""
+    """[B] int64 milliseconds since 1970 UTC, from a column of such integers or of timestamps; NO_TIME for null."""
     times = cast_values(required_column(batch, name), name, "time")
     return np.asarray(pc.fill_null(times, NO_TIME)).astype(np.int64)  # type: ignore[attr-defined]
 
 
 def required_column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """The column of this name. RequestError: it is missing."""
     if name not in batch.schema.names:
-        raise RequestError(f"column {name!r} is missing: there are {', '.join(batch.schema.names) or 'none'}")
+        raise RequestError(f"column {name!r} is missing: the columns are {', '.join(batch.schema.names) or 'none'}")
     return batch.column(batch.schema.get_field_index(name))
 
 
 def refuse_other_lengths(name: str, lists: Lists, *, offsets: np.ndarray, of: str, first_row: int) -> None:
-    """RequestError unless every list has one entry per event of the column `of`, which `offsets` delimits."""
+    """RequestError unless every list has one entry per event of the column `of`, whose lists have these `offsets`."""
     wrong = np.flatnonzero(np.diff(lists.offsets) != np.diff(offsets))
     if len(wrong):
         given, events = np.diff(lists.offsets)[wrong[0]], np.diff(offsets)[wrong[0]]
@@ -183,10 +184,11 @@ def refuse_other_lengths(name: str, lists: Lists, *, offsets: np.ndarray, of: st
 def total_order(
     owner: np.ndarray, time: np.ndarray, item: pa.Array, action: pa.Array | None, *, ties_by_id: bool
 ) -> np.ndarray | None:
-    """The places of N events by request, time and, where `ties_by_id`, raw item id and action; None = as they stand.
+    """The order that sorts N events by request, time and, with `ties_by_id`, raw item id and action; None = they are
+    sorted already.
 
-    Ids are compared as the log compares them: integers by value, strings by their UTF-8 bytes, no action first.
-    Without `ties_by_id` (the log has a column `order` for that) events of one time stay as they are given.
+    Ids are compared as in the log: integers by value, strings by their UTF-8 bytes; no action comes first. Without
+    `ties_by_id` (the log has a column `order` for ties) events of the same time keep their given order.
     """
     follows = owner[1:] == owner[:-1]
     step = np.diff(time)
@@ -216,8 +218,8 @@ def cast_values(values: pa.Array, name: str, wanted: str) -> pa.Array:
     except pa.ArrowInvalid as error:
         raise RequestError(f"column {name!r} does not fit into int64: {error}") from error
     rule = {
-        "int64": "integers, as the known ids are: cast it",
-        "string": "strings, as the known ones are: cast it",
+        "int64": "integers, like the ids that the model knows: cast it",
+        "string": "strings, like the values that the model knows: cast it",
         "time": "timestamps, or integers that are milliseconds since 1970 UTC",
     }[wanted]
     raise RequestError(f"column {name!r} holds {kind}: it must hold {rule}")
@@ -229,13 +231,13 @@ def flat_offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... (lengths[0] of them), then starts[1], ..."""
+    """starts[0], starts[0] + 1, ... (lengths[0] numbers), then starts[1], starts[1] + 1, ..., and so on."""
     offsets = flat_offsets(lengths)
     return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
 
 
 def _ranks(values: pa.Array) -> np.ndarray:
-    """[N] int64 in the order of the values."""
+    """[N] int64 that sort as the values do."""
     if pa.types.is_integer(values.type):
         return np.asarray(values)
     encoded = values.dictionary_encode()

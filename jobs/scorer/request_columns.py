@@ -1,6 +1,7 @@
-"""What columns of requests say to a model: histories, states, users, times and candidates as rows of its tables.
+"""Reads the columns of requests: histories, states, users, times and candidates, as rows of the model's tables.
 
-Exported into `scorer.py` under jobs/scorer/scorer.py, whose docstring tells the columns.
+This file becomes a part of the exported `scorer.py`. The docstring of `Scorer` in jobs/scorer/scorer.py describes the
+columns.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ REQUEST_COLUMNS = (
     *("history", "history_time", "history_action", "state", "latest", "latest_time", "latest_action"),
     *("candidates", "time"),
 )
-"""What a scorer reads beside the user features of its model."""
+"""The columns that a scorer reads, besides the user features of its model."""
 
 
 class RequestReader:
-    """Of one model; jobs/scorer/scorer.py reads its files."""
+    """Reads requests to one model; jobs/scorer/scorer.py fills the attributes from the model's files."""
 
     directory: Path
     settings: dict[str, Any]
@@ -48,17 +49,17 @@ class RequestReader:
     """int64 or string."""
     uses_time: bool
     num_rows: int
-    """Of the item table."""
+    """Rows of the item table."""
     user_features: list[str]
-    """Names; each is the name of the column that says it of a request's user."""
+    """Names of the user features; a request gives one in the column of the same name."""
     _index: pd.Index
     _code_of_action: dict[str, int]
     _ties_by_id: bool
     _row_of_value: dict[str, dict[str, int]]
 
     def histories(self, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
-        """What the columns history, state and latest say, with those that belong to them, and who asks. RequestError
-        counts rows from `first_row`."""
+        """The histories and users from the columns history, state and latest, with their times and actions, and from
+        the columns of user features. A RequestError counts rows from `first_row`."""
         names, given, known = batch.schema.names, None, None
         if "history" in names or "state" not in names:
             given = self.events(batch, "history", first_row=first_row)
@@ -66,14 +67,14 @@ class RequestReader:
             stored = self.states(required_column(batch, "state"), first_row=first_row)
             if given is not None and (both := (stored.lengths > 0) & (given.lengths > 0)).any():
                 row = first_row + int(np.flatnonzero(both)[0])
-                raise RequestError(f"row {row}: a state beside a history: leave one of them out")
+                raise RequestError(f"row {row}: has both a state and a history: omit one of them")
             given, known = stored if given is None else appended(stored, given), stored.users
         assert given is not None
         given = dataclasses.replace(given, users=self.users(batch, known=known))
         return self.with_latest(given, batch, first_row=first_row) if "latest" in names else given
 
     def with_latest(self, histories: Histories, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
-        """The histories with what the column latest adds to them."""
+        """The histories, extended by the events of the column latest."""
         latest = self.events(batch, "latest", first_row=first_row)
         return with_latest(histories, latest, timed="latest_time" in batch.schema.names)
 
@@ -102,11 +103,11 @@ class RequestReader:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of all files of the model: what a state is of."""
+        """Digest of all files of the model; a state carries the digest of its model."""
         return export_digest(self.directory)
 
     def states(self, column: pa.Array, *, first_row: int = 0) -> Histories:
-        """What a column of states knows. RequestError: it holds something else, or a state of another model."""
+        """The histories of a column of states. RequestError: a value is not a state, or belongs to another model."""
         return read_states(
             state_bytes(column, first_row=first_row),
             digest=self.digest,
@@ -116,7 +117,7 @@ class RequestReader:
         )
 
     def users(self, batch: pa.RecordBatch, *, known: tuple[UserFeature, ...] | None = None) -> tuple[UserFeature, ...]:
-        """One for each user feature: its column where there is one, else what is `known` already, else no value."""
+        """The values of each user feature: from its column if there is one, else from `known`, else none."""
         found = []
         for place, name in enumerate(self.user_features):
             if name in batch.schema.names:
@@ -129,19 +130,19 @@ class RequestReader:
         return tuple(found)
 
     def value_rows(self, name: str, values: pa.Array) -> np.ndarray:
-        """int64 rows of a user feature's values, UNKNOWN_ROW for one that is not in the model."""
+        """int64 rows of a user feature's values; UNKNOWN_ROW for a value that the model does not know."""
         encoded, row_of = values.dictionary_encode(), self._row_of_value[name]
         row = [row_of.get(value, UNKNOWN_ROW) for value in encoded.dictionary.to_pylist()]
         return _decoded(np.array(row, np.int64), encoded, UNKNOWN_ROW)
 
     def request_times(self, batch: pa.RecordBatch) -> np.ndarray:
-        """[B] int64 of the column time, NO_TIME where it is null or absent. RequestError: history_time is absent."""
+        """[B] int64 from the column time, NO_TIME if it is null or absent. RequestError: history_time is absent."""
         if "time" not in batch.schema.names:
             return np.full(batch.num_rows, NO_TIME)
         time, names = time_column(batch, "time"), batch.schema.names
         for name in (name for name in ("history", "latest") if name in names and f"{name}_time" not in names):
             if (time < NO_TIME).any():
-                raise RequestError(f"column 'time' needs '{name}_time', to tell which events are earlier: give it too")
+                raise RequestError(f"column 'time' needs '{name}_time', to find the earlier events: give it, too")
         return time
 
     def candidates(self, batch: pa.RecordBatch, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -153,20 +154,20 @@ class RequestReader:
         return lists.offsets, self.rows(lists.values)
 
     def rows(self, raw_ids: pa.Array) -> np.ndarray:
-        """int64 table rows of raw item ids, UNKNOWN_ROW for an id, or null, that is not in the model."""
+        """int64 table rows of raw item ids; UNKNOWN_ROW for null and for ids that the model does not know."""
         encoded = raw_ids.dictionary_encode()
         places = self._index.get_indexer(pd.Index(encoded.dictionary.to_numpy(zero_copy_only=False)))
         row = np.where(places < 0, UNKNOWN_ROW, places + self.settings["first_item_row"]).astype(np.int64)
         return _decoded(row, encoded, UNKNOWN_ROW)
 
     def codes(self, actions: pa.Array) -> np.ndarray:
-        """int64 codes of action names, 0 for a name, or null, that is not in the model."""
+        """int64 codes of action names; 0 for null and for names that the model does not know."""
         encoded = actions.dictionary_encode()
         code = [self._code_of_action.get(name, 0) for name in encoded.dictionary.to_pylist()]
         return _decoded(np.array(code, np.int64), encoded, 0)
 
 
 def _decoded(value_of_code: np.ndarray, encoded: Any, of_null: int) -> np.ndarray:
-    """The values behind the indices of a dictionary array."""
+    """[N] the values for a dictionary array: `value_of_code` by its indices, `of_null` for nulls."""
     codes = np.asarray(encoded.indices.fill_null(len(value_of_code)))
     return np.append(value_of_code, np.int64(of_null))[codes]

@@ -1,14 +1,15 @@
 """The registered model: requests (history, candidates) in, scores out; torch, numpy, pandas, pyarrow, safetensors only.
 
-jobs/runs/export.py writes this file, the files beside it that it imports and those of models/ into one `scorer.py`
-that MLflow stores beside the weights and runs where this repository is unknown. `solar score` and evaluation use it.
+jobs/runs/export.py concatenates this file, the files of this folder that it imports and those of models/ into one
+`scorer.py`. MLflow stores it with the weights and runs it where this repository is not installed. `solar score` and
+evaluation use it, too.
 
     import mlflow, pandas as pd
     model = mlflow.pyfunc.load_model("models:/solar-movielens-100k@champion")
     model.predict(pd.DataFrame({"history": [[50, 181]], "candidates": [[172, 1, 999999]]}))["scores"]
 
-What a history is, here as in training: the events strictly before the request's time, in the log's total order (time,
-then the log's `order` column, else raw item id and action), of these the latest max_history.
+A history is the same as in training: the events strictly before the request's time, in the log's total order (time,
+then the log's `order` column, else raw item id and action), and of these the latest max_history.
 """
 
 from __future__ import annotations
@@ -36,41 +37,44 @@ from jobs.scorer.user_states import pack_states, stored_too_late
 from models.interface import HistorySums, ModelInput, Recommender
 
 FORWARD_ENTRIES = 1 << 16
-"""Events plus candidates of one forward (about 1 KB each at width 64); a longer single request is a forward of its own,
-or several where candidates do not attend to each other."""
+"""Events plus candidates of one forward (about 1 KB each at width 64). A request with more has a forward of its own, or
+several if candidates do not attend to each other."""
 REQUEST_ENTRIES = 128
-"""What a request costs beside its events and candidates: its Gram matrix and decomposition, in float64."""
+"""Cost of a request besides its events and candidates, in such entries: Gram matrix and decomposition, in float64."""
 
 
 class InvalidRequest(MlflowException, RequestError):
-    """What MLflow's server answers with status 400 and this very line."""
+    """A mistake in the requests; MLflow's server answers with status 400 and the message."""
 
 
 class Scorer(RequestReader, PythonModel):
     """Loads one exported model directory and scores requests.
 
     Columns of a request:
-      history         item ids; oldest first, or in any order where history_time is given (it is sorted then); null = []
-      candidates      item ids; one given twice is scored twice, an empty list has empty scores
+      history         item ids; oldest first, or in any order with history_time (then events are sorted); null = []
+      candidates      item ids; an id given twice is scored twice, an empty list has empty scores
       history_time    optional: milliseconds since 1970 UTC of each event (or timestamps); needed if the model uses time
       history_action  optional: action name of each event; null = none
       time            optional: milliseconds since 1970 UTC of the request (or a timestamp): only events strictly before
-                      it are history, whose times must be given then. Null or absent = the last event's time, and every
+                      it are history, and history_time is needed. Null or absent = the last event's time, and every
                       event is history
-      state           optional: what `solar score --build-states` stored of the user's history with this very model, as
-                      bytes or base64, in the place of a history, which is null or [] then; null = none
+      state           optional: the state of the user's history that `solar score --build-states` stored for this model,
+                      as bytes or base64, instead of a history, which must be null or []; null = none
       latest, latest_time, latest_action
-                      optional: events as in a history; those after its last one, or after the state's, are added to it
+                      optional: further events, as in a history; those later than the last event of the history or of
+                      the state are added to it
       NAME            optional: the category, or list of categories, of the request's user in the user feature NAME
-                      (scorer.json names them); null, [] or absent = none
-    An unknown item or category has the untrained row 1, an unknown action is none. Lists of events hold no nulls.
+                      (listed in scorer.json); null, [] or absent = none
+    An unknown item or category has the untrained row 1, an unknown action counts as none. Lists of events must have no
+    nulls, except in history_action and latest_action.
     """
 
     def load_context(self, context: Any) -> None:
         self.load(Path(context.artifacts["model"]))
 
     def load(self, directory: Path) -> None:
-        """Read what jobs/runs/export.py wrote."""
+        """Read the files that jobs/runs/export.py wrote."""
+        # Settings, item ids and action codes.
         self.directory = directory
         self.settings = json.loads((directory / "scorer.json").read_text())
         items = pq.read_table(directory / "items.parquet")
@@ -81,6 +85,7 @@ class Scorer(RequestReader, PythonModel):
         self._code_of_action = {name: code for code, name in enumerate(self.settings["actions"])}
         self.uses_time = bool(self.settings["model"].get("time_features"))
         self._ties_by_id = "order" not in self.settings["log_columns"]
+        # Tables of items and of their features.
         self.item_IC: Tensor = load_file(directory / "table-item.safetensors")["weight"]
         self.num_rows = len(self.item_IC)
         """[item rows, C]."""
@@ -96,6 +101,7 @@ class Scorer(RequestReader, PythonModel):
         empty = torch.zeros(len(self.item_IC), 0, self.item_IC.shape[1])
         self.features_IFC: Tensor = torch.stack(features, dim=1) if features else empty
         """[item rows, F, C]: the mean of each item's feature rows."""
+        # Values and tables of user features.
         self.user_features = self.settings.get("user_features", [])
         self.user_values: dict[str, list[str]] = {name: [] for name in self.user_features}
         """{user feature: its raw values}; value i has row i + first_item_row."""
@@ -110,12 +116,13 @@ class Scorer(RequestReader, PythonModel):
             name: {value: row for row, value in enumerate(values, start=first)}
             for name, values in self.user_values.items()
         }
+        # The tower.
         self.tower: Recommender = build_scorer_tower(self.settings["model"], num_features=len(features))
         self.tower.load_state_dict(load_file(directory / "model.safetensors"))
         self.tower.eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """One row of `scores` per request, in the order of its candidates; a logit each (sigmoid = probability).
+        """One row per request; its `scores` are one logit per candidate, in their order (sigmoid = probability).
 
         InvalidRequest: a mistake in the requests.
         """
@@ -129,8 +136,8 @@ class Scorer(RequestReader, PythonModel):
         histories, time = self.histories(batch), self.request_times(batch)
         if (late := stored_too_late(histories, time)).any():
             raise RequestError(
-                f"row {int(np.flatnonzero(late)[0])}: the state has events at or after the request's 'time': leave the "
-                "time out, or give the history instead"
+                f"row {int(np.flatnonzero(late)[0])}: the state has events at or after the request's 'time': omit the "
+                "time, or give the history instead"
             )
         offsets, row = self.candidates(batch)
         logits = self.logits(*self.shown(histories, time), offsets, row)
@@ -138,16 +145,16 @@ class Scorer(RequestReader, PythonModel):
         return pd.DataFrame({"scores": scores}, index=model_input.index)
 
     def build_states(self, histories: Histories) -> list[bytes]:
-        """A state of each history's latest max_history events. RequestError: this model reads whole histories."""
+        """A state for the latest max_history events of each history. RequestError: the model needs raw histories."""
         kept = self.tower.kept_events
         if kept is None:
-            raise RequestError(f"{self.settings['model']['name']} reads raw histories: it has no interests to store")
+            raise RequestError(f"{self.settings['model']['name']} needs raw histories: it has no interests to store")
         shown, _ = self.shown(histories, np.full(len(histories.lengths), NO_TIME))
 
         def sums(some: Histories) -> HistorySums:
-            nobody = np.zeros(len(some.lengths) + 1, np.int64)
+            zeros = np.zeros(len(some.lengths) + 1, np.int64)
             with torch.inference_mode():
-                return self.tower.history_sums(self._inputs(some, nobody[1:], nobody, np.zeros(0, np.int64)))
+                return self.tower.history_sums(self._inputs(some, zeros[1:], zeros, np.zeros(0, np.int64)))
 
         return pack_states(
             shown,
@@ -159,14 +166,15 @@ class Scorer(RequestReader, PythonModel):
         )
 
     def shown(self, histories: Histories, time: np.ndarray) -> tuple[Histories, np.ndarray]:
-        """What the tower sees of the histories: (those events, each request's time [B]) for asked times [B]."""
+        """(the histories that the tower sees, each request's time [B]) for given times [B], which may be NO_TIME."""
         earlier = histories.before(time) if (time < NO_TIME).any() else histories
         shown = earlier.latest(self.settings["max_history"])
         last = np.concatenate([shown.time, [0]])[np.where(shown.lengths > 0, shown.offsets[1:] - 1, len(shown.time))]
         return shown, np.where(time < NO_TIME, time, last)
 
     def logits(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """[M] float32: a logit per candidate; request b has the candidates row[offsets[b] : offsets[b + 1]]."""
+        """[M] float32: one logit per candidate; request b has the candidates row[offsets[b] : offsets[b + 1]]."""
+        # Split long requests unless candidates attend to each other, and pack the pieces into forwards of limited size.
         together = self.settings["model"].get("set_attention", False)
         request, start, size = _pieces(offsets, most=None if together else FORWARD_ENTRIES)
         cost = np.cumsum(shown.lengths[request] + size + REQUEST_ENTRIES)
@@ -189,10 +197,9 @@ class Scorer(RequestReader, PythonModel):
         item, index = torch.from_numpy(np.concatenate([shown.row, row])), None
         if len(item) < len(self.item_IC):
             item, index = torch.unique(item, return_inverse=True)
-        # Of the whole table or of its distinct rows, which ascend.
+        # Look up the distinct rows, in ascending order; with more entries than items, use the whole table (no index).
         first_item_row = self.settings["first_item_row"]
         num_reserved = first_item_row if index is None else int((item < first_item_row).sum())
-        # More entries than items: the whole table is the cheaper look-up.
         return ModelInput(
             item_IC=self.item_IC if index is None else self.item_IC[item],
             features_IFC=self.features_IFC if index is None else self.features_IFC[item],
@@ -212,15 +219,15 @@ class Scorer(RequestReader, PythonModel):
 
 
 def build_scorer_tower(settings: dict[str, Any], *, num_features: int) -> Recommender:
-    """The tower whose classes stand above in the exported file; inside the repository, models/."""
+    """The tower; its classes are above in the exported file, and in models/ in the repository."""
     from models.zoo import build_tower  # scorer: replaced at export
 
     return build_tower(settings, num_features=num_features)
 
 
 def _mean_rows(weight: Tensor, values: list[list[int]], first_item_row: int, *, width: int) -> Tensor:
-    """[item rows, C]: the mean of each item's feature rows; zero for items without any (padding and unknown too), and
-    in the last columns where the feature's table is narrower than C = `width`."""
+    """[item rows, C]: the mean of each item's feature rows; zero for items without any (also padding and unknown), and
+    in the last columns if the feature's table is narrower than C = `width`."""
     lengths = torch.tensor([0] * first_item_row + [len(value) for value in values])
     flat = torch.tensor([row for value in values for row in value], dtype=torch.int64)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -230,7 +237,7 @@ def _mean_rows(weight: Tensor, values: list[list[int]], first_item_row: int, *, 
 
 
 def user_vectors(tables: list[Tensor], users: tuple[UserFeature, ...], *, num_users: int, like: Tensor) -> Tensor:
-    """user_features_UGC: the mean row of each feature's values, zero where there are none."""
+    """user_features_UGC: the mean row of each feature's values; zero for users without any."""
     found = like.new_zeros(num_users, len(tables), like.shape[1])
     for place, (table, feature) in enumerate(zip(tables, users, strict=True)):
         lengths = torch.from_numpy(feature.lengths)
@@ -241,11 +248,11 @@ def user_vectors(tables: list[Tensor], users: tuple[UserFeature, ...], *, num_us
 
 
 def _arrow(frame: pd.DataFrame, user_features: list[str]) -> pa.RecordBatch:
-    """The columns that a scorer reads, whatever their cells are (lists, arrays, None)."""
+    """The columns that a scorer reads, from cells of any kind (lists, arrays, None)."""
     known = (*REQUEST_COLUMNS, *user_features)
     columns = {}
     for name in (name for name in known if name in frame):
-        # pandas makes floats of integers beside a missing one.
+        # pandas stores integers with missing values as floats: convert them back.
         column = frame[name].convert_dtypes() if name == "time" or name in user_features else frame[name]
         try:
             columns[name] = pa.array(column, from_pandas=True)
@@ -257,7 +264,8 @@ def _arrow(frame: pd.DataFrame, user_features: list[str]) -> pa.RecordBatch:
 
 
 def _place_of_row(item: Tensor, index: Tensor | None, row: np.ndarray) -> np.ndarray:
-    """Where each row stands among the looked-up `item`s, -1 where it does not; the whole table has no `index`."""
+    """The index of each row in the looked-up `item`, -1 if it is not there. Without `index` the whole table is looked
+    up, and a row is its own index."""
     if index is None or not len(row):
         return row
     items = item.numpy()
@@ -266,7 +274,7 @@ def _place_of_row(item: Tensor, index: Tensor | None, row: np.ndarray) -> np.nda
 
 
 def _pieces(offsets: np.ndarray, *, most: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(request, first candidate, number of candidates) of runs of at most `most` candidates of one request."""
+    """(request, first candidate, number of candidates) of pieces of requests, each of at most `most` candidates."""
     sizes = np.diff(offsets)
     most = int(sizes.max(initial=1)) if most is None else most
     counts = -(-sizes // most)

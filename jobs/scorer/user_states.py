@@ -1,11 +1,12 @@
-"""A user's history as a registered model stores it, and how requests bring it: what scores as the whole history does.
+"""User states: a user's history in the form that a registered model stores; it gives the scores of the whole history.
 
-    a state: the latest events as they are; of a long history also interests, Gram and sum at its last checkpoint
-    (models/interest_checkpoints.py) and, where the model counts repeats, how often and how recently each older item
+    a state: the latest events; of a long history also interests, Gram matrix and sum at its last checkpoint
+    (models/interest_checkpoints.py) and, if the model counts repeats, how often and how recently each older item
     occurred
 
-One state is the bytes of a safetensors file that carry the digest of the model: rows and vectors are that model's.
-Exported into `scorer.py` beside jobs/scorer/scorer.py, so it imports numpy, pyarrow, torch and safetensors alone.
+A state is the bytes of a safetensors file. It carries the digest of its model, because it uses the model's rows and
+vectors. This file becomes a part of the exported `scorer.py` (see jobs/scorer/scorer.py), so it imports only numpy,
+pyarrow, torch and safetensors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from models.interface import HistorySums, StoredHistories
 
 STATE_FORMAT = "1"
 WHOLE_EVENTS = 512
-"""A history up to this long is kept event by event: 6.5 KiB, less than a Gram and exact."""
+"""A history of at most so many events is stored event by event: 6.5 KiB, less than a Gram matrix, and exact."""
 _KEPT = {"item": np.int32, "time": np.int64, "action": np.int16, "user_lengths": np.int32, "user_row": np.int32}
 _STORED = {"interest": np.float32, "gram": np.float32, "sum": np.float32}
 _OLDER = {"older_row": np.int32, "older_count": np.int32, "older_place": np.int32, "older_time": np.int64}
@@ -38,14 +39,15 @@ _OLDER = {"older_row": np.int32, "older_count": np.int32, "older_place": np.int3
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StoredStates:
-    """What requests know of events that are not given: S of the B requests, P entries of a triangle."""
+    """The states of S of the B requests, which replace older events that are not given one by one. R interests of width
+    D, P entries of the upper triangle of a Gram matrix, E older items in all."""
 
     request: np.ndarray
-    """[S] int64, rising."""
+    """[S] int64, ascending: the request of each state."""
     length: np.ndarray
-    """[S] int64: events when the state was built."""
+    """[S] int64: number of the user's events when the state was built."""
     kept: np.ndarray
-    """[S] int64: how many of these stand first among the request's events."""
+    """[S] int64: how many of these are given one by one, as the first of the request's events."""
     interest: np.ndarray
     """[S, R, D] float32."""
     gram: np.ndarray
@@ -53,19 +55,19 @@ class StoredStates:
     sum: np.ndarray
     """[S, D] float32."""
     older_offsets: np.ndarray
-    """[S + 1] int64: state s knows the older items older_offsets[s] : older_offsets[s + 1]."""
+    """[S + 1] int64: state s has the older items older_offsets[s] : older_offsets[s + 1]."""
     older_row: np.ndarray
     older_count: np.ndarray
     older_place: np.ndarray
     older_time: np.ndarray
-    """[E] int64 each: row, occurrences, last place and last time of an item."""
+    """[E] int64 each: an item's row, number of occurrences, last position and last time."""
 
     def take(self, requests: np.ndarray, *, num_requests: int) -> StoredStates | None:
-        """Those of these requests, in this order; None where none of them has one."""
+        """The states of these requests, in this order; None if none of them has one."""
         place = np.full(num_requests, -1)
         place[self.request] = np.arange(len(self.request))
-        asked = place[requests]
-        request, chosen = np.flatnonzero(asked >= 0), asked[asked >= 0]
+        state = place[requests]
+        request, chosen = np.flatnonzero(state >= 0), state[state >= 0]
         if not len(request):
             return None
         sizes = np.diff(self.older_offsets)[chosen]
@@ -78,8 +80,8 @@ class StoredStates:
         )
 
     def tensors(self, place_of_row: Callable[[np.ndarray], np.ndarray]) -> StoredHistories:
-        """What a tower reads. `place_of_row`: rows of items -> their index in the batch, -1 for those that nobody
-        asks of."""
+        """The states as a tower's input. `place_of_row`: rows of items -> their index among the looked-up rows of the
+        batch, -1 for items that are not looked up."""
         width = self.sum.shape[1]
         rows, columns = torch.triu_indices(width, width).unbind(0)
         gram_SP = torch.from_numpy(self.gram)
@@ -87,8 +89,8 @@ class StoredStates:
         gram_SDD[:, rows, columns] = gram_SP
         gram_SDD[:, columns, rows] = gram_SP
         item = place_of_row(self.older_row)
-        asked = item >= 0
-        owner = np.repeat(np.arange(len(self.request)), np.diff(self.older_offsets))[asked]
+        used = item >= 0
+        owner = np.repeat(np.arange(len(self.request)), np.diff(self.older_offsets))[used]
         return StoredHistories(
             request_S=torch.from_numpy(self.request),
             length_S=torch.from_numpy(self.length),
@@ -97,15 +99,15 @@ class StoredStates:
             gram_SDD=gram_SDD,
             sum_SD=torch.from_numpy(self.sum),
             older_offsets_S1=torch.from_numpy(flat_offsets(np.bincount(owner, minlength=len(self.request)))),
-            older_item_E=torch.from_numpy(item[asked]),
-            older_count_E=torch.from_numpy(self.older_count[asked]),
-            older_place_E=torch.from_numpy(self.older_place[asked]),
-            older_time_E=torch.from_numpy(self.older_time[asked]),
+            older_item_E=torch.from_numpy(item[used]),
+            older_count_E=torch.from_numpy(self.older_count[used]),
+            older_place_E=torch.from_numpy(self.older_place[used]),
+            older_time_E=torch.from_numpy(self.older_time[used]),
         )
 
 
 def export_digest(directory: Path) -> str:
-    """Of all exported files of a model: two models that score differently never share it. Reads every byte."""
+    """Digest of all exported files: models that score differently have different digests. Reads every byte."""
     whole = hashlib.sha256()
     for file in sorted(directory.iterdir()):
         with file.open("rb") as stream:
@@ -122,13 +124,15 @@ def pack_states(
     repeats: bool,
     first_item_row: int,
 ) -> list[bytes]:
-    """A state for each of these histories: `kept` events of those that are longer than WHOLE_EVENTS, for which
-    `sums` tells what is stored."""
+    """A state for each of these histories. A history longer than WHOLE_EVENTS is stored as its latest `kept` events and
+    the result of `sums`."""
+    # Compute the sums of all long histories together.
     lengths = histories.lengths
     is_long = lengths > max(kept, WHOLE_EVENTS)
     long = np.flatnonzero(is_long)
     found = sums(histories.take(long)) if len(long) else None
     place = np.cumsum(is_long) - 1
+    # Pack each state: latest events, the user's features and, for a long history, its sums and older items.
     packed = []
     for b, (start, end) in enumerate(zip(histories.offsets[:-1].tolist(), histories.offsets[1:].tolist(), strict=True)):
         first = end - kept if is_long[b] else start
@@ -146,20 +150,20 @@ def pack_states(
         kinds = _KEPT | _STORED | _OLDER
         typed = {name: np.ascontiguousarray(array.astype(kinds[name])) for name, array in arrays.items()}
         facts = {"format": STATE_FORMAT, "digest": digest, "length": end - start}
-        # One entry: safetensors writes several in any order.
+        # A single metadata entry, because safetensors writes several in any order, and bytes must be reproducible.
         packed.append(save_arrays(typed, metadata={"solar": json.dumps(facts)}))
     return packed
 
 
 def state_bytes(column: pa.Array, *, first_row: int = 0) -> list[bytes | None]:
-    """The states of a column of bytes or of base64 text. RequestError: it holds something else."""
+    """The states of a column of bytes or of base64 text. RequestError: it has other values."""
     kind, values = column.type, column.to_pylist()
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         for b, text in enumerate(values):
             try:
                 values[b] = None if text is None else base64.b64decode(text, validate=True)
             except ValueError as error:
-                raise RequestError(f"row {first_row + b}: column 'state' is no base64 of a state: {error}") from error
+                raise RequestError(f"row {first_row + b}: column 'state' is not valid base64: {error}") from error
     elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
         raise RequestError(f"column 'state' holds {kind}: it must hold the bytes of states, base64 of them, or nulls")
     return values
@@ -168,10 +172,11 @@ def state_bytes(column: pa.Array, *, first_row: int = 0) -> list[bytes | None]:
 def read_states(
     states: Sequence[bytes | None], *, digest: str, num_rows: int, num_features: int, first_row: int = 0
 ) -> Histories:
-    """The events and users that states [B] know, with what is stored of the other events; None knows nothing.
+    """The histories and users of states [B]; the history of None is empty.
 
-    `num_rows`: of the model's item table. RequestError: no whole state, or that of another model.
+    `num_rows`: rows of the model's item table. RequestError: a state is damaged, or of another model.
     """
+    # Decode and check every state.
     known = np.array([state is not None for state in states], bool)
     found = []
     for b in np.flatnonzero(known).tolist():
@@ -181,6 +186,7 @@ def read_states(
             raise RequestError(f"row {first_row + b}: column 'state' {error}") from error
     lengths = np.zeros(len(states), np.int64)
     lengths[known] = [len(state["item"]) for state in found]
+    # Collect the values of each user feature over all states.
     users, cells = [], np.zeros((len(states), num_features), np.int64)
     for b, state in zip(np.flatnonzero(known), found, strict=True):
         cells[b] = state["user_lengths"]
@@ -202,7 +208,8 @@ def read_states(
 
 
 def appended(histories: Histories, later: Histories) -> Histories:
-    """The events of both, request by request; users and what is stored as the first has it."""
+    """`histories` with the events of `later` after those of the same request; users and states are those of
+    `histories`."""
     owner = np.concatenate([histories.owner, later.owner])
     order = np.argsort(owner, kind="stable")
     return dataclasses.replace(
@@ -216,7 +223,7 @@ def appended(histories: Histories, later: Histories) -> Histories:
 
 
 def both_known(histories: Histories, others: Histories) -> Histories:
-    """The events and users of both, of which at most one knows a request."""
+    """The events and users of both, where each request is empty in at least one of them."""
     users = []
     for one, other in zip(histories.users, others.users, strict=True):
         owners = [np.repeat(np.arange(len(part.lengths)), part.lengths) for part in (one, other)]
@@ -226,9 +233,10 @@ def both_known(histories: Histories, others: Histories) -> Histories:
 
 
 def with_latest(histories: Histories, latest: Histories, *, timed: bool) -> Histories:
-    """The histories with the events that came after each one's last: those up to its time are known to it already.
+    """Each history, extended by those events of `latest` that are later than its last event; earlier ones are assumed
+    to be in it already.
 
-    Not `timed`: all of them came after it, at its time.
+    Not `timed`: all events of `latest` are added, with the time of the last event.
     """
     ends = np.where(histories.lengths > 0, histories.offsets[1:] - 1, len(histories.time))
     last = np.append(histories.time, np.int64(-1))[ends]
@@ -239,16 +247,17 @@ def with_latest(histories: Histories, latest: Histories, *, timed: bool) -> Hist
 
 
 def stored_too_late(histories: Histories, time: np.ndarray) -> np.ndarray:
-    """[B] bool: the state holds events at or after the request's time [B], which no longer can be told apart."""
+    """[B] bool: whether the state has events at or after the request's time [B], which cannot be removed from it."""
     found, stored = np.zeros(len(time), bool), histories.stored
     if stored is not None:
         last = histories.time[histories.offsets[stored.request] + stored.kept - 1]
-        asked = time[stored.request]
-        found[stored.request] = (asked < NO_TIME) & (last >= asked)
+        request_time = time[stored.request]
+        found[stored.request] = (request_time < NO_TIME) & (last >= request_time)
     return found
 
 
 def _older(row: np.ndarray, time: np.ndarray, first_item_row: int) -> dict[str, np.ndarray]:
+    """The older_* arrays of a state from the older events of a history: one entry per item."""
     items, last, count = np.unique(row[::-1], return_index=True, return_counts=True)
     place, is_item = len(row) - 1 - last, items >= first_item_row
     arrays = {"older_row": items, "older_count": count, "older_place": place, "older_time": time[place]}
@@ -256,7 +265,8 @@ def _older(row: np.ndarray, time: np.ndarray, first_item_row: int) -> dict[str, 
 
 
 def _checked(state: Any, *, digest: str, num_rows: int, num_features: int) -> dict[str, Any]:
-    """The arrays of a state, int64 and float32, and its length. RequestError: what is wrong with it."""
+    """The arrays of a state, as int64 and float32, with its length and `is_long`. RequestError: the state is damaged,
+    or of another model or format."""
     fix = "build it with `solar score --build-states`"
     try:
         size = int.from_bytes(state[:8], "little")
@@ -264,9 +274,9 @@ def _checked(state: Any, *, digest: str, num_rows: int, num_features: int) -> di
         facts = json.loads(facts)
         arrays = load_arrays(state)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"is no whole state ({type(error).__name__}): {fix}") from error
+        raise RequestError(f"is not a complete state ({type(error).__name__}): {fix}") from error
     if facts.get("digest") != digest:
-        raise RequestError(f"is a state of model {facts.get('digest')}, not of {digest}: {fix} of this model")
+        raise RequestError(f"is a state of model {facts.get('digest')}, not of {digest}: {fix} for this model")
     if facts.get("format") != STATE_FORMAT:
         raise RequestError(f"has format {facts.get('format')}, this model reads {STATE_FORMAT}: {fix}")
     length = facts["length"]
@@ -284,7 +294,7 @@ def _checked(state: Any, *, digest: str, num_rows: int, num_features: int) -> di
 
 
 def _stored(found: list[dict[str, Any]], request: np.ndarray) -> StoredStates | None:
-    """Of the states that do not hold all events."""
+    """StoredStates from the states that do not have all events one by one; None if all states have."""
     places = [place for place, state in enumerate(found) if state["is_long"]]
     if not places:
         return None

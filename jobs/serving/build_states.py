@@ -1,11 +1,12 @@
-"""solar score MODEL_URI --build-states --shards DIR: what serving needs of every user, without the raw histories.
+"""solar score MODEL_URI --build-states --shards DIR: stores a state of every user, so that serving needs no raw
+histories.
 
-    WORKSPACE/states/NAME/VERSION/00000003/    of manifest 3 of the shards
+    WORKSPACE/states/NAME/VERSION/00000003/    states for manifest 3 of the shards
         bucket-00000.parquet                   user_id, last_time, events, state (jobs/scorer/user_states.py)
-        COMMIT                                 model's digest, manifest, name, size and checksum of each file
+        COMMIT                                 model's digest, manifest; name, size and checksum of each file
 
-A task a bucket of users, in memory that does not follow their number. States exist for a reader when COMMIT does, which
-one exclusive create makes; a run that dies is continued by the next. jobs/serving/stored_states.py reads them.
+One task per bucket of users; memory does not grow with the number of users. Readers ignore the states until COMMIT
+exists, which is created atomically; after a crash the next run continues. jobs/serving/stored_states.py reads them.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ from pipeline.shards.sequences import UserEvents
 from pipeline.storage import Store, absolute
 
 EVENTS_PER_CHUNK = 1 << 18
-"""Events of users who are stored together (16 M float32 at width 64)."""
+"""Events of the users whose states are computed together (16 M float32 at width 64)."""
 USERS_PER_ROW_GROUP = 512
-"""What a reader of one user's state reads: about 6 MB."""
+"""Reading the state of one user reads one row group: about 6 MB."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StatesBuilt:
-    """The states of a model's users."""
+    """The result of `build_states`."""
 
     directory: Path
-    """Of all manifests."""
+    """Directory with the states for all manifests."""
     manifest: int
-    """Of the shards."""
+    """Manifest of the shards for which the states were built."""
     users: int
     bytes: int
-    """Of all files."""
+    """Size of all files."""
     reused: bool
-    """Everything was there already."""
+    """Whether the states existed already."""
 
 
 def build_states(
@@ -67,10 +68,11 @@ def build_states(
     cluster: ClusterConfig,
     parallel: int | None = None,
 ) -> StatesBuilt:
-    """The state of every user of these shards, at a manifest or the latest; what is there already stays.
+    """Store the state of every user of these shards, at a manifest (None = the latest); complete states are reused.
 
-    UserError: a model that reads raw histories, or a directory with the states of another model or of other shards.
+    UserError: the model needs raw histories, or the directory has states of another model or of other shards.
     """
+    # Check that states of this model may be stored there.
     data = Shards.open(absolute(shards), number=manifest)
     refuse_models_without_states(model)
     _refuse_other_owner(out, model)
@@ -80,6 +82,7 @@ def build_states(
         "manifest_fingerprint": data.manifest.fingerprint,
     }
     directory = str(manifest_directory(Path(absolute(str(out))), data.manifest.number))
+    # Build them, one task per bucket, unless they are complete already.
     with console.stage("states") as stage:
         commit, reused = read_commit(directory), True
         if commit is None:
@@ -90,6 +93,7 @@ def build_states(
                     built.append(answer)
                     stage.update(len(built), len(data.buckets), f"{sum(file['users'] for file in built):,} users")
             commit, reused = _commit(directory, built, identity=identity, data=data, model=model), False
+        # Check the commit that is there now: another process may have been faster.
         _refuse_others(commit, identity, directory)
         users, size = commit["users"], sum(file["bytes"] for file in commit["files"])
         stage.result = f"{users:,} users, {size / max(1, users):,.0f} bytes each -> {directory}"
@@ -99,11 +103,11 @@ def build_states(
 
 
 def refuse_models_without_states(model: RegisteredModel) -> None:
-    """UserError where nothing shorter than a raw history can stand for one."""
+    """UserError if the model needs raw histories, so that it has no states."""
     settings = model.settings
     if build_scorer_tower(settings["model"], num_features=len(settings["features"])).kept_events is None:
         raise UserError(
-            f"{model.uri}: {settings['model']['name']} reads raw histories, it has no interests to store: score it "
+            f"{model.uri}: {settings['model']['name']} needs raw histories, it has no interests to store: score it "
             "with --shards alone"
         )
 
@@ -111,6 +115,7 @@ def refuse_models_without_states(model: RegisteredModel) -> None:
 def _commit(
     directory: str, built: list[dict[str, Any]], *, identity: dict[str, Any], data: Shards, model: RegisteredModel
 ) -> dict[str, Any]:
+    """Create COMMIT; returns its content, or that of another process that created it first."""
     commit = {
         **identity,
         "format": 1,
@@ -123,7 +128,6 @@ def _commit(
     }
     content = (json.dumps(commit, indent=1, sort_keys=True) + "\n").encode()
     if not Store(directory).create(COMMIT, content):
-        # Another process was faster: what stands there is looked at.
         found = read_commit(directory)
         assert found is not None
         return found
@@ -131,7 +135,7 @@ def _commit(
 
 
 def _refuse_other_owner(out: Path, model: RegisteredModel) -> None:
-    """States of two models in one directory would take turns in being the newest."""
+    """UserError if the directory has states of another model: readers take the latest states, of whichever model."""
     for number in Store(str(out)).names():
         commit = read_commit(f"{out}/{number}") if number.isdigit() else None
         if commit is not None and commit["digest"] != model.digest:
@@ -142,6 +146,7 @@ def _refuse_other_owner(out: Path, model: RegisteredModel) -> None:
 
 
 def _refuse_others(commit: dict[str, Any], identity: dict[str, Any], directory: str) -> None:
+    """UserError if the commit has another model or other shards."""
     for key, value in identity.items():
         if commit[key] != value:
             raise UserError(f"{directory}: holds states of {key} {commit[key]}, not of {value}: name another --out")
@@ -150,9 +155,9 @@ def _refuse_others(commit: dict[str, Any], identity: dict[str, Any], directory: 
 def _opened(
     model: RegisteredModel, data: Shards, identity: dict[str, Any], directory: str, staging: str
 ) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """What answers {"bucket": B} with its file; called in an actor."""
+    """The function that builds the file of {"bucket": B} and returns its entry in COMMIT; called in each actor."""
     scorer = model.scorer()
-    # Known already: nobody has to read the weights again for it.
+    # The driver has computed the digest: the actor need not read every byte of the model again.
     scorer.digest = identity["digest"]
     histories = UserHistories(data, scorer)
 
@@ -176,7 +181,7 @@ def _opened(
 
 
 def _users_of(store: Store, name: str, identity: dict[str, Any]) -> int | None:
-    """Users of a file that an earlier run left whole; None where it is absent or of other states."""
+    """Number of users in a complete file of an earlier run; None if there is none, or if it has other states."""
     if not store.exists(name):
         return None
     with store.open(name) as stream, pq.ParquetFile(stream) as parquet:
@@ -192,7 +197,7 @@ def _signed(identity: dict[str, Any]) -> bytes:
 def _write_bucket(
     file: str, bucket: int, data: Shards, histories: UserHistories, scorer: Any, identity: dict[str, Any]
 ) -> int:
-    """Write the states of a bucket's users; how many they are."""
+    """Write the states of a bucket's users; returns the number of users."""
     user_type = pa.int64() if data.manifest.schema["id_types"]["user_id"] == "int64" else pa.large_string()
     schema = pa.schema(
         [
@@ -203,7 +208,7 @@ def _write_bucket(
         ]
     )
     num_users = 0
-    # States are as good as random bits.
+    # No compression: states look like random bits.
     with pq.ParquetWriter(file, schema.with_metadata({"solar.states": _signed(identity)}), compression="none") as out:
         for user_id, events in _chunks(data, bucket):
             found = histories.of_events(events, known=np.ones(events.num_users, bool))
@@ -217,7 +222,7 @@ def _write_bucket(
 
 
 def _chunks(data: Shards, bucket: int) -> Iterator[tuple[pa.Array, UserEvents]]:
-    """(ids, sequences) of some of the bucket's users at a time."""
+    """(ids, sequences) of the bucket's users, in chunks of limited size."""
     groups, users = data.groups_of(bucket), data.users_of(bucket).sort("group", "row")
     for group in groups:
         here = users.filter(users["group"] == group - groups.start)

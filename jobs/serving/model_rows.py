@@ -1,4 +1,4 @@
-"""Rows of a data set's vocabulary -> rows of a registered model, whose vocabulary may be another."""
+"""Maps rows of a data set's vocabulary to rows of a registered model, which may have another vocabulary."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 
 class ModelRows:
-    """Items matched by raw id, actions and values of user features by name; what the model does not know becomes its
-    unknown row, or no action."""
+    """The mapping: items are matched by raw id, actions and values of user features by name. Items and values that the
+    model does not know get its unknown row, unknown actions code 0."""
 
     def __init__(self, scorer: Scorer, vocabulary: Vocabulary) -> None:
         raw = vocabulary.raw(np.arange(NUM_RESERVED, vocabulary.size))
         self.item = np.concatenate([np.arange(NUM_RESERVED), scorer.rows(raw)])
-        """[vocabulary size] the model's row of each row of the data set."""
+        """[vocabulary size] the model's row for each row of the data set."""
         self.action = scorer.codes(pa.array(vocabulary.actions, pa.large_string()))
-        """[actions] the model's code of each action code of the data set."""
+        """[actions] the model's code for each action code of the data set."""
         self._users = [
             (list(vocabulary.user_features).index(name), _value_rows(scorer, name, vocabulary.user_features[name]))
             if name in vocabulary.user_features
@@ -29,7 +29,7 @@ class ModelRows:
         ]
 
     def users(self, codes: UserCodes | None, *, known: np.ndarray) -> tuple[UserFeature, ...]:
-        """The model's user features of requests [B]; `codes` are those of the data set for the `known` ones of them."""
+        """The model's user features of requests [B]; `codes`: the data set's codes for the requests in `known` [B]."""
         found = []
         for place_and_rows in self._users:
             lengths, row = np.zeros(len(known), np.int64), np.zeros(0, np.int64)
@@ -43,5 +43,5 @@ class ModelRows:
 
 
 def _value_rows(scorer: Scorer, name: str, values: tuple[str, ...]) -> np.ndarray:
-    """The model's row of each row of a data set's user feature."""
+    """The model's row for each row of a data set's user feature."""
     return np.concatenate([np.arange(NUM_RESERVED), scorer.value_rows(name, pa.array(values, pa.large_string()))])

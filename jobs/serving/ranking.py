@@ -1,4 +1,4 @@
-"""Blocks of requests scored, their candidates ranked: what `solar score` computes, and what it counts."""
+"""Scores blocks of requests, ranks their candidates, and counts what was scored."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from jobs.scorer.scorer import Scorer
 from jobs.serving.request_files import Block
 
 SCORES_PER_PART = 1 << 22
-"""Catalogue scores in memory together (requests times items)."""
+"""Scores in memory at a time when the whole catalogue is ranked (requests times items)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """What is scored, and where the result goes."""
+    """The input, the result and the ranking of `solar score`."""
 
     requests: str
-    """Parquet file, one row a request: history (+ history_time, history_action) or, with --shards, user_id; candidates;
-    time; a column named as a user feature of the model; these and further columns pass through."""
+    """Parquet file with one row per request, or a directory of such files. Columns: history (+ history_time,
+    history_action) or, with --shards, user_id; candidates; time; any user feature of the model by its name. User
+    features and further columns are copied to the result."""
     out: str
     """Parquet file of the result."""
     shards: str | None = None
-    """Sequence shards that hold the users' histories."""
+    """Sequence shards with the users' histories."""
     states: str | None = None
-    """Directory of the model's stored states: users that have one are scored from it, others from the shards."""
+    """Directory of the model's stored states: users with a state are scored from it, others from the shards."""
     top_k: int | None = None
-    """Keep the best so many; without a column candidates the whole catalogue is ranked."""
+    """Number of best candidates to keep, 1 or more; without a column candidates the whole catalogue is ranked."""
     keep_seen: bool = False
-    """Whole catalogue: also rank what the user's events before the request's time already hold."""
+    """Whole catalogue: also rank the items of the user's events before the request's time."""
     overwrite: bool = False
     """Replace an existing result."""
 
@@ -46,34 +47,34 @@ class ScoreConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ScoreCounts:
-    """What was scored, in requests unless it says otherwise."""
+    """Counts of what was scored; numbers of requests unless stated otherwise."""
 
     requests: int = 0
     candidates: int = 0
-    """Candidates that were scored, before --top_k."""
+    """Number of candidates that were scored, before --top_k."""
     unknown_candidates: int = 0
-    """Of these, items that the model does not know."""
+    """Number of these candidates that the model does not know."""
     history_events: int = 0
-    """Events that the model was shown."""
+    """Number of events that the model read."""
     unknown_history_items: int = 0
-    """Of these, events with an item that the model does not know."""
+    """Number of these events whose item the model does not know."""
     cold: int = 0
-    """Without any event before the request."""
+    """Requests without any event before them."""
     unknown_users: int = 0
-    """Of these, users that neither states nor shards hold."""
+    """Requests whose users are neither in the states nor in the shards."""
     from_states: int = 0
-    """Whose history is a stored state."""
+    """Requests whose history is a stored state."""
     without_state: int = 0
-    """Of users without a state that can be used, where states are asked for: their raw histories were read."""
+    """With --states: requests whose user has no usable state, so that the raw history was read."""
     truncated: int = 0
-    """With more events than max_history: the latest were shown."""
+    """Requests with more events than max_history: the model read the latest ones."""
     user_values: int = 0
-    """Values of user features that the model was shown."""
+    """Number of values of user features that the model read."""
     unknown_user_values: int = 0
-    """Of these, values that the model does not know."""
+    """Number of these values that the model does not know."""
 
     def add(self, other: dict[str, int]) -> None:
-        """Count what another part counted."""
+        """Add the counts of another part."""
         for name, value in other.items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -85,6 +86,7 @@ class Ranking:
         self._scorer, self._config, self._path = scorer, config, path
 
     def schema(self, requests: pa.Schema) -> pa.Schema:
+        """The result's columns for requests with these columns."""
         kept = [field for field in requests if field.name not in REQUEST_COLUMNS or field.name == "time"]
         item = pa.int64() if self._scorer.item_type == "int64" else pa.large_string()
         return pa.schema(
@@ -92,14 +94,16 @@ class Ranking:
         )
 
     def of(self, block: Block, counts: ScoreCounts) -> pa.RecordBatch:
-        """The result's rows; what they count is added to `counts`."""
+        """The result's rows for a block; adds to `counts`."""
+        # Score and rank.
         scorer = self._scorer
-        shown, asked = scorer.shown(block.histories, block.time)
+        shown, time = scorer.shown(block.histories, block.time)
         earlier = block.histories.before(block.time)
         if "candidates" in block.rows.schema.names:
-            raw, offsets, scores = self._given(block, shown, asked, counts)
+            raw, offsets, scores = self._given(block, shown, time, counts)
         else:
-            raw, offsets, scores = self._catalogue(earlier, shown, asked, counts)
+            raw, offsets, scores = self._catalogue(earlier, shown, time, counts)
+        # Count.
         counts.requests += block.rows.num_rows
         counts.history_events += len(shown.row)
         if shown.stored is not None:
@@ -112,12 +116,14 @@ class Ranking:
         counts.user_values += sum(len(feature.row) for feature in shown.users)
         counts.unknown_user_values += sum(int((feature.row == UNKNOWN_ROW).sum()) for feature in shown.users)
         counts.truncated += int((earlier.lengths > shown.lengths).sum())
+        # Copy the other columns of the requests.
         schema = self.schema(block.rows.schema)
         kept = [block.rows.column(name) for name in schema.names if name not in ("candidates", "scores")]
         lists = [pa.LargeListArray.from_arrays(pa.array(offsets), values) for values in (raw, pa.array(scores))]
         return pa.RecordBatch.from_arrays([*kept, *lists], schema=schema)
 
-    def _given(self, block: Block, shown: Histories, asked: np.ndarray, counts: ScoreCounts) -> tuple[Any, ...]:
+    def _given(self, block: Block, shown: Histories, time: np.ndarray, counts: ScoreCounts) -> tuple[Any, ...]:
+        """(raw ids, offsets, scores) of the requests' own candidates, best first."""
         scorer = self._scorer
         try:
             offsets, row = scorer.candidates(block.rows, first_row=block.first_row)
@@ -125,17 +131,17 @@ class Ranking:
             raise UserError(f"{self._path}: {error}") from error
         counts.candidates += len(row)
         counts.unknown_candidates += int((row == UNKNOWN_ROW).sum())
-        logits = self._logits(shown, asked, offsets, row)
+        logits = self._logits(shown, time, offsets, row)
         places, kept = best_first(logits, offsets, top_k=self._config.top_k)
         raw = list_column(block.rows, "candidates", values=scorer.item_type).values
         return raw.take(pa.array(places)), kept, logits[places]
 
     def _catalogue(
-        self, earlier: Histories, shown: Histories, asked: np.ndarray, counts: ScoreCounts
+        self, earlier: Histories, shown: Histories, time: np.ndarray, counts: ScoreCounts
     ) -> tuple[Any, ...]:
-        """The best of all items of the model, some requests at a time."""
+        """(raw ids, offsets, scores) of the best of all items of the model, computed for some requests at a time."""
         scorer, first_item = self._scorer, self._scorer.settings["first_item_row"]
-        num_items, num_requests = len(scorer.item_ids), len(asked)
+        num_items, num_requests = len(scorer.item_ids), len(time)
         step = max(1, SCORES_PER_PART // num_items)
         items, scores, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
         for start in range(0, num_requests, step):
@@ -147,7 +153,7 @@ class Ranking:
                 wanted[seen.owner[known], seen.row[known] - first_item] = False
             offsets, item = flat_offsets(wanted.sum(1)), np.nonzero(wanted)[1]
             counts.candidates += len(item)
-            logits = self._logits(shown.take(some), asked[some], offsets, item + first_item)
+            logits = self._logits(shown.take(some), time[some], offsets, item + first_item)
             places, kept = best_first(logits, offsets, top_k=self._config.top_k)
             items.append(item[places])
             scores.append(logits[places])
@@ -156,19 +162,19 @@ class Ranking:
         raw = raw.cast(self.schema(pa.schema([])).field("candidates").type.value_type)
         return raw, flat_offsets(np.concatenate(sizes)), np.concatenate(scores)
 
-    def _logits(self, shown: Histories, asked: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
-        logits = self._scorer.logits(shown, asked, offsets, row)
+    def _logits(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
+        logits = self._scorer.logits(shown, time, offsets, row)
         if not np.isfinite(logits).all():
-            raise UserError("the model gives scores that are not numbers: its weights are damaged; use another version")
+            raise UserError("the model computes NaN or infinite scores: its weights are damaged; use another version")
         return logits
 
 
 def best_first(scores: np.ndarray, offsets: np.ndarray, *, top_k: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(places of the candidates by request, best first, at most top_k of each; their new offsets). Ties keep order."""
+    """(places of each request's candidates, best first and at most `top_k`; their offsets). Equal scores keep order."""
     sizes = np.diff(offsets)
     places = np.arange(len(scores))
     if top_k is not None:
-        # Only what may be among the best is sorted.
+        # Sort only the candidates that can be among the best.
         least = np.full(len(sizes), -np.inf, np.float32)
         for request in np.flatnonzero(sizes > top_k):
             part = scores[offsets[request] : offsets[request + 1]]

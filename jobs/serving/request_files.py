@@ -1,4 +1,5 @@
-"""The requests of `solar score`, block by block: Parquet files, with histories out of them, of states or of shards."""
+"""Reads the requests of `solar score` from Parquet files, block by block, with histories from these files, from stored
+states or from shards."""
 
 from __future__ import annotations
 
@@ -28,47 +29,47 @@ from jobs.serving.user_histories import UserHistories, user_ids
 from pipeline.events import LATEST_TIME
 
 ROWS_PER_BLOCK = 256
-"""Requests in memory together where each brings its history (10,000 events and 1,000 candidates: 50 MB)."""
+"""Requests in memory at a time if they contain their histories (10,000 events and 1,000 candidates: 50 MB)."""
 ROWS_PER_READ = 4096
-"""The same where the histories are in shards: more, because a block reads every row group that its users are in."""
+"""The same if histories come from shards: more, because each block reads every row group with some of its users."""
 ROWS_PER_READ_OF_STATES = 1024
-"""The same of states (20 KB each, as a tower reads them; more where repeats are counted)."""
+"""The same if histories come from states (20 KB each, as a tower reads them; more if the model counts repeats)."""
 
 EVENTS_PER_BLOCK = 1 << 22
-"""Events that shards give to one block (100 MB)."""
+"""Most events that one block reads from shards (100 MB)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
-    """Some requests in a row of the file."""
+    """Consecutive requests of a file."""
 
     first_row: int
     rows: pa.RecordBatch
     histories: Histories
-    """Every known event of each request, also those after its time."""
+    """All known events of each request's user, also those after the request's time."""
     time: np.ndarray
-    """[B] int64 as asked, NO_TIME where none is."""
+    """[B] int64 time of the request, NO_TIME if it has none."""
     unknown_users: int
-    """Requests of users that neither states nor shards hold; 0 where histories are given."""
+    """Number of requests whose users are neither in the states nor in the shards; 0 if requests contain histories."""
     from_states: int = 0
-    """Requests whose history is a state."""
+    """Number of requests whose history is a state."""
     without_state: int = 0
-    """Requests whose history should have been one."""
+    """Number of requests without a usable state, if states were requested."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where the histories of users are; nowhere where requests bring their own."""
+    """Where the histories of users are read from; without states and shards, requests contain their histories."""
 
     states: StoredUsers | None = None
     shards: UserHistories | None = None
-    """Also of users without a state, where there are states."""
+    """With states: used for users without a state."""
     states_asked: bool = False
-    """Also where none were found."""
+    """Whether states were requested, even if none were found."""
 
     @property
     def rows_per_read(self) -> int:
-        """Requests in memory together."""
+        """Number of requests in memory at a time."""
         if self.states is not None:
             return ROWS_PER_READ_OF_STATES
         return ROWS_PER_READ if self.shards is not None else ROWS_PER_BLOCK
@@ -76,17 +77,17 @@ class Sources:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some rows of one file."""
+    """Consecutive rows of one file."""
 
     number: int
-    """Its place in the order of all parts."""
+    """Its number in the order of all parts, from 0."""
     file: str
     first_row: int
     num_rows: int
 
 
 class Requests:
-    """A Parquet file of requests, or a directory of such files, which are read in the order of their names."""
+    """The requests in a Parquet file, or in a directory of such files, read in the order of their names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,13 +99,13 @@ class Requests:
         self.files = [RequestFile(name) for name in names]
         self.num_rows, self.schema = sum(file.num_rows for file in self.files), self.files[0].schema
         if not self.num_rows:
-            raise UserError(f"{path}: it holds no request")
+            raise UserError(f"{path}: has no requests")
         for file in self.files[1:]:
             if not file.schema.equals(self.schema):
-                raise UserError(f"{file.path}: its columns are not those of {names[0]}: give all files the same ones")
+                raise UserError(f"{file.path}: its columns differ from those of {names[0]}: give all the same columns")
 
     def parts(self, most: int) -> list[Part]:
-        """All rows, at most so many a part."""
+        """All rows, in parts of at most `most` rows."""
         found: list[Part] = []
         for file in self.files:
             name = str(file.path.absolute())
@@ -114,11 +115,11 @@ class Requests:
         return found
 
     def refuse_as_result(self, out: Path) -> None:
-        """UserError where the result would be one of the files, or lie among them."""
+        """UserError if the result would be one of the requests' files, or be in their directory."""
         if out.exists() and any(out.samefile(file.path) for file in self.files):
             raise UserError(f"{out}: is the file of the requests: name another --out")
         if self.path.is_dir() and out.parent.exists() and out.parent.samefile(self.path):
-            raise UserError(f"{out}: lies among the files of the requests: name another --out")
+            raise UserError(f"{out}: is in the directory of the requests: name another --out")
 
     def close(self) -> None:
         for file in self.files:
@@ -126,7 +127,7 @@ class Requests:
 
 
 class RequestFile:
-    """A Parquet file with one row a request."""
+    """A Parquet file with one row per request."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -134,13 +135,13 @@ class RequestFile:
             self._file = pq.ParquetFile(path)
             self.num_rows, self.schema = self._file.metadata.num_rows, self._file.schema_arrow
         if "scores" in self.schema.names:
-            raise UserError(f"{path}: column 'scores' is what the result is called: rename it")
+            raise UserError(f"{path}: column 'scores' has the name of the result's column: rename it")
 
     def blocks(self, scorer: Scorer, sources: Sources, *, part: Part) -> Iterator[Block]:
-        """The requests of a part in order, after a block without any. UserError that names the file for whatever
-        cannot be read or is no request."""
+        """The requests of a part in order, after a first block without rows. UserError names the file: it cannot be
+        read, or has an invalid request."""
         with self._explained():
-            # No row has the types already: a mistake in them shows before any work.
+            # A block without rows has the columns' types already: a mistake in them is reported before any work.
             empty = pa.RecordBatch.from_pylist([], schema=self.schema)
             yield from _with_histories([empty], scorer, sources, first_row=0)
             if "candidates" in self.schema.names:
@@ -152,7 +153,7 @@ class RequestFile:
         self._file.close()
 
     def _rows(self, part: Part, *, batch_size: int) -> Iterator[pa.RecordBatch]:
-        """The part's rows out of the row groups that have some of them."""
+        """The part's rows; reads only the row groups that have some of them."""
         metadata = self._file.metadata
         ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
         first_group = int(np.searchsorted(ends, part.first_row, side="right"))
@@ -175,20 +176,20 @@ class RequestFile:
         except FileNotFoundError as error:
             raise UserError(f"{self.path}: no such file: give the Parquet file of the requests") from error
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: no whole Parquet file: {one_line(error)[:160]}") from error
+            raise UserError(f"{self.path}: not a complete Parquet file: {one_line(error)[:160]}") from error
 
 
 def refuse_wrong_unit(time: np.ndarray, name: str, *, time_range: list[int] | None) -> None:
-    """RequestError where times [n] cannot be milliseconds: past 2100, or all before the model's first event."""
-    asked = time[time < NO_TIME]
-    if not len(asked) or time_range is None:
+    """RequestError if times [n] cannot be milliseconds: after 2100, or all before the model's first event."""
+    given = time[time < NO_TIME]
+    if not len(given) or time_range is None:
         return
-    latest = int(asked.max())
-    if latest >= LATEST_TIME or int(asked.min()) < 0:
+    latest = int(given.max())
+    if latest >= LATEST_TIME or int(given.min()) < 0:
         raise RequestError(f"column {name!r} has {latest}: it must be milliseconds since 1970 UTC, before 2100")
     if latest < time_range[0]:
         raise RequestError(
-            f"column {name!r} ends {_date(latest)}, before the first event the model knows, {_date(time_range[0])}: "
+            f"column {name!r} ends {_date(latest)}, before the model's first event, {_date(time_range[0])}: "
             "integers must be milliseconds since 1970 UTC"
         )
 
@@ -196,6 +197,7 @@ def refuse_wrong_unit(time: np.ndarray, name: str, *, time_range: list[int] | No
 def _with_histories(
     batches: Iterable[pa.RecordBatch], scorer: Scorer, sources: Sources, *, first_row: int
 ) -> Iterator[Block]:
+    """Blocks of requests with their histories, from the requests themselves or from `sources`."""
     for batch in batches:
         if sources.states is None and sources.shards is None:
             histories = scorer.histories(batch, first_row=first_row)
@@ -209,18 +211,21 @@ def _with_histories(
 
 
 def _of_users(batch: pa.RecordBatch, scorer: Scorer, sources: Sources, *, first_row: int) -> Iterator[Block]:
+    """Blocks of requests whose users' histories come from states or shards."""
+    # Check the columns, and read the requests' times.
     shards = sources.shards
     for name in ("history", "state"):
         if name in batch.schema.names:
             option = "--states" if sources.states is not None else "--shards"
-            raise RequestError(f"column {name!r} beside {option}: leave one of them out")
+            raise RequestError(f"column {name!r} is given together with {option}: omit one of them")
     time = np.full(batch.num_rows, NO_TIME)
     if "time" in batch.schema.names:
         time = time_column(batch, "time")
         if shards is not None and not shards.has_time and (time < NO_TIME).any():
-            raise RequestError("column 'time' cannot cut these shards: their log has an order only; leave it out")
+            raise RequestError("column 'time' cannot be used with these shards, whose events have no times: omit it")
     scorer.request_times(batch)
     refuse_wrong_unit(time, "time", time_range=_range(scorer, "time", batch))
+    # Find each user's state, else the user's row in the shards; then cut the batch into blocks of limited size.
     stored, has_state = _stored(batch, time, scorer, sources, first_row=first_row)
     users = np.full(batch.num_rows, -1)
     if shards is not None:
@@ -230,6 +235,7 @@ def _of_users(batch: pa.RecordBatch, scorer: Scorer, sources: Sources, *, first_
     while bounds[-1] < len(users):
         done = ends[bounds[-1] - 1] if bounds[-1] else 0
         bounds.append(max(bounds[-1] + 1, int(np.searchsorted(ends, done + EVENTS_PER_BLOCK, side="right"))))
+    # Read each block's histories, and add the events of the column latest.
     for first, last in itertools.pairwise(bounds):
         part, rows = users[first:last], batch.slice(first, last - first)
         histories = None if stored is None else stored.take(np.arange(first, last))
@@ -254,7 +260,7 @@ def _of_users(batch: pa.RecordBatch, scorer: Scorer, sources: Sources, *, first_
 def _stored(
     batch: pa.RecordBatch, time: np.ndarray, scorer: Scorer, sources: Sources, *, first_row: int
 ) -> tuple[Histories | None, np.ndarray]:
-    """(what states know of the users, [B] bool: the request has one that can be used)."""
+    """(the histories of the users' states, None without states; [B] bool: whether the request has a usable state)."""
     states = sources.states
     if states is None:
         return None, np.zeros(batch.num_rows, bool)
@@ -264,7 +270,7 @@ def _stored(
     if late.any() and sources.shards is None:
         raise RequestError(
             f"row {first_row + int(np.flatnonzero(late)[0])}: the user's state has events at or after column 'time': "
-            "give --shards, which still tell them apart, or leave the time out"
+            "give --shards, where earlier events can be selected, or omit the time"
         )
     if late.any():
         found = [None if is_late else state for state, is_late in zip(found, late, strict=True)]
@@ -273,6 +279,7 @@ def _stored(
 
 
 def _range(scorer: Scorer, name: str, batch: pa.RecordBatch) -> list[int] | None:
+    """First and last time of the model's events, None if the batch has no such column."""
     return scorer.settings["time_range"] if name in batch.schema.names else None
 
 

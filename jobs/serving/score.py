@@ -1,11 +1,11 @@
 """solar score MODEL_URI --requests IN.parquet --out OUT.parquet: a registered model -> scores and rankings.
 
-    rows of the input --Ray Data actors, each with the model--> a file a part --here, in input order--> the result
+    rows of the input --Ray Data actors, each with the model--> one file per part --driver, in input order--> the result
 
-Histories stand in the requests, or come by user_id from stored states (build_states.py) or from sequence shards.
-Candidates stand in the requests, or are the whole catalogue. One row a request leaves, in input order: every other
-column, `candidates` best first (equal scores: in the order in which they were given, the catalogue in the order of its
-table rows) and `scores`, float32 logits. An input of one part is scored in this process, without Ray.
+Histories are in the requests, or are found by user_id in stored states (build_states.py) or sequence shards. Candidates
+are in the requests, or are the whole catalogue. The result has one row per request, in input order: all columns that
+are not read as history, `candidates` best first (equal scores: in the order in which they were given, or of the rows of
+the catalogue) and `scores`, float32 logits. An input of one part is scored in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipeline.shards.dataset import Shards
 from pipeline.storage import absolute
 
 ROWS_PER_PART = 4096
-"""Requests of one task: seconds to minutes of work."""
+"""Requests per task: seconds to minutes of work."""
 
 
 def score(
@@ -48,31 +48,35 @@ def score(
     cluster: ClusterConfig | None = None,
     parallel: int | None = None,
 ) -> ScoreCounts:
-    """Score every request; the result appears whole or not at all. UserError, DataError: a mistake in the input.
+    """Score every request; the result file appears only when it is complete. UserError, DataError: a mistake in the
+    input.
 
-    `parallel`: actors, each with the model in memory; None = a core each.
+    `parallel`: number of actors, each with the model in memory; None = one per core.
     """
+    # Check the options and find the states before any work.
     out = Path(config.out)
     if out.exists() and not config.overwrite:
-        raise UserError(f"{out}: is there already: name another --out, or add --overwrite")
+        raise UserError(f"{out}: exists already: name another --out, or add --overwrite")
     counts = ScoreCounts()
     with contextlib.closing(Requests(Path(config.requests))) as requests, console.stage("score") as stage:
         requests.refuse_as_result(out)
         _check_options(requests, config)
         states = _states(model, config, console)
         parts = requests.parts(ROWS_PER_PART)
+        # Score one part here, several parts in actors.
         facts = {"model": model.name, "version": model.version, "digest": model.digest}
         started = time.monotonic()
         if len(parts) == 1:
             batches = PartScorer(model, config, states).batches(parts[0], counts)
         else:
-            # Actors may stand in another directory.
+            # Absolute paths: actors may run in another directory.
             shards = None if config.shards is None else absolute(config.shards)
             elsewhere = dataclasses.replace(model, directory=model.directory.absolute())
             opened = functools.partial(PartScorer, elsewhere, dataclasses.replace(config, shards=shards), states)
             batches = _scored_in_actors(
                 opened, parts, counts, stage, out=out, cluster=cluster or ClusterConfig(), parallel=parallel
             )
+        # Write the result in input order, with the counts in its footer.
         with contextlib.closing(batches):
             first = next(batches)
             with ResultFile(out, first.schema.with_metadata(footer(facts))) as result:
@@ -91,7 +95,7 @@ def print_counts(counts: ScoreCounts, console: Console) -> None:
         ("requests", counts.requests, ""),
         ("candidates", counts.candidates, f"{counts.unknown_candidates:,} unknown to the model"),
         ("history", counts.history_events, f"events, {counts.unknown_history_items:,} of unknown items"),
-        ("cold", counts.cold, f"requests without a history, {counts.unknown_users:,} of users that are not known"),
+        ("cold", counts.cold, f"requests without a history, {counts.unknown_users:,} of unknown users"),
         ("truncated", counts.truncated, "histories longer than max_history: the latest events were read"),
         ("user values", counts.user_values, f"of user features, {counts.unknown_user_values:,} unknown to the model"),
         *_states_line(counts),
@@ -115,8 +119,8 @@ def _scored_in_actors(
     cluster: ClusterConfig,
     parallel: int | None,
 ) -> Generator[pa.RecordBatch, None, None]:
-    """The result's rows in input order, out of files that actors write, each read and removed as soon as all before it
-    are; `counts` go ahead of them."""
+    """The result's rows in input order, from files that actors write. A file is read and removed when all earlier ones
+    have been; `counts` includes all finished parts, also those not yet yielded."""
     total = sum(part.num_rows for part in parts)
     with ray_session(cluster), staging_directory(str(out.absolute().parent)) as staging:
         rows = [dataclasses.asdict(part) | {"directory": staging} for part in parts]
@@ -133,18 +137,18 @@ def _scored_in_actors(
 
 
 def _states(model: RegisteredModel, config: ScoreConfig, console: Console) -> StoredUsers | None:
-    """The states that the config names. UserError: of another model, or none and no shards either."""
+    """The states that the config names. UserError: they are of another model, or neither states nor shards exist."""
     if config.states is None:
         return None
     refuse_models_without_states(model)
     states = find_states(model, absolute(config.states))
     if states is None and config.shards is None:
         raise UserError(
-            f"--states {config.states}: holds no complete states of {model.uri}: build them with --build-states, "
+            f"--states {config.states}: has no complete states of {model.uri}: build them with --build-states, "
             "or give --shards to read raw histories"
         )
     if states is None:
-        console.line(f"{'states':<12} none that are complete at {config.states}: raw histories are read")
+        console.line(f"{'states':<12} no complete states at {config.states}: raw histories are read")
     return states
 
 
@@ -156,20 +160,20 @@ def _check_options(requests: Requests, config: ScoreConfig) -> None:
         )
     if not given and config.states is not None and not config.keep_seen:
         raise UserError(
-            "--states: do not tell which items a user has seen: rank the whole catalogue with --keep_seen, give "
-            "candidates, or leave --states out"
+            "--states: states do not record which items a user has seen: rank the whole catalogue with --keep_seen, "
+            "give candidates, or omit --states"
         )
     if given and config.keep_seen:
-        raise UserError("--keep_seen: belongs to a ranking of the whole catalogue, but the requests have candidates")
+        raise UserError("--keep_seen: is only for a ranking of the whole catalogue, but the requests have candidates")
 
 
 class PartScorer:
-    """Scores parts: `batches` hands their rows out, a call writes them to a file."""
+    """Scores parts: `batches` yields the result's rows of a part, a call writes them to a file."""
 
     def __init__(self, model: RegisteredModel, config: ScoreConfig, states: StoredUsers | None) -> None:
         self._config = config
         self._scorer = model.scorer()
-        # The driver has read every byte for it.
+        # The driver has computed the digest: do not read every byte of the model again.
         self._scorer.digest = model.digest
         self._sources = Sources(
             states=states,
@@ -178,7 +182,7 @@ class PartScorer:
         )
 
     def batches(self, part: Part, counts: ScoreCounts) -> Generator[pa.RecordBatch, None, None]:
-        """The result's rows of a part, in order, at least one batch; `counts` follow them."""
+        """The result's rows of a part, in order, in at least one batch; `counts` includes the rows yielded so far."""
         path = Path(part.file)
         ranking = Ranking(self._scorer, self._config, path=path)
         with contextlib.closing(RequestFile(path)) as requests:
@@ -186,7 +190,7 @@ class PartScorer:
                 yield ranking.of(block, counts)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Write the part to DIRECTORY/part-NUMBER.arrow; {"number", "file", "counts"}."""
+        """Write a part's rows to DIRECTORY/part-NUMBER.arrow; returns {"number", "file", "counts"}."""
         part = Part(**{name: row[name] for name in Part.__dataclass_fields__})
         file, counts, writer = f"{row['directory']}/part-{part.number:08d}.arrow", ScoreCounts(), None
         try:
@@ -200,7 +204,7 @@ class PartScorer:
 
 
 def read_part(file: str) -> Iterator[pa.RecordBatch]:
-    """The rows of a part's file, which is gone afterwards."""
+    """The rows of a part's file, which is removed at the end."""
     with pa.OSFile(file) as stream:
         part = pa.ipc.open_file(stream)
         for number in range(part.num_record_batches):
@@ -209,10 +213,11 @@ def read_part(file: str) -> Iterator[pa.RecordBatch]:
 
 
 CANDIDATES_PER_ROW_GROUP = 1 << 20
+"""Least number of candidates in a row group of the result, except in the last one."""
 
 
 class ResultFile:
-    """A Parquet file that appears under its name when it is complete."""
+    """A Parquet file that gets its final name when it is complete."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path, self._schema = path, schema
@@ -225,7 +230,7 @@ class ResultFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
         except OSError as error:
-            raise UserError(f"{self._path}: {error.strerror}: name a file that can be written") from error
+            raise UserError(f"{self._path}: {error.strerror}: name a writable file") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -239,7 +244,7 @@ class ResultFile:
             self._flush()
 
     def publish(self, facts: dict[str, str]) -> None:
-        """Close the file with these facts in its footer and give it its name."""
+        """Close the file with these facts in its footer and rename it to its final name."""
         self._flush()
         self._writer.add_key_value_metadata(facts)
         self._writer.close()
@@ -253,5 +258,5 @@ class ResultFile:
 
 
 def footer(facts: dict[str, Any]) -> dict[str, str]:
-    """What the result says about itself: pq.read_metadata(FILE).metadata."""
+    """The facts as metadata of the result's footer: pq.read_metadata(FILE).metadata."""
     return {f"solar.{key}": str(value) for key, value in facts.items()}

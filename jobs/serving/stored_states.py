@@ -1,4 +1,4 @@
-"""Users' stored states, found and read: jobs/serving/build_states.py writes them and says what lies where."""
+"""Finds and reads users' stored states. jobs/serving/build_states.py writes them and describes the files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _REQUIRED = ("format", "digest", "manifest", "manifest_fingerprint", "buckets", 
 
 
 def states_directory(workspace: str, model: RegisteredModel) -> Path:
-    """Where a model's states lie unless the user says otherwise."""
+    """The default directory of a model's states."""
     return Path(workspace) / "states" / model.name / model.version
 
 
 def manifest_directory(directory: Path, number: int) -> Path:
-    """Of the states of one manifest."""
+    """The directory of the states for one manifest."""
     return directory / f"{number:08d}"
 
 
@@ -41,7 +41,8 @@ def bucket_file(bucket: int) -> str:
 
 
 def find_states(model: RegisteredModel, directory: Path | str) -> StoredUsers | None:
-    """The complete states of the latest manifest there; None where there are none. UserError: another model's."""
+    """The complete states for the latest manifest that has any; None if there are none. UserError: they are of another
+    model."""
     numbers = [name for name in Store(str(directory)).names() if re.fullmatch(r"\d{8}", name)]
     for number in sorted(numbers, reverse=True):
         commit = read_commit(f"{directory}/{number}")
@@ -50,14 +51,15 @@ def find_states(model: RegisteredModel, directory: Path | str) -> StoredUsers | 
         if commit["digest"] != model.digest:
             raise UserError(
                 f"{directory}: states of {commit['model']} (digest {commit['digest']}), not of {model.uri} "
-                f"({model.digest}): build those with --build-states"
+                f"({model.digest}): build states of this model with --build-states"
             )
         return StoredUsers(f"{directory}/{number}", commit)
     return None
 
 
 def read_commit(directory: str) -> dict[str, Any] | None:
-    """What makes states complete; None where they are not. UserError: it is damaged, or names files elsewhere."""
+    """The content of COMMIT; None if there is none: the states are not complete. UserError: COMMIT is damaged, or names
+    files elsewhere."""
     try:
         commit = json.loads(Store(directory).read(COMMIT))
     except FileNotFoundError:
@@ -65,15 +67,15 @@ def read_commit(directory: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{directory}/{COMMIT}: is damaged: remove it and build the states again") from error
     if not isinstance(commit, dict) or any(key not in commit for key in _REQUIRED) or commit["format"] != 1:
-        raise UserError(f"{directory}/{COMMIT}: is no commit of format 1: remove it and build the states again")
+        raise UserError(f"{directory}/{COMMIT}: is not a commit of format 1: remove it and build the states again")
     for file in commit["files"]:
         if not _FILE.fullmatch(str(file.get("name"))):
-            raise UserError(f"{directory}/{COMMIT}: names {file.get('name')!r}, which is no file of states")
+            raise UserError(f"{directory}/{COMMIT}: names {file.get('name')!r}, which is not a file of states")
     return commit
 
 
 class StoredUsers:
-    """The states of one manifest, open for reading."""
+    """The states for one manifest, open for reading."""
 
     def __init__(self, directory: str, commit: dict[str, Any]) -> None:
         self.directory, self.commit = directory, commit
@@ -88,25 +90,25 @@ class StoredUsers:
         return type(self), (self.directory, self.commit)
 
     def read(self, user_id: pa.Array) -> list[bytes | None]:
-        """The state of each of these users [B], None for one that has none. DataError: a file is damaged."""
+        """The state of each of these users [B], None for users without one. DataError: a file is damaged."""
         found: list[bytes | None] = [None] * len(user_id)
         bucket = bucket_of(pl.Series("user_id", user_id), buckets=self.commit["buckets"]).to_numpy()
         for number in np.unique(bucket).tolist():
             if number not in self._entries:
                 continue
-            asked = np.flatnonzero(bucket == number)
+            here = np.flatnonzero(bucket == number)
             index, first_row = self._file(number)
-            place = index.get_indexer(pd.Index(user_id.take(pa.array(asked)).to_numpy(zero_copy_only=False)))
+            place = index.get_indexer(pd.Index(user_id.take(pa.array(here)).to_numpy(zero_copy_only=False)))
             known = place >= 0
             group = np.searchsorted(first_row, place, side="right") - 1
             for one in np.unique(group[known]).tolist():
                 states = self._group(number, one)
                 for b in np.flatnonzero(known & (group == one)).tolist():
-                    found[asked[b]] = states[int(place[b] - first_row[one])].as_py()
+                    found[here[b]] = states[int(place[b] - first_row[one])].as_py()
         return found
 
     def _open(self, bucket: int) -> tuple[pd.Index, np.ndarray]:
-        """(ids of the file's users, first row of each of its row groups), the whole file checked."""
+        """(ids of the file's users, first row of each of its row groups), after its size and checksum were verified."""
         entry = self._entries[bucket]
         name = entry["name"]
         try:

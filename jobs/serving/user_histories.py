@@ -1,4 +1,4 @@
-"""Histories of users by their raw ids, out of sequence shards, as rows and codes of a registered model."""
+"""Reads users' histories by raw id from sequence shards, as rows and codes of a registered model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROW_GROUPS_KEPT = 4
 
 
 class UserHistories:
-    """Histories of users by raw id, out of sequence shards: as training reads them."""
+    """Reads users' histories by raw id from sequence shards, in the same way as training."""
 
     def __init__(self, data: Shards, scorer: Scorer) -> None:
         self._data = data
         if scorer.uses_time and not self._data.manifest.has_time:
             raise UserError(
-                f"{data.path}: the events have no times, which this model needs: prepare a log with timestamps"
+                f"{data.path}: the events have no times, but this model needs them: prepare a log with timestamps"
             )
         self._reader = UserReader(self._data, keep=ROW_GROUPS_KEPT)
         self._rows = ModelRows(scorer, self._data.vocabulary)
@@ -44,21 +44,22 @@ class UserHistories:
         return pd.Index(self._data.index.user_id.to_numpy(zero_copy_only=False))
 
     def users(self, rows: pa.RecordBatch, *, first_row: int) -> np.ndarray:
-        """[B] int64 user rows, -1 for users that are not there."""
+        """[B] int64 user rows, -1 for users that are not in the shards."""
         raw = user_ids(rows, self._id_type, first_row=first_row)
         return self._users.get_indexer(pd.Index(raw.to_numpy(zero_copy_only=False)))
 
     def num_events(self, users: np.ndarray) -> np.ndarray:
-        """[B] length of each user's whole sequence, 0 for those that are not there."""
+        """[B] length of each user's whole sequence, 0 for users that are not in the shards."""
         return np.where(users < 0, 0, self._data.index.events[users])
 
     def read(self, users: np.ndarray) -> Histories:
-        """Every event of these users, in total order, as rows and codes of the model."""
+        """All events of these users (rows from `users`), in total order, as rows and codes of the model."""
         known = users >= 0
         return self.of_events(self._reader.read(users[known]), known=known)
 
     def of_events(self, events: UserEvents, *, known: np.ndarray) -> Histories:
-        """The sequences of the `known` [B] ones of users as rows and codes of the model."""
+        """Histories of B users, as rows and codes of the model: `events` has the sequences of those in `known` [B], the
+        others have empty histories."""
         lengths = np.zeros(len(known), np.int64)
         lengths[known] = np.diff(events.offsets)
         return Histories(
@@ -71,9 +72,9 @@ class UserHistories:
 
 
 def user_ids(rows: pa.RecordBatch, id_type: str, *, first_row: int) -> pa.Array:
-    """The column user_id as int64 or strings. RequestError: it is absent or has a null."""
+    """The column user_id as `id_type` (int64 or string). RequestError: it is absent or has a null."""
     raw = cast_values(required_column(rows, "user_id"), "user_id", id_type)
     if raw.null_count:
         missing = first_row + int(np.flatnonzero(np.asarray(raw.is_null()))[0])
-        raise RequestError(f"row {missing}: user_id is null: name the user, or leave the request out")
+        raise RequestError(f"row {missing}: user_id is null: name the user, or omit the request")
     return raw

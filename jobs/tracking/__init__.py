@@ -1,1 +1,1 @@
-"""MLflow: runs, what it has not yet accepted of them, and the registry with its champions."""
+"""MLflow: runs, their metrics not yet accepted by MLflow, and the registry with its champions."""

@@ -1,8 +1,9 @@
-"""Which version of a registered model serves: the alias `champion`, every change of it, and the way back.
+"""Which version of a registered model serves: the alias `champion`, its changes, and the return to an earlier version.
 
-MLflow's registry is the only record. A change of the alias is noted as a tag `solar.champion.TIME` of the registered
-model, a night's decision as `solar.night.DATE`; both are small JSON documents. An alias cannot be set on a condition:
-whoever sets it reads it again right before, and refuses where it is not what the decision was made against.
+MLflow's registry is the only record. Each change of the alias is stored as a tag `solar.champion.TIME` of the
+registered model, each night's decision as `solar.night.DATE`; both are small JSON documents. MLflow cannot set an alias
+on a condition: `promote` therefore reads it again right before setting it, and refuses if it is not the champion with
+which the challenger was compared.
 """
 
 from __future__ import annotations
@@ -26,43 +27,45 @@ TAG_LENGTH = 5000
 
 
 class ChampionChanged(Exception):
-    """Somebody else set the alias meanwhile; a decision against the champion before it is void."""
+    """Another process or person has changed the alias; a decision that used the previous champion is not valid."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """A version became the champion."""
+    """One change of the champion."""
 
     version: str
+    """The new champion."""
     before: str | None
-    """The champion until then."""
+    """The previous champion; None = there was none."""
     at: str
-    """UTC, ISO 8601."""
+    """Time of the change, UTC, ISO 8601."""
     why: str
+    """The reason given."""
     rollback: bool = False
-    """It served before, and was returned to."""
+    """Whether the change returned to an earlier champion."""
 
 
 def champion(client: MlflowClient, name: str) -> ModelVersion | None:
-    """The version that serves, None where there is none yet."""
+    """The version that serves; None if there is none yet."""
     version = _alias(client, name, CHAMPION)
-    # The answer to an alias lacks the tags in some stores.
+    # In some stores the answer to a query by alias lacks the tags: query by version again.
     return client.get_model_version(name, version) if version else None
 
 
 def promote(
     client: MlflowClient, name: str, version: str, *, expected: str | None, why: str, rollback: bool = False
 ) -> None:
-    """Make a version the champion if `expected` (None: nobody) is it now; the same again changes nothing.
+    """Make a version the champion, if `expected` (None = no version) is the champion now. Safe to repeat.
 
-    ChampionChanged: another version is.
+    ChampionChanged: another version is the champion now.
     """
     now = _alias(client, name, CHAMPION)
     if now != version:
         require_champion(client, name, expected)
         client.set_registered_model_alias(name, CHAMPION, version)
     past = changes(client, name)
-    # A command may have died between the alias and its note.
+    # Also if the alias is set already: a command may have died between setting it and storing the change.
     if not past or past[-1].version != version:
         at = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
         before = expected if now == version else now
@@ -73,17 +76,17 @@ def promote(
 
 
 def require_champion(client: MlflowClient, name: str, expected: str | None) -> None:
-    """ChampionChanged unless this version (None: nobody) is the champion."""
+    """ChampionChanged unless this version (None = no version) is the champion."""
     now = _alias(client, name, CHAMPION)
     if now != expected:
         raise ChampionChanged(
-            f"{name}: the champion is {f'version {now}' if now else 'nobody'} by now, the decision was made against "
-            f"{f'version {expected}' if expected else 'nobody'}"
+            f"{name}: the champion is {f'version {now}' if now else 'no version'} by now, the decision was made "
+            f"against {f'version {expected}' if expected else 'no version'}"
         )
 
 
 def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str, rollback: bool = False) -> Change:
-    """`solar promote`: a person decides. UserError: no such model or version."""
+    """`solar promote`: the decision of a person. UserError: no such model or version, or it is the champion already."""
     require_model(client, name)
     if or_none(lambda: client.get_model_version(name, version)) is None:
         known = sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int)
@@ -96,16 +99,16 @@ def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str, 
 
 
 def roll_back(client: MlflowClient, name: str, *, why: str) -> Change:
-    """`solar rollback`: the champion that the present one was promoted over, which must still be in the registry; once
-    more goes one further back. UserError."""
+    """`solar rollback`: return to the champion that the current one replaced; each further rollback goes one step
+    further back. UserError: no such champion is known, or it is no longer in the registry."""
     require_model(client, name)
-    found, standing = champion(client, name), _succession(changes(client, name))
-    if found is None or len(standing) < 2 or standing[-1] != str(found.version):
+    found, succession = champion(client, name), _succession(changes(client, name))
+    if found is None or len(succession) < 2 or succession[-1] != str(found.version):
         raise UserError(
-            f"rollback: nothing is known of a champion of {name!r} before the present one: name a version with "
+            f"rollback: no champion of {name!r} before the current one is known: name a version with "
             f"`solar promote {name} --version N --why TEXT`"
         )
-    return promote_by_hand(client, name, standing[-2], why=why, rollback=True)
+    return promote_by_hand(client, name, succession[-2], why=why, rollback=True)
 
 
 def changes(client: MlflowClient, name: str) -> list[Change]:
@@ -114,36 +117,36 @@ def changes(client: MlflowClient, name: str) -> list[Change]:
 
 
 def _succession(past: Sequence[Change]) -> list[str]:
-    """The champions that led to the present one, which is the last: a rollback takes one away."""
-    standing: list[str] = []
+    """The champions in order, ending with the current one; a rollback removes the last one."""
+    succession: list[str] = []
     for change in past:
-        if change.before is not None and standing[-1:] != [change.before]:
-            # Somebody set the alias with another tool.
-            standing.append(change.before)
+        if change.before is not None and succession[-1:] != [change.before]:
+            # The alias was set with another tool, which stores no change.
+            succession.append(change.before)
         if change.rollback:
-            standing.pop()
+            succession.pop()
         else:
-            standing.append(change.version)
-    return standing
+            succession.append(change.version)
+    return succession
 
 
 def note_night(client: MlflowClient, name: str, date: str, document: Mapping[str, Any]) -> None:
-    """Keep a night's decision with the registered model; the same again changes nothing."""
+    """Store a night's decision with the registered model, which is created if needed. Safe to repeat."""
     text = json.dumps(document)
-    assert len(text) <= TAG_LENGTH, "figures and reasons of a night are few"
+    assert len(text) <= TAG_LENGTH, "a night's decision is short"
     if or_none(lambda: client.get_registered_model(name)) is None:
         client.create_registered_model(name)
     client.set_registered_model_tag(name, f"{_NIGHT}{date}", text)
 
 
 def nights(client: MlflowClient, name: str) -> dict[str, dict[str, Any]]:
-    """{date: what was decided}, oldest first."""
+    """{date: the night's decision}, oldest first."""
     return _tagged(client, name, _NIGHT)
 
 
 def champion_at_night(client: MlflowClient, name: str, date: str) -> str | None:
-    """The champion after the latest night up to a date, if it is still in the registry."""
-    known = [told.get("champion") for night, told in nights(client, name).items() if night <= date]
+    """The champion after the latest night on or before a date; None if unknown or no longer in the registry."""
+    known = [decision.get("champion") for night, decision in nights(client, name).items() if night <= date]
     version = known[-1] if known else None
     if version is None or or_none(lambda: client.get_model_version(name, version)) is None:
         return None
@@ -151,7 +154,7 @@ def champion_at_night(client: MlflowClient, name: str, date: str) -> str | None:
 
 
 def needed_versions(client: MlflowClient, name: str, *, latest: int = 3) -> dict[str, ModelVersion]:
-    """The versions that an alias refers to, the champion before the present one, and the latest ones."""
+    """{version: itself} of those that an alias refers to, of the previous champion, and of the `latest` ones."""
     model = or_none(lambda: client.get_registered_model(name))
     if model is None:
         return {}
@@ -162,14 +165,14 @@ def needed_versions(client: MlflowClient, name: str, *, latest: int = 3) -> dict
 
 
 def require_model(client: MlflowClient, name: str) -> None:
-    """UserError that names those that are there."""
+    """UserError, with the names of all registered models, unless the model is registered."""
     if or_none(lambda: client.get_registered_model(name)) is None:
         known = ", ".join(sorted(model.name for model in client.search_registered_models())) or "none"
-        raise UserError(f"no registered model {name!r}: there are {known}")
+        raise UserError(f"no registered model {name!r}: registered are {known}")
 
 
 def or_none(look_up: Callable[[], Any]) -> Any | None:
-    """What the registry answers, None if it says that there is none; any other trouble with it is raised."""
+    """The registry's answer; None if it answers that there is no such entry. Other errors are raised."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -186,6 +189,7 @@ def _alias(client: MlflowClient, name: str, alias: str) -> str | None:
 
 
 def _tagged(client: MlflowClient, name: str, prefix: str) -> dict[str, dict[str, Any]]:
+    """{rest of the tag's name: its document} of the registered model's tags with this prefix, sorted."""
     model = or_none(lambda: client.get_registered_model(name))
     tags = dict(model.tags) if model else {}
     return {key.removeprefix(prefix): json.loads(tags[key]) for key in sorted(tags) if key.startswith(prefix)}

@@ -1,9 +1,9 @@
-"""From a model's name in the MLflow registry to its weights: which version an alias means, and its files here.
+"""From a model's URI in the MLflow registry to its weights: finds the version of an alias and fetches its files.
 
     fetch_model("models:/solar-shop@champion", ...)  ->  RegisteredModel: version, tags, directory, scorer()
 
-Reads what jobs/runs/export.py wrote. Files that a local store holds are used where they lie; others are fetched once
-to WORKSPACE/models/NAME.
+Reads the files that jobs/runs/export.py wrote. Files in a local store are used in place; others are fetched once to
+WORKSPACE/models/NAME.
 """
 
 from __future__ import annotations
@@ -35,39 +35,40 @@ if TYPE_CHECKING:
 
 
 class StoreAway(UserError):
-    """MLflow does not answer; nothing is wrong with what was asked."""
+    """MLflow does not answer; the request itself is not at fault."""
 
 
 class NoStore(UserError):
-    """The workspace has no MLflow store of its own yet, and no other was named."""
+    """The workspace has no MLflow store yet, and no other store was named."""
 
 
 EXPORT = "model"
-"""Name of an export's directory, and of the artifact of a version that holds its files."""
+"""Name of an export's directory, and of the artifact that holds its files in a version."""
 EXPORTED = ("scorer.json", "config.json", "items.parquet", "table-item.safetensors", "model.safetensors")
-"""Files of every export; item features have a table-NAME.safetensors each beside them, user features a
-table-user-NAME.safetensors and user-values.parquet."""
+"""Files of every export. Additional ones: table-NAME.safetensors for each item feature, table-user-NAME.safetensors for
+each user feature, and user-values.parquet."""
 _URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""A user waits for the first answer: MLflow's own defaults take minutes to say that no server is there."""
+"""Environment for MLflow's client while a user waits: with its own defaults it takes minutes until it reports that no
+server answers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegisteredModel:
-    """A version in the registry and its files here."""
+    """A version in the registry, with its files on this machine."""
 
     name: str
     version: str
     alias: str | None
-    """The alias it was asked by, None where a version was named."""
+    """The alias in the requested URI; None if the URI names a version."""
     directory: Path
-    """What jobs/runs/export.py wrote."""
+    """Directory with the files that jobs/runs/export.py wrote."""
     tags: Mapping[str, str]
-    """Of the version: solar.checkpoint, solar.manifest, solar.run_key, ..."""
+    """Tags of the version: solar.checkpoint, solar.manifest, solar.run_key, ..."""
 
     @property
     def uri(self) -> str:
-        """Names this very version, whatever its alias points to later."""
+        """The URI of this version, which stays valid when the alias moves to another version."""
         return f"models:/{self.name}/{self.version}"
 
     @functools.cached_property
@@ -77,16 +78,16 @@ class RegisteredModel:
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """config.json: the resolved configuration that trained it."""
+        """config.json: the resolved configuration of the training run."""
         return json.loads((self.directory / "config.json").read_text())
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of all exported files: two models that score differently never share it. Reads every byte."""
+        """Digest of all exported files: models that score differently have different digests. Reads every byte."""
         return export_digest(self.directory)
 
     def scorer(self) -> Scorer:
-        """Weights and tables in memory, ready to score. UserError when a file is damaged."""
+        """The model, loaded into memory and ready to score. UserError: a file is damaged."""
         scorer = Scorer()
         try:
             scorer.load(self.directory)
@@ -99,13 +100,13 @@ class RegisteredModel:
 
 
 def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> RegisteredModel:
-    """Resolve models:/NAME@ALIAS or models:/NAME/VERSION and bring its files to this machine.
+    """Resolve models:/NAME@ALIAS or models:/NAME/VERSION and fetch its files to this machine.
 
     UserError: another form of URI, no such model, alias or version, a store that does not answer, a missing artifact.
     """
     asked = _URI.fullmatch(uri)
     if asked is None:
-        raise UserError(f"{uri}: a registered model is models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise UserError(f"{uri}: must have the form models:/NAME@ALIAS or models:/NAME/VERSION")
     store = store_uri(tracking, workspace)
     with _explained(store):
         client = mlflow_client(store)
@@ -121,7 +122,7 @@ def fetch_model(uri: str, *, tracking: TrackingConfig, workspace: str) -> Regist
 
 
 def store_uri(tracking: TrackingConfig, workspace: str) -> str:
-    """Where to look models up. UserError where it would be the workspace's own store and there is none."""
+    """The URI of the registry. NoStore: it would be the workspace's own store, which does not exist."""
     if tracking.uri is None and not (Path(workspace) / "mlflow" / "mlflow.db").exists():
         raise NoStore(f"{workspace}/mlflow: no MLflow store there; give --workspace DIR of a run or --tracking.uri URI")
     return tracking_uri(tracking, workspace)
@@ -129,7 +130,7 @@ def store_uri(tracking: TrackingConfig, workspace: str) -> str:
 
 @contextlib.contextmanager
 def open_registry(tracking: TrackingConfig, workspace: str) -> Iterator[MlflowClient]:
-    """A client of the registry, for commands that change it. UserError: no store there, or it does not answer."""
+    """A client of the registry, for commands that change it. UserError: the store does not exist or does not answer."""
     store = store_uri(tracking, workspace)
     with _explained(store):
         yield mlflow_client(store)
@@ -141,7 +142,7 @@ def _resolve(client: MlflowClient, asked: re.Match[str], *, uri: str, store: str
     name, alias = asked["name"], asked["alias"]
     try:
         if alias:
-            # The answer to an alias lacks the other aliases and, in some stores, the tags.
+            # The answer to a query by alias lacks the other aliases and, in some stores, the tags.
             return client.get_model_version(name, client.get_model_version_by_alias(name, alias).version)
         return client.get_model_version(name, asked["version"])
     except MlflowException as error:
@@ -159,7 +160,7 @@ def _resolve(client: MlflowClient, asked: re.Match[str], *, uri: str, store: str
 
 
 def _exported_files(artifact: str, version: ModelVersion, *, uri: str, store: str, workspace: str) -> Path:
-    """The export as a local directory, complete."""
+    """The local directory of the export, fetched if needed; UserError if a file is missing."""
     local = Path(artifact.removeprefix("file://"))
     if artifact.startswith(("/", "file://")):
         return _complete(local, uri=uri)
@@ -173,7 +174,7 @@ def _exported_files(artifact: str, version: ModelVersion, *, uri: str, store: st
             try:
                 fetched.rename(directory)
             except OSError:
-                # Another process may have fetched the same version meanwhile: the same files.
+                # Another process may have fetched the same files in the meantime.
                 if not directory.exists():
                     raise
     return _complete(directory, uri=uri)
@@ -194,6 +195,7 @@ def _download(artifact: str, scratch: str, *, uri: str, store: str) -> Path:
 
 
 def _complete(directory: Path, *, uri: str) -> Path:
+    """The directory; UserError if a file of the export is missing."""
     names = list(EXPORTED)
     if (directory / "scorer.json").is_file():
         settings = json.loads((directory / "scorer.json").read_text())
@@ -208,14 +210,14 @@ def _complete(directory: Path, *, uri: str) -> Path:
 
 @contextlib.contextmanager
 def _explained(store: str) -> Iterator[None]:
-    """A store that does not answer becomes one line, soon."""
+    """In the block, MLflow's client gives up soon, and any error of the store becomes StoreAway with one line."""
     before = {key: os.environ.get(key) for key in PATIENCE}
     os.environ.update({key: value for key, value in PATIENCE.items() if before[key] is None})
     try:
         yield
     except UserError:
         raise
-    # Whatever the store's driver raises: database, network and missing-driver errors share no class.
+    # Any exception: database, network and missing-driver errors have no common class.
     except Exception as error:
         reason = redacted(one_line(error))[:200]
         raise StoreAway(

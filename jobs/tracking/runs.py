@@ -1,6 +1,6 @@
-"""MLflow: one run a training run, written by the driver in batches.
+"""MLflow: one MLflow run per training run, written by the driver in batches.
 
-The default store is SQLite under the workspace; any tracking URI works by configuration. Workers never speak to MLflow.
+The default store is SQLite in the workspace; `tracking.uri` names another one. Workers never connect to MLflow.
 """
 
 from __future__ import annotations
@@ -22,22 +22,15 @@ from jobs.host.process import environment
 from jobs.tracking.unsent import IMPATIENT, Point, Spool, is_away
 
 METRICS_PER_REQUEST = 1000
-"""MLflow's limit of one log_batch call."""
-
-
+"""MLflow's limit on the metrics of one log_batch call."""
 PARAM_LENGTH = 6000
-"""MLflow's limit of a parameter's value."""
-
-
+"""MLflow's limit on the characters of a parameter's value."""
 FLUSH_SECONDS = 5.0
-
-
+"""Queued metrics are sent after this time."""
 AWAY_SECONDS = 30.0
-"""After MLflow did not answer: until it is asked again."""
-
-
+"""Wait before the next try after MLflow did not answer."""
 CLOSE_SECONDS = 60.0
-"""How long the end of a run waits for an MLflow that is away."""
+"""How long the end of a run waits for MLflow to answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +40,13 @@ class TrackingConfig:
     uri: Place | None = None
     """MLflow tracking URI; unset = SQLite at WORKSPACE/mlflow/mlflow.db."""
     experiment: str = "solar"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     registered_model: str | None = None
-    """Name in the registry; unset = solar-DATA_NAME."""
+    """Name of the model in the registry; unset = solar-DATA_NAME."""
 
 
 def tracking_uri(config: TrackingConfig, workspace: str) -> str:
-    """The URI in use; the embedded store's directory is created."""
+    """The tracking URI in use; creates the directory of the default store."""
     if config.uri:
         return config.uri
     directory = Path(workspace).absolute() / "mlflow"
@@ -62,18 +55,18 @@ def tracking_uri(config: TrackingConfig, workspace: str) -> str:
 
 
 def mlflow_client(uri: str) -> Any:
-    """An MlflowClient of the runs and the registry at `uri`, whatever registry the process has been given otherwise."""
+    """An MlflowClient for the runs and the registry at `uri`, whatever registry the process is configured for."""
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(uri, registry_uri=uri)
 
 
 class TrackedRun:
-    """One MLflow run: opened by `open_run`, fed by rows, closed with a status."""
+    """One MLflow run: opened by `open_run`, filled step by step, closed with a status."""
 
     def __init__(self, client: Any, run_id: str, *, spool: Path | None = None) -> None:
-        """`spool`: file of what MLflow has not taken yet, so that neither its absence nor a killed command loses any;
-        None = its absence is an error."""
+        """`spool`: file for metrics not yet accepted by MLflow, so that none are lost if MLflow does not answer or the
+        command is killed; None = it is an error if MLflow does not answer."""
         self.run_id = run_id
         self._client = client
         self._spool = Spool(spool) if spool else None
@@ -92,7 +85,7 @@ class TrackedRun:
             self.flush()
 
     def flush(self) -> bool:
-        """Send what is queued. False where MLflow is away: then it goes on waiting."""
+        """Send the queued metrics. False if MLflow does not answer: they stay queued."""
         if time.monotonic() < self._ask_again:
             return False
         try:
@@ -117,7 +110,7 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=metrics)
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Flattened parameters (dots between levels)."""
+        """Log parameters; nested keys are joined with dots."""
         from mlflow.entities import Param
 
         flat = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in _flatten(values).items()]
@@ -133,13 +126,13 @@ class TrackedRun:
         self._client.set_tag(run_id, "mlflow.parentRunId", self.run_id)
 
     def artifact(self, file: Path) -> None:
-        """Keep a file with the run."""
+        """Store a file with the run."""
         self._client.log_artifact(self.run_id, str(file))
 
     def close(self, *, status: str = "FINISHED", files: Sequence[Path] = ()) -> bool:
-        """Flush, keep these files and end: FINISHED, FAILED or KILLED (interrupted; a resumed job opens the run again).
+        """Flush, store these files and end the run: FINISHED, FAILED or KILLED (interrupted; a resumed job reopens it).
 
-        False where MLflow stayed away: the spool has what it lacks, and the run stays open there.
+        False if MLflow did not answer for CLOSE_SECONDS: the spool keeps the missing metrics, and the run stays open.
         """
         deadline = time.monotonic() + CLOSE_SECONDS
         while True:
@@ -158,7 +151,7 @@ class TrackedRun:
 def open_run(
     config: TrackingConfig, workspace: str, *, name: str, run_id: str | None = None, spool: Path | None = None
 ) -> TrackedRun:
-    """A new run, or the run `run_id` again if the store still has it. `spool` as in TrackedRun."""
+    """A new run, or the existing run `run_id` if the store still has it. `spool`: see TrackedRun."""
     client = mlflow_client(tracking_uri(config, workspace))
     if run_id and _has_run(client, run_id):
         client.update_run(run_id, status="RUNNING")
@@ -176,12 +169,12 @@ def open_run(
 
 
 def metric_name(key: str) -> str:
-    """A metric's name in MLflow."""
+    """The metric's name in MLflow, which allows no `@`."""
     return key.replace("@", "_at_")
 
 
 def system_facts() -> dict[str, Any]:
-    """Machine and versions of the run."""
+    """The machine, and the versions of Python and of the main libraries."""
     return {
         "system.python": platform.python_version(),
         "system.platform": platform.platform(),

@@ -1,4 +1,5 @@
-"""Points that MLflow has not taken yet, in a file beside the run: not lost while it is away, nor with the command."""
+"""Metric values not yet accepted by MLflow, in a file of the run's directory, so that none are lost if MLflow does not
+answer or the command ends."""
 
 from __future__ import annotations
 
@@ -12,33 +13,34 @@ from jobs.host.files import read_rows
 
 NAME = "mlflow-unsent.jsonl"
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-"""Environment in which MLflow's client gives up soon: it tries for minutes, and who follows a run would stand still."""
+"""Environment in which MLflow's client gives up soon. By default it tries for minutes, in which the driver would show
+no progress of the run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One value of a metric. The store keeps two equal ones as one, so that sending again is harmless."""
+    """One value of a metric. The store merges equal points, so sending a point twice is harmless."""
 
     key: str
     value: float
     timestamp: int
-    """Milliseconds since 1970, when it was measured."""
+    """Time of the measurement, in milliseconds since 1970."""
     step: int
 
 
 class Spool:
-    """A file with a line a point, in the order in which they were measured."""
+    """A file with one line per point, in the order of measurement."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def append(self, points: Sequence[Point]) -> None:
-        # The newline first: half a line of a killed process stays alone.
+        # The newline comes first: an incomplete line of a killed process then stays separate from the next point.
         with self.file.open("a") as stream:
             stream.writelines("\n" + json.dumps(dataclasses.asdict(point)) for point in points)
 
     def read(self) -> list[Point]:
-        """All points; half a line of a killed process is not one."""
+        """All points; an incomplete line of a killed process is skipped."""
         return [Point(**row) for row in read_rows(self.file)]
 
     def clear(self) -> None:
@@ -46,6 +48,6 @@ class Spool:
 
 
 def is_away(error: Exception) -> bool:
-    """Whether the store did not answer or failed, as opposed to refusing what it was sent."""
+    """Whether the store did not answer or failed, as opposed to rejecting the data."""
     status: Any = getattr(error, "get_http_status_code", lambda: 500)()
     return status >= 500 or status in (408, 429)

@@ -1,7 +1,8 @@
-"""The items that a model can rank, and all it knows by name, seen from a data set that may have another vocabulary.
+"""The items that a model can rank, and the mapping from the vocabulary of a data set to the model's vocabulary.
 
-A model knows the items of the data it was trained on. Evaluated on that data its rows are the data's rows; on another
-data set raw ids say which row is which: what the model does not know is its unknown row, and can never be found.
+A model knows the items of the data on which it was trained. Evaluated on that data, its rows are the data's rows. On
+another data set, rows are matched by raw id: an item that the model does not know becomes its unknown row, which is
+never recommended.
 """
 
 from __future__ import annotations
@@ -21,30 +22,31 @@ from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED, UNKNOWN, Vocabulary
 
 ALWAYS = -(1 << 62)
-"""First time of an item that the log at hand does not date."""
+"""First time of an item without events in the data: the item is always ranked."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Catalogue:
-    """The model's rows and what the evaluation must know about them."""
+    """The model's rows and the facts about them that an evaluation needs."""
 
     num_items: int
-    """I, rows of the model's vocabulary in use, the reserved ones included."""
+    """I: rows of the model's vocabulary in use, including the reserved ones."""
     num_data_items: int
-    """Items of the data, those that the model does not know included."""
+    """Items of the data, including those that the model does not know."""
     row_of_item: Tensor | None
     """[the data's capacity] int64: the data's row -> the model's row; None where both are the same."""
     code_of_action: Tensor | None
-    """[the data's actions] int64: the same for action codes."""
+    """[the data's actions] int64: the data's action code -> the model's code; None where both are the same."""
     user_values: UserValues | None
-    """The same for user features; None where both are the same."""
+    """The same mapping for user features; None where both are the same."""
     training_count: np.ndarray
-    """[I] int64: positives of the model's training requests, before any cap."""
+    """[I] int64: how often each item is a positive of the model's training requests, before any cap."""
     first_time: Tensor | None
-    """[I] int64: time of the item's first event; an item is not ranked before it. None = all are always known."""
+    """[I] int64: time of the item's first event; before that time the item is not ranked. None = all items are always
+    ranked."""
 
     def translate(self, batch: Batch) -> Batch:
-        """The batch in the model's rows."""
+        """The batch with the model's rows and codes instead of the data's."""
         if self.row_of_item is not None:
             batch = dataclasses.replace(
                 batch,
@@ -58,16 +60,16 @@ class Catalogue:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UserValues:
-    """The user features of a model, as the codes of a data set say them: matched by name, values too."""
+    """The mapping from a data set's user features to those of a model; features and values are matched by name."""
 
     feature: Tensor
-    """[model's features] int64: the data's feature, -1 where the data lack it: then no user has a value."""
+    """[model's features] int64: index of the data's feature; -1 = the data lack it, and no user has a value."""
     row: tuple[Tensor, ...]
-    """For each feature of the model, [rows of the data's feature] int64: the model's row, UNKNOWN where it has none."""
+    """For each feature of the model, [rows of the data's feature] int64: the model's row, UNKNOWN if it has none."""
 
     @classmethod
     def between(cls, data: Vocabulary, model: Vocabulary) -> UserValues:
-        """From the rows of the data's vocabulary to those of the model's."""
+        """The mapping from the rows of the data's vocabulary to those of the model's."""
         names = list(data.user_features)
         rows = []
         for name, values in model.user_features.items():
@@ -89,6 +91,7 @@ class UserValues:
                 owner = torch.arange(num_users) * num_features + place
                 cells = torch.cat([cells, torch.repeat_interleave(owner, lengths_UG[:, place])])
                 values = torch.cat([values, row[found]])
+        # Values were collected feature by feature; a batch has them user by user.
         by_user = torch.argsort(cells, stable=True)
         return dataclasses.replace(batch, user_feature_lengths=lengths_UG, user_feature_values=values[by_user])
 
@@ -96,9 +99,9 @@ class UserValues:
 def catalogue_of(
     data: Shards, *, requests: RequestConfig, training_count: np.ndarray, vocabulary: Vocabulary | None = None
 ) -> Catalogue:
-    """The catalogue of a model to be evaluated on `data`; `vocabulary` is the model's where it is another one.
+    """The catalogue of a model that is evaluated on `data`; `vocabulary`: the model's, None = that of `data`.
 
-    All ranks join.
+    A collective: all ranks take part.
     """
     ours, theirs = data.vocabulary, vocabulary or data.vocabulary
     row_of_item = code_of_action = user_values = None
@@ -122,13 +125,14 @@ def catalogue_of(
 
 
 def training_counts(shards: Shards, *, requests: RequestConfig) -> np.ndarray:
-    """[capacity] int64: how often each row is a positive of a training request, before any cap. All ranks join."""
+    """[capacity] int64: how often each row is a positive of a training request, before any cap. A collective."""
     counts = torch.from_numpy(training_item_counts(shards, requests=requests, groups=_my_groups(shards)))
     dist.all_reduce(counts)
     return counts.numpy()
 
 
 def _first_times(shards: Shards, row_of_item: Tensor | None, num_items: int) -> Tensor:
+    """[I] time of each item's first event, ALWAYS if it has none. A collective: each rank reads its row groups."""
     latest = torch.iinfo(torch.int64).max
     first_I = torch.full((num_items,), latest)
     for group in _my_groups(shards):
@@ -141,4 +145,5 @@ def _first_times(shards: Shards, row_of_item: Tensor | None, num_items: int) -> 
 
 
 def _my_groups(shards: Shards) -> range:
+    """The row groups that this rank reads."""
     return range(dist.get_rank(), shards.num_groups, dist.get_world_size())

@@ -1,13 +1,14 @@
-"""Checkpoints: what must survive a crash, readable without TorchRec or DeepSpeed, at any world size and ZeRO stage.
+"""Checkpoints: all state that must survive a crash, readable without TorchRec or DeepSpeed, at any world size and ZeRO
+stage.
 
     step-00000400/
-      table-item-000000000000.safetensors   rows from 0: `weight` [rows, C] and the optimizer's state; one file a rank
+      table-item-000000000000.safetensors   rows from 0: `weight` [rows, C] and the optimizer's state; one file per rank
       table-item-000000001024.safetensors   rows from 1024
       dense.safetensors                     every parameter `NAME` fp32 with `NAME/exp_avg`, `NAME/exp_avg_sq`
       state.json                            counters, loader state, random states, config, fingerprints, plan
-      COMMIT                                size and checksum of every file above; created last, exclusively
+      COMMIT                                size and checksum of every file above; created last, never replaced
 
-Without COMMIT a directory is not a checkpoint. No pickle anywhere. checkpoint_writer.py writes them.
+A directory without COMMIT is not a checkpoint. No file uses pickle. checkpoint_writer.py writes checkpoints.
 """
 
 from __future__ import annotations
@@ -40,21 +41,25 @@ class CheckpointError(UserError):
 
 
 class CheckpointNotWritten(CheckpointError):
-    """The disk does not take one: nothing is wrong with the run, and the same again may succeed once there is room."""
+    """The disk did not accept the checkpoint (it is full or not writable): nothing is wrong with the run, and the same
+    command may succeed once there is room."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to write and what to keep."""
+    """When checkpoints are written and how many are kept."""
 
     every_steps: int = 0
-    """Steps between checkpoints, besides those at every evaluation and at the end; 0 = none."""
+    """Number of steps between checkpoints, in addition to those at every validation and at the end; 0 = no additional
+    ones."""
     every_minutes: float = 10.0
-    """Minutes after the latest checkpoint until another one is due; 0 = none."""
+    """Minutes from the latest checkpoint to the next one, in addition to those at every validation; 0 = no additional
+    ones. May be a fraction."""
     keep: int = 2
-    """Latest checkpoints kept beside the best one."""
+    """Number of latest checkpoints to keep, 1 or more; the best one is always kept."""
     asynchronous: bool = True
-    """Training goes on while a copy of each worker's tables in its memory is written; without it steps wait."""
+    """true: each worker copies its tables in memory, and training continues while the copy is written (needs memory for
+    the copy). false: steps wait until the checkpoint is written."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0:
@@ -67,38 +72,39 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainState:
-    """All that must survive a crash besides weights and optimizer state."""
+    """All that must survive a crash, apart from weights and optimizer state."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps that this run has made."""
     loader: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The loader's cursor and fingerprint."""
     best_metric: float | None = None
-    """Best validation value so far."""
+    """Best value of the primary metric in a validation so far; None before the first validation."""
     best_step: int = 0
     """The step of `best_metric`."""
     validations_since_best: int = 0
-    """Validations after that one."""
+    """Number of validations after `best_step`."""
     train_seconds: float = 0.0
-    """Time spent in steps, over all restarts."""
+    """Seconds spent in steps, over all restarts."""
     events: int = 0
     """Events of all histories read in steps, over all ranks and restarts."""
     steps_before: int = 0
-    """Optimizer steps of the checkpoint that the run began from: the optimizers' own counts go on from there."""
+    """Optimizer steps of the checkpoint from which a warm-started run began: the optimizers' own step counts continue
+    from there."""
     peak_gib: float = 0.0
-    """Most memory that the ranks had together, each at its own peak, at the last validation."""
+    """Sum over ranks of their peak resident memory in GiB, as of the last validation."""
     finished: bool = False
-    """All epochs are done."""
+    """Training has ended: all epochs are done, its time is over, or `patience` validations brought no improvement."""
 
     @property
     def updates(self) -> int:
-        """Optimizer steps that the weights have behind them."""
+        """Optimizer steps that led to the weights, including those before a warm start."""
         return self.steps_before + self.step
 
 
 def remove_committed(path: Path) -> None:
-    """Remove a directory, all that was committed in it first: an interrupted removal leaves no half checkpoint that
-    looks whole. No such directory: nothing happens."""
+    """Remove a directory; its COMMIT files go first: an interrupted removal leaves no partial checkpoint that looks
+    complete. Does nothing if there is no such directory."""
     for commit in path.glob("**/COMMIT"):
         commit.unlink(missing_ok=True)
     if path.exists():
@@ -113,34 +119,35 @@ def discard_unfinished(run_dir: Path) -> None:
 
 
 def checkpoint_bytes(table_rows: Iterable[tuple[int, int]], *, sparse: str, dense_parameters: int) -> int:
-    """Size of one checkpoint: tables given as (rows, width) with the state of `optimizer.sparse`, dense weights with
-    moments."""
+    """Bytes of one checkpoint: tables, given as (rows, width), with the state that `optimizer.sparse` keeps, and
+    `dense_parameters` with two moments each."""
     state = (lambda width: 2 * width) if sparse == "adam" else (lambda width: 1)
     return 4 * (sum(rows * (width + state(width)) for rows, width in table_rows) + 3 * dense_parameters)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The committed checkpoint of the highest step, None where there is none."""
+    """The committed checkpoint with the highest step; None if there is none."""
     found = committed_checkpoints(run_dir)
     return found[-1] if found else None
 
 
 def committed_checkpoints(run_dir: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
+    """Committed checkpoints, in the order of their steps."""
     return sorted(path.parent for path in run_dir.glob("step-*/COMMIT"))
 
 
 def read_state(path: Path, *, checksums: bool = False) -> dict[str, Any]:
-    """state.json of a committed checkpoint, after every file's size (and checksum) was compared with COMMIT."""
+    """state.json of a committed checkpoint, after the size (with `checksums` also the checksum) of every file was
+    compared with COMMIT. CheckpointError."""
     if not (path / "COMMIT").exists():
         raise CheckpointError(f"{path}: not a checkpoint (no COMMIT): give a step-XXXXXXXX directory of a run")
     problems = verify_checkpoint(path, checksums=checksums)
     if problems:
-        raise CheckpointError(f"{problems[0]}: {_way_on(path)}")
+        raise CheckpointError(f"{problems[0]}: {_recovery_hint(path)}")
     try:
         return json.loads((path / "state.json").read_text())
     except ValueError as error:
-        raise CheckpointError(f"{path / 'state.json'}: not valid JSON: {_way_on(path)}") from error
+        raise CheckpointError(f"{path / 'state.json'}: not valid JSON: {_recovery_hint(path)}") from error
 
 
 def read_train_state(path: Path, *, checksums: bool = False) -> TrainState:
@@ -149,9 +156,10 @@ def read_train_state(path: Path, *, checksums: bool = False) -> TrainState:
 
 
 def set_aside_damaged(run_dir: Path) -> list[str]:
-    """Rename the latest checkpoints to damaged-step-XXXXXXXX until one has every checksum right; a line for each.
+    """Rename damaged checkpoints to damaged-step-XXXXXXXX, from the latest backwards to the first that is intact (all
+    checksums are right). Returns one line for each renamed checkpoint.
 
-    CheckpointError, with nothing renamed, where none has.
+    CheckpointError, with nothing renamed, if no checkpoint is intact.
     """
     damaged = []
     for path in reversed(committed_checkpoints(run_dir)):
@@ -160,7 +168,7 @@ def set_aside_damaged(run_dir: Path) -> list[str]:
         damaged.append((path, problems[0]))
     else:
         if damaged:
-            raise CheckpointError(f"{damaged[0][1]}; no checkpoint of {run_dir} is whole: start again with --name NEW")
+            raise CheckpointError(f"{damaged[0][1]}; no checkpoint of {run_dir} is intact: start again with --name NEW")
     for path, _ in damaged:
         aside = path.with_name(f"damaged-{path.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -169,7 +177,7 @@ def set_aside_damaged(run_dir: Path) -> list[str]:
 
 
 def checkpoint_key(path: Path) -> str:
-    """Sixteen hex digits that two different checkpoints never share: a hash over all checksums."""
+    """Sixteen hex digits that identify the checkpoint's content: a hash over all checksums."""
     return hashlib.sha256((path / "COMMIT").read_bytes()).hexdigest()[:16]
 
 
@@ -191,7 +199,8 @@ def verify_checkpoint(path: Path, *, checksums: bool = True) -> list[str]:
 
 
 def load_tables(path: Path, shards: Iterable[TableShard]) -> None:
-    """Fill this rank's rows from the row ranges of a checkpoint; rows it does not have keep their value."""
+    """Fill this rank's rows from a checkpoint written at any world size; rows that it lacks keep their values. Not a
+    collective."""
     for shard in shards:
         last_row = shard.first_row + shard.weight.shape[0]
         for file in table_files(path, shard.table):
@@ -208,7 +217,7 @@ def load_tables(path: Path, shards: Iterable[TableShard]) -> None:
 
 
 def table_files(path: Path, table: str) -> list[Path]:
-    """The files of one table, by their first row."""
+    """The files of one table, in the order of their first rows."""
     return sorted(path.glob(f"table-{table}-{'[0-9]' * 12}.safetensors"))
 
 
@@ -218,7 +227,7 @@ def load_dense(path: Path) -> dict[str, Tensor]:
 
 
 def random_state() -> dict[str, str]:
-    """This rank's random state: of the CPU, and of its GPU where it uses one."""
+    """This rank's random states, of the CPU and of its GPU if it uses one: device -> base64."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -226,7 +235,8 @@ def random_state() -> dict[str, str]:
 
 
 def restore_random_state(document: dict[str, Any]) -> None:
-    """Set this rank's random state. At another world size there is none to restore: ranks keep their seeds."""
+    """Restore this rank's random state. Does nothing if the checkpoint has another world size: then ranks continue with
+    their own seeds."""
     if document["world_size"] != dist.get_world_size():
         return
     for name, encoded in document["random_states"][dist.get_rank()].items():
@@ -238,13 +248,13 @@ def restore_random_state(document: dict[str, Any]) -> None:
 
 
 def describe_file(file: Path) -> dict[str, Any]:
-    """A file's entry in COMMIT, once its bytes are on the disk."""
+    """Sync a file to the disk; returns its entry in COMMIT."""
     sync(file)
     return {"name": file.name, "bytes": file.stat().st_size, "xxh64": _checksum(file)}
 
 
 def commit_files(path: Path, files: list[dict[str, Any]]) -> None:
-    """COMMIT appears whole or not at all: written under another name, synced, then linked."""
+    """Create COMMIT atomically: written under another name, synced, then linked."""
     staged = path / ".COMMIT.tmp"
     with staged.open("w") as stream:
         json.dump({"format_version": 1, "files": sorted(files, key=lambda file: file["name"])}, stream, indent=1)
@@ -252,25 +262,25 @@ def commit_files(path: Path, files: list[dict[str, Any]]) -> None:
         os.fsync(stream.fileno())
     os.link(staged, path / "COMMIT")
     staged.unlink()
-    # The directory's own entry as well: older checkpoints are removed in the belief that this one is there.
+    # Also sync both directories: older checkpoints are removed next, and this one must be on the disk by then.
     for directory in (path, path.parent):
         sync(directory)
 
 
-def _way_on(path: Path) -> str:
-    """What the user can do about a damaged checkpoint."""
+def _recovery_hint(path: Path) -> str:
+    """What the user can do about a damaged checkpoint, as part of a message."""
     before = [other.name for other in committed_checkpoints(path.parent) if other.name < path.name]
     return (
-        f"remove {path} to go on from {before[-1]} (`solar train` with --from-previous does)"
+        f"remove {path} to continue from {before[-1]} (`solar train --from-previous` does both)"
         if before
-        else f"remove {path}: there is none before it"
+        else f"remove {path}: there is no earlier checkpoint"
     )
 
 
 def _committed_files(path: Path) -> list[dict[str, Any]]:
     files = json.loads((path / "COMMIT").read_text())["files"]
     if outside := [file["name"] for file in files if "/" in file["name"] or not is_inside(file["name"])]:
-        raise ValueError(f"{outside[0]!r} is no name of a file in the checkpoint")
+        raise ValueError(f"{outside[0]!r} is not the name of a file in the checkpoint")
     return files
 
 

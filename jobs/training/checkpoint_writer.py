@@ -1,11 +1,11 @@
-"""Checkpoints are written beside training: a step waits for a copy in memory, threads bring it to the disk.
+"""Writes checkpoints while training continues: a step waits only for a copy in memory, and threads write that copy.
 
-    begin    all ranks: each copies its rows and its part of the dense state
-    write    a thread of every rank: its tables; the dense state is gathered, one parameter at a time; then rank 0's:
-             dense.safetensors, state.json, COMMIT, and old checkpoints go
-    settle   all ranks: is it written, or what went wrong
+    begin    all ranks: each copies its table rows and its part of the dense state in memory
+    write    one thread per rank: each writes its table rows, then they gather the dense state, one parameter at a time;
+             then rank 0's thread alone writes dense.safetensors, state.json and COMMIT, and removes old checkpoints
+    settle   all ranks: report the checkpoint if it is written, raise if writing failed
 
-The threads agree through a process group of their own: their collectives never meet those of the steps.
+The threads use a process group of their own, so that their collectives never mix with those of the steps.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from jobs.training.tables import ShardedTables, TableShard
 T = TypeVar("T")
 
 SLOWEST_DISK = datetime.timedelta(hours=12)
-"""How long the writing threads wait for one another; a rank that died is known at once."""
+"""Longest time for which the writing threads wait for each other; a rank that dies is noticed at once."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Copied:
-    """What one rank has to write; nothing of it changes while training goes on."""
+    """The data that one rank has to write; training does not change it."""
 
     path: Path
     train_state: Mapping[str, Any]
@@ -59,10 +59,10 @@ class _Copied:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time; a context that all ranks enter and leave.
+    """Writes the checkpoints of a run, one at a time; a context manager that all ranks enter and leave.
 
-    The constructor and all methods are collectives. A checkpoint that any rank cannot write ends in the same
-    CheckpointError on all of them, with nothing left of its directory: in `settle`, or in the next `begin`.
+    The constructor and all methods are collectives. If one rank cannot write a checkpoint, its directory is removed and
+    all ranks raise the same CheckpointError, in `settle` or in the next `begin`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CheckpointWriter:
         tell: Callable[..., None] = lambda **figures: None,
     ) -> None:
         """`facts` (config, fingerprints) go into every state.json; `tell(step=, path=, stall_seconds=, write_seconds=,
-        bytes=)` hears of each checkpoint once it is committed."""
+        bytes=)` is called for each committed checkpoint."""
         self._run_dir, self._tables, self._engine = run_dir, tables, engine
         self._facts, self._config, self._tell = facts, config, tell
         self._group: Any = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)
@@ -97,23 +97,26 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The run directory is this group's until its threads are through.
+        # This group of workers must hold the run directory's lock until its threads have finished.
         if self._thread is not None:
             self._thread.join()
 
     def due(self, step: int) -> bool:
-        """Whether the configuration asks for a checkpoint after this step, by rank 0's clock. All ranks join."""
+        """Whether a checkpoint is due after this step by `every_steps` or, on rank 0's clock, by `every_minutes`. A
+        collective."""
         if self._config.every_steps and step % self._config.every_steps == 0:
             return True
         minutes = self._config.every_minutes
         return bool(minutes and said_by_rank_0(time.monotonic() - self._latest >= 60 * minutes))
 
     def begin(self, state: TrainState, *, last: bool = False) -> None:
-        """Begin `step-XXXXXXXX` once the one before it is written; the `last` one, after which nothing is trained, is
-        written at once and without a copy."""
+        """Wait until the previous checkpoint is written, then begin `step-XXXXXXXX`. The `last` one, after which
+        training ends, needs no copy: it is written before this returns."""
         started = time.perf_counter()
+        # All ranks: one checkpoint at a time.
         self.settle(wait=True)
         direct = last or not self._config.asynchronous
+        # Each rank: copy its rows and its part of the dense state.
         copied = _Copied(
             path=self._run_dir / f"step-{state.step:08d}",
             train_state=dataclasses.asdict(state),
@@ -121,6 +124,7 @@ class CheckpointWriter:
             random_state=random_state(),
             dense=local_dense_state(self._engine),
         )
+        # Each rank: its thread writes, and joins collectives of its own group.
         self._thread = threading.Thread(target=self._work, args=(copied,), name="solar-checkpoint", daemon=True)
         self._figures = {"step": state.step, "path": str(copied.path)}
         self._thread.start()
@@ -132,7 +136,8 @@ class CheckpointWriter:
             self.settle(wait=True)
 
     def settle(self, *, wait: bool = False) -> None:
-        """Tell of the checkpoint that is being written, if it is written now; `wait` for it. CheckpointError."""
+        """Report the checkpoint under way if it is written by now (rank 0 decides); with `wait`, wait for it first.
+        CheckpointError if it could not be written. A collective."""
         if self._thread is None or not (wait or said_by_rank_0(not self._thread.is_alive())):
             return
         self._thread.join()
@@ -142,7 +147,7 @@ class CheckpointWriter:
         self._tell(**self._figures)
 
     def _copy(self, shard: TableShard) -> TableShard:
-        """The shard in memory that is there since the start: taken in a step, it would cost more than the copy."""
+        """The shard, copied to the constructor's buffers: allocation in a step would cost more than the copy."""
 
         def copy(name: str, tensor: Tensor) -> Tensor:
             return self._buffers[shard.table, shard.first_row, name].copy_(tensor)
@@ -151,7 +156,7 @@ class CheckpointWriter:
         return dataclasses.replace(shard, weight=copy("weight", shard.weight), state=state)
 
     def _require_memory(self) -> None:
-        """Refuse to begin where the copies of this machine's ranks do not fit beside what is there. A collective."""
+        """CheckpointError on all ranks if some machine has no free memory for the copies of its ranks. A collective."""
         parts = [part for shard in self._tables.shards() for part in shard.tensors.values()]
         ours = sum(part.numel() * part.element_size() for part in parts)
         needed = ours * local_world_size()
@@ -173,7 +178,7 @@ class CheckpointWriter:
             self._figures |= {"write_seconds": time.perf_counter() - started, "bytes": written}
 
     def _write(self, copied: _Copied) -> int:
-        """Returns the bytes of all ranks."""
+        """Write and commit the checkpoint; returns its bytes, over all ranks. A collective of the threads."""
         path = copied.path
 
         def begin() -> None:
@@ -197,25 +202,30 @@ class CheckpointWriter:
             files = [file for part, _ in written for file in part]
             files += [describe_file(path / "dense.safetensors"), describe_file(path / "state.json")]
             commit_files(path, files)
-            _collect(
+            _remove_old(
                 self._run_dir,
                 keep=self._config.keep,
                 protected={copied.train_state["best_step"], copied.train_state["step"]},
             )
             return sum(file["bytes"] for file in files)
 
+        # Rank 0: create the directory.
         self._agreed(path, begin, first_rank_only=True)
+        # All ranks: write their own table rows.
         written = self._agreed(path, write_tables)
+        # All ranks: gather the dense state, which rank 0 writes.
         dense = dict(gather_dense_state(copied.dense, group=self._group))
+        # Rank 0: write dense.safetensors and state.json, commit, remove old checkpoints.
         return self._agreed(path, finish, first_rank_only=True)[0]
 
     def _agreed(self, path: Path, write: Callable[[], T], *, first_rank_only: bool = False) -> list[T]:
-        """What `write` returned on every rank. What one rank cannot write ends the checkpoint on all. Collective."""
+        """Call `write` (on rank 0 alone with `first_rank_only`); returns the results of all ranks. If it fails on one
+        rank, all ranks raise CheckpointNotWritten. A collective of the threads."""
         result, problem = None, None
         try:
             if dist.get_rank() == 0 or not first_rank_only:
                 result = write()
-        except Exception as error:  # whatever it is: the other ranks wait to hear of it
+        except Exception as error:  # any error must reach the all_gather below, where the other ranks wait
             problem = " ".join((getattr(error, "strerror", None) or f"{type(error).__name__}: {error}").split())
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (result, problem), group=self._group)
@@ -226,7 +236,7 @@ class CheckpointWriter:
             shutil.rmtree(path, ignore_errors=True)
         raise CheckpointNotWritten(
             f"{path}: not written: {found}: make room (or make it writable) and continue with --resume; "
-            "the checkpoints before it are whole"
+            "earlier checkpoints are intact"
         )
 
 
@@ -236,7 +246,8 @@ def _save_table(path: Path, shard: TableShard) -> dict[str, Any]:
     return describe_file(file)
 
 
-def _collect(run_dir: Path, *, keep: int, protected: set[int]) -> None:
+def _remove_old(run_dir: Path, *, keep: int, protected: set[int]) -> None:
+    """Remove all committed checkpoints but the latest `keep` and those of the `protected` steps."""
     for path in committed_checkpoints(run_dir)[:-keep]:
         if int(path.name.removeprefix("step-")) not in protected:
             remove_committed(path)

@@ -1,8 +1,9 @@
-"""How a model is spread over ranks: TorchRec owns the tables, DeepSpeed owns the tower, never the other way round.
+"""How a model is distributed over ranks: TorchRec shards the tables, DeepSpeed wraps the tower, never the other way
+round.
 
-DeepSpeed broadcasts rank 0's parameters of whatever it wraps, so a table inside it would lose every shard but one.
-The order that works: process group (Ray Train's) -> the tables' optimizer, DistributedModelParallel around the tables
-alone (tables.py) -> deepspeed.initialize around the tower alone.
+DeepSpeed broadcasts rank 0's parameters of the module that it wraps, so a table inside it would lose every shard but
+one. The order that works: process group (Ray Train's) -> the tables' optimizer, DistributedModelParallel around the
+tables alone (tables.py) -> deepspeed.initialize around the tower alone.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def dense_engine(tower: nn.Module, *, optimizer: OptimizerConfig, parallel: ParallelConfig) -> Any:
-    """The tower inside a DeepSpeed engine: `engine(inputs)`, `engine.backward(loss)`, `engine.step()`."""
+    """The tower inside a DeepSpeed engine: `engine(inputs)`, `engine.backward(loss)`, `engine.step()`. A collective."""
     import deepspeed
 
     if parallel.device == "cpu":
-        # The op serves inference only; without it a start needs no C++ compiler.
+        # This op is for inference only; disabled, the start needs no C++ compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     config = {
         "train_batch_size": dist.get_world_size(),

@@ -1,7 +1,7 @@
-"""Read and write the tower's weights and AdamW moments through a DeepSpeed engine, whatever its ZeRO stage.
+"""Read and write the tower's weights and AdamW moments through a DeepSpeed engine, at any ZeRO stage.
 
-ZeRO keeps fp32 weights and moments in flat partitions. The functions here speak of whole named parameters instead, so
-that a checkpoint written at one stage and world size loads at any other.
+ZeRO keeps fp32 weights and moments in flat partitions. The functions here read and write whole named parameters
+instead, so that a checkpoint written at one stage and world size loads at any other.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclasses.dataclass(frozen=True)
 class DenseFragment:
-    """What this rank has of one tensor."""
+    """This rank's part of one tensor."""
 
     key: str
     """`NAME` of a parameter, or `NAME/exp_avg`."""
     shape: torch.Size
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     start: int
-    """Where `values` stand in it, flattened."""
+    """Index of the first of `values` in the flattened tensor."""
     values: Tensor
-    """[any number] fp32 on the CPU, a copy."""
+    """[number of values, may be 0] fp32 on the CPU, a copy."""
 
 
 def local_dense_state(engine: Any) -> list[DenseFragment]:
-    """This rank's part of every parameter and its moments, in one order on all ranks. Not a collective.
+    """This rank's part of every parameter and its moments, in the same order on all ranks. Not a collective.
 
-    Needs at least one optimizer step behind it.
+    At least one optimizer step must have been made before.
     """
     _link_moments(engine)
     return [
@@ -47,7 +47,7 @@ def local_dense_state(engine: Any) -> list[DenseFragment]:
 def gather_dense_state(
     fragments: Iterable[DenseFragment], *, group: dist.ProcessGroup | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(key, fp32 tensor) of what the ranks have together, one at a time, on every rank. A collective of `group`."""
+    """(key, whole fp32 tensor) from the parts of all ranks, one at a time, on every rank. A collective of `group`."""
     for fragment in fragments:
         whole = torch.zeros(fragment.shape.numel())
         whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
@@ -86,9 +86,9 @@ def _copied(values: Tensor) -> Tensor:
 
 
 def restore_dense_state(engine: Any, state: Mapping[str, Tensor], *, num_steps: int) -> None:
-    """Put back what `gather_dense_state` yielded after `num_steps` optimizer steps. A collective.
+    """Restore the state that `gather_dense_state` yielded after `num_steps` optimizer steps. A collective.
 
-    The module's own (possibly bf16) weights must have been loaded before `deepspeed.initialize`.
+    The module's own (possibly bf16) weights must be loaded before `deepspeed.initialize`.
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -107,7 +107,7 @@ def restore_dense_state(engine: Any, state: Mapping[str, Tensor], *, num_steps: 
 
 
 def _create_moments(engine: Any, *, num_steps: int) -> None:
-    """AdamW makes its state in its first step; a restored engine needs the tensors before that."""
+    """Create the tensors of AdamW's state, which AdamW itself creates only in its first step."""
     zero = engine.optimizer
     adamw = getattr(zero, "optimizer", zero)
     stage3_partitions = getattr(zero, "fp32_partitioned_groups_flat", None)
@@ -122,7 +122,7 @@ def _create_moments(engine: Any, *, num_steps: int) -> None:
 def _link_moments(engine: Any) -> None:
     """Point ZeRO-1/2's per-parameter views at the moments.
 
-    DeepSpeed links all parameter groups after stepping the first one, when the others have no moments yet.
+    DeepSpeed itself links all parameter groups after the step of the first one, when the others have no moments yet.
     """
     zero = engine.optimizer
     if hasattr(zero, "_hp_optimizer_states_linked"):
@@ -131,7 +131,10 @@ def _link_moments(engine: Any) -> None:
 
 
 def _restore_partition(parameter: Tensor, name: str, state: Mapping[str, Tensor]) -> None:
-    """ZeRO-3's own setter slices past the end of a parameter that does not divide by the world size: slice here."""
+    """Restore this rank's ZeRO-3 partition of a parameter and its moments.
+
+    DeepSpeed's own setter slices past the end of a parameter whose size is not a multiple of the world size.
+    """
     from deepspeed.utils import (
         safe_get_local_fp32_param,
         safe_set_local_fp32_param,

@@ -1,9 +1,11 @@
-"""Distributed, exact evaluation: every rank scores its requests, every rank gets all results, nothing is sampled.
+"""Distributed, exact evaluation: each rank scores its share of the requests, all ranks get all results; no candidates
+are sampled.
 
-    next_item    each target is ranked among the whole catalogue known at that time, seen items kept and removed
-    impressions  each request's own candidate set is scored
+    next_item    each target is ranked among all items known at the time of the request, once with the items that the
+                 user has seen and once without them
+    impressions  the candidates of each request are scored
 
-Every rank joins every call: look-ups are collectives, and under ZeRO-3 so is each forward.
+All ranks take part in every call: look-ups are collectives, and under ZeRO-3 each forward is one, too.
 """
 
 from __future__ import annotations
@@ -31,25 +33,25 @@ from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED
 
 CANDIDATES_PER_FORWARD = 1 << 17
-"""Bounds the memory of one forward: about 1 KB a candidate at width 64."""
+"""Limits the memory of one forward: about 1 KB per candidate at width 64."""
 SCORES_PER_FORWARD = 1 << 21
-"""The same where a score is an inner product."""
+"""The same limit for models whose score is an inner product."""
 EVENTS_PER_BATCH = 1 << 14
 LOOK_UP_ROWS = 1 << 16
 TARGETS_PER_RANKING = 64
 EVEN_SHARE = 0.01
-"""Of a model's probability that is spread evenly over all items of the data for its loss: models that know more or
-fewer of them are then compared as what they are, guesses among the same items."""
+"""Share of a model's probability that is spread evenly over all items of the data when its log loss is computed: models
+that know more or fewer of the items are then compared as predictions over the same set of items."""
 RECOMMENDED = 10
-"""Best items of a request that count as recommended."""
+"""Number of best items of a request that count as recommended."""
 OWN_HALF_LIFE = 100.0
-"""Events after which an event weighs half in the baseline of own items."""
+"""Baseline of the user's own items: an event that is older by this many events has half the weight."""
 
 _Ranked = tuple[tuple[np.ndarray, ...], np.ndarray]
-"""The columns of some targets, and the recommended items of their requests."""
+"""(the columns of some targets, the recommended items of their requests)."""
 Transform = Callable[[Batch], Batch]
 Progress = Callable[[int, int], None]
-"""(requests done, requests of the part), both over all ranks, about."""
+"""Called with (requests done, requests of the part), both approximate sums over all ranks."""
 
 
 def evaluate(
@@ -64,7 +66,10 @@ def evaluate(
     transform: Transform = lambda batch: batch,
     progress: Progress = lambda done, total: None,
 ) -> RankedTargets | ScoredImpressions:
-    """Score one part (valid, test) with the current weights; `limit` = about so many requests, the same ones always."""
+    """Score one part (valid, test) with the current weights. A collective: all ranks take part.
+
+    `limit`: score only about so many requests, always the same ones.
+    """
     loader = evaluation_loader(shards, requests=requests, part=part, limit=limit)
     batches = _translated(loader, catalogue, progress)
     model.eval()
@@ -80,7 +85,7 @@ def evaluate(
 def evaluation_loader(
     shards: Shards, *, requests: RequestConfig, part: str, limit: int | None = None
 ) -> EvaluationLoader:
-    """This rank's share of a part."""
+    """This rank's share of the requests of a part."""
     return EvaluationLoader(
         shards,
         requests=requests,
@@ -95,9 +100,10 @@ def evaluation_loader(
 def evaluate_counts(
     shards: Shards, *, catalogue: Catalogue, requests: RequestConfig, part: str, own_items: bool = False
 ) -> RankedTargets | ScoredImpressions:
-    """Popularity: an item's score is its count among training events, whoever asks.
+    """The baseline by popularity: an item's score is its number of training events, the same for all users.
 
-    With `own_items` (next_item) what the user came to before stands above that, by how often and how lately.
+    With `own_items` (next_item), items of the user's history rank above all others, by how often and how recently they
+    occur in it. A collective: all ranks take part.
     """
     loader = evaluation_loader(shards, requests=requests, part=part)
     scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
@@ -114,13 +120,13 @@ def evaluate_counts(
             results.append(_ranks(chunk, scores_BI.expand(chunk.num_requests, -1), catalogue, requests))
     if requests.task == "impressions":
         return _collect_impressions(results, loader)
-    # Counts rank, but they are no logits.
+    # Counts rank items, but they are not logits: there is no log loss.
     return dataclasses.replace(ranked := _collect_ranks(results, catalogue), log_loss=np.full(len(ranked.user), np.nan))
 
 
 def _own_items(batch: Batch, *, else_I: Tensor) -> Tensor:
-    """[B, I] 1 + the sum of 2^(-age / OWN_HALF_LIFE) over the history's events of an item; `else_I` where it has none,
-    which lies below 1."""
+    """[B, I] 1 + the sum of 2^(-age / OWN_HALF_LIFE) over the item's events in the history, with the age in events; for
+    items outside the history `else_I`, which is below 1."""
     scores_BI = else_I.repeat(batch.num_requests, 1)
     start_B = batch.event_offsets[batch.request_user].tolist()
     for score_I, start, length in zip(scores_BI, start_B, batch.request_position.tolist(), strict=True):
@@ -131,6 +137,7 @@ def _own_items(batch: Batch, *, else_I: Tensor) -> Tensor:
 
 
 def _translated(loader: EvaluationLoader, catalogue: Catalogue, progress: Progress) -> Iterator[Batch]:
+    """The loader's batches with the model's rows; reports progress after each."""
     done = 0
     for batch in loader:
         yield catalogue.translate(batch)
@@ -142,14 +149,16 @@ def _rank_targets(
     model: nn.Module, tables: ItemRows, batches: Iterator[Batch], *, catalogue: Catalogue, requests: RequestConfig,
     transform: Transform,
 ) -> RankedTargets:  # fmt: skip
+    """Score the whole catalogue for every request and rank its targets. A collective: all ranks take part."""
     item_IC, features_IFC = _look_up_catalogue(tables, catalogue.num_items)
     refuse_bad_rows(item_IC, features_IFC)
     candidates = SCORES_PER_FORWARD if _scores_by_vectors(model) else CANDIDATES_PER_FORWARD
     per_forward = max(1, candidates // catalogue.num_items)
     results = []
     for batch in batches:
+        # All ranks run the same number of forwards; a rank without requests left joins with an empty chunk.
         for first in range(0, _max_over_ranks(batch.num_requests), per_forward):
-            # Only the users of these requests: a batch may hold one with thousands of requests and events.
+            # Keep only the users of these requests: a batch may hold a user with thousands of requests and events.
             last = min(first + per_forward, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
             scores_BI = _catalogue_scores(model, transform(chunk), tables, item_IC, features_IFC)
@@ -165,7 +174,7 @@ def _score_impressions(
 
 
 def _impressions(batch: Batch, logits_M: Tensor) -> tuple[np.ndarray, ...]:
-    """(user, history length, logit, label, item, whether it comes first in its request) of every candidate."""
+    """(user, history length, logit, label, item, whether it has the best logit of its request) of every candidate."""
     size_B = batch.candidate_offsets.diff()
     owner_M, logits_M = torch.repeat_interleave(size_B), logits_M.detach().float().cpu()
     best_B = torch.full((len(size_B),), -torch.inf).scatter_reduce(0, owner_M, logits_M, "amax")
@@ -188,6 +197,7 @@ def _collect_impressions(results: list[tuple[np.ndarray, ...]], loader: Evaluati
 
 
 def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor]:
+    """(item_IC, features_IFC) of all items, on every rank. A collective."""
     parts = [
         tables.look_up(torch.arange(first, min(first + LOOK_UP_ROWS, num_items)))
         for first in range(0, num_items, LOOK_UP_ROWS)
@@ -198,7 +208,7 @@ def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor
 def _catalogue_scores(
     model: nn.Module, batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor
 ) -> Tensor:
-    """[B, I] on the host: every item as a candidate of every request; the look-up is of the users alone."""
+    """[B, I] on the CPU: the score of every item for every request. Looks up the users' rows only. A collective."""
     _, _, user_features_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
     rows = (item_IC, features_IFC, user_features_UGC)
     if _scores_by_vectors(model):
@@ -213,23 +223,26 @@ def _catalogue_scores(
 
 
 def _scores_by_vectors(model: nn.Module) -> bool:
-    """Whether a logit is an inner product; the model may be wrapped in an engine."""
+    """Whether a logit is an inner product of vectors; the model may be wrapped in a DeepSpeed engine."""
     return isinstance(getattr(model, "module", model), SequenceModel)
 
 
 def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: RequestConfig) -> _Ranked:
-    """The columns of RankedTargets for a batch whose only candidates are the targets, and the best items."""
+    """The columns of RankedTargets for a batch whose candidates are the targets, and the best items. Local."""
+    # Mask the rows that are not items, and the items that appear later than the request.
     request_T = torch.repeat_interleave(batch.candidate_offsets.diff())
     target_T = batch.candidate_item
     scores_BI = scores_BI.masked_fill(torch.arange(scores_BI.shape[1]) < NUM_RESERVED, -torch.inf)
     if catalogue.first_time is not None:
         scores_BI = scores_BI.masked_fill(catalogue.first_time > batch.request_time[:, None], -torch.inf)
+    # [B, I]: the items that each request's user has seen, and the request's targets.
     first_UI = first_places(batch.event_item, batch.event_offsets, num_items=scores_BI.shape[1])
     seen = SeenItems(first_UI=first_UI, user_B=batch.request_user, position_B=batch.request_position)
     seen_BI = seen.before(slice(None))
     targets_BI = torch.zeros_like(seen_BI)
     targets_BI[request_T, target_T] = True
 
+    # Take the recommended items, and rank each target; other targets of its request do not compete with it.
     competing_BI = scores_BI if requests.seen_items == "kept" else scores_BI.masked_fill(seen_BI, -torch.inf)
     best_BK, item_BK = competing_BI.topk(min(RECOMMENDED, scores_BI.shape[1]), dim=1)
     share_BI = scores_BI.double().softmax(1)
@@ -240,6 +253,7 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: Requ
         others_tI = targets_BI[request_t]
         kept.append(rank_of_target(scores_BI[request_t], target_t, excluded_BI=others_tI))
         removed.append(rank_of_target(scores_BI[request_t], target_t, excluded_BI=others_tI | seen_BI[request_t]))
+    # Targets that the model does not know have rank infinity and probability 0.
     unknown_T = target_T < NUM_RESERVED
     rank_T2 = torch.stack([torch.cat(kept), torch.cat(removed)], 1) if kept else torch.zeros(0, 2)
     rank_T2 = rank_T2.masked_fill(unknown_T[:, None], torch.inf)
@@ -260,7 +274,7 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: Requ
 
 
 def _tied(batch: Batch) -> Tensor:
-    """[B] the event before the request has the request's time."""
+    """[B] whether the last event before the request has the same time as the request."""
     if not batch.num_events:
         return torch.zeros(batch.num_requests, dtype=torch.bool)
     previous = (batch.event_offsets[batch.request_user] + batch.request_position - 1).clamp(min=0)
@@ -269,6 +283,7 @@ def _tied(batch: Batch) -> Tensor:
 
 
 def _collect_ranks(results: list[_Ranked], catalogue: Catalogue) -> RankedTargets:
+    """The results of all ranks, sorted by user and request. A collective."""
     columns = _gather_columns([columns for columns, _ in results])
     best = _gather_columns([(np.unique(np.concatenate([items for _, items in results])),)] if results else [])
     order = np.lexsort((columns[1], columns[0]))
@@ -279,12 +294,12 @@ def _collect_ranks(results: list[_Ranked], catalogue: Catalogue) -> RankedTarget
 
 
 def _num_items(rows: np.ndarray) -> int:
-    """Distinct ones that the model knows."""
+    """The number of distinct items that the model knows."""
     return int((np.unique(rows) >= NUM_RESERVED).sum())
 
 
 def _gather_columns(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    """Concatenate columns over batches and ranks; every rank gets the same arrays."""
+    """Concatenate columns over batches and ranks; every rank gets the same arrays. A collective."""
     local = tuple(np.concatenate(column) for column in zip(*rows, strict=True)) if rows else None
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, local)
@@ -293,7 +308,7 @@ def _gather_columns(rows: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...
 
 
 def _max_over_ranks(count: int) -> int:
-    """The largest count, at least 1, so that every rank runs equally many forwards."""
+    """The largest count of all ranks, at least 1, so that every rank runs the same number of forwards. A collective."""
     largest = torch.tensor([max(1, count)])
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)

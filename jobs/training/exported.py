@@ -1,4 +1,5 @@
-"""A registered model's export on the evaluation side: tower, item rows, items, and how often each was trained on."""
+"""Loads a registered model's export for evaluation: tower, item rows, items, and each item's number of training
+positives."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from pipeline.shards.vocabulary import Vocabulary
 
 
 class LoadedRows:
-    """The rows of a model that is whole in memory, behind the look-up of sharded tables."""
+    """The rows of a model that is completely in memory, with the look-up interface of sharded tables."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
@@ -38,7 +39,7 @@ class LoadedRows:
 
 
 def load_export(directory: Path) -> tuple[Recommender, LoadedRows, Vocabulary, np.ndarray]:
-    """(tower, rows, vocabulary without item features, [I] positives of its training requests)."""
+    """(tower, rows, vocabulary without item features, [I] how often each item is a positive of a training request)."""
     scorer = Scorer()
     scorer.load(directory)
     counts = directory / "item-counts.safetensors"

@@ -1,4 +1,4 @@
-"""Of the workers of a run only the newest group may write: RUN/workers.lock, held by all of its ranks together."""
+"""Only the newest worker group of a run may write: all of its ranks together hold RUN/workers.lock."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ import torch.distributed as dist
 from jobs.host.locks import POLL_SECONDS, RunInUse, holder, sign, try_lock
 
 GROUP_WAIT_SECONDS = 600.0
-"""For the workers of an earlier group of the same command. A host that was cut off ends its own after a minute without
-Ray's head (gcs_rpc_server_reconnect_timeout_s), three minutes after the cut as measured; a file server lets go of the
-locks of a dead one in one or two."""
+"""How long to wait for workers of an earlier group of the same command. A host that is cut off from the network ends
+its workers after a minute without Ray's head node (gcs_rpc_server_reconnect_timeout_s), measured as three minutes after
+the cut; a file server releases the locks of a dead host after one or two minutes."""
 
 
 @contextlib.contextmanager
 def sole_group(
     run_dir: Path, *, wait_seconds: float = GROUP_WAIT_SECONDS, tell: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-    """Hold RUN/workers.lock together with the other ranks and with nobody else. Collective.
+    """Hold RUN/workers.lock during the block, together with the other ranks of this group alone. A collective.
 
-    `tell` hears on rank 0, once a second, of a worker of an earlier group that still holds it; RunInUse after
-    `wait_seconds` of that.
+    While a worker of an earlier group holds it, `tell` gets a line once a second; RunInUse after `wait_seconds`.
     """
     path = run_dir / "workers.lock"
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -41,8 +40,12 @@ def sole_group(
 
 
 def _lock_of_rank_0(path: Path, *, wait_seconds: float, tell: Callable[[str], None]) -> int | None:
-    """Rank 0's descriptor, None on the others: they hear of every try, so that a long wait is no stall. Collective."""
-    started, told, descriptor = time.monotonic(), 0.0, None
+    """Rank 0's descriptor, None on other ranks. A collective: every try is broadcast, so that a long wait does not
+    look like a stalled rank.
+
+    The answer of rank 0: None = try again, "" = locked, other text = the error.
+    """
+    started, last_line, descriptor = time.monotonic(), 0.0, None
     while True:
         answer: list[str | None] = [None]
         waited = time.monotonic() - started
@@ -56,13 +59,13 @@ def _lock_of_rank_0(path: Path, *, wait_seconds: float, tell: Callable[[str], No
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
                 answer = [""]
             elif waited > wait_seconds:
-                answer = [f"{path.parent}: a worker of an earlier group still writes there ({holder(path)}): end it"]
+                answer = [f"{path.parent}: a worker of an earlier group still writes there: end {holder(path)}"]
         dist.broadcast_object_list(answer, src=0)
         if answer[0]:
             raise RunInUse(answer[0])
         if answer[0] == "":
             return descriptor
-        if waited >= told + 1:
-            told = waited
+        if waited >= last_line + 1:
+            last_line = waited
             tell(f"waiting for the workers of an earlier group to end ({holder(path)}), {waited:.0f} s")
         time.sleep(POLL_SECONDS)

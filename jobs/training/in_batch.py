@@ -1,7 +1,7 @@
-"""In-batch negatives: drawn from the positives of the whole global batch, on whichever ranks they are.
+"""In-batch negatives: drawn from the positives of the whole global batch, of all ranks.
 
-The ranks exchange their positives in every step; what is drawn depends on the pool, as a set with counts, and on (seed,
-epoch, user, request), so it is the same at every world size. No item is looked up that the batch does not hold already.
+The ranks exchange their positives in every step. The draw depends only on the pool (a set of items with counts) and on
+(seed, epoch, user, request), so it is the same at every world size. Negatives add no item to the batch's look-up.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pipeline.batches.requests import RequestConfig
 
 
 class InBatchNegatives:
-    """Completes the batches of a loader whose `requests.negatives` is in_batch; hands others on as they are."""
+    """Adds negatives to the batches of a loader if `requests.negatives` is in_batch; else returns them unchanged."""
 
     def __init__(self, requests: RequestConfig, *, item_counts: np.ndarray, seed: int) -> None:
-        """item_counts: those of `training_item_counts`, which is about how often an item is in the pool of an epoch."""
-        self._wanted = requests.negatives == "in_batch"
+        """item_counts: the result of `training_item_counts`, about how often an item is in the pools of an epoch."""
+        enabled = requests.negatives == "in_batch"
         self._number, self._seed = requests.num_negatives, seed
-        self._in_the_long_run = Weighted.popularity(item_counts, power=1.0) if self._wanted else None
+        self._expected_proposal = Weighted.popularity(item_counts, power=1.0) if enabled else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch with negatives after the positives. All ranks join, also with an empty batch.
+        """The batch with negatives after the positives. A collective: all ranks take part, also with an empty batch.
 
-        A request whose own positives are the whole pool (a batch of one request) gets none.
+        A request gets no negatives if the pool holds only its own positives (a batch of one request).
         """
-        if self._in_the_long_run is None:
+        if self._expected_proposal is None:
             return batch
         drawn = with_negatives(
             batch.candidate_item.numpy(),
@@ -46,7 +46,7 @@ class InBatchNegatives:
             proposal=Weighted.pool(gather_rows(batch.candidate_item).numpy()),
             num_negatives=self._number,
         )
-        log_q = log_expected_draws(drawn, proposal=self._in_the_long_run, num_negatives=self._number)
+        log_q = log_expected_draws(drawn, proposal=self._expected_proposal, num_negatives=self._number)
         return dataclasses.replace(
             batch,
             candidate_item=torch.from_numpy(drawn.item),
@@ -57,7 +57,7 @@ class InBatchNegatives:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The int64 vectors of all ranks, one after the other. All ranks join."""
+    """The int64 vectors of all ranks, concatenated in the order of ranks. A collective."""
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([rows.numel()]))
     longest = max(int(size) for size in sizes)

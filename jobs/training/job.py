@@ -1,4 +1,4 @@
-"""What a training run is to do: plain values that travel to every worker."""
+"""The description of a training run: plain values that are sent to every worker."""
 
 from __future__ import annotations
 
@@ -15,36 +15,40 @@ from pipeline.batches.requests import RequestConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long to train, on what loss, and how often to look."""
+    """How long to train, with which loss, and how often to validate."""
 
     epochs: int = 10
-    """Passes over all training requests."""
+    """Passes over all training requests, 1 or more."""
     loss: Literal["candidates", "catalogue"] = "candidates"
-    """candidates: over each request's positives and negatives, weighed by the next two. catalogue: softmax over all
-    items, for next_item and sequence models, whose requests are vectors; without data.requests.num_negatives."""
+    """candidates: over each request's positives and negatives, with the two weights below. catalogue: softmax over all
+    items; only for task next_item, sequence models (their requests are vectors) and data.requests.num_negatives 0."""
     pointwise_loss_weight: float = 1.0
-    """Weight of the binary cross-entropy; 0 leaves the softmax over the drawn candidates."""
+    """loss=candidates: weight of the binary cross-entropy, 0 or more; 0 = only the softmax over the candidates."""
     set_loss_weight: float = 1.0
-    """Weight of the set-wise softmax cross-entropy; 0 leaves the binary one."""
+    """loss=candidates: weight of the softmax cross-entropy over the candidates of a request, 0 or more; 0 = only the
+    binary cross-entropy."""
     gbce_strength: float = 0.0
-    """t of gBCE (Petrov and Macdonald, RecSys 2023), from 0 (plain) to 1: how far positives weigh less in the binary
-    cross-entropy to make up for negatives that are few."""
+    """t of gBCE (Petrov and Macdonald, RecSys 2023), from 0 (plain cross-entropy) to 1: how much less positives weigh
+    in the binary cross-entropy, to compensate for a small number of negatives."""
     log_q: bool = False
-    """next_item: correct the loss for what negatives are drawn from; logits then estimate log p(item | history)."""
+    """next_item: correct the loss for the distribution from which negatives are drawn; logits then estimate
+    log p(item | history)."""
     embedding_std: float = 0.02
-    """Standard deviation of an untrained embedding row."""
+    """Standard deviation of the weights of an untrained embedding row, above 0."""
     eval_every_epochs: int = 1
-    """Epochs between validations (and checkpoints); the best one is what is evaluated and registered."""
+    """Epochs between validations (each with a checkpoint), 1 or more; the best checkpoint is evaluated and registered.
+    """
     valid_requests: int = 2000
-    """Validation requests, the same ones each time; 0 = all."""
+    """Number of validation requests, always the same ones; 0 = all."""
     patience: int = 0
-    """Validations without a better one after which training ends; 0 = it goes on to the last epoch."""
+    """Training ends after this many validations in sequence without a new best one; 0 = after the last epoch."""
     max_seconds: float = 0.0
     """Seconds of training steps, over all restarts, after which training ends with a validation; 0 = no limit. The
-    learning rates end their fall there where this comes before the last step."""
+    decay of the learning rates then ends at this time, unless the last step comes first."""
     warm_start: Place | None = None
-    """A checkpoint, or a run's directory (its best checkpoint), that a new run begins from instead of from the seed:
-    weights and optimizer state; steps, learning rates and data begin anew. Rows it lacks are drawn from the seed."""
+    """A checkpoint, or a run's directory (its best checkpoint), from which a new run takes its initial weights and
+    optimizer state; steps, learning rates and data start from the beginning. Rows that the checkpoint lacks are drawn
+    from the seed. Unset = the run starts from scratch."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every_epochs"):
@@ -58,21 +62,19 @@ class TrainingConfig:
         if self.loss not in ("candidates", "catalogue"):
             raise ValueError(f"loss={self.loss!r}: must be candidates or catalogue")
         if not self.pointwise_loss_weight + self.set_loss_weight > 0:
-            raise ValueError(
-                "set_loss_weight=0: must be above 0 where pointwise_loss_weight is 0, or nothing is learned"
-            )
+            raise ValueError("set_loss_weight=0: must be above 0 if pointwise_loss_weight is 0, or nothing is learned")
         if not 0 <= self.gbce_strength <= 1:
             raise ValueError(f"gbce_strength={self.gbce_strength}: must be from 0 to 1")
 
     def share_done(self, *, step: int, num_steps: int, seconds: float) -> float:
-        """Share of the training that is behind after so many steps and seconds of steps, from 0 to 1."""
+        """Share of the training, from 0 to 1, that is done after `step` steps that took `seconds`."""
         shares = [step / max(1, num_steps), seconds / self.max_seconds if self.max_seconds else 0.0]
         return min(1.0, max(shares))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """Everything a worker needs; plain values, so that it travels."""
+    """Everything that a worker needs; plain values, because it is sent between processes."""
 
     run_dir: str
     shards: str
@@ -88,4 +90,4 @@ class TrainJob:
     facts: dict[str, Any]
     """Stored with every checkpoint: the resolved config and the fingerprints."""
     warm_start: str | None = None
-    """The checkpoint that a run without one of its own begins from; None = it begins from the seed."""
+    """The checkpoint from which a run without a checkpoint of its own starts; None = it starts from scratch."""

@@ -1,6 +1,7 @@
-"""The training loop: read `train` from top to bottom; everything it calls stands below or in a neighbour file.
+"""The training loop: read `train` from top to bottom; everything it calls is below or in a file of this folder.
 
-Runs inside every worker of a Ray Train job (jobs/runs/train.py starts it); every rank takes part in every line.
+Runs inside every worker of a Ray Train job (jobs/runs/train.py starts it). Every rank runs every line: calls that
+communicate are collectives of all ranks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ from pipeline.shards.dataset import Shards
 
 
 def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
-    """Train to the last epoch, or until the driver asks to stop; continues from the latest checkpoint of `run_dir`."""
+    """Train to the end (last epoch, `max_seconds` or `patience`), or until the driver asks to stop. Continues from the
+    latest checkpoint of `run_dir`, if there is one. A collective: all ranks take part."""
+    # All ranks: open the data and count the training positives of every item, each rank in its row groups.
     run_dir, training = Path(job.run_dir), job.training
     shards = Shards.open(job.shards, number=job.manifest)
     counts = training_counts(shards, requests=job.requests)
@@ -61,6 +64,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     batches_per_epoch = [loader.num_batches(epoch) for epoch in range(training.epochs)]
     num_steps = sum(batches_per_epoch)
 
+    # All ranks: create the model, from scratch or from a checkpoint, and find the steps that end with a validation.
     state, tables, engine = _create_or_restore(job, shards, loader)
     epoch_ends = list(itertools.accumulate(batches_per_epoch))
     last_steps = set(epoch_ends[training.eval_every_epochs - 1 :: training.eval_every_epochs])
@@ -69,17 +73,19 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     reporter.row("start", step=state.step, num_steps=num_steps, share=share, workers=dist.get_world_size())
     reporter.row("plan", **tables.described_plan)
 
+    # All ranks: prepare validation, and the two functions that read a batch and begin its look-up.
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
-    complete = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
+    add_negatives = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
     batches, clock, num_items = iter(loader), StepClock(), shards.vocabulary.size
 
     def read_and_ask() -> AskedBatch:
         with clock.part("data"):
-            batch = complete(next(batches))
+            batch = add_negatives(next(batches))
         with clock.part("look_up"):
             return ask(job, batch, tables, num_items=num_items, loader_state=loader.state_dict())
 
     def ask_next() -> AskedBatch | None:
+        # With overlap the next batch's look-up begins during this step; the last step has no next batch.
         return read_and_ask() if job.parallel.overlap and state.step + 1 < num_steps else None
 
     checkpoints = CheckpointWriter(
@@ -89,6 +95,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     asked: AskedBatch | None = None
     with checkpoints:
         while state.step < num_steps:
+            # Step, all ranks: forward, backward and update; `asked` becomes the next batch if its look-up has begun.
             started = time.perf_counter()
             asked = asked or read_and_ask()
             state.loader = asked.loader_state
@@ -99,22 +106,26 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
                 )  # fmt: skip
             except NonFiniteLoss as error:
                 checkpoints.settle(wait=True)
-                raise _with_way_on(error, run_dir) from None
+                raise _with_recovery_hint(error, run_dir) from None
+
+            # Each rank counts alike; with a time limit, all ranks take the time of rank 0, so that they end together.
             state.step += 1
             state.events += int(figures["events"])
             seconds = time.perf_counter() - started
             state.train_seconds += seconds
             if training.max_seconds:
-                # One clock for all ranks: rates and the end follow it.
                 state.train_seconds = said_by_rank_0(state.train_seconds)
             share = training.share_done(step=state.step, num_steps=num_steps, seconds=state.train_seconds)
             reporter.row("step", step=state.step, seconds=seconds, share=share, **clock.take(), **figures)
 
+            # All ranks: report a checkpoint that is written by now; validate at the end of an epoch or of the time.
             checkpoints.settle()
             out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
             validated = state.step in last_steps or out_of_time
             if validated:
                 _validate(job, shards, catalogue, state, tables, engine, reporter)
+
+            # All ranks agree whether to stop; then they begin a checkpoint together, if one is due.
             stop = reporter.should_stop()
             no_better = bool(training.patience) and state.validations_since_best >= training.patience
             state.finished = state.step == num_steps or out_of_time or no_better
@@ -122,13 +133,15 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
                 checkpoints.begin(state, last=stop or state.finished)
             if stop or state.finished:
                 break
+    # All ranks: complete the look-up that the last step began, so that no collective is left open.
     if asked is not None:
         asked.rows.receive()
     reporter.row("cost", step=state.step, **_cost())
     return state
 
 
-def _with_way_on(error: NonFiniteLoss, run_dir: Path) -> NonFiniteLoss:
+def _with_recovery_hint(error: NonFiniteLoss, run_dir: Path) -> NonFiniteLoss:
+    """The error, with the latest checkpoint and advice in its message."""
     latest = latest_checkpoint(run_dir)
     return NonFiniteLoss(
         f"{error}; the latest checkpoint is {latest.name if latest else 'none yet'}: "
@@ -137,7 +150,7 @@ def _with_way_on(error: NonFiniteLoss, run_dir: Path) -> NonFiniteLoss:
 
 
 def _cost() -> dict[str, float]:
-    """Of all ranks together. A collective."""
+    """The resources used by all ranks together. A collective."""
     cost = cost_of_process()
     sums = torch.tensor(list(cost.values()), dtype=torch.float64)
     dist.all_reduce(sums)
@@ -145,7 +158,8 @@ def _cost() -> dict[str, float]:
 
 
 def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tuple[ShardedTables, Recommender]:
-    """Sharded tables and an unwrapped tower: fresh from the seed, or with a checkpoint's weights. All ranks join."""
+    """Sharded tables and the tower, not yet in an engine: initialized from the seed, then filled with the weights of
+    `checkpoint` if there is one. A collective: all ranks take part."""
     vocabulary = shards.vocabulary
     tables = ShardedTables(
         model_tables(job.model, vocabulary),
@@ -157,7 +171,7 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
         cache=job.parallel.table_cache,
     )
     tables.initialize(seed=job.seed, std=job.training.embedding_std)
-    # Here and not earlier: sharding the tables draws random numbers, more or fewer of them by world size.
+    # Seed the tower only now: sharding the tables draws random numbers, and how many depends on the world size.
     torch.manual_seed(job.seed)
     tower = build_tower(model_settings(job.model, vocabulary), num_features=len(vocabulary.features))
     if checkpoint is not None:
@@ -168,11 +182,13 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
 
 
 def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tuple[TrainState, ShardedTables, Any]:
+    """(state, tables, engine) from the run's own latest checkpoint, else from the warm start's, else from scratch; the
+    loader's cursor is restored, too. A collective: all ranks take part."""
     own = latest_checkpoint(Path(job.run_dir))
     checkpoint = own or (Path(job.warm_start) if job.warm_start else None)
     tables, tower = build_model(job, shards, checkpoint=checkpoint)
     engine = dense_engine(tower, optimizer=job.optimizer, parallel=job.parallel)
-    # The weights above were drawn alike on every rank; dropout is not.
+    # All ranks drew the same weights above; dropout must differ between ranks.
     torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
     if checkpoint is None:
         return TrainState(), tables, engine
@@ -188,7 +204,7 @@ def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tu
 
 
 def _peak_gib() -> float:
-    """Resident memory of all ranks, each at its peak. A collective."""
+    """The sum over ranks of their peak resident memory, in GiB. A collective."""
     peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20])
     dist.all_reduce(peak)
     return float(peak)
@@ -203,7 +219,7 @@ def _validate(
     engine: Any,
     reporter: Reporter,
 ) -> None:
-    """Measure the validation part; remember the best step. The metrics are the same on every rank."""
+    """Evaluate the validation part; update the best step in `state`. A collective: all ranks get the same metrics."""
     started = time.perf_counter()
     metrics = evaluate(
         engine,

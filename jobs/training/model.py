@@ -1,4 +1,4 @@
-"""From a configuration and a shard directory to tables and tower; from a batch to what a tower reads."""
+"""From settings and a vocabulary to the specifications of tables and tower; from a batch to a tower's input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
 
 
 class ItemRows(Protocol):
-    """Rows of the tables: sharded ones (tables.py), or those of a registered model."""
+    """The look-up of table rows: in sharded tables (tables.py), or in a registered model (exported.py)."""
 
     def look_up(self, item_rows_I: Tensor, /) -> tuple[Tensor, Tensor]:
         """(item_IC, features_IFC) of distinct items."""
@@ -29,7 +29,7 @@ class ItemRows(Protocol):
 
 
 def model_settings(settings: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
-    """The settings with what the data decide filled in: how many action codes and user features there are."""
+    """The settings, completed with the numbers that depend on the data: of action codes and of user features."""
     config_class, _ = MODELS[settings["name"]]
     names = {field.name for field in dataclasses.fields(config_class)}
     found = {"num_actions": vocabulary.num_actions, "num_user_features": len(user_features(settings, vocabulary))}
@@ -37,17 +37,17 @@ def model_settings(settings: Mapping[str, Any], vocabulary: Vocabulary) -> dict[
 
 
 def user_features(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:
-    """The user features that the model reads, in the order of users' codes: all there are, or none."""
+    """The user features that the model reads, in the order of users' codes: all that the data have, or none."""
     return list(vocabulary.user_features) if settings.get("user_features") else []
 
 
 def user_tables(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:
-    """The tables of `user_features`."""
+    """The names of the tables of `user_features`."""
     return [f"{USER_TABLE}{name}" for name in user_features(settings, vocabulary)]
 
 
 def model_tables(settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[TableSpec]:
-    """The tables that a model trains: `table_specs` as its settings have them."""
+    """The tables that a model trains, by its settings."""
     return table_specs(
         vocabulary,
         width=settings["width"],
@@ -63,9 +63,9 @@ def table_specs(
     user_features: Sequence[str] = (),
     feature_width: int | Mapping[str, int] | None = None,
 ) -> list[TableSpec]:
-    """One table for items, one per item feature and one for each of these user features, each of its capacity.
+    """One table for items, one per item feature and one for each of these user features, each with its capacity.
 
-    `feature_width`: of the features' tables, all of them or by name; None or a name that is absent = `width`.
+    `feature_width`: width of the features' tables, one number or by name; None or a missing name = `width`.
     """
 
     def width_of(feature: str) -> int:
@@ -91,32 +91,32 @@ def item_features(vocabulary: Vocabulary) -> list[ItemFeature]:
 
 @dataclasses.dataclass(frozen=True)
 class WantedItems:
-    """The items of a batch, each once."""
+    """The distinct items of a batch, whose rows a step looks up."""
 
     rows_I: Tensor
-    """Their rows, ascending."""
+    """Their rows in the table, ascending."""
     event_item_N: Tensor
-    """Places in `rows_I`."""
+    """Index in `rows_I` of each event's item."""
     candidate_item_M: Tensor
-    """Places in `rows_I`."""
+    """Index in `rows_I` of each candidate."""
 
     @classmethod
     def of(cls, batch: Batch) -> WantedItems:
-        """ValueError: a request without candidates."""
+        """The distinct items of a batch. ValueError: a request has no candidates."""
         empty = torch.nonzero(batch.candidate_offsets.diff() == 0)
         if empty.numel():
             raise ValueError(
-                f"request {int(empty[0])} of the batch has no candidates: there is nothing to rank; leave it out"
+                f"request {int(empty[0])} of the batch has no candidates: there is nothing to rank; omit it"
             )
         rows, index = torch.unique(torch.cat([batch.event_item, batch.candidate_item]), return_inverse=True)
         return cls(rows, index[: batch.num_events], index[batch.num_events :])
 
 
 def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
-    """Look every distinct item of the batch up once, and its users with them. Joined by every rank, also with an empty
-    batch.
+    """The tower's input: looks up every distinct item of the batch once, and its users. A collective: all ranks take
+    part, also with an empty batch.
 
-    ValueError: a request without candidates, or what models/interface.py refuses.
+    ValueError: a request has no candidates, or models/interface.py refuses the input.
     """
     wanted = WantedItems.of(batch)
     return wanted_input(batch, wanted, *tables.look_up_with_users(wanted.rows_I, user_codes(batch)))
@@ -125,7 +125,8 @@ def training_input(batch: Batch, tables: ItemRows) -> ModelInput:
 def wanted_input(
     batch: Batch, wanted: WantedItems, item_IC: Tensor, features_IFC: Tensor, user_features_UGC: Tensor
 ) -> ModelInput:
-    """The batch beside the rows of its wanted items. ValueError: what models/interface.py refuses."""
+    """The tower's input from a batch and the looked-up rows of its distinct items. ValueError: models/interface.py
+    refuses the input."""
     refuse_bad_rows(item_IC, features_IFC)
     return model_input(
         batch,
@@ -141,8 +142,8 @@ def wanted_input(
 def catalogue_input(
     batch: Batch, item_IC: Tensor, features_IFC: Tensor, user_features_UGC: Tensor, *, as_candidates: bool = False
 ) -> ModelInput:
-    """The batch beside the rows of the whole vocabulary, in its order: all of them candidates of every request, or none
-    (what `SequenceModel` makes vectors of)."""
+    """The tower's input from a batch and the rows of the whole vocabulary, in its order. `as_candidates`: each request
+    has all items as candidates; otherwise it has none (a `SequenceModel` then computes vectors)."""
     num_candidates = item_IC.shape[0] if as_candidates else 0
     return model_input(
         dataclasses.replace(batch, candidate_offsets=torch.arange(batch.num_requests + 1) * num_candidates),
@@ -156,7 +157,7 @@ def catalogue_input(
 
 
 def user_codes(batch: Batch) -> UserCodes:
-    """What the batch says of its users."""
+    """The user features of the batch's users."""
     return UserCodes(lengths_UG=batch.user_feature_lengths, values=batch.user_feature_values)
 
 
@@ -170,9 +171,9 @@ def model_input(
     candidate_item_M: Tensor,
     num_reserved: int,
 ) -> ModelInput:
-    """The batch with its items replaced by indices into looked-up rows, on the device of the rows; the layout stays.
+    """The batch with its items replaced by indices into looked-up rows, on the device of the rows, in the same layout.
 
-    The rows are as whoever looked them up checked them.
+    Does not check the rows; the caller does (`refuse_bad_rows`).
     """
 
     def move(tensor: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ def model_input(
 
 
 def select_requests(batch: Batch, first: int, last: int) -> Batch:
-    """Requests first..last-1 alone: their users, and of these the events up to the last one that some request sees."""
+    """Requests first..last-1 alone, with their users, and of each user only the events in some request's history."""
     request_user, position = batch.request_user[first:last], batch.request_position[first:last]
     users, renumbered = torch.unique_consecutive(request_user, return_inverse=True)
     length = torch.zeros(len(users), dtype=torch.int64).scatter_reduce(0, renumbered, position, "amax")
@@ -225,6 +226,6 @@ def select_requests(batch: Batch, first: int, last: int) -> Batch:
 
 
 def places_of_runs(start: Tensor, length: Tensor) -> Tensor:
-    """start[0], start[0] + 1, ... (length[0] of them), then start[1], ..."""
+    """start[0], start[0] + 1, ... (length[0] numbers), then start[1], start[1] + 1, ..., and so on."""
     before = length.cumsum(0) - length
     return torch.arange(int(length.sum())) + torch.repeat_interleave(start - before, length)

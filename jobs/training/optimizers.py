@@ -13,26 +13,27 @@ class OptimizerConfig:
     """Learning rates, decay and clipping."""
 
     dense_lr: float = 1e-3
-    """Peak learning rate of AdamW (tower)."""
+    """Peak learning rate of AdamW, the tower's optimizer; above 0."""
     sparse: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
-    """Of the tables. rowwise_adagrad: one number a row, for any size; adam: two a weight, and a gradient of the whole
-    table, as published sequence models have it."""
+    """Optimizer of the tables. rowwise_adagrad: keeps one number per row, for tables of any size. adam: keeps two
+    numbers per weight and computes a gradient of the whole table, as published sequence models do."""
     sparse_lr: float = 0.1
-    """Peak learning rate of the tables; for adam about 0.001."""
+    """Peak learning rate of the tables, above 0; for adam use about 0.001."""
     warmup_steps: int = 100
-    """Steps over which both rates rise linearly from 0."""
+    """Number of steps over which both learning rates rise linearly from 0; 0 = no warm-up."""
     final_lr_ratio: float = 0.02
-    """Both rates fall linearly to this share of their peak at the end of training."""
+    """Both learning rates fall linearly to this share of their peak at the end of training; from 0 to 1."""
     weight_decay: float = 0.01
-    """AdamW's decay of the tower's matrices; vectors (biases, norms, temperatures) are not decayed."""
+    """AdamW's weight decay of the tower's matrices, 0 or more; vectors (biases, norms, temperatures) have none."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Moment decays of AdamW, and of adam for the tables."""
+    """Decay rates of the two moments: of AdamW, and of adam for the tables."""
     dense_eps: float = 1e-8
-    """AdamW's denominator offset."""
+    """Epsilon in the denominator of AdamW."""
     sparse_eps: float = 1e-8
-    """Denominator offset of the tables' optimizer."""
+    """Epsilon in the denominator of the tables' optimizer."""
     clip_norm: float = 1.0
-    """Global norm to which the tower's gradient is clipped; 0 = off. Tables are not clipped."""
+    """Largest global norm of the tower's gradient, to which it is clipped; 0 = no clipping. The gradients of tables are
+    not clipped."""
 
     def __post_init__(self) -> None:
         if self.sparse not in ("rowwise_adagrad", "adam"):
@@ -57,6 +58,7 @@ class OptimizerConfig:
         return [group for group in groups if group["params"]]
 
     def lr_share_at(self, step: int, *, share_done: float) -> float:
-        """The share of the peak rates in step `step` (from 0), that share of the training behind it: no state."""
+        """The learning rates in step `step` (from 0), as a share of their peaks, when `share_done` of the training is
+        done. A pure function: schedules have no state to restore."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warmup * (1 - (1 - self.final_lr_ratio) * share_done)

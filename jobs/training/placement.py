@@ -1,6 +1,7 @@
-"""Where the rows of the tables lie: each rank measures its machine, and TorchRec's planner places them by that.
+"""Where the rows of the tables are stored: each rank measures its machine, and TorchRec's planner places the tables by
+these measurements.
 
-Every table is sharded by rows, so that ranks hold equal parts of it, whatever is popular.
+Every table is sharded by rows, so that ranks hold equal parts of it, however popular single items are.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from jobs.host.errors import UserError
 from models.embeddings import TableSpec
 
 PLAN_FILE = "plan.json"
-"""In a run's directory: the plan of its latest start."""
+"""File in a run's directory with the plan of its latest start."""
 KERNELS = {"device": "fused", "host": "fused_uvm", "cached": "fused_uvm_caching"}
 """parallel.table_memory -> TorchRec's compute kernel."""
 STATE_FLOATS = {"rowwise_adagrad": lambda width: 1, "adam": lambda width: 3 * width}
-"""optimizer.sparse -> what it keeps of a row beside its weights, in memory."""
+"""optimizer.sparse -> floats that the optimizer keeps in memory for a row of this width, besides its weights."""
 _COPIED_BYTES, _SENT_BYTES = 1 << 26, 1 << 24
-"""To measure bandwidths with: more than caches hold; what an exchange of rows may be."""
+"""Sizes for the measurement of bandwidths: a copy larger than CPU caches, and a typical exchange of rows."""
 _PROBES = 3
 
 
 class TablesDoNotFit(UserError):
-    """A machine has less memory than its rows need; one line with both numbers."""
+    """A machine has less memory than its rows need; the message has both numbers."""
 
 
 def available_memory() -> int:
-    """Bytes that this machine, or the container around this process, has left."""
+    """Free bytes of memory on this machine, or in the container of this process if that is less."""
     free, limits = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")
     if limits.exists() and (limit := limits.read_text().strip()) != "max":
         free = min(free, int(limit) - int(limits.with_name("memory.current").read_text()))
@@ -44,7 +45,7 @@ def available_memory() -> int:
 def plan_tables(
     tables: Sequence[TableSpec], collection: Any, sharder: Any, *, device: str, memory: str, cache: float, sparse: str
 ) -> tuple[Any, dict[str, Any]]:
-    """(TorchRec's plan, the same for people and plan.json). All ranks join; TablesDoNotFit on all of them."""
+    """(TorchRec's plan, its description for plan.json). A collective; TablesDoNotFit is raised on all ranks."""
     ranks = _on_every_rank(_measured(device))
     _require_room(tables, ranks, on_device=device == "cuda" and memory == "device", sparse=sparse)
     group = dist.group.WORLD
@@ -56,7 +57,7 @@ def plan_tables(
 
 
 def _measured(device: str) -> dict[str, float]:
-    """What this rank may take of its machine's memory, in bytes, and bandwidths in bytes/s. All ranks join."""
+    """Memory that this rank may use, in bytes, and bandwidths in bytes/s. A collective: ranks exchange data."""
     source, target = torch.zeros(_COPIED_BYTES // 4), torch.zeros(_COPIED_BYTES // 4)
     found = {
         "memory": available_memory() / local_world_size(),
@@ -80,7 +81,7 @@ def _measured(device: str) -> dict[str, float]:
 
 
 def _best_seconds(work: Any) -> float:
-    """The first run meets memory that was never touched and connections that are not there yet."""
+    """The shortest duration of `work`. Its first run does not count: it also touches new memory, opens connections."""
     seconds = []
     for _ in range(1 + _PROBES):
         started = time.perf_counter()
@@ -96,9 +97,9 @@ def _require_room(tables: Sequence[TableSpec], ranks: list[dict[str, float]], *,
     if needed > least:
         whose, cached = ("GPU", "--parallel.table_memory cached, ") if on_device else ("machine", "")
         raise TablesDoNotFit(
-            f"parallel.num_workers={len(ranks)}: the tables need {needed / 2**30:.2f} GiB a worker with what their "
-            f"optimizer keeps, it may take {least / 2**30:.2f} GiB of its {whose}: take more machines, {cached}"
-            "or a smaller model.width"
+            f"parallel.num_workers={len(ranks)}: the tables need {needed / 2**30:.2f} GiB per worker, with their "
+            f"optimizer state, but a worker may use {least / 2**30:.2f} GiB of its {whose}: use more machines, "
+            f"{cached}or a smaller model.width"
         )
 
 
@@ -115,9 +116,10 @@ def _planner(
     from torchrec.distributed.planner.types import ParameterConstraints, Topology
     from torchrec.distributed.types import CacheParams
 
-    # The least of what the ranks have: rows are spread evenly, and TorchRec shards unevenly where capacities differ.
+    # All ranks get the smallest measured values: TorchRec shards unevenly if capacities differ, rows must be spread
+    # evenly.
     least = {name: min(rank[name] for rank in ranks) for name in ranks[0]}
-    # TorchRec counts bytes a millisecond.
+    # TorchRec's unit is bytes per millisecond.
     network = least["network_bandwidth"] / 1000 if len(ranks) > 1 else INTRA_NODE_BANDWIDTH
     topology = Topology(
         world_size=len(ranks),
@@ -137,7 +139,7 @@ def _planner(
         )
         for table in tables
     }
-    # What the tower and the batches take is not known here: `_require_room` has said what the tables need.
+    # No reservation for the tower and the batches, whose size is unknown here; `_require_room` has checked the tables.
     return EmbeddingShardingPlanner(
         topology=topology, constraints=constraints, storage_reservation=FixedPercentageStorageReservation(0.0)
     )
@@ -173,5 +175,5 @@ def _on_every_rank(found: dict[str, float]) -> list[dict[str, float]]:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine."""
+    """The number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))

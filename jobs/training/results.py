@@ -1,4 +1,4 @@
-"""What an evaluation measured, one entry a target or candidate, and the metrics over any part of it. Pure numpy."""
+"""The results of an evaluation, one entry per target or candidate, and the metrics over any subset. Pure numpy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipeline.batches.requests import RequestConfig
 
 CUTOFFS = (5, 10, 20)
 LENGTH_BUCKETS = (0, 1, 10, 100, 1_000, 10_000)
-"""Lower bounds of the history lengths that are reported apart."""
+"""Lower bounds of the groups of history lengths that are reported separately."""
 
 
 def primary_metric(requests: RequestConfig) -> str:
-    """What decides which step, and later which model, is better."""
+    """The metric by which checkpoints, and later models, are compared; higher is better."""
     if requests.task == "impressions":
         return "gauc"
     return "ndcg@10" if requests.seen_items == "removed" else "ndcg@10_seen_kept"
@@ -24,45 +24,46 @@ def primary_metric(requests: RequestConfig) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class RankedTargets:
-    """Results of `next_item`, one entry a target, in the order of users and requests."""
+    """Results of `next_item`, one entry per target, in the order of users and requests."""
 
     user: np.ndarray
     """[T] the user's row in the shard index."""
     request: np.ndarray
-    """[T] tells the requests of a user apart."""
+    """[T] key of the request, unique among the requests of a user."""
     history_length: np.ndarray
     """[T] events before the request."""
     rank_kept: np.ndarray
-    """[T] 1 = best; seen items stay in the ranking, other targets of the same request do not. Infinite where the model
-    does not know the item."""
+    """[T] rank of the target, 1 = best, among all items, including those that the user has seen, without other targets
+    of the same request. Infinite if the model does not know the item."""
     rank_removed: np.ndarray
-    """[T] the same without seen items (other than the target)."""
+    """[T] the same without the items that the user has seen (other than the target)."""
     tied: np.ndarray
-    """[T] the target shares its time stamp with the event before it: only the log's tie-break says which came first."""
+    """[T] whether the event before the target has the same time stamp: only the log's tie-break orders the two."""
     repeat: np.ndarray
-    """[T] the target stands in the history: recommending it is recommending something seen."""
+    """[T] whether the target is in the history, that is, the user has seen it before."""
     training_count: np.ndarray
-    """[T] how often the target is a positive of the model's training requests; -1 where the model does not know it."""
+    """[T] how often the target is a positive of the model's training requests; -1 = the model does not know it."""
     log_loss: np.ndarray
-    """[T] -log of the target's probability: its share in the softmax over the model's catalogue, a hundredth of which
-    is spread evenly over all items of the data; nan where scores are no logits."""
+    """[T] -log of the target's probability, which is 0.99 x its softmax over the model's catalogue + 0.01 / the number
+    of items in the data; nan if scores are not logits."""
     recommended_items: int
-    """Distinct items among the ten best of all requests."""
+    """Number of distinct items among the ten best of all requests."""
     catalogue_items: int
-    """Items that could be."""
+    """Number of items that can be recommended."""
 
     @property
     def weight(self) -> np.ndarray:
-        """[T] 1 / targets of the request: every request counts once."""
+        """[T] 1 / number of targets of the request, so that every request has the same weight."""
         _, place, counts = np.unique(
             np.stack([self.user, self.request]), axis=1, return_inverse=True, return_counts=True
         )
         return 1.0 / counts[place.reshape(-1)]
 
     def metrics(self) -> dict[str, float]:
-        """Means over requests; of a request with several targets, the mean over them.
+        """Means over requests; a request with several targets counts with the mean over its targets.
 
-        Without a suffix: seen items removed, over targets new to their user. `_seen_kept`: over all targets.
+        Without a suffix: seen items are removed, and only targets that are new to their user count. `_seen_kept`: seen
+        items stay in the ranking, and all targets count.
         """
         weight, new = self.weight, ~self.repeat
         values = {"requests": _total(weight), "targets": float(len(self.user))}
@@ -84,7 +85,7 @@ class RankedTargets:
         return values
 
     def slices(self) -> Mapping[str, np.ndarray]:
-        """{name: [T] mask} of what is reported apart."""
+        """{name: [T] mask} of the subsets that are reported separately."""
         return {
             "all targets": np.ones(len(self.user), bool),
             "new to the user": ~self.repeat,
@@ -95,7 +96,7 @@ class RankedTargets:
         } | {name: mask for name, mask in length_buckets(self.history_length).items()}
 
     def per_user(self, mask: np.ndarray, *, seen_items: str, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """(sum of weighted NDCG@k, sum of weights) of every user that has a target in `mask`."""
+        """(sum of weighted NDCG@k, sum of weights) for every user with a target in `mask`."""
         ranks = self.rank_removed if seen_items == "removed" else self.rank_kept
         mask = mask & ~self.repeat if seen_items == "removed" else mask
         _, place = np.unique(self.user[mask], return_inverse=True)
@@ -105,19 +106,19 @@ class RankedTargets:
 
 @dataclasses.dataclass(frozen=True)
 class ScoredImpressions:
-    """Results of `impressions`, one entry a candidate."""
+    """Results of `impressions`, one entry per candidate."""
 
     user: np.ndarray
     history_length: np.ndarray
     logit: np.ndarray
     label: np.ndarray
     skipped_requests: int
-    """Requests left out because their history was shorter than `min_history`."""
+    """Number of requests left out because their history is shorter than `min_history`."""
     requests: int
     recommended_items: int
-    """Distinct items that come first in a request."""
+    """Number of distinct items that rank first in a request."""
     catalogue_items: int
-    """Distinct items that were shown."""
+    """Number of distinct items among the candidates."""
 
     def metrics(self) -> dict[str, float]:
         by_user = gauc(self.logit, self.label, self.user)
@@ -135,12 +136,12 @@ class ScoredImpressions:
         }
 
     def slices(self) -> Mapping[str, np.ndarray]:
-        """{name: [M] mask} of what is reported apart."""
+        """{name: [M] mask} of the subsets that are reported separately."""
         everything = {"all candidates": np.ones(len(self.user), bool)}
         return everything | {name: mask for name, mask in length_buckets(self.history_length).items()}
 
     def per_user(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(AUC x candidates, candidates) of every user that has both labels in `mask`: sums give the GAUC."""
+        """(AUC x candidates, candidates) for every user with both labels in `mask`; GAUC is the ratio of their sums."""
         order = np.flatnonzero(mask)[np.argsort(self.user[mask], kind="stable")]
         edges = np.flatnonzero(np.diff(self.user[order])) + 1
         values = [(auc(self.logit[rows], self.label[rows]), len(rows)) for rows in np.split(order, edges) if len(rows)]
@@ -158,7 +159,7 @@ def length_buckets(history_length: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _mean(values: np.ndarray, weight: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Weighted mean over `mask`; nan where there is nothing."""
+    """Weighted mean over `mask`; nan if it is empty."""
     if mask is not None:
         values, weight = values[mask], weight[mask]
     total = weight.sum()

@@ -1,4 +1,4 @@
-"""How low-rank real histories are under the trained model: the energy share that the first r interests hold."""
+"""How close to low rank users' histories are under a trained model: the share of energy in the first r interests."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MAX_REQUESTS = 2000
 def energy_by_rank(
     tower: nn.Module, tables: ItemRows, shards: Shards, *, catalogue: Catalogue, requests: RequestConfig, part: str
 ) -> dict[str, Any] | None:
-    """Quantiles over histories of the cumulative energy share at rank 1..R; None for models without a decomposition.
+    """Quantiles over histories of the cumulative share of energy at ranks 1..R; None if the model has no decomposition.
 
-    All ranks join; every rank gets the same answer.
+    A collective: all ranks take part and get the same result.
     """
     if not isinstance(tower, Solar) or not tower.config.interests:
         return None

@@ -1,4 +1,4 @@
-"""The joint step: one look-up of TorchRec's tables, DeepSpeed's tower, one loss, one update of both halves."""
+"""The training step: one look-up in TorchRec's tables, the tower in DeepSpeed, one loss, one update of both."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from pipeline.shards.vocabulary import NUM_RESERVED
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss is no number any more: nothing was updated with it; one line says of which users the batch was."""
+    """The loss is NaN or infinite; nothing was updated with it. The message names the users of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AskedBatch:
-    """A batch whose ids are on their way."""
+    """A batch whose look-up has begun."""
 
     batch: Batch
     wanted: WantedItems | None
-    """None: the whole catalogue."""
+    """The items to look up; None = the whole catalogue."""
     rows: AskedRows
     loader_state: dict[str, Any]
-    """Of the loader after this batch."""
+    """State of the loader after this batch."""
 
 
 def ask(
     job: TrainJob, batch: Batch, tables: ShardedTables, *, num_items: int, loader_state: dict[str, Any] | None = None
 ) -> AskedBatch:
-    """Begin the look-up of a batch. All ranks join."""
+    """Begin the look-up of a batch. A collective: all ranks take part."""
     wanted = None if job.training.loss == "catalogue" else WantedItems.of(batch)
     rows = tables.ask(torch.arange(num_items) if wanted is None else wanted.rows_I, user_codes(batch))
     return AskedBatch(batch, wanted, rows, loader_state or {})
@@ -62,16 +62,18 @@ def train_step(
     clock: StepClock,
     ask_next: Callable[[], AskedBatch | None] = lambda: None,
 ) -> tuple[dict[str, float], AskedBatch | None]:
-    """One optimizer step of both halves on one global batch; returns its mean losses, its events and the resident
-    memory of all ranks (all ranks join), and the next batch. `step` were made before it, `share` of the training is
-    done. NonFiniteLoss.
+    """One optimizer step of tables and tower on one global batch. A collective: all ranks take part. NonFiniteLoss.
 
-    The next batch is read before the tower computes, and its ids travel meanwhile. Its rows do not: this step's update
-    is still to change them.
+    `step`: steps made before; `share`: share of the training that is done. Returns (figures, next batch), where the
+    figures are the global batch's mean losses, its events, and the resident memory of all ranks in GiB.
+
+    The next batch is read before the tower computes, and its ids are sent to the ranks that own their rows meanwhile.
+    The rows themselves are not: this step's update may still change them.
 
     TorchRec and DeepSpeed both average over ranks, so the local loss is world size x local sum / global count: then
-    one rank and many ranks follow the same gradient, however unevenly requests fall.
+    one rank and many ranks follow the same gradient, however unevenly requests are distributed.
     """
+    # Each rank: set both learning rates.
     batch = asked.batch
     world_size, count = dist.get_world_size(), max(1, batch.num_global_requests)
     lr_share = job.optimizer.lr_share_at(step, share_done=share)
@@ -79,19 +81,25 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = job.optimizer.dense_lr * lr_share
 
+    # All ranks: receive the rows of this batch (all-to-all), then read the next batch and announce its ids.
     with clock.part("look_up"):
         inputs = _answered(asked, tables)
     following = ask_next()
+    # Forward. Under ZeRO-3 all ranks gather weights here.
     with clock.part("dense"):
         loss = _loss(job.training, job.requests, batch, inputs, engine, num_items=num_items)
+    # All ranks: send the ids of the next batch.
     with clock.part("look_up"):
         if following is not None:
             following.rows.send()
+    # All ranks: sum the losses (all-reduce). All see the same value, so all raise or none does.
     figures = _global_figures(loss, batch, count=count)
     if not math.isfinite(figures["loss"]):
         _refuse_non_finite(Path(job.run_dir), batch, loss=figures["loss"], step=step)
+    # Backward, all ranks: DeepSpeed reduces the tower's gradients, TorchRec sends the rows' gradients to their owners.
     with clock.part("dense"):
         engine.backward(loss.total * (world_size / count))
+    # Update the tower (under ZeRO-1 and ZeRO-2 all ranks gather its weights) and, for adam, each rank's table rows.
     with clock.part("optimizer"):
         engine.step()
         tables.end_step()
@@ -99,6 +107,7 @@ def train_step(
 
 
 def _answered(asked: AskedBatch, tables: ShardedTables) -> ModelInput:
+    """Finish the look-up; returns the tower's input. A collective."""
     rows = tables.answer(asked.rows)
     if asked.wanted is not None:
         return wanted_input(asked.batch, asked.wanted, *rows)
@@ -107,7 +116,8 @@ def _answered(asked: AskedBatch, tables: ShardedTables) -> ModelInput:
 
 
 def _global_figures(loss: RequestLoss, batch: Batch, *, count: int) -> dict[str, float]:
-    """Mean losses over the requests of the global batch; its events; GiB. A collective."""
+    """Mean losses over the requests of the global batch, its number of events, and the resident memory of all ranks in
+    GiB. A collective."""
     sums = torch.stack([part.detach().double() for part in (loss.total, loss.pointwise, loss.setwise)]) / count
     sums = torch.cat([sums, sums.new_tensor([batch.num_events, psutil.Process().memory_info().rss / 2**30])])
     dist.all_reduce(sums)
@@ -115,7 +125,7 @@ def _global_figures(loss: RequestLoss, batch: Batch, *, count: int) -> dict[str,
 
 
 def _refuse_non_finite(run_dir: Path, batch: Batch, *, loss: float, step: int) -> None:
-    """Leave the rows of the global batch's users beside the checkpoints and raise NonFiniteLoss. All ranks join."""
+    """Write the user rows of the global batch to RUN/non-finite.json (rank 0) and raise NonFiniteLoss. A collective."""
     rows: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rows, batch.user.tolist())
     users = sorted(row for of_rank in rows for row in of_rank)
@@ -129,7 +139,7 @@ def _refuse_non_finite(run_dir: Path, batch: Batch, *, loss: float, step: int) -
 def _loss(
     training: TrainingConfig, requests: RequestConfig, batch: Batch, inputs: ModelInput, engine: Any, *, num_items: int
 ) -> RequestLoss:
-    """Of this rank's requests; one forward."""
+    """The sums of losses over this rank's requests; one forward."""
     if training.loss == "catalogue":
         state_BD, vector_ID, repeat_1 = engine(inputs, vectors=True)
         device = state_BD.device

@@ -1,12 +1,13 @@
-"""The sparse half: TorchRec's tables, row-wise sharded over the ranks, and what updates them.
+"""The embedding tables: TorchRec's, sharded by rows over the ranks, and their optimizers.
 
-    rowwise_adagrad   fused into backward; one number of state a row
-    adam              torch.optim.Adam after backward; two numbers a weight, and a copy of the table: how published
-                      sequence models train their item embedding
+    rowwise_adagrad   fused into backward; keeps one number of state per row
+    adam              torch.optim.Adam after backward; keeps two numbers per weight and a copy of the table: how
+                      published sequence models train their item embedding
 
-fbgemm's fused Adam runs on GPUs alone and its dense kernel is wrong on CPUs, so for adam a fused SGD carries the
-gradient: backward moves a row by -2^20 times it, and `end_step` takes it from there. A power of two and a move that is
-large beside the row lose no digit of a gradient that matters: 6e-8 of it, or 6e-14 of the row.
+fbgemm's fused Adam runs on GPUs only and its dense kernel is wrong on CPUs, so for adam a fused SGD transports the
+gradient: backward moves a row by -2^20 times the gradient, and `end_step` computes the gradient from that move. The
+factor is a power of two and makes the move large compared with the row, so the rounding error is negligible: 6e-8 of
+the gradient, or 6e-14 of the row.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from models.embeddings import (
 )
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam keeps of a weight, in the words of torch.optim."""
+"""The state that Adam keeps for each weight, by the names of torch.optim."""
 CARRIER_RATE = 2.0**20
-"""Of the SGD that carries adam's gradient."""
+"""Learning rate of the SGD that transports adam's gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,19 +47,19 @@ class TableShard:
     weight: Tensor
     """[rows, C] float32"""
     state: Mapping[str, Tensor]
-    """What the optimizer keeps of them by name, float32: row-wise Adagrad an `accumulator` [rows], the mean of squared
-    gradients; Adam `exp_avg` and `exp_avg_sq` [rows, C]."""
+    """The optimizer's state of these rows by name, float32: for row-wise Adagrad an `accumulator` [rows], the sum over
+    steps of the mean squared gradient; for Adam `exp_avg` and `exp_avg_sq` [rows, C]."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by name."""
+        """All tensors that a checkpoint stores, by name."""
         return {"weight": self.weight, **self.state}
 
 
 class ShardedTables:
-    """All tables, row-wise sharded over the ranks; an update is `begin_step`, a look-up, backward, `end_step`.
+    """All tables, sharded by rows over the ranks; an update is `begin_step`, a look-up, backward, `end_step`.
 
-    Look-ups and the constructor are collectives: all ranks of the group call them equally often.
+    Look-ups and the constructor are collectives: all ranks of the group must call them equally often.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class ShardedTables:
         memory: str = "device",
         cache: float = 0.2,
     ) -> None:
-        """`user_tables`: those of `tables` that hold the values of user features, in the order of users' codes.
+        """`user_tables`: names of the `tables` with the values of user features, in the order of users' codes.
         `memory` and `cache`: ParallelConfig's table_memory and table_cache. TablesDoNotFit."""
         from torchrec.distributed.embedding import EmbeddingCollectionSharder
         from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -85,6 +86,7 @@ class ShardedTables:
         self.device = torch.device(device if device == "cpu" else f"cuda:{torch.cuda.current_device()}")
         self._stream = torch.cuda.Stream(self.device) if device == "cuda" else None
         self._adam = optimizer.sparse == "adam"
+        # Each rank: attach the optimizer that runs inside backward; for adam this is the SGD of the module's docstring.
         collection = EmbeddingCollections(tables)
         if self._adam:
             apply_optimizer_in_backward(torch.optim.SGD, collection.parameters(), {"lr": CARRIER_RATE})
@@ -92,6 +94,7 @@ class ShardedTables:
             apply_optimizer_in_backward(
                 RowWiseAdagrad, collection.parameters(), {"lr": optimizer.sparse_lr, "eps": optimizer.sparse_eps}
             )
+        # All ranks: agree on the plan, then shard the tables by it.
         sharder: Any = EmbeddingCollectionSharder()
         self.plan, self.described_plan = plan_tables(
             tables, collection, sharder, device=device, memory=memory, cache=cache, sparse=optimizer.sparse
@@ -108,21 +111,22 @@ class ShardedTables:
         }
 
     def look_up(self, item_rows_I: Tensor) -> tuple[Tensor, Tensor]:
-        """(item_IC, features_IFC) of distinct items and of no user. All ranks join, also with no item."""
-        nobody = UserCodes.of_nobody(len(self.user_tables))
-        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, nobody)
+        """(item_IC, features_IFC) of distinct items, without users. A collective, also for ranks without items."""
+        no_users = UserCodes.of_nobody(len(self.user_tables))
+        item_IC, features_IFC, _ = self.look_up_with_users(item_rows_I, no_users)
         return item_IC, features_IFC
 
     def look_up_with_users(self, item_rows_I: Tensor, users: UserCodes) -> tuple[Tensor, Tensor, Tensor]:
-        """(item_IC, features_IFC, user_features_UGC) of distinct items and of users; the one look-up of a step.
+        """(item_IC, features_IFC, user_features_UGC) of distinct items and of users; a step makes one such look-up.
 
-        All ranks join, also with no item and no user. Codes that no table is for are ignored: G is 0 then.
+        A collective: all ranks take part, also with no item and no user. A model without user tables ignores the users'
+        codes: G is 0.
         """
         return self.answer(self.ask(item_rows_I, users))
 
     def ask(self, item_rows_I: Tensor, users: UserCodes) -> AskedRows:
-        """Begin `look_up_with_users`: the ids start on their way to the ranks that own them."""
-        # TorchRec cannot look up nothing; a rank without items joins with the padding row, whose gradient is 0.
+        """Begin `look_up_with_users`: announce to the ranks that own the rows how many ids come. A collective."""
+        # TorchRec cannot look up an empty list; a rank without items takes part with the padding row (gradient 0).
         asked = item_rows_I if item_rows_I.numel() else item_rows_I.new_zeros(1)
         ids = look_up_ids(asked, self.features, user_tables=self.user_tables, users=users)
         with torch.cuda.stream(self._stream):
@@ -133,8 +137,8 @@ class ShardedTables:
         return AskedRows(item_rows_I.numel(), users.lengths_UG.shape[0], parts, self._stream)
 
     def answer(self, asked: AskedRows) -> tuple[Tensor, Tensor, Tensor]:
-        """Finish `look_up_with_users`, with the rows as the updates before it left them."""
-        # All widths are on their way before the first is waited for.
+        """Finish `look_up_with_users`; the rows include all updates made before this call. A collective."""
+        # Start the exchange of every width before waiting for the first.
         found = [collection.compute_and_output_dist(context, ids) for collection, context, ids in asked.receive()]
         rows = {table: part for each in found for table, part in each.wait().items()}
         item_IC, features_IFC = pool_features(rows, self.features)
@@ -146,13 +150,13 @@ class ShardedTables:
 
     @property
     def _collections(self) -> EmbeddingCollections:
-        """TorchRec's sharded collections, one a width."""
+        """TorchRec's sharded collections, one per width."""
         collections = self.module.module
         assert isinstance(collections, EmbeddingCollections)
         return collections
 
     def begin_step(self, rate: float) -> None:
-        """Before the look-up of an update: its learning rate. Not a collective."""
+        """Set the learning rate of the next update; called before its look-up. Not a collective."""
         for adam in self._adams.values():
             adam.begin(rate)
         if self._adam:
@@ -160,21 +164,21 @@ class ShardedTables:
         optimizer: Any = self.module.fused_optimizer
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # What hands the rate to the fused kernels.
+        # This call passes the rate on to the fused kernels.
         optimizer.zero_grad()
 
     def end_step(self) -> None:
-        """The update after backward, where it is not fused into it. Not a collective."""
+        """Update this rank's rows after backward, if the optimizer is not fused into backward. Not a collective."""
         for adam in self._adams.values():
             adam.end()
 
     def restore_step(self, num_steps: int) -> None:
-        """So many updates were done: Adam's correction of its first ones follows it."""
+        """Set the number of updates made so far, which Adam's bias correction needs. Not a collective."""
         for adam in self._adams.values():
             adam.state["step"].fill_(num_steps)
 
     def initialize(self, *, seed: int, std: float) -> None:
-        """Fill every local row from (seed, table, row): the same table at any world size."""
+        """Fill every local row from (seed, table, row): the table is the same at any world size. Not a collective."""
         for shard in self.shards():
             for first in range(0, shard.weight.shape[0], 1 << 16):
                 part = shard.weight[first : first + (1 << 16)]
@@ -191,7 +195,7 @@ class ShardedTables:
                 state.zero_()
 
     def shards(self) -> Iterator[TableShard]:
-        """This rank's shard of every table; a rank may own no row of a small table."""
+        """This rank's shard of every table; a rank may own no rows of a small table. Not a collective."""
         accumulators = {} if self._adam else self._accumulators()
         for table, first_row, weight in self._weights():
             if self._adam:
@@ -210,7 +214,7 @@ class ShardedTables:
                 yield spec.name, local.metadata.shard_offsets[0], local.tensor.detach()
 
     def _accumulators(self) -> dict[tuple[str, int], Tensor]:
-        """What fused row-wise Adagrad keeps, by table and first row."""
+        """The state of fused row-wise Adagrad, by table and first row."""
         return {
             (key.rsplit(".", 2)[0], local.metadata.shard_offsets[0]): local.tensor.detach()
             for state in self.module.fused_optimizer.state_dict()["state"].values()
@@ -221,7 +225,8 @@ class ShardedTables:
 
 
 class AskedRows:
-    """A look-up under way: first the ranks hear how many ids come, then the ids travel."""
+    """A look-up that has begun: `ShardedTables.ask` has announced to the ranks how many ids come, `send` sends the ids,
+    `receive` receives them."""
 
     def __init__(self, num_items: int, num_users: int, parts: Sequence[tuple[Any, Any, Any]], stream: Any) -> None:
         """`parts`: (collection, its context, what its `input_dist` announced) of every width."""
@@ -230,13 +235,13 @@ class AskedRows:
         self._sent: list[Any] | None = None
 
     def send(self) -> None:
-        """Wait for the numbers and send the ids. A collective the first time."""
+        """Wait for the announced numbers and send the ids. The first call is a collective, later ones do nothing."""
         if self._sent is None:
             with torch.cuda.stream(self._stream):
                 self._sent = [announced.wait() for _, _, announced in self._parts]
 
     def receive(self) -> list[tuple[Any, Any, Any]]:
-        """(collection, its context, the ids that this rank has the rows of) of every width."""
+        """(collection, its context, the ids whose rows this rank owns) of every width. A collective."""
         self.send()
         assert self._sent is not None
         with torch.cuda.stream(self._stream):
@@ -254,7 +259,8 @@ class AskedRows:
 
 
 class _Adam:
-    """torch.optim.Adam of one shard, whose gradient backward leaves in it CARRIER_RATE times too large."""
+    """torch.optim.Adam for one shard. Backward moves the weights by -CARRIER_RATE x gradient; `end` undoes this move
+    and makes Adam's update with the gradient instead."""
 
     def __init__(self, weight_RC: Tensor, optimizer: OptimizerConfig) -> None:
         self._weight_RC = weight_RC

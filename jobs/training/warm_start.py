@@ -1,8 +1,8 @@
-"""What a checkpoint brings to a new run: which one a path names, and whether it fits the model and the data.
+"""Warm start of a new run: which checkpoint a path names, and whether it fits the model and the data.
 
-A vocabulary only grows and its rows never move, so a table trained yesterday is the first rows of today's. That this is
-so is looked up, not believed: a checkpoint carries sizes and digests of what its rows stand for. The rows themselves
-are brought by jobs/training/loop.py, or by `solar grow` (jobs/runs/grow.py).
+A vocabulary only grows and its rows never move, so yesterday's table is the first rows of today's. This is verified: a
+checkpoint stores sizes and digests of the vocabulary of its rows. The rows themselves are loaded by
+jobs/training/loop.py, or by `solar grow` (jobs/runs/grow.py).
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary_growth import beginnings_of, first_difference
 
-WAY_ON = "a run on these shards begins from the seed"
+RECOVERY_HINT = "a run on these shards must start from scratch"
 OPTIMIZER_ROWS = {"rowwise_adagrad": {"accumulator"}, "adam": {"exp_avg", "exp_avg_sq"}}
-"""What `optimizer.sparse` keeps beside the weights of a table."""
+"""optimizer.sparse -> names of the tensors that it keeps for a table, besides the weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Begun:
-    """The checkpoint that a run begins from."""
+    """The checkpoint from which a run begins."""
 
     path: Path
     key: str
-    """Its content's; the same path with other content is another beginning."""
+    """Its `checkpoint_key`, which identifies the content: a path may get other content later."""
 
 
 def find_checkpoint(text: str) -> Path:
-    """The committed checkpoint that a path names: itself, or the best one of a run's directory. CheckpointError."""
+    """The committed checkpoint that a path names: the path itself, or the best one of a run's directory.
+    CheckpointError."""
     path = Path(text)
     if (path / "COMMIT").exists():
         return path
@@ -56,14 +57,16 @@ def find_checkpoint(text: str) -> Path:
 
 
 def best_of(run_dir: Path) -> Path:
-    """The checkpoint with the best validation metric so far; the latest where that one is gone. There must be one."""
+    """The checkpoint with the best validation metric so far; the latest one if that is missing. The run must have at
+    least one checkpoint."""
     committed = committed_checkpoints(run_dir)
     best = run_dir / f"step-{read_train_state(committed[-1]).best_step:08d}"
     return best if best in committed else committed[-1]
 
 
 def begin_from(text: str, *, model: Mapping[str, Any], sparse: str, shards: Shards) -> Begun:
-    """The checkpoint that a path names, read whole and fitting. CheckpointError says in one line what does not."""
+    """The checkpoint that a path names, after its checksums and its fit to the model and the data were verified.
+    CheckpointError names in one line what does not fit."""
     path = find_checkpoint(text)
     document = read_state(path, checksums=True)
     if problem := misfit(path, document, model=model, sparse=sparse, shards=shards):
@@ -74,7 +77,7 @@ def begin_from(text: str, *, model: Mapping[str, Any], sparse: str, shards: Shar
 def misfit(
     checkpoint: Path, document: Mapping[str, Any], *, model: Mapping[str, Any], sparse: str, shards: Shards
 ) -> str | None:
-    """Why a checkpoint (`document` is its state.json) cannot go on as this model on these shards; None: it can."""
+    """Why a checkpoint (`document` is its state.json) cannot initialize this model on these shards; None = it can."""
     if (name := document["config"]["model"]["name"]) != model["name"]:
         return f"is of model {name}, not of {model['name']}: choose a checkpoint of that model"
     specs = model_tables(model, shards.vocabulary)
@@ -87,7 +90,7 @@ def misfit(
 
 
 def stored_shapes(file: Path) -> dict[str, list[int]]:
-    """{name: shape} of the tensors in a safetensors file, none of which is read."""
+    """{name: shape} of the tensors in a safetensors file; reads only its header."""
     with safe_open(file, framework="pt") as tensors:
         names = tensors.keys()
         return {name: list(tensors.get_slice(name).get_shape()) for name in names}
@@ -98,14 +101,17 @@ def _other_tables(document: Mapping[str, Any], specs: Sequence[TableSpec]) -> st
     for spec in specs:
         old = there.pop(spec.name, None)
         if old is None:
-            return f"has no table {spec.name}, which came with later data or settings: {WAY_ON}"
+            return f"has no table {spec.name}, which came with later data or settings: {RECOVERY_HINT}"
         if old.width != spec.width:
             key = "width" if spec.name == ITEM_TABLE else "feature_width"
             return f"table {spec.name} has width {old.width}, this model's has {spec.width}: set --model.{key} back"
         if old.capacity > spec.capacity:
-            return f"table {spec.name} has {old.capacity} rows, more than the {spec.capacity} of these shards: {WAY_ON}"
+            return (
+                f"table {spec.name} has {old.capacity} rows, more than the {spec.capacity} of these shards: "
+                f"{RECOVERY_HINT}"
+            )
     if there:
-        return f"has a table {next(iter(there))}, this model reads none: {WAY_ON}"
+        return f"has a table {next(iter(there))} that this model lacks: {RECOVERY_HINT}"
     return None
 
 
@@ -115,8 +121,8 @@ def _other_optimizer(checkpoint: Path, specs: Sequence[TableSpec], *, sparse: st
             kept = set(stored_shapes(file)) - {"weight"}
             if kept != OPTIMIZER_ROWS[sparse]:
                 return (
-                    f"{file.name} has {', '.join(sorted(kept))} and not what optimizer.sparse={sparse} keeps: "
-                    "set --optimizer.sparse to that of the checkpoint"
+                    f"{file.name} has {', '.join(sorted(kept))}, not the state of optimizer.sparse={sparse}: "
+                    "set --optimizer.sparse to the value of the checkpoint"
                 )
     return None
 
@@ -124,34 +130,34 @@ def _other_optimizer(checkpoint: Path, specs: Sequence[TableSpec], *, sparse: st
 def _other_vocabulary(document: Mapping[str, Any], shards: Shards) -> str | None:
     beginnings = document.get("vocabulary")
     if beginnings is None:
-        # Of a version that noted no digests: its manifest may still be there.
+        # A checkpoint of an earlier version, which stored no digests: compare with its manifest if that still exists.
         try:
             then = Shards.open(shards.path, number=document["manifest"])
         except DataError:
             then = None
         if then is None or then.manifest.fingerprint != document["manifest_fingerprint"]:
             return (
-                f"does not say what its rows stand for, and its manifest {document['manifest']} "
-                f"({document['manifest_fingerprint']}) is not among those of {shards.path}: {WAY_ON}"
+                f"does not describe its vocabulary, and its manifest {document['manifest']} "
+                f"({document['manifest_fingerprint']}) is not among those of {shards.path}: {RECOVERY_HINT}"
             )
         beginnings = beginnings_of(then.vocabulary)
     difference = first_difference(beginnings, shards.vocabulary)
     if difference is None:
         return None
-    return f"its vocabulary is not the beginning of that of {shards.path} ({difference}): {WAY_ON}"
+    return f"its vocabulary is not the beginning of that of {shards.path} ({difference}): {RECOVERY_HINT}"
 
 
 def _other_tower(checkpoint: Path, model: Mapping[str, Any], shards: Shards) -> str | None:
     vocabulary = shards.vocabulary
     tower = build_tower(model_settings(model, vocabulary), num_features=len(vocabulary.features))
     here = {name: list(parameter.shape) for name, parameter in tower.named_parameters()}
-    # NAME/exp_avg is the optimizer's.
+    # Names with a slash (NAME/exp_avg) are optimizer state.
     there = {name: shape for name, shape in stored_shapes(checkpoint / "dense.safetensors").items() if "/" not in name}
     for name in [*here, *there]:
         if here.get(name) != there.get(name):
             sides = [str(side.get(name, "absent")) for side in (there, here)]
             return (
-                f"parameter {name} is {sides[0]} there and {sides[1]} here: choose a checkpoint with the model's "
-                f"settings, actions and features; otherwise {WAY_ON}"
+                f"parameter {name} is {sides[0]} in the checkpoint and {sides[1]} in this model: choose a checkpoint "
+                f"with the model's settings, actions and features; otherwise {RECOVERY_HINT}"
             )
     return None

@@ -144,7 +144,7 @@ def test_plan_is_made_of_what_machines_have_and_refuses_tables_that_do_not_fit()
     assert item["mib_per_worker"] == 64 * (WIDTH + 1) * 4 / 2**20
     assert genres["rows_per_worker"] == [4, 4]
     assert 0 < described["network_gib_per_second"] < described["memory_gib_per_second"] < 1000
-    assert said.startswith("parallel.num_workers=2: the tables need 0.00 GiB a worker")
+    assert said.startswith("parallel.num_workers=2: the tables need 0.00 GiB per worker")
 
 
 def learning_rate_of_tables() -> list[float]:

@@ -472,4 +472,4 @@ def test_group_holds_its_lock_together_and_a_rank_of_another_group_keeps_all_out
     said = run_ranks(hold_together, 2, tmp_path)
     assert said[0] == said[1]
     assert said[0].startswith("True, ")
-    assert "a worker of an earlier group still writes there (process " in said[0]
+    assert "a worker of an earlier group still writes there: end process " in said[0]

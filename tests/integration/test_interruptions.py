@@ -77,7 +77,7 @@ def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the
     latest = latest_checkpoint(run_dir)
     assert latest is not None
     (latest / "COMMIT").write_bytes((latest / "COMMIT").read_bytes()[:100])
-    assert f"remove {latest} to go on from step-" in place.refusal("killed", "--resume")
+    assert f"remove {latest} to continue from step-" in place.refusal("killed", "--resume")
 
     # Another day came meanwhile: the run goes on with the data that it began with.
     day = write_tiny_log(place.directory / "raw-2", seed=1) / "events-00000.parquet"

@@ -91,7 +91,7 @@ def test_runs_are_children_of_one_mlflow_run_that_holds_the_table(board, workpla
 
 def test_mistakes_are_told_in_one_line(board, workplace):
     assert "one of ml-100k, ml-1m" in refused("leaderboard", "nothing", cwd=workplace)
-    assert "--only 'BERT': must be of SASRec, full, SOLAR" in refused(
+    assert "--only 'BERT': must be one of SASRec, full, SOLAR" in refused(
         "leaderboard", board, "--only", "BERT", cwd=workplace
     )
     assert "--seeds" in refused("leaderboard", board, "--seed", "3", cwd=workplace)
@@ -99,7 +99,7 @@ def test_mistakes_are_told_in_one_line(board, workplace):
     text = board.read_text()
     for broken, line in (
         (text.replace("rank: 4", "rank: 40"), "models.SOLAR: model.rank = 40 must not exceed width"),
-        (text.replace("{loss: candidates}", "{}"), "requests are no vectors to solar"),
+        (text.replace("{loss: candidates}", "{}"), "model solar does not represent requests as vectors"),
         (text[: text.index("models:")], "models must hold"),
     ):
         (workplace / "broken.yaml").write_text(broken)

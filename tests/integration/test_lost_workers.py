@@ -96,7 +96,7 @@ def test_run_goes_on_with_fewer_workers_where_a_node_dies_and_its_losses_stay(pl
         holds.release(17)
         code, output, errors = command.finish()
     assert code == 0, errors
-    assert "is lost with its node (dead, or out of reach); goes on with 1 worker from step " in output
+    assert "is lost with its node (dead, or not reachable); goes on with 1 worker from step " in output
     workers = [row["workers"] for row in rows(run_dir, "start")]
     assert (workers[0], workers[-1]) == (2, 1)
     expected, found = place.steps("undisturbed"), place.steps("elastic")

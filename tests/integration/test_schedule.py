@@ -135,7 +135,7 @@ def test_interruption_ends_the_night_first_and_leaves_it_due(start, tmp_path, nu
     code, errors = ended(process, number)
     assert code == 130
     assert (tmp_path / "interrupted").exists()
-    assert errors.splitlines()[-1].startswith("solar: interrupted; the same command goes on")
+    assert errors.splitlines()[-1].startswith("solar: interrupted; the same command continues")
     assert "was missed: now" in wait_for("done", start(codes=[0], missed=False))[0]
 
 
@@ -174,7 +174,7 @@ def test_second_scheduler_of_a_recipe_is_refused_while_the_first_lives(start):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (["synthetic"], "schedule: --cron is not given: as --cron '0 3 * * *'"),
+        (["synthetic"], "schedule: --cron is not given: give for example --cron '0 3 * * *'"),
         (["synthetic", "--cron", "0 3 * *"], "schedule: --cron '0 3 * *': give five fields"),
         (["synthetic", "--cron", "0 3 * * *", "--time_zone", "Mars"], "schedule: --time_zone 'Mars': give an IANA"),
         (["synthetic", "--cron", "0 3 * * *", "--retries", "-1"], "schedule: --retries -1: must be from 0 to 100"),

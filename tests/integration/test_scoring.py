@@ -42,7 +42,7 @@ def test_states_are_built_found_by_themselves_and_score_as_raw_histories(place, 
     assert solar(*asked, "--out", "raw.parquet", cwd=place).returncode == 0
     missing = solar(*asked, "--states", "auto", "--out", "fallback.parquet", cwd=place)
     assert missing.returncode == 0, missing.stderr
-    assert "none that are complete at workspace/states/tiny/1: raw histories are read" in missing.stdout
+    assert "no complete states at workspace/states/tiny/1: raw histories are read" in missing.stdout
     assert "requests from stored states, 4 without one" in missing.stdout
     build = [*model, "--build-states", "--shards", "shards", "--parallel", "1"]
     done = solar(*build, cwd=place)
@@ -61,10 +61,10 @@ def test_states_are_built_found_by_themselves_and_score_as_raw_histories(place, 
     ("options", "words"),
     [
         (["--build-states"], "--build-states: needs --shards DIR"),
-        (["--build-states", "--shards", "shards", "--requests", "a"], "--requests: belongs to scoring requests"),
+        (["--build-states", "--shards", "shards", "--requests", "a"], "--requests: is for scoring requests"),
         (["--out", "a"], "--requests is missing"),
         (["--requests", "a"], "--out is missing"),
-        (["--requests", "a", "--out", "b", "--manifest", "1"], "--manifest: belongs to --build-states"),
+        (["--requests", "a", "--out", "b", "--manifest", "1"], "--manifest: is only for --build-states"),
         (["--requests", "a", "--out", "b", "--parallel", "0"], "--parallel=0: must be 1 or more"),
     ],
 )

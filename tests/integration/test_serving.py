@@ -220,7 +220,10 @@ GOOD = {"history": [100], "history_time": [1_700_000_000_000], "candidates": [10
         (records([GOOD | {"time": 1.5}]), "column 'time' holds double"),
         (records([GOOD | {"plan": 1.5}]), "column 'plan' holds double"),
         (records([GOOD | {"history": [], "history_time": [], "state": "no state"}]), "column 'state'"),
-        (records([GOOD | {"history": [], "history_time": [], "state": "bm8gc3RhdGU="}]), "column 'state' is no whole"),
+        (
+            records([GOOD | {"history": [], "history_time": [], "state": "bm8gc3RhdGU="}]),
+            "column 'state' is not a complete",
+        ),
         (records([GOOD | {"history": [], "history_time": [], "state": 7}]), "column 'state' holds int64"),
     ],
 )

@@ -151,7 +151,7 @@ def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, wo
     assert re.search(r"long +\S +RUNNING .* team=shop \S solar run tiny.yaml --name long", out), out
     code, out, err = solar("submit", "--submission-id", "long", "--", "doctor")
     assert (code, err.count("\n")) == (2, 1)
-    assert "a job there has this id" in err
+    assert "the cluster has a job with this id" in err
 
     code, out, _ = solar("jobs", "stop", "long")
     assert code == 0
@@ -162,7 +162,7 @@ def test_detached_job_is_listed_followed_and_stopped_with_a_checkpoint(solar, wo
     assert latest is not None
     assert read_state(latest, checksums=True)["train_state"]["finished"] is False
     assert latest.name == f"step-{max(row['step'] for row in rows if row['kind'] == 'step'):08d}"
-    assert "had ended before: stopped" in solar("jobs", "stop", "long")[1]
+    assert "has already ended: stopped" in solar("jobs", "stop", "long")[1]
     code, out, err = solar("jobs", "logs", "long", "--follow")
     assert code == 130
     assert "train        ..." in out.splitlines()
@@ -200,18 +200,18 @@ def refused(result: tuple[int, str, str], text: str) -> None:
 
 
 def test_cluster_that_cannot_be_used_is_one_line(solar, cluster, monkeypatch, tmp_path):
-    refused(solar("jobs", "stop", "nothere"), f"job nothere: {cluster} does not know it")
-    refused(solar("jobs", "logs", "nothere", "--follow"), f"job nothere: {cluster} does not know it")
+    refused(solar("jobs", "stop", "nothere"), f"job nothere: {cluster} has no job with this id")
+    refused(solar("jobs", "logs", "nothere", "--follow"), f"job nothere: {cluster} has no job with this id")
     [port] = free_ports(1)
     closed = f"http://127.0.0.1:{port}"
     refused(solar("jobs", "list", "--address", closed), f"{closed}: does not answer")
     monkeypatch.setattr("ray.__version__", "2.0.0")
-    refused(solar("submit", "--", "doctor"), "runs Ray 2.60.0, this is Ray 2.0.0")
+    refused(solar("submit", "--", "doctor"), "runs Ray 2.60.0, but this environment has Ray 2.0.0")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
     refused(solar("submit", "--", "doctor"), "refuses this token")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("HOME", str(tmp_path))
-    refused(solar("submit", "--", "doctor"), "asks for a token, and there is none here")
+    refused(solar("submit", "--", "doctor"), "requires a token, and there is none here")
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     monkeypatch.setattr(job_client, "LOCAL_DASHBOARD", closed)
     refused(solar("submit", "--", "doctor"), "no --address given, and no Ray dashboard on this machine")

@@ -137,7 +137,7 @@ def test_yaml_files_from_anywhere_are_uploaded(tmp_path):
     [
         (["train", "ml-1m", "--tracking.uri", "https://user:secret@host"], None, "a password must not be"),
         (["train", "ml-1m", "--notify.url", "https://hooks/secret"], None, "--notify.url: .* SOLAR_NOTIFY_URL"),
-        (["train", "ml-1m", "--workspace", "/a"], "/b", "beside the command's own"),
+        (["train", "ml-1m", "--workspace", "/a"], "/b", "the command has a --workspace, too"),
         (["doctor"], "/b", "`solar doctor` has no workspace"),
         (["gc", "shards", "--keep", "1"], "/b", "`solar gc` has no workspace"),
     ],
@@ -235,7 +235,7 @@ def test_upload_holds_the_code_and_nothing_else(tmp_path):
 def test_upload_above_the_limit_names_the_largest_files(tmp_path):
     for name, size in (("small.py", 10), ("large.yaml", 3 << 20), ("middle.yaml", 1 << 20)):
         (tmp_path / name).write_bytes(b" " * size)
-    with pytest.raises(UserError, match=r"4\.0 MiB, Ray takes 2; the largest: large.yaml \(3\.0 MiB\), middle.yaml"):
+    with pytest.raises(UserError, match=r"4\.0 MiB, Ray accepts 2; the largest: large.yaml \(3\.0 MiB\), middle.yaml"):
         check_size(tmp_path, limit=2 << 20)
     check_size(tmp_path, limit=5 << 20)
 
@@ -270,17 +270,17 @@ def test_token_is_found_where_ray_looks_for_it(tmp_path):
 @pytest.mark.parametrize(
     ("error", "has_token", "kind", "text"),
     [
-        (AuthenticationError("401"), False, UserError, "asks for a token, and there is none here"),
+        (AuthenticationError("401"), False, UserError, "requires a token, and there is none here"),
         (AuthenticationError("403"), True, UserError, "refuses this token"),
         (requests.ConnectTimeout("slow"), False, ConnectionError, "does not answer"),
         (ConnectionError("Failed to connect"), False, ConnectionError, "does not answer"),
-        (requests.exceptions.JSONDecodeError("no", "", 0), False, UserError, "is no Ray dashboard"),
-        (RuntimeError("Version check returned 404. x"), False, UserError, "is no Ray dashboard"),
+        (requests.exceptions.JSONDecodeError("no", "", 0), False, UserError, "is not a Ray dashboard"),
+        (RuntimeError("Version check returned 404. x"), False, UserError, "is not a Ray dashboard"),
         (
             RuntimeError("Request failed with status code 404: x"),
             False,
             UserError,
-            "job j: http://h does not know it",
+            "job j: http://h has no job with this id",
         ),
         (RuntimeError("Request failed with status code 500: a\nhttp://u:pw@x"), False, ConnectionError, r"u:\*\*\*@x$"),
     ],

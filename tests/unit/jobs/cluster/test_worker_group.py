@@ -29,16 +29,22 @@ def explained(failures: dict[int, BaseException], *, asked_to_stop: bool = False
     ("failures", "says"),
     [
         ({0: LOST, 1: ActorDiedError()}, "rank 1 of 2 died .* with --cluster.max_failures 3"),
-        ({0: OutOfMemoryError("long\nadvice"), 1: LOST}, "rank 0 of 2 was ended by Ray, .* lower data.loader.batch_ev"),
+        (
+            {0: OutOfMemoryError("long\nadvice"), 1: LOST},
+            "rank 0 of 2 was ended by Ray because .* lower data.loader.batch_ev",
+        ),
         (
             {0: TIMED_OUT, 1: WorkerHealthCheckTimeoutError("hanging")},
             r"rank 1 of 2 did not answer for 600 s \(parallel.stall_seconds\)",
         ),
         (
             {0: TIMED_OUT},
-            "rank 0 of 2 waited for 600 s .* for another one, which stalls .*: run the same command again",
+            "rank 0 of 2 waited for 600 s .* for another rank, which stalls .*: run the same command again",
         ),
-        ({0: LOST, 1: ActorUnavailableError("no route", None)}, r"rank 1 of 2 is lost with its node \(dead, or out of"),
+        (
+            {0: LOST, 1: ActorUnavailableError("no route", None)},
+            r"rank 1 of 2 is lost with its node \(dead, or not rea",
+        ),
         ({0: LOST, 1: ArithmeticError("the loss of step 7 is nan")}, "^rank 1: ArithmeticError: the loss of step 7"),
     ],
 )

@@ -105,8 +105,8 @@ def test_value_out_of_range_names_section_value_and_rule(arguments, expected):
 
 def test_history_negatives_without_log_q_are_refused():
     assert complaint("--data.requests.history_negatives", "8") == (
-        "data.requests.history_negatives=8: needs training.log_q=true, or the model learns to avoid what its users "
-        "know; set it"
+        "data.requests.history_negatives=8: set training.log_q=true, otherwise the model learns to avoid items of "
+        "the history"
     )
 
 
@@ -201,5 +201,5 @@ def test_a_board_may_have_the_models_of_another_on_its_own_data():
 def test_settings_of_one_row_need_not_suit_the_others():
     (run,) = load_board("ml-1m", ["--model.shift_windows", "true"], only=["HSTU"])[1].values()
     assert run.model["shift_windows"]
-    with pytest.raises(UserError, match=r"--only 'hstu': must be of RecGRELA, repeats, .*HSTU"):
+    with pytest.raises(UserError, match=r"--only 'hstu': must be one of RecGRELA, repeats, .*HSTU"):
         load_board("ml-1m", [], only=["hstu"])

@@ -67,15 +67,15 @@ def test_webhook_gets_the_event_as_json(hook):
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("gone", " answers 410"),
-        ("moved", " answers 302"),
+        ("gone", " answers with status 410"),
+        ("moved", " answers with status 302"),
         ("slow", " does not answer within 0.2 s (notify.url_seconds)"),
     ],
 )
 def test_webhook_that_fails_is_told_without_its_token(hook, path, why):
     url = f"http://user:pw@127.0.0.1:{hook.server_port}/{path}?token=secret"
     [line] = told(NotifyConfig(url=url, url_seconds=0.2))
-    assert line == f"nobody was told of 'promoted': notify.url http://127.0.0.1:{hook.server_port}{why}"
+    assert line == f"notification of 'promoted' failed: notify.url http://127.0.0.1:{hook.server_port}{why}"
     assert [received[0] for received in hook.received] == [f"/{path}?token=secret"]
 
 
@@ -106,7 +106,10 @@ def test_a_reason_is_no_part_of_the_command(tmp_path):
 
 def test_command_that_fails_is_told_with_its_last_line():
     [line] = told(NotifyConfig(command="echo first >&2; echo no route to https://u:pw@mail >&2; exit 3"))
-    assert line == "nobody was told of 'promoted': notify.command ended with 3: no route to https://u:***@mail"
+    assert (
+        line
+        == "notification of 'promoted' failed: notify.command ended with exit code 3: no route to https://u:***@mail"
+    )
 
 
 def test_command_that_does_not_read_or_leaves_something_running_is_no_failure():
@@ -139,7 +142,7 @@ def test_both_are_tried_and_nothing_is_raised(hook):
 
 @pytest.mark.parametrize("url", ["ftp://host/x", "hooks.example/secret", "https://", "http://host:port/x"])
 def test_address_that_is_none_is_refused_without_repeating_it(url):
-    with pytest.raises(ValueError, match=r"^url is no web address: it must be as https://HOST/PATH$"):
+    with pytest.raises(ValueError, match=r"^url is not a web address: it must have the form https://HOST/PATH$"):
         NotifyConfig(url=url)
 
 
@@ -148,7 +151,7 @@ def test_webhook_may_stand_in_the_environment(hook, monkeypatch):
     assert told(NotifyConfig()) == []
     assert told(NotifyConfig(url=f"http://127.0.0.1:{hook.server_port}/from-recipe")) == []
     monkeypatch.setenv("SOLAR_NOTIFY_URL", "secret")
-    assert told(NotifyConfig()) == ["SOLAR_NOTIFY_URL is no web address: it must be as https://HOST/PATH"]
+    assert told(NotifyConfig()) == ["SOLAR_NOTIFY_URL is not a web address: it must have the form https://HOST/PATH"]
     assert [path for path, *_ in hook.received] == ["/from-environment", "/from-recipe"]
 
 

@@ -74,7 +74,7 @@ def test_times_are_those_of_crontab(expression: str, holds: Callable[[datetime.d
         ("0 3 * * 5-1", "weekday '5-1' is not understood"),
         ("0 3 last * *", "day of month 'last' is not understood"),
         ("0 3 * foo *", "month 'foo' is not understood"),
-        ("0 3 30 2 *", "there is no such day"),
+        ("0 3 30 2 *", "no such day exists"),
         ("*/0 * * * *", "Increment must be higher than 0"),
         ("0 3 * * 1/0", "weekday '1/0' is not understood"),
         ("x 3 * * *", "minute 'x' is not understood"),
@@ -91,5 +91,5 @@ def test_expression_for_kubernetes_names_its_weekdays():
 
 
 def test_unknown_time_zone_names_a_fix():
-    with pytest.raises(ValueError, match=r"^time_zone 'Berlin': give an IANA name, as Europe/Berlin$"):
+    with pytest.raises(ValueError, match=r"^time_zone 'Berlin': give an IANA name, such as Europe/Berlin$"):
         Cron("0 3 * * *", "Berlin")

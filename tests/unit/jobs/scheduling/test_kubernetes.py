@@ -310,12 +310,12 @@ def test_directory_in_use_is_refused_and_overwriting_leaves_nothing_behind(emit,
         (["mine.yaml", "--out", "o", "--image", "solar:latest"], "--image solar:latest: name a tag"),
         (["mine.yaml", "--out", "o", "--image", IMAGE, "--namespace", "A_b"], "--namespace A_b: must be lower-case"),
         (["mine.yaml", "--out", "o", "--image", IMAGE, "--head", "http://h:1"], "--head: is for --emit cronjob"),
-        (["mine.yaml", "--out", "o", "--image", IMAGE, "--retry_minutes", "1"], "KubeRay tries again at once"),
+        (["mine.yaml", "--out", "o", "--image", IMAGE, "--retry_minutes", "1"], "KubeRay retries without a wait"),
         (["mine.yaml", "--out", "o", "--image", IMAGE, "--parallel.device", "cuda"], "parallel.device=cuda: workers"),
         (["mine.yaml", "--out", "o", "--image", IMAGE, "--workspace", "here"], "workspace=here: must be absolute"),
         (["mine.yaml", "--out", "o", "--image", IMAGE, "--data.events", "logs"], "data.events logs: relative to"),
         (["mine.yaml", "--out", "o", "--image", IMAGE, "--notify.url", "https://h/secret"], "notify.url: a manifest"),
-        (["secret.yaml", "--out", "o", "--image", IMAGE], "secret.yaml: holds a password"),
+        (["secret.yaml", "--out", "o", "--image", IMAGE], "secret.yaml: has a password"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_and_nothing_is_written(run, tmp_path, arguments, why):
@@ -331,4 +331,4 @@ def test_options_of_manifests_are_refused_without_emit(run):
     code, line = run("synthetic", "--cron", "0 3 * * *", "--image", IMAGE)
     assert (code, "--image: is for manifests: give --emit" in line) == (2, True)
     code, line = run("synthetic", "--cron", "0 3 * * *", "--emit", "cronjob", "--out", "o", "--image", IMAGE)
-    assert (code, "name the standing cluster: --head http://HOST:8265" in line) == (2, True)
+    assert (code, "name the permanent Ray cluster: --head http://HOST:8265" in line) == (2, True)

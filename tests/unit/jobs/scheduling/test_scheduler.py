@@ -185,4 +185,4 @@ def test_times_are_told_in_the_zone_of_the_expression(state):
 def test_state_that_cannot_be_written_is_told_and_nights_go_on(tmp_path):
     world = World(tmp_path / "gone" / "state.json", "2026-11-22T12:00").run(until="2026-11-24T12:00")
     assert world.begun == ["23 03:00", "24 03:00"]
-    assert "a restart would not know of this night" in world.told[0]
+    assert "after a restart this night will be run again" in world.told[0]

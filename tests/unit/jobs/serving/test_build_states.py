@@ -164,19 +164,19 @@ def test_states_of_another_model_are_refused_and_incomplete_ones_do_not_exist(lo
     with pytest.raises(UserError, match=r"holds states of tiny version 1 .* name another --out"):
         built(other, long_log, out)
     plain = export(long_log, name="plain", interests=False)
-    with pytest.raises(UserError, match="solar reads raw histories, it has no interests to store"):
+    with pytest.raises(UserError, match="solar needs raw histories, it has no interests to store"):
         built(plain, long_log, tmp_path / "plain")
     # Half-built is not built: the next run takes what is whole.
     commit = out / "00000001" / "COMMIT"
     files = json.loads(commit.read_text())["files"]
     commit.unlink()
     (out / "00000001" / files[0]["name"]).unlink()
-    with pytest.raises(UserError, match="holds no complete states"):
+    with pytest.raises(UserError, match="has no complete states"):
         ask(model, tmp_path, asked, states=str(out))
     _, counts = ask(model, tmp_path, asked, states=str(out), shards=long_log.path)
     assert (counts.from_states, counts.without_state) == (0, 1)
     assert "raw histories are read" in capsys.readouterr().out
-    with pytest.raises(UserError, match="do not tell which items a user has seen"):
+    with pytest.raises(UserError, match="states do not record which items a user has seen"):
         ask(model, tmp_path, {"user_id": [1]}, states=str(out), top_k=3)
     kept = (out / "00000001" / files[1]["name"]).stat()
     assert not built(model, long_log, out).reused
@@ -199,7 +199,7 @@ def test_a_commit_that_names_files_elsewhere_is_refused(long_log, export, tmp_pa
     }
     for name in ("../bucket-00000.parquet", "/etc/passwd", "bucket-00000.parquet/x", None):
         (place / "COMMIT").write_text(json.dumps(commit | {"files": [{"name": name, "bucket": 0}]}))
-        with pytest.raises(UserError, match="which is no file of states"):
+        with pytest.raises(UserError, match="which is not a file of states"):
             find_states(model, tmp_path / "states")
     for content in ("{", "[]", json.dumps({"format": 2})):
         (place / "COMMIT").write_text(content)

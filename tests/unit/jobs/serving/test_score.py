@@ -246,8 +246,8 @@ def ask(**columns):
         (ask(candidates=[[1], None]), "row 1: column 'candidates' is null"),
         (ask(time=[1.5, 2.5]), "column 'time' holds double: it must hold timestamps, or integers"),
         (ask(time=[1 << 60, 5]), "column 'time' has 1152921504606846976: it must be milliseconds since 1970 UTC"),
-        (ask(scores=[1, 2]), "column 'scores' is what the result is called"),
-        (ask()[:0], "it holds no request"),
+        (ask(scores=[1, 2]), "column 'scores' has the name of the result's column"),
+        (ask()[:0], "has no requests"),
     ],
 )
 def test_a_mistake_in_the_requests_is_one_line_and_leaves_no_result(data, export, tmp_path, requests, words):
@@ -265,7 +265,7 @@ def test_times_before_the_first_known_event_are_taken_for_seconds(data, export, 
         scorer_json.read_text().replace('"time_range": [\n  0,', '"time_range": [\n  1700000000000,')
     )
     assert "1700000000000" in scorer_json.read_text()
-    with pytest.raises(UserError, match=r"column 'time' ends 1970-01-20, before the first event the model knows"):
+    with pytest.raises(UserError, match=r"column 'time' ends 1970-01-20, before the model's first event"):
         run(model, tmp_path, ask(time=[1_700_000_001] * 2, history=[[], []], history_time=[[], []]))
 
 
@@ -291,7 +291,7 @@ def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(d
     whole = file.read_bytes()
     for content in (b"", b"user_id,item_id\n1,2\n", whole[:-20]):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="no whole Parquet file"):
+        with pytest.raises(UserError, match="not a complete Parquet file"):
             score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
     file.unlink()
     with pytest.raises(UserError, match="no such file"):
@@ -312,7 +312,7 @@ def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
     model = export(data)
     table = load_file(model.directory / "table-item.safetensors")["weight"]
     save_file({"weight": table * float("nan")}, model.directory / "table-item.safetensors")
-    with pytest.raises(UserError, match="scores that are not numbers"):
+    with pytest.raises(UserError, match="computes NaN or infinite scores"):
         run(model, tmp_path, ask())
     (model.directory / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read"):

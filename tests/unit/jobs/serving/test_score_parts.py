@@ -90,12 +90,12 @@ def test_directories_that_are_no_requests_are_refused(data, export, tmp_path):
     with pytest.raises(UserError, match="no Parquet files there"):
         scored(model, tmp_path, folder, "out.parquet")
     pq.write_table(requests()[:0], folder / "a.parquet")
-    with pytest.raises(UserError, match="it holds no request"):
+    with pytest.raises(UserError, match="has no requests"):
         scored(model, tmp_path, folder, "out.parquet")
     pq.write_table(requests().drop_columns("place"), folder / "b.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet: its columns are not those of .*a\.parquet"):
+    with pytest.raises(UserError, match=r"b\.parquet: its columns differ from those of .*a\.parquet"):
         scored(model, tmp_path, folder, "out.parquet")
     (folder / "b.parquet").unlink()
     pq.write_table(requests(), folder / "a.parquet")
-    with pytest.raises(UserError, match="lies among the files of the requests"):
+    with pytest.raises(UserError, match="is in the directory of the requests"):
         scored(model, tmp_path, folder, "folder/out.parquet", shards=data.path)

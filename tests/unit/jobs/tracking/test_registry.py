@@ -49,7 +49,7 @@ def test_alias_and_version_lead_to_the_same_files_and_the_rest_is_told_in_one_li
     assert "has no alias 'best'; its aliases: champion" in complaint("models:/shop@best", workspace)
     assert "has no version 9; its versions: 1, 2, 3" in complaint("models:/shop/9", workspace)
     assert "no model 'other' at sqlite" in complaint("models:/other/1", workspace)
-    assert "is models:/NAME@ALIAS or models:/NAME/VERSION" in complaint("shop", workspace)
+    assert "must have the form models:/NAME@ALIAS or models:/NAME/VERSION" in complaint("shop", workspace)
     assert "table-genre.safetensors is missing" in complaint("models:/shop/3", workspace)
     assert "no MLflow store there" in complaint("models:/shop/1", str(tmp_path / "elsewhere"))
 

@@ -88,7 +88,7 @@ def test_damage_is_refused_by_name_and_removing_the_directory_leads_to_the_one_b
     with pytest.raises(CheckpointError) as refused:
         read_state(latest, checksums=True)
     assert named in str(refused.value)
-    assert f"remove {latest} to go on from step-00000004" in str(refused.value)
+    assert f"remove {latest} to continue from step-00000004" in str(refused.value)
     (line,) = set_aside_damaged(run_dir)
     assert named in line
     assert line.endswith(": step-00000008 is now damaged-step-00000008")
@@ -102,7 +102,7 @@ def test_nothing_is_set_aside_where_no_checkpoint_is_whole(run_dir):
     for path in committed_checkpoints(run_dir):
         flip(path)
     with pytest.raises(
-        CheckpointError, match=r"checksum differs; no checkpoint of .* is whole: start again with --name"
+        CheckpointError, match=r"checksum differs; no checkpoint of .* is intact: start again with --name"
     ):
         set_aside_damaged(run_dir)
     assert len(committed_checkpoints(run_dir)) == 2
@@ -111,7 +111,7 @@ def test_nothing_is_set_aside_where_no_checkpoint_is_whole(run_dir):
 def test_damage_of_the_only_checkpoint_does_not_promise_an_earlier_one(run_dir):
     remove_committed(run_dir / "step-00000008")
     cut("COMMIT")(run_dir / "step-00000004")
-    with pytest.raises(CheckpointError, match="there is none before it"):
+    with pytest.raises(CheckpointError, match="there is no earlier checkpoint"):
         read_state(run_dir / "step-00000004")
 
 

@@ -89,9 +89,12 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path, days):
     [
         (["--model.width", "32"], "table item has width 16, this model's has 32: set --model.width back"),
         (["--model.name", "din"], "is of model solar, not of din: choose a checkpoint of that model"),
-        (["--optimizer.sparse", "adam"], "000.safetensors has accumulator and not what optimizer.sparse=adam"),
-        (["--model.user_features", "false"], "has a table user-taste, this model reads none: a run on these shards"),
-        (["--model.recent_window", "4"], "parameter blocks.0.recent.position_WH is [8, 2] there and [4, 2] here"),
+        (["--optimizer.sparse", "adam"], "000.safetensors has accumulator, not the state of optimizer.sparse=adam"),
+        (["--model.user_features", "false"], "has a table user-taste that this model lacks: a run on these shards"),
+        (
+            ["--model.recent_window", "4"],
+            "parameter blocks.0.recent.position_WH is [8, 2] in the checkpoint and [4, 2] in this model",
+        ),
     ],
 )  # fmt: skip
 def test_another_model_is_refused_by_what_differs(checkpoint, days, arguments, told):
