@@ -161,7 +161,7 @@ def _ray() -> str:
 
 
 def _mlflow() -> str:
-    from jobs.tracking.runs import TrackingConfig, mlflow_client, open_run, tracking_uri
+    from jobs.tracking.mlflow_runs import TrackingConfig, mlflow_client, open_run, tracking_uri
 
     with tempfile.TemporaryDirectory() as workspace:
         run = open_run(TrackingConfig(), workspace, name="doctor")

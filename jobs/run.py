@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from jobs.cluster.session import ray_session
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.data.prepare import import_missing, prepare_shards
 from jobs.host.console import Console
 from jobs.host.secrets import redacted
@@ -21,7 +21,7 @@ from jobs.runs.register import Registered, register
 from jobs.runs.result_tables import print_results
 from jobs.runs.run_dir import Trained, trained_run
 from jobs.runs.train import train
-from jobs.tracking.runs import tracking_uri
+from jobs.tracking.mlflow_runs import tracking_uri
 
 
 def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Registered:

@@ -15,7 +15,7 @@ from jobs.host.places import YamlFile
 from jobs.recipes import recipe_names
 
 if TYPE_CHECKING:
-    from jobs.config.run import RunConfig
+    from jobs.config.run_config import RunConfig
 
 Parsers = Sequence[argparse.ArgumentParser]
 

@@ -13,11 +13,11 @@ from jobs.host.places import Place, new_parser
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from jobs.config.run import SourceConfig
+    from jobs.config.run_config import SourceConfig
 
 
 def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.config.run import SOURCES
+    from jobs.config.run_config import SOURCES
     from jobs.data.prepare import import_events
 
     if {"-h", "--help"} & set(arguments[:1]):
@@ -39,7 +39,7 @@ def import_(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def import_parsers(arguments: Sequence[str]) -> Parsers:
     """The parser of the source that the first argument names; empty if it names no source."""
-    from jobs.config.run import SOURCES
+    from jobs.config.run_config import SOURCES
 
     return [_import_parser(arguments[0])[0]] if arguments and arguments[0] in SOURCES else []
 
@@ -57,14 +57,14 @@ def _import_parser(source: str) -> tuple[ArgumentParser, Callable[[Any], SourceC
 def _movielens(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
     """Add the source's arguments to the parser; returns the function from parsed arguments to the source's
     configuration. The functions below do the same for other sources."""
-    from jobs.config.run import SourceConfig
+    from jobs.config.run_config import SourceConfig
 
     parser.add_argument("--from", type=Place | None, default=None, help="a local copy of the wheel or of its files")
     return lambda parsed: SourceConfig(name="movielens-100k", path=parsed["from"])
 
 
 def _files(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
-    from jobs.config.run import SourceConfig
+    from jobs.config.run_config import SourceConfig
     from pipeline.sources.files import ImportConfig
 
     parser.add_argument("path", type=Place, help="file, directory or pattern of CSV, JSON lines or Parquet")
@@ -81,7 +81,7 @@ def _files(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
 
 def _git(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
-    from jobs.config.run import SourceConfig
+    from jobs.config.run_config import SourceConfig
     from pipeline.sources.git import GitConfig
 
     parser.add_argument("path", type=Place, nargs="+", help="repositories: worktrees or bare ones")
@@ -90,7 +90,7 @@ def _git(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
 
 def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
-    from jobs.config.run import SourceConfig
+    from jobs.config.run_config import SourceConfig
     from pipeline.sources.synthetic_world import SyntheticConfig
 
     parser.add_class_arguments(SyntheticConfig)
@@ -98,7 +98,7 @@ def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 
 
 def _published(parser: ArgumentParser, name: str) -> Callable[[Any], SourceConfig]:
-    from jobs.config.run import SourceConfig
+    from jobs.config.run_config import SourceConfig
 
     parser.add_argument("path", type=Place, help="the unpacked data set, or its file of events")
     return lambda parsed: SourceConfig(name=name, path=parsed.path)

@@ -140,7 +140,7 @@ def _model_parser(command: str, description: str) -> ArgumentParser:
 
 def _registry(parsed: Any) -> Any:
     """A context manager with a client of the MLflow store that the command names."""
+    from jobs.tracking.mlflow_runs import TrackingConfig
     from jobs.tracking.registry import open_registry
-    from jobs.tracking.runs import TrackingConfig
 
     return open_registry(TrackingConfig(uri=parsed.tracking.uri), parsed.workspace)

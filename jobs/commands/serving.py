@@ -20,8 +20,8 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.serving.score import print_counts
     from jobs.serving.score import score as score_requests
     from jobs.serving.stored_states import states_directory
+    from jobs.tracking.mlflow_runs import TrackingConfig
     from jobs.tracking.registry import fetch_model
-    from jobs.tracking.runs import TrackingConfig
 
     parsed = parse(score_parser(), arguments)
     _refuse_mixed_up(parsed)

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from jobs.config.run import SECTIONS, RunConfig
+from jobs.config.run_config import SECTIONS, RunConfig
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.places import Place, new_parser

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster.session import ClusterConfig, ray_session
-from jobs.config.run import RunConfig, SourceConfig
+from jobs.config.run_config import RunConfig, SourceConfig
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError
 from pipeline.build import PrepareConfig, Prepared, prepare

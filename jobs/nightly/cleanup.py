@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import past_nights
 from jobs.nightly.steps import TrainedChallenger

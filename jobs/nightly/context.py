@@ -7,13 +7,13 @@ import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import Journal
 from jobs.nightly.steps import TrainedChallenger
 from jobs.runs.run_dir import open_shards
+from jobs.tracking.mlflow_runs import mlflow_client, tracking_uri
 from jobs.tracking.registry import RegisteredModel, fetch_model
-from jobs.tracking.runs import mlflow_client, tracking_uri
 from jobs.training.job import TrainingConfig
 from pipeline.batches.request_index import RequestCounts
 from pipeline.batches.requests import RequestConfig

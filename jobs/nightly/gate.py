@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from jobs.config.nightly import GateConfig
+from jobs.config.nightly_config import GateConfig
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.requests import RequestConfig

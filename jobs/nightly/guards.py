@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.config.nightly import GateConfig
+from jobs.config.nightly_config import GateConfig
 from jobs.nightly.gate import Guard
 from jobs.scorer.histories import NO_TIME
 from jobs.scorer.scorer import Scorer

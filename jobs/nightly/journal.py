@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from jobs.host.documents import as_json, from_json
-from jobs.host.files import read_json
+from jobs.host.json_files import read_json
 from jobs.nightly.steps import Document, Outcome
 from pipeline.storage import Store
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.cluster.failures import WorkerFailure
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console, one_line
 from jobs.host.documents import as_json
 from jobs.host.errors import UserError

@@ -14,8 +14,8 @@ from typing import Any
 
 import jinja2
 
-from jobs.config.run import RunConfig
-from jobs.host.files import read_json
+from jobs.config.run_config import RunConfig
+from jobs.host.json_files import read_json
 from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal, past_nights
 from jobs.nightly.report_plots import (

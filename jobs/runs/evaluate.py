@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 
 from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.host.documents import as_json
 from jobs.host.errors import UserError
-from jobs.host.files import read_json, write_json
+from jobs.host.json_files import read_json, write_json
 from jobs.runs.run_dir import Trained, run_shards
 from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summary
 from jobs.runs.train import train_job

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.runs.record import record_of
 from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import table_files

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import pyarrow.parquet as pq
 
-from jobs.host.files import read_rows
+from jobs.host.json_files import read_rows
 from models.metrics import bootstrap_interval, ndcg
 
 LENGTH_BUCKETS = (0, 20, 50, 100, 200, 500, 1_000, 10_000, 1 << 62)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.host.console import Stage
-from jobs.host.files import read_rows, write_json
-from jobs.tracking.runs import TrackedRun
+from jobs.host.json_files import read_rows, write_json
+from jobs.tracking.mlflow_runs import TrackedRun
 from jobs.training.clock import PARTS
 from jobs.training.placement import PLAN_FILE
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.code_version import git_commit
 from jobs.host.documents import as_json, from_json, stored_with
 from jobs.host.errors import UserError
-from jobs.host.files import read_json, write_json
+from jobs.host.json_files import read_json, write_json
 from jobs.host.locks import LOCK_FILES
 from jobs.host.secrets import redacted
-from jobs.tracking.runs import TrackedRun, open_run, system_facts
+from jobs.tracking.mlflow_runs import TrackedRun, open_run, system_facts
 from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_state
 from jobs.training.placement import PLAN_FILE

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.export import export_model, log_export, training_shards
@@ -22,8 +22,8 @@ from jobs.runs.record import read_record
 from jobs.runs.run_dir import Trained
 from jobs.runs.summary import SUMMARY
 from jobs.tracking.champions import CHALLENGER, CHAMPION, champion, or_none, promote
+from jobs.tracking.mlflow_runs import metric_name, mlflow_client, tracking_uri
 from jobs.tracking.registry import EXPORT
-from jobs.tracking.runs import metric_name, mlflow_client, tracking_uri
 from jobs.training.checkpoint import checkpoint_key
 
 

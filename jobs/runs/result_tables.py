@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.runs.evaluate import POPULARITY, Evaluated
 from jobs.runs.summary import Summary

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.errors import UserError
 from jobs.runs.record import previous_run, read_record
 from jobs.training.checkpoint import (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.host.documents import as_json, from_json
-from jobs.host.files import read_json, write_json
+from jobs.host.json_files import read_json, write_json
 from models.metrics import Interval
 
 SUMMARY = "summary.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.host.documents import as_json
 from jobs.host.errors import UserError

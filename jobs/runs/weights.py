@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.config.reader import stored_config, values_of
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.errors import UserError
 from jobs.host.places import Place
 from jobs.recipes import recipe_names
 from jobs.runs.record import record_of
 from jobs.runs.run_dir import open_shards
 from jobs.runs.train import train_job
+from jobs.tracking.mlflow_runs import TrackingConfig
 from jobs.tracking.registry import RegisteredModel, fetch_model
-from jobs.tracking.runs import TrackingConfig
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.training.job import TrainJob
 from pipeline.events import DataError

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import INTERRUPTED
 from jobs.host.locks import sole_command

@@ -24,7 +24,7 @@ from jobs.cluster.job_client import STOP_GRACE_VARIABLE
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import DEFAULT_ENVIRONMENT, FIXED_ENVIRONMENT
 from jobs.cluster.submission import job_command
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.errors import UserError
 from jobs.host.notify import URL_VARIABLE
 from jobs.host.secrets import redacted

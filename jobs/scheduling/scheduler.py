@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.host.errors import MISTAKE, wait_seconds
-from jobs.host.files import read_json, write_json
+from jobs.host.json_files import read_json, write_json
 from jobs.scheduling.cron import Cron
 from jobs.scheduling.night_process import Outcome
 

@@ -27,7 +27,7 @@ from jobs.host.errors import UserError
 from jobs.host.secrets import redacted
 from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import export_digest
-from jobs.tracking.runs import TrackingConfig, mlflow_client, tracking_uri
+from jobs.tracking.mlflow_runs import TrackingConfig, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

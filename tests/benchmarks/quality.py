@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.cluster.session import quiet_environment, ray_session
 from jobs.config.reader import load_config
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.runs.evaluate import OWN_ITEMS, POPULARITY, baselines
 
 Options = dict[str, Any]

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.runs.grow import grow
 from jobs.runs.train import train_job

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.tracking.runs import mlflow_client
+from jobs.tracking.mlflow_runs import mlflow_client
 from tests.support.commands import solar
 
 FROZEN = sorted((Path(__file__).parents[1] / "frozen").glob("solar-*"))

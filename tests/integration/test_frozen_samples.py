@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from jobs.config.reader import load_config
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.data.inspect import inspect
 from jobs.host.console import Console
 from jobs.host.documents import as_json, from_json

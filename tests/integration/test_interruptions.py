@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.tracking.runs import mlflow_client
+from jobs.tracking.mlflow_runs import mlflow_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from tests.support.commands import refused, solar
 from tests.support.held import Holds

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.tracking.runs import mlflow_client
+from jobs.tracking.mlflow_runs import mlflow_client
 from tests.support.commands import refused, solar
 from tests.support.tiny import write_tiny_log
 

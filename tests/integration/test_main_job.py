@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from jobs.tracking.runs import mlflow_client
+from jobs.tracking.mlflow_runs import mlflow_client
 from tests.support.commands import refused, solar, solar_process
 from tests.support.tiny import write_tiny_log, write_tiny_recipe
 

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from mlflow.tracking import MlflowClient
 
-from jobs.tracking.runs import mlflow_client
+from jobs.tracking.mlflow_runs import mlflow_client
 from tests.support.commands import refused, solar
 from tests.support.daily_log import events_of, write_day, write_nightly_recipe
 

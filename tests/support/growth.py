@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jobs.config.reader import load_config
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.documents import as_json
 from jobs.runs.record import run_facts
 from jobs.training.checkpoint import commit_files, describe_file

@@ -14,7 +14,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from jobs.host.files import read_rows
+from jobs.host.json_files import read_rows
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from tests.support.commands import SOLAR
 from tests.support.held import Holds

@@ -10,8 +10,8 @@ import pytest
 
 from jobs.host.places import Place
 from jobs.runs.export import log_export
+from jobs.tracking.mlflow_runs import TrackingConfig, mlflow_client
 from jobs.tracking.registry import RegisteredModel, fetch_model
-from jobs.tracking.runs import TrackingConfig, mlflow_client
 from pipeline import build
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards

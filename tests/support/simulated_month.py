@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.tracking.champions import champion, changes, nights
-from jobs.tracking.runs import mlflow_client
+from jobs.tracking.mlflow_runs import mlflow_client
 from tests.support.commands import succeeded
 from tests.support.daily_log import day_of, events_of, write_nightly_recipe
 from tests.support.held import Holds

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import COMMANDS
-from jobs.config.run import SOURCES
+from jobs.config.run_config import SOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipeline", "models", "jobs")

@@ -15,7 +15,7 @@ import pytest
 from jobs.cli import COMMANDS
 from jobs.commands.arguments import Parsers
 from jobs.config.reader import values_of
-from jobs.config.run import SECTIONS
+from jobs.config.run_config import SECTIONS
 from jobs.host.places import takes_option
 from jobs.recipes import board_names, recipe_names
 from models.zoo import MODELS

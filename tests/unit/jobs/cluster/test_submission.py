@@ -21,7 +21,7 @@ from jobs.cluster import job_client
 from jobs.cluster.job_client import Pending, auth_headers, choose_address, explained
 from jobs.cluster.job_text import exit_code, outcome, shown_command, shown_tags
 from jobs.cluster.submission import JobCommand, check_size, job_command, stage
-from jobs.config.run import SOURCES
+from jobs.config.run_config import SOURCES
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.places import Kind, Place, StatesPlace, Subject, YamlFile, kind_of, place_keys

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from jobs.config.nightly import GateConfig, NightlyConfig
+from jobs.config.nightly_config import GateConfig, NightlyConfig
 from jobs.nightly.gate import (
     ERROR,
     Comparison,

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from jobs.config.reader import load_config
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.host.documents import as_json
 from jobs.host.errors import UserError
-from jobs.host.files import write_json
+from jobs.host.json_files import write_json
 from jobs.runs.record import previous_run, run_facts
 from tests.unit.jobs.training.test_checkpoint_damage import write_checkpoint
 

@@ -23,7 +23,7 @@ from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.submission import job_command
 from jobs.commands.cluster import submit_parser
 from jobs.config.reader import load_config
-from jobs.config.run import RunConfig
+from jobs.config.run_config import RunConfig
 from jobs.scheduling.kubernetes import RECIPES, USER
 
 ROOT = Path(__file__).resolve().parents[4]

@@ -18,7 +18,7 @@ from jobs.tracking.champions import (
     require_champion,
     roll_back,
 )
-from jobs.tracking.runs import mlflow_client
+from jobs.tracking.mlflow_runs import mlflow_client
 
 NAME = "shop"
 

@@ -9,8 +9,8 @@ import mlflow.artifacts
 import pytest
 
 from jobs.host.errors import UserError
+from jobs.tracking.mlflow_runs import TrackingConfig, mlflow_client
 from jobs.tracking.registry import fetch_model
-from jobs.tracking.runs import TrackingConfig, mlflow_client
 
 REMOTE = "s3://bucket/models/m-1"
 

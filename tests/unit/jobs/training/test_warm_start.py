@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.host.documents import as_json
 from jobs.host.errors import UserError
-from jobs.host.files import write_json
+from jobs.host.json_files import write_json
 from jobs.runs.record import previous_run, run_facts
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.training.warm_start import begin_from, find_checkpoint

@@ -16,11 +16,11 @@ from typing import Any
 
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import ClusterConfig
-from jobs.config.nightly import NightlyConfig
+from jobs.config.nightly_config import NightlyConfig
 from jobs.host.notify import NotifyConfig
 from jobs.host.places import Place
 from jobs.host.secrets import redacted
-from jobs.tracking.runs import TrackingConfig
+from jobs.tracking.mlflow_runs import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.job import TrainingConfig
 from jobs.training.optimizers import OptimizerConfig

@@ -11,8 +11,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST
 
-from jobs.tracking import runs as tracking
-from jobs.tracking.runs import TrackedRun, mlflow_client
+from jobs.tracking import mlflow_runs as tracking
+from jobs.tracking.mlflow_runs import TrackedRun, mlflow_client
 
 
 class Unreliable:
