@@ -116,8 +116,8 @@ def main() -> None:
     train._train_worker = functools.partial(held.train_worker, directory)
     tell = NightContext.tell
 
-    def tell_and_wait(night: NightContext, text: str) -> None:
-        tell(night, text)
+    def tell_and_wait(self: NightContext, text: str) -> None:
+        tell(self, text)
         # A step of a night is told by its name alone.
         if text.isidentifier() and begins(directory, text):
             while not released(directory, text):

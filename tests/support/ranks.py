@@ -36,7 +36,8 @@ def take_environment(environment: dict[str, str]) -> None:
 def server_address() -> str:
     """Of the process that is forked; it is started where it is not there yet."""
     forkserver.ensure_running()
-    return forkserver._forkserver._forkserver_address
+    server: Any = forkserver._forkserver
+    return server._forkserver_address
 
 
 def share_server(address: str) -> None:
