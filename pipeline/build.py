@@ -1,9 +1,9 @@
 """Event log -> sequence shards, as a Ray Data graph; again with more events: merges them. The only file with Ray.
 
-    row groups --Ray Data--> validated events by bucket --> vocabulary --Ray Data--> one shard a bucket --> commit
+    row groups --Ray Data--> validated events by bucket --> vocabulary --Ray Data--> one shard per bucket --> commit
 
-Reads the log, writes the directory that shards.py describes. The steps themselves are in ingest.py. Nothing exists
-for a reader before the manifest is committed, and a run that fails leaves the earlier data set as it was.
+Reads the log and writes the directory that shards/dataset.py describes. The steps themselves are in prepare/. Readers
+see nothing before the manifest is committed, and a run that fails leaves the earlier data set unchanged.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Result = TypeVar("Result")
 Progress = Callable[[str, int, int], None]
 """(stage, done, total), called in the driver."""
 
-_TASKS_A_CORE, _TASK_EVENTS = 8, 1_000_000
+_TASKS_PER_CORE, _TASK_EVENTS = 8, 1_000_000
 _BYTES_PER_EVENT = 250
-"""Most that building a bucket takes, above what a worker takes idle (measured on 4 M events, string ids)."""
+"""Upper bound of what building a bucket needs beyond an idle worker (measured on 4 M events with string ids)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,24 +46,26 @@ class PrepareConfig:
     """How a log becomes a data set."""
 
     columns: EventColumns | None = None
-    """Which column plays which part; None = those with the canonical names."""
+    """Which column of the log is which; None = columns have the canonical names."""
     files: FileFormat = dataclasses.field(default_factory=FileFormat)
-    """How the event files are written."""
+    """Format of the event files."""
     daily: DailyLog = dataclasses.field(default_factory=DailyLog)
-    """Logs with a folder a day: which days are taken."""
+    """Logs with one folder per day: which days are read."""
     buckets: int | None = None
-    """Parts that users are dealt to; None = as the data set has them, else one for each 4 M rows, at least 16."""
+    """Parts that users are divided into by a hash of their id; None = as many as the data set has; for a new data set
+    one per 4 M rows, at least 16."""
     memory_gib: float = 6.0
-    """Memory of a machine that tasks may take together; where new events of a bucket are many, fewer run at once."""
+    """Memory in GiB that all tasks of a machine may use together; if buckets have many new events, fewer tasks run at
+    the same time."""
     row_group_events: int = 1_000_000
-    """Most events of a row group, the unit that training reads; a longer single user stands alone."""
+    """Most events of a row group, the unit that training reads; a longer user has a row group of its own."""
     max_rejected_ratio: float = 0.01
-    """Share of rejected rows above which nothing is committed; duplicates do not count."""
+    """Share of rejected rows above which nothing is committed, 0 to 1; duplicates are not rejected rows."""
     max_deltas: int = 8
-    """Files of later ingests that a bucket may have over its first one; with more they are rewritten as one."""
+    """Files of later ingests that a bucket may have beside its first file; with more, they are rewritten as one."""
     late_days: int = 7
-    """Days before an ingest's last event in which all that comes again is found at once; further back, where few events
-    come, the next compaction finds it."""
+    """Days before an ingest's last event within which every repeated event is found at once. Older repetitions, if a
+    day gets only few events, are found by the next compaction."""
 
     def __post_init__(self) -> None:
         if self.buckets is not None and not 1 <= self.buckets <= 99_999:
@@ -86,9 +88,9 @@ class Prepared:
     path: str
     manifest: Manifest
     reused: bool
-    """Everything was there already."""
+    """Nothing was new."""
     left_out: Sequence[str]
-    """Days of the log that are not whole yet, and why."""
+    """Days of the log that are not complete yet, and why."""
 
 
 def prepare(
@@ -98,9 +100,10 @@ def prepare(
     """Add the event files behind `events` (file, directory, pattern) that `out` does not hold yet.
 
     `items` is a Parquet table of item_id and features, `users` one of user_id and features; by default the log's own
-    items.parquet and users.parquet, where they are. Ray must be initialised. DataError, with the earlier state
-    untouched: a missing or damaged file, a missing column, too many rejected rows, nothing valid, users that stand
-    twice or are all strangers, a configuration other than the data set's, an ingested file that changed.
+    items.parquet and users.parquet, if they exist. Ray must be initialised. DataError, with the earlier state
+    unchanged: a missing or damaged file, a missing column, too many rejected rows, no valid row, a users table that
+    names a user twice or only users that never occur in the log, a configuration other than the data set's, or an
+    ingested file that has changed.
     """
     _require_ray()
     report = progress or (lambda stage, done, total: None)
@@ -110,20 +113,21 @@ def prepare(
     )  # fmt: skip
     committed = _ingest(plan, config=config, report=report) if not plan.is_done else plan.parent
     assert committed is not None
-    # Also where nothing is new: an earlier run may have died after its ingest.
+    # Even if nothing is new: an earlier run may have died between its ingest and its compaction.
     if crowded := compaction.crowded(shards.Shards(out, committed), max_deltas=config.max_deltas):
         committed = compact(out, buckets=crowded, progress=progress)
     return Prepared(path=out, manifest=committed, reused=plan.is_done, left_out=plan.left_out)
 
 
 def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
-    """Stage, build and commit what the plan found; the new manifest."""
+    """Stage, build and commit the new inputs of the plan; returns the new manifest."""
     out = plan.out
     require_disk(plan)
     with staging_directory(out) as staging:
+        # Validate the new events and divide them by bucket.
         stage = functools.partial(log_parts.stage_part, plan=plan, staging=staging)
-        # Starting a task takes as long as staging 200,000 events: a task has several of the smaller files.
-        staged = _map(stage, plan.parts(), stage="read", report=report, tasks=_TASKS_A_CORE * _num_cores())
+        # Starting a task takes as long as staging 200,000 events, so small files share a task.
+        staged = _map(stage, plan.parts(), stage="read", report=report, tasks=_TASKS_PER_CORE * _num_cores())
         staged.sort(key=lambda result: result.number)
         counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
         if plan.inputs:
@@ -135,9 +139,11 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
             checked = _map(check, [row for row in buckets if row.users], stage="check users", report=report)
             refuse_bad_users(checked, file=plan.users.file.name)
 
+        # Append new items and values to the vocabulary.
         vocabulary = ingest.grow_vocabulary(staged, staged_users, plan=plan, staging=staging)
         vocabulary_entry = write_vocabulary(vocabulary, path=out)
 
+        # Build one file per bucket, then commit all of them.
         time_range = ingest.join_ranges(part.time_range for part in staged)
         build = functools.partial(
             ingest.build_bucket, plan=plan, staging=staging, vocabulary=vocabulary_entry["name"],
@@ -145,8 +151,8 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
             latest=max(time_range) if time_range else None,
         )  # fmt: skip
         at_once = _tasks_at_once(buckets, plan=plan, memory_gib=config.memory_gib)
-        # As many tasks as there are buckets of a good size; a day's small ones go several to a task.
-        tasks = max(_TASKS_A_CORE * _num_cores(), counts["valid"] // _TASK_EVENTS)
+        # One task per bucket of a good size; small buckets of a day share a task.
+        tasks = max(_TASKS_PER_CORE * _num_cores(), counts["valid"] // _TASK_EVENTS)
         built = _map(build, buckets, stage="build", report=report, at_once=at_once, tasks=tasks)
         built.sort(key=lambda result: result.bucket)
         committed = ingest.finish(
@@ -158,7 +164,7 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
 
 
 def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progress | None = None) -> Manifest:
-    """Rewrite buckets, by default all that have more than one file, as one file each; the manifest that stands then.
+    """Rewrite each of these buckets as one file, by default all that have several; returns the new manifest.
 
     Readers get the same as before. Old manifests stay readable. Ray must be initialised.
     """
@@ -177,10 +183,10 @@ def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progre
 
 
 def forget(path: str, users: Sequence[str], *, progress: Progress | None = None) -> Manifest:
-    """Take every event of these users out of the data set, for ever; the manifest that stands then.
+    """Remove every event of these users from the data set, for ever; returns the new manifest.
 
-    All earlier states are removed, and with them what only they name: a run that reads one of them ends with that
-    reason. Rows of these users in later ingests are counted as rejected and kept nowhere. Ray must be initialised.
+    All earlier states are removed, with the files that only they name: a run that reads one of them ends and names this
+    reason. Rows of these users in later ingests are counted as rejected and stored nowhere. Ray must be initialised.
     """
     _require_ray()
     report = progress or (lambda stage, done, total: None)
@@ -189,7 +195,7 @@ def forget(path: str, users: Sequence[str], *, progress: Progress | None = None)
     ids = data.index_table()
     wanted = ids.filter(stones.among(ids["user_id"]))["bucket"].unique().sort().to_list()
     if len(wanted) == len(data.buckets) and stones.among(ids["user_id"]).all():
-        raise DataError(f"{path}: these are all its users; delete the directory instead")
+        raise DataError(f"{path}: these are all users of the data set; delete the directory instead")
     with staging_directory(path) as staging:
         rewrite = functools.partial(compaction.compact_bucket, data=data, staging=staging, forgotten=stones)
         built = _map(rewrite, wanted, stage="forget", report=report)
@@ -204,7 +210,7 @@ def forget(path: str, users: Sequence[str], *, progress: Progress | None = None)
 def index_requests(
     data: shards.Shards, *, config: RequestConfig, progress: Progress | None = None
 ) -> request_index.RequestCounts:
-    """Count every user's requests, a task a bucket, and keep the counts beside the shards for the loaders."""
+    """Count every user's requests, one task per bucket, and store the counts beside the shards for the loaders."""
     _require_ray()
     if (cached := request_index.load(data, config)) is None:
         report = progress or (lambda stage, done, total: None)
@@ -227,14 +233,14 @@ def _count_bucket(bucket: int, *, data: shards.Shards, config: RequestConfig, st
 
 
 def _tasks_at_once(buckets: Sequence[ingest.BucketInput], *, plan: Plan, memory_gib: float) -> int:
-    """How many of the largest bucket's size may be built at the same time. DataError when not even one fits."""
+    """How many buckets of the largest size may be built at the same time. DataError: not even one fits."""
     largest = max((row.num_events for row in buckets), default=0)
     fitting = int(memory_gib * 2**30 / max(1, largest * _BYTES_PER_EVENT))
     if not fitting:
         needed = largest * _BYTES_PER_EVENT / 2**30
         raise DataError(
             f"{plan.out}: {largest:,} new events of one bucket need about {needed:.1f} GiB, memory_gib is "
-            f"{memory_gib}: raise it, bring the log in several ingests, or prepare a new directory with more than "
+            f"{memory_gib}: raise it, ingest the log in several parts, or prepare a new directory with more than "
             f"{plan.config['buckets']} buckets"
         )
     return fitting
@@ -244,7 +250,7 @@ def _map(
     function: Callable[[Row], Result], rows: Sequence[Row], *, stage: str, report: Progress,
     at_once: int | None = None, tasks: int = 1_000,
 ) -> list[Result]:  # fmt: skip
-    """Apply a function to every row in at most so many Ray tasks, of which at most `at_once` run at a time.
+    """Apply a function to every row, in at most `tasks` Ray tasks of which at most `at_once` run at the same time.
 
     A DataError of a task is raised here as it was.
     """
@@ -257,7 +263,7 @@ def _map(
     with quiet_ray_data():
         encoded: list[Any] = [{"row": pickle.dumps(row)} for row in rows]
         dataset: Any = ray.data.from_items(encoded, override_num_blocks=min(len(rows), tasks))
-        # More at a time than there are rows is warned of.
+        # Ray warns if the pool is larger than the number of rows.
         pool = ray.data.TaskPoolStrategy(size=at_once if at_once and at_once < len(rows) else None)
         for answer in dataset.map(functools.partial(_run, function), compute=pool).iter_rows():
             if answer["error"]:
@@ -282,7 +288,7 @@ def _run(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """Without the bars and the chatter of Ray Data; it is as it was afterwards."""
+    """Without the progress bars and messages of Ray Data; the settings are restored afterwards."""
     import ray.data
 
     context, logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")

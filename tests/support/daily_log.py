@@ -1,4 +1,4 @@
-"""A log with a folder a day whose world drifts: items are born every day, age and are forgotten, and users move on.
+"""A log with one folder per day whose world drifts: items are born every day, age and are forgotten, and users move on.
 
 A model of last week knows neither this week's items nor what its users turned to. The same day is always the same rows.
 """

@@ -1,4 +1,4 @@
-"""Logs with a folder a day: a day comes in once it is whole, by its marker or by the clock."""
+"""Logs with one folder per day: a day comes in once it is whole, by its marker or by the clock."""
 
 import dataclasses
 import datetime
