@@ -471,7 +471,7 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_go_on(monkeypatch, capsys):
 
     assert _follow(Interrupting(), "a", Console()) == 130
     err = capsys.readouterr().err
-    assert "job a goes on" in err
+    assert "job a continues" in err
     assert "solar jobs stop a --address http://h" in err
 
 

@@ -88,7 +88,7 @@ def test_value_of_the_wrong_type_names_key_and_value():
         (["--parallel.table_memory", "uvm"], "parallel.table_memory='uvm': must be device, host, cached"),
         (
             ["--parallel.table_memory", "host"],
-            "parallel.table_memory=host: must be device where parallel.device is cpu",
+            "parallel.table_memory=host: must be device if parallel.device is cpu",
         ),
         (["--parallel.precision", "bf16", "--parallel.zero_stage", "0"], "parallel.precision=bf16 with zero_stage=0"),
         (

@@ -277,7 +277,7 @@ def test_requests_that_fail_late_leave_the_earlier_result_as_it_was(data, export
     with pytest.raises(UserError, match="row 1: column 'candidates' is null"):
         run(model, tmp_path, ask(candidates=[[1], None]))
     assert (tmp_path / "out.parquet").read_bytes() == before
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         run(model, tmp_path, ask(), overwrite=False)
     with pytest.raises(UserError, match="is the file of the requests"):
         run(model, tmp_path, ask(), out=str(tmp_path / "requests.parquet"))
@@ -298,7 +298,7 @@ def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(d
         score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
     with pytest.raises(DataError, match="no prepared data set there"):
         run(model, tmp_path, ask(), shards=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="column 'history' beside --shards"):
+    with pytest.raises(UserError, match="column 'history' is given together with --shards"):
         run(model, tmp_path, ask(user_id=[1, 2]), shards=data.path)
     with pytest.raises(UserError, match="column 'user_id' holds string: it must hold integers"):
         run(model, tmp_path, pa.table({"user_id": ["a"], "candidates": [[1]]}), shards=data.path)
