@@ -63,9 +63,9 @@ class TargetConfig:
     """cronjob: dashboard of the permanent Ray cluster, http://HOST:8265."""
     gpu: bool = False
     """Whether each worker has a GPU."""
-    retries: int = 5
+    retries: int
     """Number of further tries of a failed night."""
-    retry_minutes: float = 5.0
+    retry_minutes: float
     """cronjob: minutes before the first further try, doubled before each later one."""
 
     def __post_init__(self) -> None:

@@ -47,9 +47,7 @@ class Surroundings:
 class Scheduler:
     """Runs nights at the times of a cron expression."""
 
-    def __init__(
-        self, cron: Cron, around: Surroundings, *, state: Path, retries: int = 5, retry_seconds: float = 300.0
-    ) -> None:
+    def __init__(self, cron: Cron, around: Surroundings, *, state: Path, retries: int, retry_seconds: float) -> None:
         """`retries`: number of further tries of a night, the first one after `retry_seconds`; `state`: state.json."""
         self._cron, self._around, self._state = cron, around, state
         self._retries, self._retry_seconds = retries, retry_seconds
