@@ -186,7 +186,7 @@ def test_time_features_without_time_stamps_are_refused_by_name(refuses, tmp_path
     capfd.readouterr()
     line = refuses("train", "ml-1m", "--data.shards", str(shards), "--model.time_features", "true")
     assert "model.time_features" in line
-    assert "order only" in line
+    assert "has only an order, no time stamps" in line
 
 
 def test_disk_too_small_for_the_checkpoints_is_refused_before_a_worker_starts(

@@ -40,8 +40,8 @@ sys.exit(codes[0])
 SCHEDULE = """
 import sys
 from jobs import cli
-from jobs.commands import schedule
-schedule.SOLAR = (sys.executable, sys.argv[1], sys.argv[2])
+from jobs.scheduling import foreground
+foreground.SOLAR = (sys.executable, sys.argv[1], sys.argv[2])
 cli.main(["schedule", *sys.argv[3:]])
 """
 
@@ -164,7 +164,7 @@ def test_second_scheduler_of_a_recipe_is_refused_while_the_first_lives(start):
     _, errors = second.communicate(timeout=30)
     assert second.returncode == 2
     assert f"process {first.pid} on " in errors
-    assert "one scheduler a recipe and workspace is enough" in errors
+    assert "one scheduler per recipe and workspace is enough" in errors
     assert errors.count("\n") == 1
     first.kill()
     first.wait()

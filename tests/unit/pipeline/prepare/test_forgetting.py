@@ -130,7 +130,7 @@ def test_users_whom_nobody_knows_are_remembered_as_forgotten(grown):
 
 def test_a_data_set_is_not_emptied(grown):
     path, prefix = grown
-    with pytest.raises(DataError, match="all its users; delete the directory instead"):
+    with pytest.raises(DataError, match="all users of the data set; delete the directory instead"):
         build.forget(path, [f"{prefix}{n}" for n in range(20)])
 
 
