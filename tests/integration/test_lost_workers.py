@@ -84,7 +84,8 @@ def test_run_goes_on_with_fewer_workers_where_a_node_dies_and_its_losses_stay(pl
     run_dir, holds = place.run_dir("elastic"), Holds(tmp_path / "holds", 17)
     [port] = free_ports(1)
     address = f"127.0.0.1:{port}"
-    with Nodes() as cluster:
+    # The nodes' workers import what holds them.
+    with Nodes(settings={"PYTHONPATH": holds.environment()["PYTHONPATH"]}) as cluster:
         cluster.head("127.0.0.1", port).wait_until_started()
         nodes = [cluster.node(ip, address) for ip in ("127.0.0.2", "127.0.0.3")]
         for node in nodes:

@@ -127,7 +127,9 @@ def test_promote_rollback_and_history_keep_the_reasons(first_night, workplace):
 
 def test_mistakes_are_one_line(first_night, workplace):
     assert "--date 2026-02-01: the night of" in refused("nightly", "shop.yaml", "--date", "2026-02-01", cwd=workplace)
-    assert "'yesterday' is not a date: write it like 2026-11-21" in refused("nightly", "shop.yaml", "--date", "yesterday", cwd=workplace)
+    assert "'yesterday' is not a date: write it like 2026-11-21" in refused(
+        "nightly", "shop.yaml", "--date", "yesterday", cwd=workplace
+    )
     assert "data.prepare.daily.folder is not set" in refused("nightly", "movielens-100k", cwd=workplace)
     assert "no registered model 'shop': registered are solar-daily" in refused(
         "rollback", "shop", "--why", "x", cwd=workplace

@@ -31,6 +31,8 @@ class Ends(Protocol):
 
     def ended(self) -> bool: ...
 
+    def finish(self) -> object: ...
+
 
 class Holds:
     """The points at which commands wait, as files in a directory."""
@@ -55,7 +57,7 @@ class Holds:
         """Until the command waits there."""
         deadline = time.monotonic() + WAIT_SECONDS
         while not (self.directory / f"at-{point}").exists():
-            assert not process.ended(), f"ended before {point}"
+            assert not process.ended(), f"ended before {point}: {process.finish()}"
             assert time.monotonic() < deadline, f"{point} never came"
             time.sleep(POLL_SECONDS)
 
