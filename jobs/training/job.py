@@ -48,7 +48,7 @@ class TrainingConfig:
     warm_start: Place | None = None
     """A checkpoint, or a run's directory (its best checkpoint), from which a new run takes its initial weights and
     optimizer state; steps, learning rates and data start from the beginning. Rows that the checkpoint lacks are drawn
-    from the seed. Unset = the run starts from scratch."""
+    with `seed`. Unset = the run starts from scratch."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "eval_every_epochs"):

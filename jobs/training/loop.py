@@ -158,7 +158,7 @@ def _cost() -> dict[str, float]:
 
 
 def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tuple[ShardedTables, Recommender]:
-    """Sharded tables and the tower, not yet in an engine: initialized from the seed, then filled with the weights of
+    """Sharded tables and the tower, not yet in an engine: initialized with `seed`, then filled with the weights of
     `checkpoint` if there is one. A collective: all ranks take part."""
     vocabulary = shards.vocabulary
     tables = ShardedTables(

@@ -167,7 +167,7 @@ def poisoned(checkpoint: Path, copy: Path, *, sizes: dict[str, int], value: floa
 @pytest.fixture(scope="module")
 def warm_runs(days, tmp_path_factory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """The second day on two ranks, {name: its rows}: begun from a grown checkpoint or from its poisoned copies, for
-    each kind; and `uniform` from the ungrown one, with interruptions, and from the seed."""
+    each kind; and `uniform` from the ungrown one, with interruptions, and from scratch."""
     directory = tmp_path_factory.mktemp("second")
     runs: dict[str, tuple[Path | None, list[int | None]]] = {
         "uniform ungrown": (days.trained["uniform"], [None]),
