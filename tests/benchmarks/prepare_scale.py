@@ -2,9 +2,9 @@
 
 A synthetic log (200 days, 100 events per user, half of them of popular items, one file per day) is prepared by one
 command, start-up, vocabulary and manifest included; then a day of a million events is added, then the same day again,
-in another order. Beside it, on the same log and machine, only what sorts events into sequences: Ray Data's repartition by
-user, and polars in one process (without validation, deduplication, vocabulary, keys and checksums; polars holds the log
-in memory). Seconds, events/s, the peak memory of the command and all it started, and bytes on disk an event.
+in another order. Beside it, on the same log and machine, only what sorts events into sequences: Ray Data's repartition
+by user, and polars in one process (without validation, deduplication, vocabulary, keys and checksums; polars holds the
+log in memory). Seconds, events/s, the peak memory of the command and all it started, and bytes on disk an event.
 """
 
 from __future__ import annotations
