@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -243,11 +244,11 @@ def _wrong_type(name: str, columns: EventColumns, dtype: pl.DataType, wanted: st
     return DataError(f"column {column!r} (mapped to {name}) is {dtype}: it must hold {wanted}; map another column")
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"columns": {"user_id": "u"}} -> {"columns.user_id": "u"}: keys as a user writes them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
 
 

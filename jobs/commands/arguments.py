@@ -83,10 +83,15 @@ def read_options(own: argparse.ArgumentParser, arguments: list[str]) -> tuple[ar
         return None
     if not arguments or arguments[0].startswith("-"):
         raise usage_error(command, f"name a recipe first: {', '.join(recipe_names())}, or a YAML file")
+    return parse_known(own, arguments)
+
+
+def parse_known(own: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(own options, settings). UserError: an option is wrong."""
     try:
         return own.parse_known_args(arguments)
     except argparse.ArgumentError as error:
-        raise usage_error(command, str(error)) from error
+        raise usage_error(own.prog.removeprefix("solar "), str(error)) from error
 
 
 def read_recipe(own: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, RunConfig] | None:

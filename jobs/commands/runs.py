@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jobs.commands.arguments import capture, parse, read_recipe, recipe_parser, usage_error
+from jobs.commands.arguments import capture, parse, parse_known, read_recipe, recipe_parser, usage_error
 from jobs.host.console import Console
 from jobs.host.places import Place, Subject, YamlFile, new_parser
 
@@ -75,10 +75,7 @@ def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
     parser = evaluate_parser()
     if arguments and is_subject(arguments[0]) and not {"-h", "--help"} & set(arguments):
-        try:
-            options, settings = parser.parse_known_args(arguments)
-        except argparse.ArgumentError as error:
-            raise usage_error("evaluate", str(error)) from error
+        options, settings = parse_known(parser, arguments)
         subject = find_subject(options.recipe, settings)
         config = subject.config
         capture(console, config.workspace, "evaluate", verbose=verbose)
@@ -160,10 +157,7 @@ def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int
     for fixed in ("--seed", "--name"):
         if any(argument.split("=")[0] == fixed for argument in arguments):
             raise usage_error("leaderboard", f"{fixed}: runs are named by their rows; give seeds as --seeds 1 2 3")
-    try:
-        options, settings = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise usage_error("leaderboard", str(error)) from error
+    options, settings = parse_known(parser, arguments)
     name, rows = load_board(options.board, settings, only=options.only)
     board = Board(name=name, rows=rows, seeds=options.seeds, part=options.part)
     capture(console, board.protocol.workspace, "leaderboard", verbose=verbose)

@@ -20,6 +20,7 @@ import psutil
 from jobs.host.places import Place
 from jobs.host.process import environment
 from jobs.tracking.unsent import IMPATIENT, Point, Spool, is_away
+from pipeline.events import flatten
 
 METRICS_PER_REQUEST = 1000
 """MLflow's limit on the metrics of one log_batch call."""
@@ -113,7 +114,7 @@ class TrackedRun:
         """Log parameters; nested keys are joined with dots."""
         from mlflow.entities import Param
 
-        flat = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in _flatten(values).items()]
+        flat = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flatten(values).items()]
         for first in range(0, len(flat), 100):
             self._client.log_batch(self.run_id, params=flat[first : first + 100])
 
@@ -192,13 +193,3 @@ def _has_run(client: Any, run_id: str) -> bool:
     except MlflowException:
         return False
     return True
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
