@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from tests.support import ranks
+from tests.support.held import Holds, hold_nights
 from tests.support.serial import command_without_ray
 
 SOLAR = str(Path(sys.executable).parent / "solar")
@@ -31,17 +32,49 @@ def solar(
     """Run it to its end in a fork; `environment`: instead of this process's."""
     if os.environ.get("SOLAR_TEST_RAY"):
         return solar_process(*arguments, cwd=cwd, environment=environment)
-    command = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as directory:
-        out, errors = Path(directory) / "out", Path(directory) / "errors"
-        passed = (ranks.server_address(), environment or dict(os.environ), command, str(cwd), str(out), str(errors))
-        process = multiprocessing.get_context("forkserver").Process(target=_enter, args=passed)
-        process.start()
-        process.join(LIMIT_SECONDS)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(["solar", *command], LIMIT_SECONDS, out.read_text(), errors.read_text())
-        return subprocess.CompletedProcess(["solar", *command], process.exitcode, out.read_text(), errors.read_text())
+        command = ForkedCommand(*arguments, cwd=cwd, output=Path(directory), environment=environment)
+        return subprocess.CompletedProcess(command.arguments, command.finish(), command.out, command.errors)
+
+
+class ForkedCommand:
+    """`solar ...` in a fork without Ray, with its output in files that can be read while it runs."""
+
+    def __init__(
+        self, *arguments: str | Path, cwd: Path, output: Path, environment: dict[str, str] | None = None,
+        holds: Holds | None = None,
+    ) -> None:  # fmt: skip
+        """`output`: an existing directory; `environment`: instead of this process's; `holds`: the steps of a night at
+        whose beginning it waits."""
+        self.arguments = [SOLAR, *map(str, arguments)]
+        self._out, self._errors = output / "out", output / "errors"
+        passed = (ranks.server_address(), environment or dict(os.environ), self.arguments, cwd, output)
+        held = holds.directory if holds else None
+        self._process = multiprocessing.get_context("forkserver").Process(target=_enter, args=(*passed, held))
+        self._process.start()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text() if self._out.exists() else ""
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text() if self._errors.exists() else ""
+
+    def ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def kill(self) -> None:
+        """kill -9 of the command alone, which must not have ranks then: they are no children of it."""
+        self._process.kill()
+
+    def finish(self) -> int:
+        """Its exit code."""
+        self._process.join(LIMIT_SECONDS)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise subprocess.TimeoutExpired(self.arguments, LIMIT_SECONDS, self.out, self.errors)
+        return self._process.exitcode
 
 
 def solar_process(
@@ -80,20 +113,22 @@ def free_ports(count: int) -> list[int]:
 
 
 def _enter(
-    server: str, environment: dict[str, str], arguments: list[str], directory: str, out: str, errors: str
+    server: str, environment: dict[str, str], arguments: list[str], directory: Path, output: Path, held: Path | None
 ) -> None:
     """In the fork: streams, directory and environment as a shell would give them, then the console script."""
     ranks.share_server(server)
     ranks.take_environment(environment)
     os.chdir(directory)
-    for number, path in ((1, out), (2, errors)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for number, name in ((1, "out"), (2, "errors")):
+        descriptor = os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(descriptor, number)
         os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-    sys.argv = [SOLAR, *arguments]
+    sys.argv = arguments
     command_without_ray()
+    if held is not None:
+        hold_nights(held)
     from jobs.cli import main
 
     code = 1

@@ -106,16 +106,20 @@ class HeldReporter(Reporter):
                 time.sleep(POLL_SECONDS)
 
 
-def main() -> None:
-    from jobs import cli
-    from jobs.nightly.context import NightContext
+def hold_training(directory: Path) -> None:
+    """Let the workers that this process starts with Ray wait at the steps of training that the directory names."""
     from jobs.runs import train
 
-    # By its name in the package: this module is __main__ here and nowhere else.
+    # By its name in the package: this module may be __main__.
     from tests.support import held
 
-    directory, arguments = Path(sys.argv[1]), sys.argv[2:]
     train._train_worker = functools.partial(held.train_worker, directory)
+
+
+def hold_nights(directory: Path) -> None:
+    """Let the nights of this process wait at the beginning of the steps that the directory names."""
+    from jobs.nightly.context import NightContext
+
     tell = NightContext.tell
 
     def tell_and_wait(self: NightContext, text: str) -> None:
@@ -126,7 +130,15 @@ def main() -> None:
                 time.sleep(POLL_SECONDS)
 
     NightContext.tell = tell_and_wait
-    cli.main(arguments)
+
+
+def main() -> None:
+    from jobs import cli
+
+    directory = Path(sys.argv[1])
+    hold_training(directory)
+    hold_nights(directory)
+    cli.main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.commands import SOLAR, free_ports, solar
+from tests.support.commands import SOLAR, ForkedCommand, free_ports
 from tests.support.held import Holds
 from tests.support.interruptions import orphans
 
@@ -88,18 +88,30 @@ class NightProcess:
 
 
 class NightWithoutRay:
-    """The same as a fork without Ray, which has ended when it is made."""
+    """The same as a fork without Ray."""
 
-    def __init__(self, arguments: list[str], *, cwd: Path) -> None:
-        started = time.monotonic()
-        self._done = solar("nightly", *arguments, cwd=cwd)
-        self._seconds = time.monotonic() - started
-        self.said = self._done.stdout
-        self.errors = self._done.stderr.strip().splitlines()
+    def __init__(self, arguments: list[str], *, cwd: Path, output: Path, holds: Holds | None = None) -> None:
+        output.mkdir(parents=True)
+        self._started = time.monotonic()
+        self._command = ForkedCommand("nightly", *arguments, cwd=cwd, output=output, holds=holds)
+
+    @property
+    def said(self) -> str:
+        return self._command.out
+
+    @property
+    def errors(self) -> list[str]:
+        return self._command.errors.strip().splitlines()
+
+    def ended(self) -> bool:
+        return self._command.ended()
+
+    def kill(self) -> None:
+        self._command.kill()
 
     def finish(self) -> tuple[int, float]:
         """(exit code, seconds)."""
-        return self._done.returncode, self._seconds
+        return self._command.finish(), time.monotonic() - self._started
 
 
 class MlflowServer:

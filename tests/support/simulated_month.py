@@ -52,7 +52,7 @@ class Month:
         self, place: Path, plan: Plan, *, keep: int = 7, states: bool = True, ray: bool = True,
         tell: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        """`ray`: for all nights, not only for the ones that are killed."""
+        """`ray`: nights are processes that start Ray, as cron starts them."""
         self._ray = ray
         self.place, self.plan, self.tell = place, plan, tell
         self.workspace = place / "workspace"
@@ -113,14 +113,13 @@ class Month:
         common = [f"{RECIPE}.yaml", "--date", str(day_of(number)), "--catch-up", "--tracking.uri", self.server.uri]
         return [*common, *options]
 
-    def _start(self, number: int, *options: str, holds: Holds | None = None) -> NightProcess:
+    def _start(self, number: int, *options: str, holds: Holds | None = None) -> NightProcess | NightWithoutRay:
         output = self.place / "output" / f"{day_of(number)}-{len(self.attempts)}"
-        return NightProcess(self._arguments(number, *options), cwd=self.place, output=output, holds=holds)
+        kind = NightProcess if self._ray else NightWithoutRay
+        return kind(self._arguments(number, *options), cwd=self.place, output=output, holds=holds)
 
     def _attempt(self, number: int, what: str, *options: str) -> Attempt:
-        if self._ray:
-            return self._ended(number, what, self._start(number, *options))
-        return self._ended(number, what, NightWithoutRay(self._arguments(number, *options), cwd=self.place))
+        return self._ended(number, what, self._start(number, *options))
 
     def _ended(self, number: int, what: str, process: NightProcess | NightWithoutRay) -> Attempt:
         code, seconds = process.finish()
@@ -149,16 +148,19 @@ class Month:
         for step in self.plan.killed_in:
             holds = Holds(self.place / "holds" / f"{number}-{step}", *([] if later else [step]))
             process = self._start(number, holds=holds)
-            if later:
-                if process.wait_for(day_of(number), step):
-                    process.wait_a_little(LATER.get(step, 0.05))
-            else:
+            if not later:
                 holds.wait(step, process)
-            left = process.kill(group_alone=not later)
-            if left:
-                self.faults.append(f"{day_of(number)}: after kill -9 in {step} there still runs {', '.join(left)}")
+            elif isinstance(process, NightProcess) and process.wait_for(day_of(number), step):
+                process.wait_a_little(LATER.get(step, 0.05))
+            self._kill(number, step, process, group_alone=not later)
             self._ended(number, f"kill -9 in {step}{', later' if later else ''}", process)
         self._expect(self._ended(number, "after the kills", self._start(number)), 0)
+
+    def _kill(self, number: int, step: str, process: NightProcess | NightWithoutRay, *, group_alone: bool) -> None:
+        if isinstance(process, NightWithoutRay):
+            process.kill()
+        elif left := process.kill(group_alone=group_alone):
+            self.faults.append(f"{day_of(number)}: after kill -9 in {step} there still runs {', '.join(left)}")
 
     def _full_disk(self, number: int) -> None:
         """The night's run gets a disk that is too small for a checkpoint; freed, the same command goes on."""
