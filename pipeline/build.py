@@ -20,7 +20,7 @@ from pipeline.batches import request_index
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns
 from pipeline.log.daily import DailyLog
-from pipeline.log.readers import FileFormat
+from pipeline.log.inputs import FileFormat
 from pipeline.prepare import compaction, forgetting, garbage, ingest, log_parts
 from pipeline.prepare.plan import Plan, make_plan, require_disk
 from pipeline.prepare.staging import staging_directory

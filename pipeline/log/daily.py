@@ -8,7 +8,7 @@ import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.events import DataError
-from pipeline.log.readers import Input
+from pipeline.log.inputs import Input
 from pipeline.storage import Store
 
 _REQUESTS = 16

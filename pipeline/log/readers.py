@@ -1,81 +1,29 @@
-"""Opens event files: Parquet, CSV and JSON lines, on a local path or any fsspec store.
+"""Reads event files that log/inputs.py found: Parquet, CSV and JSON lines.
 
-`find_inputs` lists the files of a path, directory or pattern; `describe` checks one file's columns; `read_blocks`
-streams its rows under canonical names in bounded memory. A file that cannot be read completely raises a DataError that
-names it; a line that cannot be parsed is returned as text, which events.validate rejects.
+`describe` checks one file's columns; `read_blocks` streams its rows under canonical names in bounded memory. A file
+that cannot be read completely raises a DataError that names it; a line that cannot be parsed is returned as text, which
+events.validate rejects.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any
 
-import fsspec
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
+from pipeline.log.inputs import FileFormat, Input, is_packed
 from pipeline.log.text_rows import csv_parser, json_parser, split_line
-from pipeline.storage import checksum_stream
 
 _BLOCK_BYTES = 16 << 20
-_EDGE_BYTES = 64 << 10
 _BLOCK_ROWS = 1_000_000
 _LINE_BYTES, _PACKING = 32, 4
 """To estimate rows: bytes of a short line of text, and by which factor compression shrinks text."""
-_SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-_COMPRESSIONS = (".gz", ".bz2", ".xz")
-_NOT_EVENTS = ("items.parquet", "users.parquet", "rejected.parquet")
-_ENCODINGS = ("utf-8", "latin-1", "cp1252")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FileFormat:
-    """The format of the files."""
-
-    format: str = "auto"
-    """auto (from the file's name), parquet, csv or jsonl."""
-    separator: str = ","
-    """CSV: text between two fields; more than one character is allowed, but then fields cannot be quoted."""
-    header: tuple[str, ...] = ()
-    """CSV: names of the columns, for files without a header line."""
-    encoding: str = "utf-8"
-    """Text files: utf-8, latin-1 or cp1252."""
-    quoted: bool = True
-    """CSV: a field may be enclosed in double quotes; false = a quote is an ordinary character."""
-    typed_header: bool = False
-    """CSV: the header line has name:type for each column, as in RecBole's files; only the name is kept."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "header", tuple(self.header))
-        if self.format not in ("auto", "parquet", "csv", "jsonl"):
-            raise ValueError(f"format is {self.format!r}: it must be auto, parquet, csv or jsonl")
-        if self.encoding not in _ENCODINGS:
-            raise ValueError(f"encoding is {self.encoding!r}: it must be one of {', '.join(_ENCODINGS)}")
-        if not self.separator or "\n" in self.separator or '"' in self.separator:
-            raise ValueError(
-                f"separator is {self.separator!r}: it must be one or more characters without quote or newline"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Input:
-    """One file to read."""
-
-    name: str
-    """The input directory's name and the path inside it: the name of the file in manifests and messages."""
-    url: str
-    """Where to open it."""
-    bytes: int
-    format: str
-    """parquet, csv or jsonl."""
-
-    def open(self) -> IO[Any]:
-        return _open(self.url, compression="infer" if self.format != "parquet" else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,38 +44,6 @@ class Block:
     """The mapped columns under their canonical names; all strings for text files."""
     malformed: list[str]
     """Lines that cannot be parsed as a row."""
-
-
-def find_inputs(path: str, *, options: FileFormat) -> list[Input]:
-    """The event files that a path, directory or pattern stands for, sorted by name. DataError when there is none."""
-    fs, root = fsspec.core.url_to_fs(path)
-    root = root.rstrip("/")
-    if any(letter in root for letter in "*?["):
-        found, base = sorted(fs.glob(root)), root[: min(root.find(c) for c in "*?[" if c in root)].rpartition("/")[0]
-    elif fs.isdir(root):
-        found, base = sorted(fs.find(root)), root
-    elif fs.exists(root):
-        found, base = [root], root.rpartition("/")[0]
-    else:
-        raise DataError(f"{path}: no such file or directory; check the path")
-    single = found == [root]
-    inputs = []
-    for file in found:
-        leaf = file.rsplit("/", 1)[-1]
-        file_format = _format_of(leaf) if options.format == "auto" or not single else options.format
-        name = file[len(base.rpartition("/")[0]) :].lstrip("/") if base else file
-        # Spark and others keep incomplete files in folders such as _temporary.
-        is_hidden = any(part.startswith((".", "_")) for part in name.split("/")[1:])
-        if not single and (file_format is None or is_hidden or leaf in _NOT_EVENTS):
-            continue
-        if file_format is None:
-            raise DataError(f"{path}: the name does not tell the format; set format to parquet, csv or jsonl")
-        inputs.append(
-            Input(name=name, url=fs.unstrip_protocol(file), bytes=int(fs.info(file)["size"]), format=file_format)
-        )
-    if not inputs:
-        raise DataError(f"{path}: no event files there; expected .parquet, .csv, .tsv or .jsonl files")
-    return inputs
 
 
 def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> dict[str, pl.DataType]:
@@ -182,20 +98,6 @@ def log_schema(files: list[Input], *, columns: EventColumns, options: FileFormat
     return {"columns": list(columns.mapping()), "id_types": id_types}
 
 
-def checksum(file: Input) -> str:
-    """xxh3-128 of the file's bytes as stored, not of the decompressed content."""
-    with _open(file.url) as stream:
-        return checksum_stream(stream)
-
-
-def edges(file: Input) -> str:
-    """xxh3-128 of the first and last 64 KiB of the file as stored; in a Parquet file the last ones hold the footer."""
-    fs, path = fsspec.core.url_to_fs(file.url)
-    head = fs.cat_file(path, start=0, end=min(_EDGE_BYTES, file.bytes))
-    tail = fs.cat_file(path, start=max(0, file.bytes - _EDGE_BYTES), end=file.bytes)
-    return checksum_stream(io.BytesIO(head + tail))
-
-
 def count_row_groups(file: Input) -> int:
     """How many parts of the file can be read separately: the row groups of a Parquet file, 1 for a text file."""
     if file.format != "parquet":
@@ -209,8 +111,7 @@ def estimate_rows(file: Input) -> int:
     if file.format == "parquet":
         with _open_parquet(file) as parquet:
             return parquet.metadata.num_rows
-    packed = 1 if _SUFFIXES.get(file.name[file.name.rfind(".") :].lower()) else _PACKING
-    return packed * file.bytes // _LINE_BYTES
+    return (_PACKING if is_packed(file) else 1) * file.bytes // _LINE_BYTES
 
 
 def read_blocks(
@@ -258,12 +159,6 @@ def _open_parquet(file: Input) -> pq.ParquetFile:
         raise DataError(f"{file.name}: not a complete Parquet file ({_one_line(error)}); copy it again") from error
 
 
-def _format_of(leaf: str) -> str | None:
-    for compression in _COMPRESSIONS:
-        leaf = leaf.removesuffix(compression)
-    return _SUFFIXES.get(leaf[leaf.rfind(".") :].lower()) if "." in leaf else None
-
-
 def _lines(file: Input, options: FileFormat) -> Iterator[bytes]:
     for block in _line_blocks(file, options):
         yield from (line.rstrip(b"\r") for line in block.split(b"\n") if line.strip())
@@ -287,10 +182,6 @@ def _line_blocks(file: Input, options: FileFormat) -> Iterator[bytes]:
                 yield block if options.encoding == "utf-8" else block.decode(options.encoding, "replace").encode()
             if not chunk:
                 return
-
-
-def _open(url: str, compression: str | None = None) -> IO[Any]:
-    return fsspec.open(url, "rb", compression=compression).open()  # type: ignore[union-attr]
 
 
 def _one_line(error: Exception) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 import polars as pl
 
 from pipeline.events import DataError, EventColumns, NotNow, flatten
-from pipeline.log import readers
+from pipeline.log import inputs, readers
 from pipeline.log.daily import DailyLog, log_days, whole_days
-from pipeline.log.readers import FileFormat, Input, Part
+from pipeline.log.inputs import FileFormat, Input
+from pipeline.log.readers import Part
 from pipeline.prepare import users
 from pipeline.shards.dataset import Shards
 from pipeline.shards.manifest import Manifest, current_manifest
@@ -41,7 +42,7 @@ class HashedInput:
 
     def entry(self, kind: str) -> dict[str, Any]:
         """The manifest's entry of an input of this kind."""
-        edges = readers.edges(self.file)
+        edges = inputs.edges(self.file)
         return {
             "name": self.file.name, "bytes": self.file.bytes, "checksum": self.checksum, "edges": edges, "kind": kind,
         }  # fmt: skip
@@ -108,7 +109,7 @@ def make_plan(
     `items` and `users_table`: None = items.parquet and users.parquet in the log's directory, if they exist.
     """
     # The log's complete days, and the data set so far.
-    found, left_out = whole_days(readers.find_inputs(events, options=files), events=events, daily=daily)
+    found, left_out = whole_days(inputs.find_inputs(events, options=files), events=events, daily=daily)
     _refuse_foreign(out)
     parent = current_manifest(out)
     if not found and parent is None:
@@ -150,7 +151,7 @@ def pending_days(
     A day is to be ingested if `out` does not have all its files by name and size. So a refused day is listed again
     until it is repaired; each day can be ingested on its own (`daily.days`).
     """
-    log = log_days(readers.find_inputs(events, options=files), events=events, daily=daily)
+    log = log_days(inputs.find_inputs(events, options=files), events=events, daily=daily)
     parent = current_manifest(out)
     known = {entry["name"]: entry["bytes"] for entry in parent.inputs} if parent else {}
     pending = [day for day in sorted(log.files) if any(known.get(file.name) != file.bytes for file in log.files[day])]
@@ -179,10 +180,10 @@ def _table(path: str | None, events: str, name: str) -> HashedInput | None:
         path = f"{events.rstrip('/')}/{name}"
     if path is None:
         return None
-    found = readers.find_inputs(path, options=FileFormat(format="parquet"))
+    found = inputs.find_inputs(path, options=FileFormat(format="parquet"))
     if len(found) > 1:
         raise DataError(f"{path}: {len(found)} files; a table of items or users is one Parquet file")
-    return HashedInput(file=found[0], checksum=readers.checksum(found[0]))
+    return HashedInput(file=found[0], checksum=inputs.checksum(found[0]))
 
 
 def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list[HashedInput]:
@@ -190,7 +191,7 @@ def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list
     with ThreadPoolExecutor(4) as pool:
         known = pool.map(functools.partial(_is_ingested, ingested=ingested), found)
         unknown = [file for file, is_known in zip(found, known, strict=True) if not is_known]
-        sums = list(pool.map(readers.checksum, unknown))
+        sums = list(pool.map(inputs.checksum, unknown))
     seen = {entry["checksum"] for entry in ingested.values()}
     new = []
     for file, checksum in zip(unknown, sums, strict=True):
@@ -212,7 +213,7 @@ def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
             f"{file.name}: {change} from {known['bytes']} to {file.bytes} bytes after it was ingested; "
             "restore it, and put new events into a file with another name"
         )
-    same = readers.edges(file) == known["edges"] if known["edges"] else readers.checksum(file) == known["checksum"]
+    same = inputs.edges(file) == known["edges"] if known["edges"] else inputs.checksum(file) == known["checksum"]
     if not same:
         raise DataError(f"{file.name}: its bytes changed after it was ingested; restore it or give it another name")
     return True
@@ -262,7 +263,7 @@ def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, A
             )
 
 
-def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
+def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
     present = readers.read_schema(file, options=files)
     if "timestamp" not in present and "order" not in present:
         raise DataError(

@@ -10,8 +10,8 @@ from typing import Any
 import polars as pl
 
 from pipeline.events import DataError, EventColumns, Reason, Validated, refuse_bad_feature, validate
-from pipeline.log import readers
-from pipeline.log.readers import FileFormat, Input
+from pipeline.log import inputs, readers
+from pipeline.log.inputs import FileFormat, Input
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
 
 Progress = Callable[[str, int, int], None]
@@ -125,9 +125,9 @@ def import_files(
         raise DataError(f"{users}: no user feature is named; set users.features or users.list_features")
     # List the files and describe the source.
     paths = [events] if isinstance(events, str) else events
-    found = [file for path in paths for file in readers.find_inputs(path, options=config.files)]
-    item_files = readers.find_inputs(items, options=config.items.files) if items else []
-    user_files = readers.find_inputs(users, options=config.users.files) if users else []
+    found = [file for path in paths for file in inputs.find_inputs(path, options=config.files)]
+    item_files = inputs.find_inputs(items, options=config.items.files) if items else []
+    user_files = inputs.find_inputs(users, options=config.users.files) if users else []
     for file in user_files:
         _refuse_bad_features(file, config.users)
     # Options that are off are omitted: the description then equals that of a log from before the options existed.
@@ -170,7 +170,7 @@ def _mapping(config: ImportConfig, *, left_out: set[str]) -> dict[str, Any]:
 
 
 def _identify(file: Input) -> dict[str, Any]:
-    return {"name": file.name, "bytes": file.bytes, "checksum": readers.checksum(file)}
+    return {"name": file.name, "bytes": file.bytes, "checksum": inputs.checksum(file)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

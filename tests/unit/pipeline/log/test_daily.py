@@ -8,7 +8,7 @@ import pytest
 from pipeline.events import DataError
 from pipeline.log import daily as daily_module
 from pipeline.log.daily import DailyLog, days_told
-from pipeline.log.readers import FileFormat
+from pipeline.log.inputs import FileFormat
 from pipeline.prepare.ingested_days import DayCounts, day_counts
 from pipeline.prepare.plan import pending_days
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.events import DataError, EventColumns
 from pipeline.log import readers
-from pipeline.log.readers import FileFormat, find_inputs, read_blocks
+from pipeline.log.inputs import FileFormat, find_inputs
+from pipeline.log.readers import read_blocks
 
 MAPPING = EventColumns().mapping()
 

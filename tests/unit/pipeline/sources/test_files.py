@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline.events import DataError, EventColumns
-from pipeline.log.readers import FileFormat
+from pipeline.log.inputs import FileFormat
 from pipeline.shards.dataset import Shards
 from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns, import_files
 
