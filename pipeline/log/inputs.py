@@ -29,13 +29,16 @@ class FileFormat:
     format: str = "auto"
     """auto (from the file's name), parquet, csv or jsonl."""
     separator: str = ","
-    """CSV: text between two fields; more than one character is allowed, but then fields cannot be quoted."""
+    """CSV: text between two fields. More than one character, or one beyond ASCII, is allowed, but then fields cannot be
+    quoted."""
     header: tuple[str, ...] = ()
     """CSV: names of the columns, for files without a header line."""
     encoding: str = "utf-8"
-    """Text files: utf-8, latin-1 or cp1252."""
+    """Text files: utf-8, latin-1 or cp1252. Files that begin with the byte order mark of UTF-16 or UTF-32 are read as
+    such under utf-8."""
     quoted: bool = True
-    """CSV: a field may be enclosed in double quotes; false = a quote is an ordinary character."""
+    """CSV: a field may be enclosed in double quotes and may then hold line breaks (RFC 4180); a record over several
+    lines has at most 128 KiB, or its first line is malformed. false = a quote is an ordinary character."""
     typed_header: bool = False
     """CSV: the header line has name:type for each column, as in RecBole's files; only the name is kept."""
 
@@ -45,10 +48,12 @@ class FileFormat:
             raise ValueError(f"format is {self.format!r}: it must be auto, parquet, csv or jsonl")
         if self.encoding not in _ENCODINGS:
             raise ValueError(f"encoding is {self.encoding!r}: it must be one of {', '.join(_ENCODINGS)}")
-        if not self.separator or "\n" in self.separator or '"' in self.separator:
+        if not self.separator or set(self.separator) & set('\r\n\0"'):
             raise ValueError(
                 f"separator is {self.separator!r}: it must be one or more characters without quote or newline"
             )
+        if self.quoted and len(self.separator) == 1 and not self.separator.isascii():
+            raise ValueError(f"separator is {self.separator!r}: beyond ASCII it needs quoted = false")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,13 @@ import pyarrow.parquet as pq
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
 from pipeline.log.inputs import FileFormat, Input, is_packed
-from pipeline.log.text_rows import csv_parser, json_parser, split_line
+from pipeline.log.records import first_record
+from pipeline.log.text import LONGEST_LINE, text_pieces
+from pipeline.log.text_rows import csv_format, json_format, split_record
 
 _BLOCK_BYTES = 16 << 20
+_HEAD_BYTES = (64 << 10, 2 * LONGEST_LINE)
+"""How much of a file is read to find its first record; nearly always the first suffices."""
 _BLOCK_ROWS = 1_000_000
 _LINE_BYTES, _PACKING = 32, 4
 """To estimate rows: bytes of a short line of text, and by which factor compression shrinks text."""
@@ -43,7 +47,17 @@ class Block:
     table: pl.DataFrame
     """The mapped columns under their canonical names; all strings for text files."""
     malformed: list[str]
-    """Lines that cannot be parsed as a row."""
+    """The beginning of each record that cannot be parsed as a row."""
+    malformed_at: list[int] = dataclasses.field(default_factory=list)
+    """The place of each of them among the block's rows and malformed records, from 0."""
+    before: int = 0
+    """Number of rows and malformed records of the file, or of its row group, before this block."""
+
+    def row_number(self, row: int) -> int:
+        """The place in the file, from 1 and without the header, of a row of the table."""
+        for place in sorted(self.malformed_at):
+            row += place <= row
+        return self.before + row + 1
 
 
 def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> dict[str, pl.DataType]:
@@ -51,11 +65,17 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
     schema = read_schema(file, options=options)
     if not schema:
         return {}
+    names = _csv_names(file, options) if file.format == "csv" else list(schema)
     for canonical, column in mapping.items():
         if column not in schema and file.format != "jsonl":
             raise DataError(
                 f"{file.name}: no column {column!r} (mapped to {canonical}); it has {', '.join(schema)}; "
                 "fix the mapping"
+            )
+        if names.count(column) > 1:
+            raise DataError(
+                f"{file.name}: {names.count(column)} columns are called {column!r} (mapped to {canonical}); "
+                "rename all but one"
             )
     return {canonical: schema.get(column, pl.String()) for canonical, column in mapping.items()}
 
@@ -69,17 +89,10 @@ def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
                 return {name: pl.Series(empty[name]).dtype for name in empty.column_names}
             except (pa.ArrowException, pl.exceptions.PolarsError) as error:
                 raise DataError(f"{file.name}: unsupported column type ({_one_line(error)}); cast it") from error
-    first = next(iter(_lines(file, options)), None)
-    if first is None:
-        return {}
     if file.format == "csv":
-        line = first.decode("utf-8", "replace")
-        names = options.header or tuple(split_line(line, options.separator, quoted=options.quoted) or ())
-        if options.typed_header:
-            names = tuple(name.partition(":")[0] for name in names)
-        return {name: pl.String() for name in names}
+        return dict.fromkeys(_csv_names(file, options), pl.String())
     try:
-        row = json.loads(first)
+        row = json.loads(_first_record(file, options)[0])
     except ValueError:
         row = None
     return {str(key): pl.String() for key in row} if isinstance(row, dict) else {}
@@ -121,17 +134,60 @@ def read_blocks(
     if file.format == "parquet":
         yield from _read_parquet(file, mapping, row_group)
         return
-    skip_header = file.format == "csv" and not options.header
-    names = list(read_schema(file, options=options))
-    parse = json_parser(mapping)
+    header = 0
     if file.format == "csv":
-        parse = csv_parser(names, mapping, separator=options.separator, quoted=options.quoted)
-    for block in _line_blocks(file, options):
-        if skip_header:
-            block, skip_header = block.partition(b"\n")[2], False
-        if block:
-            rows, malformed = parse(block)
-            yield Block(table=rows, malformed=malformed)
+        if not (names := _csv_names(file, options)):
+            return
+        header = 0 if options.header else _first_record(file, options)[1]
+        missing = ()
+        rows_of = csv_format(names, mapping, separator=options.separator, quoted=options.quoted, missing=missing).rows
+    else:
+        rows_of = json_format(mapping).rows
+    before = 0
+    for rows in rows_of(_after(header, text_pieces(file, encoding=options.encoding, size=_BLOCK_BYTES))):
+        if count := rows.table.height + len(rows.malformed):
+            yield Block(table=rows.table, malformed=rows.malformed, malformed_at=rows.malformed_at, before=before)
+            before += count
+
+
+def _csv_names(file: Input, options: FileFormat) -> list[str]:
+    """The names of all columns, as they stand in the header; empty for an empty file."""
+    names = list(options.header)
+    if not names and (header := _first_record(file, options)[0]):
+        text = header.decode("utf-8", "replace")
+        names = split_record(text, options.separator, quoted=options.quoted)
+        if names is None or "\0" in text:
+            raise _bad_header(file)
+    return [name.partition(":")[0] for name in names] if options.typed_header else names
+
+
+def _first_record(file: Input, options: FileFormat) -> tuple[bytes, int]:
+    """(the first record, its length in bytes with all that stands before the second one); empty for an empty file."""
+    is_quoted = file.format == "csv" and options.quoted and len(options.separator) == 1
+    separator = options.separator.encode() if is_quoted else None
+    head = b""
+    for size in _HEAD_BYTES:
+        pieces = text_pieces(file, encoding=options.encoding, size=size)
+        head = next(pieces, b"")
+        if found := first_record(head, separator=separator, final=next(pieces, None) is None):
+            return found
+    if head.strip():
+        raise _bad_header(file)
+    return b"", 0
+
+
+def _bad_header(file: Input) -> DataError:
+    return DataError(
+        f"{file.name}: the first line cannot be read: its quotes do not close, or it is no text; "
+        "set files.quoted, files.separator or files.encoding"
+    )
+
+
+def _after(size: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces without their first `size` bytes."""
+    for piece in pieces:
+        yield piece[size:]
+        size = max(0, size - len(piece))
 
 
 def _read_parquet(file: Input, mapping: dict[str, str], row_group: int | None) -> Iterator[Block]:
@@ -157,31 +213,6 @@ def _open_parquet(file: Input) -> pq.ParquetFile:
     except (OSError, pa.ArrowException) as error:
         stream.close()
         raise DataError(f"{file.name}: not a complete Parquet file ({_one_line(error)}); copy it again") from error
-
-
-def _lines(file: Input, options: FileFormat) -> Iterator[bytes]:
-    for block in _line_blocks(file, options):
-        yield from (line.rstrip(b"\r") for line in block.split(b"\n") if line.strip())
-
-
-def _line_blocks(file: Input, options: FileFormat) -> Iterator[bytes]:
-    """Complete lines, about _BLOCK_BYTES at a time, as UTF-8 (not checked where the file's encoding is utf-8)."""
-    rest, first = b"", True
-    with file.open() as stream:
-        while True:
-            try:
-                chunk = stream.read(_BLOCK_BYTES)
-            except (OSError, EOFError) as error:
-                raise DataError(f"{file.name}: cannot be read ({_one_line(error)}); copy it again") from error
-            if first:
-                chunk, first = chunk.removeprefix(b"\xef\xbb\xbf"), False
-            lines, newline, tail = (rest + chunk).rpartition(b"\n") if chunk else (rest, b"", b"")
-            rest = tail
-            if lines or newline:
-                block = lines + newline
-                yield block if options.encoding == "utf-8" else block.decode(options.encoding, "replace").encode()
-            if not chunk:
-                return
 
 
 def _one_line(error: Exception) -> str:

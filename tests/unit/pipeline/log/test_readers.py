@@ -42,6 +42,76 @@ def test_a_line_that_is_no_utf8_costs_itself_alone(tmp_path):
     assert len(malformed) == 1
 
 
+def test_a_quoted_line_break_belongs_to_its_field_and_makes_no_event(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(
+        'user_id,item_id,timestamp,text\n1,a,5,"first\n9,forged,6,second"\n2,"b\n9,forged,6,x"\n3,"c\r\nd",7,"""q"""\n',
+        newline="",
+    )
+    rows, malformed = read(path)
+    assert rows == [("1", "a", "5"), ("3", "c\r\nd", "7")]
+    assert malformed == ['2,"b\n9,forged,6,x"']
+
+
+def test_a_header_may_hold_line_breaks_empty_names_and_equal_names_that_nobody_uses(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('\ufeff"user_id","a\nb",,item_id,a,a,timestamp\n1,x,x,2,x,x,3\n', encoding="utf-8")
+    assert read(path) == ([("1", "2", "3")], [])
+    path.write_text("user_id,item_id,timestamp,item_id\n1,2,3,4\n")
+    with pytest.raises(DataError, match=r"log.csv: 2 columns are called 'item_id' \(mapped to item_id\); rename all"):
+        read(path)
+    path.write_text('user_id,"item_id\n1,2\n')
+    with pytest.raises(DataError, match=r"log.csv: the first line cannot be read.*files.quoted"):
+        read(path)
+
+
+def test_utf_16_is_read_and_without_its_mark_refused_by_the_key(tmp_path):
+    path, text = tmp_path / "log.csv", "user_id,item_id,timestamp\n1,é,3\n"
+    path.write_bytes(text.encode("utf-16"))
+    assert read(path) == ([("1", "é", "3")], [])
+    path.write_bytes(text.encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"log.csv: the first line cannot be read.*files.encoding"):
+        read(path)
+
+
+def test_old_line_ends_nul_bytes_and_a_last_line_without_end(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b'user_id,item_id,timestamp\r1,"a\rb",5\r2,c\0d,6\r3,e,7')
+    rows, malformed = read(path)
+    assert rows == [("1", "a\nb", "5"), ("3", "e", "7")]
+    assert malformed == ["2,c\0d,6"]
+    path.write_bytes(b"user_id,item_id,timestamp\n1,a\rb,5\n")
+    assert read(path) == ([], ["1,a\rb,5"])
+    assert read(path, FileFormat(quoted=False)) == ([("1", "a\rb", "5")], [])
+
+
+def test_what_is_no_text_costs_a_row_only_in_a_column_that_is_read(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"user_id,item_id,timestamp,text\n1,a,5,\xff\n2,\xff,6,x\n3,b,\xff\n4,\xef\xbf\xbd,7,x\n")
+    rows, malformed = read(path)
+    assert rows == [("1", "a", "5"), ("4", "\ufffd", "7")]
+    assert len(malformed) == 2
+    path.write_bytes(b"user_id,item_id,timestamp\n1,\x81,5\n2,\x80,6\n")
+    assert read(path, FileFormat(encoding="cp1252")) == ([("2", "€", "6")], ["1,\ufffd,5"])
+
+
+def test_a_row_knows_its_number_in_the_file(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('user_id,item_id,timestamp\n1,a\n2,"b"c\n\n3,c,5\n4,d\n5,e,6\n')
+    (file,) = find_inputs(str(path), options=FileFormat())
+    (block,) = read_blocks(file, mapping=MAPPING, options=FileFormat())
+    assert [block.row_number(row) for row in range(2)] == [3, 5]
+    assert sorted(zip(block.malformed_at, block.malformed, strict=True)) == [(0, "1,a"), (1, '2,"b"c'), (3, "4,d")]
+
+
+def test_of_a_long_malformed_record_the_beginning_is_kept(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "x" * 5_000 + "\n" + "é" * 5_000 + '\n"' + "z" * 5_000 + "\n")
+    assert [(line[0], len(line) < 1_100, line[-13:]) for line in read(path)[1]] == [
+        ("x", True, " (5000 bytes)"), ("é", True, "(10000 bytes)"), ('"', True, " (5001 bytes)"),
+    ]  # fmt: skip
+
+
 def test_long_separator_other_encoding_and_named_columns(tmp_path):
     path = tmp_path / "log.dat"
     path.write_bytes("1::Café::5\n2::b\n".encode("latin-1"))
@@ -129,7 +199,7 @@ def test_a_gzip_file_cut_short_is_refused_by_name(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("change", [{"format": "xml"}, {"encoding": "utf-16"}, {"separator": ""}])
+@pytest.mark.parametrize("change", [{"format": "xml"}, {"encoding": "utf-16"}, {"separator": ""}, {"separator": "\r"}])
 def test_a_wrong_format_is_refused(change):
     with pytest.raises(ValueError, match="must be"):
         FileFormat(**change)
