@@ -132,6 +132,8 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
         counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
         if plan.inputs:
             counts = log_parts.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
+        if any(part.has_fine_times for part in staged):
+            plan = plan.with_order_from_times()
         staged_users = _stage_users(plan, staging=staging, report=report)
         buckets = ingest.by_bucket(staged, staged_users, plan=plan)
         if plan.users and plan.users_are_new:

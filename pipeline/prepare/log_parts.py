@@ -36,6 +36,8 @@ class StagedPart:
     """Name of the staged file of distinct items; None without a valid event."""
     fragments: list[Fragment]
     """The valid events by bucket."""
+    has_fine_times: bool
+    """Whether a time has a part below the millisecond and no order is mapped: the events then have an order."""
 
 
 def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
@@ -53,6 +55,7 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
     items: list[pl.Series] = []
     actions: set[str] = set()
     bounds: list[int] = []
+    has_fine_times = False
     try:
         blocks = readers.read_blocks(file, mapping=mapping, options=plan.files, row_group=part.row_group)
         for count, block in enumerate(blocks):
@@ -67,6 +70,11 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
             rejected.append(checked.rejected)
             if not checked.events.height:
                 continue
+            events = checked.events
+            if "order" in events.columns and plan.columns.order is None:
+                # A data set that began without them goes on so.
+                has_fine_times = plan.parent is None or plan.takes_order_from_times
+                events = events if has_fine_times else events.drop("order")
             items.append(checked.events["item_id"].unique())
             if "action" in mapping:
                 actions |= set(checked.events["action"].drop_nulls().unique())
@@ -74,7 +82,7 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
                 times = checked.events["timestamp"].to_numpy()
                 bounds += [int(times.min()), int(times.max())]
             name = f"events-{number:06d}-{count:04d}.arrow"
-            fragments += write_fragments(store, name, checked.events, buckets=plan.config["buckets"])
+            fragments += write_fragments(store, name, events, buckets=plan.config["buckets"])
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith(file.name) else f"{file.name}: {text}") from None
@@ -91,7 +99,7 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
         counts[Reason.FORGOTTEN_USER.value] = forgotten
     return StagedPart(
         number=number, read=read, valid=valid, rejected=counts, actions=sorted(actions), items=items_file,
-        time_range=[min(bounds), max(bounds)] if bounds else None, fragments=fragments,
+        time_range=[min(bounds), max(bounds)] if bounds else None, fragments=fragments, has_fine_times=has_fine_times,
     )  # fmt: skip
 
 

@@ -84,6 +84,15 @@ class Plan:
         """The data set so far; None if there is none."""
         return Shards(self.out, self.parent) if self.parent else None
 
+    @property
+    def takes_order_from_times(self) -> bool:
+        """Whether the events' order is what their times have below the millisecond."""
+        return "order" in self.schema["columns"] and self.columns.order is None
+
+    def with_order_from_times(self) -> Plan:
+        """The plan of a new data set in which what times have below the millisecond is the order."""
+        return dataclasses.replace(self, schema=self.schema | {"columns": _with_order(self.schema["columns"])})
+
     def empty_events(self) -> pl.DataFrame:
         """An empty table with the columns and types of the log's events."""
         ids = {"int64": pl.Int64(), "string": pl.String()}
@@ -228,13 +237,20 @@ def _schema(parent: Manifest | None, new: list[Input], *, columns: EventColumns,
         if added := [name for name in columns.mapping() if name not in schema["columns"]]:
             found = readers.log_schema(new, columns=columns, options=files)
             schema = schema | {
-                "columns": found["columns"],
+                "columns": _with_order(found["columns"]) if "order" in schema["columns"] else found["columns"],
                 "added": [*schema.get("added", []), *added],
                 "id_types": found["id_types"] | schema["id_types"],
             }
     for file in new:
         readers.describe(file, mapping=mapping_of(file, columns=columns, files=files, schema=schema), options=files)
     return schema
+
+
+def _with_order(columns: list[str]) -> list[str]:
+    if "order" in columns:
+        return columns
+    place = columns.index("timestamp") + 1
+    return [*columns[:place], "order", *columns[place:]]
 
 
 def mapping_of(file: Input, *, columns: EventColumns, files: FileFormat, schema: dict[str, Any]) -> dict[str, str]:

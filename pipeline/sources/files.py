@@ -217,7 +217,7 @@ def _import_events(log: _Log, writer: EventLogWriter, *, report: Progress) -> No
         reasons.update(checked.rejected["reason"].to_list())
         events = checked.events if kept is None else checked.events.filter(pl.col("item_id").is_in(kept.implode()))
         rare += checked.events.height - events.height
-        writer.add_events(events)
+        writer.add_events(events if config.columns.order else _with_whole_times(events))
         writer.add_rejected(checked.rejected.with_columns(pl.lit(file.name).alias("file")))
     if kept is not None:
         writer.leave_out({f"events of items with fewer than {config.min_item_events}": rare})
@@ -232,6 +232,14 @@ def _import_events(log: _Log, writer: EventLogWriter, *, report: Progress) -> No
             f"{names}: {bad} of {read} rows are invalid ({counts}), above max_rejected_ratio "
             f"{config.max_rejected_ratio}; check the mapping or raise the ratio"
         )
+
+
+def _with_whole_times(events: pl.DataFrame) -> pl.DataFrame:
+    """Times in nanoseconds where they have a part below the millisecond, which validation hands over as the order."""
+    if "order" not in events.columns:
+        return events
+    whole = pl.col("timestamp") * 1_000_000 + pl.col("order")
+    return events.with_columns(timestamp=whole.cast(pl.Datetime("ns", "UTC"))).drop("order")
 
 
 def _frequent_items(log: _Log, *, report: Progress) -> pl.Series:

@@ -216,3 +216,21 @@ def test_a_log_imported_before_there_was_a_limit_is_still_the_same(files):
     assert "min_item_events" not in json.loads(Path(out, "source.json").read_text())["mapping"]
     with pytest.raises(DataError, match=r"another mapping\.min_item_events|another mapping"):
         import_files(events, out, config=dataclasses.replace(CONFIG, min_item_events=2), items=items)
+
+
+def test_an_imported_log_keeps_times_as_fine_as_they_are(tmp_path, prepare, monkeypatch):
+    from pipeline.sources import event_log
+
+    monkeypatch.setattr(event_log, "_ROW_GROUP_EVENTS", 1)
+    logs, out, shards = tmp_path / "logs", tmp_path / "log", tmp_path / "shards"
+    logs.mkdir()
+    (logs / "a.csv").write_text("user_id,item_id,timestamp\nu,a,1709164800\n")
+    (logs / "b.jsonl").write_text('{"user_id": "u", "item_id": "b", "timestamp": "2024-02-29T00:00:00.000000002Z"}\n')
+    (logs / "c.csv").write_text("user_id,item_id,timestamp\nu,c,2024-02-29 00:00\n")
+    import_files(str(logs), str(out), config=ImportConfig())
+    tables = [pl.read_parquet(path) for path in sorted(out.glob("*.parquet"))]
+    assert [table.schema["timestamp"] for table in tables] == [pl.Datetime(unit, "UTC") for unit in ("ms", "ns")]
+    assert pl.concat(table["timestamp"].dt.epoch("ns") - 1_709_164_800 * 10**9 for table in tables).to_list() == [0, 2, 0]
+    manifest = prepare(out, shards).manifest
+    assert manifest.schema["columns"] == ["user_id", "item_id", "timestamp", "order"]
+    assert manifest.counts["accepted"] == 3
