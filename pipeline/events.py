@@ -64,8 +64,8 @@ class EventColumns:
     """Time of the event: an Arrow timestamp or date, a text in ISO 8601 (both UTC unless they have a zone), or a number
     in `timestamp_unit`, also as text. Stored in milliseconds."""
     order: str | None = None
-    """Integer that orders a user's events where times are absent or equal. If it is absent, a new data set takes what its
-    times have below a millisecond, in nanoseconds."""
+    """Integer that orders a user's events where times are absent or equal. If it is absent, a new data set takes what
+    its times have below a millisecond, in nanoseconds."""
     action: str | None = None
     """Category of the event; an empty value means none."""
     label: str | None = None

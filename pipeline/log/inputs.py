@@ -19,6 +19,8 @@ _EDGE_BYTES = 64 << 10
 _SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz")
 _NOT_EVENTS = ("items.parquet", "users.parquet", "rejected.parquet")
+MISSING_WORDS = ("NULL", "null", "\\N", "None", "NaN", "nan", "<NA>")
+"""Fields of CSV files without a value, as databases, pandas and R write them."""
 _ENCODINGS = ("utf-8", "latin-1", "cp1252")
 
 
@@ -39,11 +41,17 @@ class FileFormat:
     quoted: bool = True
     """CSV: a field may be enclosed in double quotes and may then hold line breaks (RFC 4180); a record over several
     lines has at most 128 KiB, or its first line is malformed. false = a quote is an ordinary character."""
+    missing: tuple[str, ...] | None = None
+    """Words that mean that there is no value, such as '["NULL", \\N]'. By default a field of a CSV file is missing if
+    it is empty or one of NULL, null, \\N, None, NaN, nan, <NA> without quotes, while each string of a JSON or Parquet
+    file is a value. Words named here count in all formats, in CSV files without quotes; [] = none."""
     typed_header: bool = False
     """CSV: the header line has name:type for each column, as in RecBole's files; only the name is kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "header", tuple(self.header))
+        if self.missing is not None:
+            object.__setattr__(self, "missing", tuple(self.missing))
         if self.format not in ("auto", "parquet", "csv", "jsonl"):
             raise ValueError(f"format is {self.format!r}: it must be auto, parquet, csv or jsonl")
         if self.encoding not in _ENCODINGS:

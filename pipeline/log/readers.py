@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
-from pipeline.log.inputs import FileFormat, Input, is_packed
+from pipeline.log.inputs import MISSING_WORDS, FileFormat, Input, is_packed
 from pipeline.log.records import first_record
 from pipeline.log.text import LONGEST_LINE, text_pieces
 from pipeline.log.text_rows import csv_format, json_format, split_record
@@ -132,21 +132,22 @@ def read_blocks(
 ) -> Iterator[Block]:
     """The rows of the file (or of one row group) in blocks of bounded size."""
     if file.format == "parquet":
-        yield from _read_parquet(file, mapping, row_group)
+        yield from _read_parquet(file, mapping, options, row_group)
         return
     header = 0
     if file.format == "csv":
         if not (names := _csv_names(file, options)):
             return
         header = 0 if options.header else _first_record(file, options)[1]
-        missing = ()
+        missing = MISSING_WORDS if options.missing is None else options.missing
         rows_of = csv_format(names, mapping, separator=options.separator, quoted=options.quoted, missing=missing).rows
     else:
         rows_of = json_format(mapping).rows
     before = 0
     for rows in rows_of(_after(header, text_pieces(file, encoding=options.encoding, size=_BLOCK_BYTES))):
         if count := rows.table.height + len(rows.malformed):
-            yield Block(table=rows.table, malformed=rows.malformed, malformed_at=rows.malformed_at, before=before)
+            table = _without_words(rows.table, options) if file.format == "jsonl" else rows.table
+            yield Block(table=table, malformed=rows.malformed, malformed_at=rows.malformed_at, before=before)
             before += count
 
 
@@ -190,10 +191,19 @@ def _after(size: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
         size = max(0, size - len(piece))
 
 
-def _read_parquet(file: Input, mapping: dict[str, str], row_group: int | None) -> Iterator[Block]:
+def _without_words(table: pl.DataFrame, options: FileFormat) -> pl.DataFrame:
+    """Null in place of the strings that options.missing names; of no others, because a string is a value here."""
+    if not options.missing:
+        return table
+    is_value = ~pl.col(pl.String).is_in(options.missing)
+    return table.with_columns(pl.when(is_value).then(pl.col(pl.String)).name.keep())
+
+
+def _read_parquet(file: Input, mapping: dict[str, str], options: FileFormat, row_group: int | None) -> Iterator[Block]:
     with _open_parquet(file) as parquet:
         groups = None if row_group is None else [row_group]
         columns = list(dict.fromkeys(mapping.values()))
+        before = sum(parquet.metadata.row_group(group).num_rows for group in range(row_group or 0))
         batches = parquet.iter_batches(batch_size=_BLOCK_ROWS, row_groups=groups, columns=columns)
         while True:
             try:
@@ -203,7 +213,9 @@ def _read_parquet(file: Input, mapping: dict[str, str], row_group: int | None) -
             if batch is None:
                 return
             frame = pl.DataFrame(batch)
-            yield Block(table=frame.select(pl.col(c).alias(name) for name, c in mapping.items()), malformed=[])
+            table = frame.select(pl.col(column).alias(name) for name, column in mapping.items())
+            yield Block(table=_without_words(table, options), malformed=[], before=before)
+            before += table.height
 
 
 def _open_parquet(file: Input) -> pq.ParquetFile:

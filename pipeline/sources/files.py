@@ -163,7 +163,7 @@ def _mapping(config: ImportConfig, *, left_out: set[str]) -> dict[str, Any]:
     """The part of the configuration that the log depends on; newer options are omitted where they are off."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     for files in (part["files"] for part in (fields, fields["items"], fields.get("users")) if part):
-        for name, off in (("typed_header", False), ("quoted", True)):
+        for name, off in (("typed_header", False), ("quoted", True), ("missing", None)):
             if files[name] == off:
                 del files[name]
     return fields

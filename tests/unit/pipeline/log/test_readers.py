@@ -126,6 +126,67 @@ def test_json_lines_become_text_and_bad_lines_are_handed_back(tmp_path):
     assert read(path) == ([("1", "a", "1.5"), (None, None, None)], lines[1:4])
 
 
+def test_words_for_nothing_are_missing_in_csv_only_without_quotes_and_elsewhere_only_if_named(tmp_path):
+    words = ["NULL", "\\N", "nan", "None", "null", "NaN", "<NA>", "NA", ""]
+    kept = [None] * 7 + ["NA", ""]
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f'{word},"{word}",5\n' for word in words))
+    rows, _ = read(path)
+    assert [row[0] for row in rows] == kept
+    assert [row[1] for row in rows] == words
+    named = FileFormat(missing=["NA"])
+    assert [row[0] for row in read(path, named)[0]] == [*words[:7], None, ""]
+    assert [row[0] for row in read(path, FileFormat(missing=[]))[0]] == words
+
+    # Where fields cannot be quoted, also on the slower way.
+    for separator in (";", "::"):
+        path.write_text(separator.join(["user_id", "item_id", "timestamp"]) + "\n" + f"NULL{separator}a{separator}5\n")
+        assert read(path, FileFormat(quoted=False, separator=separator)) == ([(None, "a", "5")], [])
+
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"user_id": word, "item_id": None, "timestamp": 5}) + "\n" for word in words))
+    assert [row[0] for row in read(path)[0]] == words
+    assert [row[0] for row in read(path, named)[0]] == [*words[:7], None, ""]
+    path = tmp_path / "log.parquet"
+    pl.DataFrame({"user_id": words, "item_id": 1, "timestamp": None}).write_parquet(path)
+    assert [row[0] for row in read(path)[0]] == words
+    assert read(path, named)[0][7] == (None, 1, None)
+
+
+def test_a_broken_surrogate_costs_its_row_and_only_in_a_column_that_is_read(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [
+        rb'{"user_id": "\ud83d", "item_id": "a", "timestamp": 5}',
+        rb'{"user_id": "u", "x": "\ud83d", "item_id": 1}',
+    ]
+    lines += [b'{"user_id": "\xed\xa0\xbd"}', b'{"user_id": "\xff"}', b'{"user_id": "v", "x": "\xff"}']
+    lines += [rb'{"user_id": "\ud83d\ude42"}']
+    path.write_bytes(b"\n".join(lines))
+    rows, malformed = read(path)
+    assert rows == [("u", "1", None), ("v", None, None), ("\U0001f642", None, None)]
+    assert [line[:20] for line in malformed] == [
+        '{"user_id": "\\ud83d"', '{"user_id": "\ufffd\ufffd\ufffd"}'[:20], '{"user_id": "\ufffd"}',
+    ]  # fmt: skip
+
+
+def test_numbers_of_json_without_a_value_are_missing_and_large_ones_stay_texts(tmp_path):
+    path = tmp_path / "log.jsonl"
+    numbers = ["NaN", "Infinity", "-Infinity", "1e400", "null", "1" * 30, "1.50", "1e22", "9" * 5_000]
+    path.write_text("".join(f'{{"user_id": 1, "item_id": 2, "timestamp": {n}}}\n' for n in numbers))
+    rows, malformed = read(path)
+    assert [row[2] for row in rows] == [None] * 5 + ["1" * 30, "1.5", "1e+22"]
+    # Python refuses to convert so many digits.
+    assert [line[-13:] for line in malformed] == [" (5043 bytes)"]
+
+
+def test_of_equal_keys_the_last_counts_and_deep_nesting_costs_its_row(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"user_id": 1, "user_id": 2}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
+    rows, malformed = read(path)
+    assert rows == [("2", None, None), ("3", None, None)]
+    assert len(malformed) == 1
+
+
 def test_compressed_text_is_read(tmp_path):
     path = tmp_path / "log.csv.gz"
     path.write_bytes(gzip.compress(b"user_id,item_id,timestamp\n1,2,3\n"))
@@ -149,7 +210,7 @@ def test_any_block_size_reads_the_same_lines(tmp_path_factory, lines, block):
     path.write_text("user_id,item_id,timestamp\n" + "\n".join(texts), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_BLOCK_BYTES", block)
-        rows, malformed = read(path)
+        rows, malformed = read(path, FileFormat(missing=[]))
     full = [tuple(text.split(",")) for text in texts if text]
     assert rows == [fields for fields in full if len(fields) == 3]
     assert malformed == [",".join(fields) for fields in full if len(fields) != 3]
