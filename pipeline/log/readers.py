@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
-from pipeline.log.inputs import FileFormat, Input, is_packed
+from pipeline.log.inputs import FileFormat, Input
 from pipeline.log.text_rows import csv_parser, json_parser, split_line
 
 _BLOCK_BYTES = 16 << 20
@@ -74,7 +74,7 @@ def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
         return {}
     if file.format == "csv":
         line = first.decode("utf-8", "replace")
-        names = options.header or tuple(split_line(line, options.separator, quoted=options.quoted) or ())
+        names = options.header or tuple(split_line(line, file.separator, quoted=options.quoted) or ())
         if options.typed_header:
             names = tuple(name.partition(":")[0] for name in names)
         return {name: pl.String() for name in names}
@@ -99,8 +99,9 @@ def log_schema(files: list[Input], *, columns: EventColumns, options: FileFormat
 
 
 def count_row_groups(file: Input) -> int:
-    """How many parts of the file can be read separately: the row groups of a Parquet file, 1 for a text file."""
-    if file.format != "parquet":
+    """How many parts of the file can be read separately: the row groups of a Parquet file; 1 for a text file, and for
+    one that is compressed as a whole."""
+    if file.format != "parquet" or file.compression:
         return 1
     with _open_parquet(file) as parquet:
         return parquet.metadata.num_row_groups
@@ -111,7 +112,7 @@ def estimate_rows(file: Input) -> int:
     if file.format == "parquet":
         with _open_parquet(file) as parquet:
             return parquet.metadata.num_rows
-    return (_PACKING if is_packed(file) else 1) * file.bytes // _LINE_BYTES
+    return (_PACKING if file.compression else 1) * file.bytes // _LINE_BYTES
 
 
 def read_blocks(
@@ -119,13 +120,13 @@ def read_blocks(
 ) -> Iterator[Block]:
     """The rows of the file (or of one row group) in blocks of bounded size."""
     if file.format == "parquet":
-        yield from _read_parquet(file, mapping, row_group)
+        yield from _read_parquet(file, mapping, None if file.compression else row_group)
         return
     skip_header = file.format == "csv" and not options.header
     names = list(read_schema(file, options=options))
     parse = json_parser(mapping)
     if file.format == "csv":
-        parse = csv_parser(names, mapping, separator=options.separator, quoted=options.quoted)
+        parse = csv_parser(names, mapping, separator=file.separator, quoted=options.quoted)
     for block in _line_blocks(file, options):
         if skip_header:
             block, skip_header = block.partition(b"\n")[2], False

@@ -25,6 +25,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.events import DataError, flatten
+from pipeline.log.inputs import summary
 from pipeline.storage import Store
 
 FORMAT_VERSION = 1
@@ -45,7 +46,7 @@ class Imported:
     rejected: int
     """Rows of the source that are not valid events."""
     left_out: dict[str, int]
-    """{description: count} of valid data that the import left out by its rules."""
+    """{description: count} of what the import left out by its rules: valid data, files."""
     reused: bool
     """True if an earlier import had written this log already."""
 
@@ -57,6 +58,7 @@ class EventLogWriter:
         self.folder = folder
         self.num_events = self.num_items = self.num_users = self.num_rejected = 0
         self.left_out: dict[str, int] = {}
+        self.files_left_out: dict[str, str] = {}
         self._pending: list[pl.DataFrame] = []
         self._writers: dict[str, pq.ParquetWriter] = {}
 
@@ -84,6 +86,11 @@ class EventLogWriter:
     def leave_out(self, counts: Mapping[str, int]) -> None:
         """Record what a rule of the import left out, as {description: count}."""
         self.left_out |= counts
+
+    def leave_out_files(self, names: Mapping[str, str]) -> None:
+        """Record which files of the source were not read, as {name: why}."""
+        self.files_left_out |= names
+        self.leave_out(summary(names))
 
     def close(self) -> None:
         self._flush()
@@ -150,6 +157,7 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             **counts,
             "user_rows": writer.num_users,
             "left_out": writer.left_out,
+            **({"files_left_out": writer.files_left_out} if writer.files_left_out else {}),
             "files": files,
         }
         Store(str(staged)).write("source.json", (json.dumps(description, indent=1) + "\n").encode())
