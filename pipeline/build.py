@@ -90,7 +90,7 @@ class Prepared:
     reused: bool
     """Nothing was new."""
     left_out: Sequence[str]
-    """Days of the log that are not complete yet, and why."""
+    """What of the log was not read, and why: days that are not complete yet, and files."""
 
 
 def prepare(

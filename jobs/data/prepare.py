@@ -85,8 +85,8 @@ def prepare_shards(
             f"{_found(prepared.reused)}{events_line(counts)}; {manifest.users:,} users, "
             f"{manifest.items:,} items in {out}"
         )
-    for day in prepared.left_out:
-        console.line(f"{'':<12} left out: {day}")
+    for what in prepared.left_out:
+        console.line(f"{'':<12} left out: {what}")
     return prepared
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
-from pipeline.log.inputs import MISSING_WORDS, FileFormat, Input, is_packed
+from pipeline.log.inputs import MISSING_WORDS, FileFormat, Input
 from pipeline.log.records import first_record
 from pipeline.log.text import LONGEST_LINE, text_pieces
 from pipeline.log.text_rows import csv_format, json_format, split_record
@@ -112,8 +112,9 @@ def log_schema(files: list[Input], *, columns: EventColumns, options: FileFormat
 
 
 def count_row_groups(file: Input) -> int:
-    """How many parts of the file can be read separately: the row groups of a Parquet file, 1 for a text file."""
-    if file.format != "parquet":
+    """How many parts of the file can be read separately: the row groups of a Parquet file; 1 for a text file, and for
+    one that is compressed as a whole."""
+    if file.format != "parquet" or file.compression:
         return 1
     with _open_parquet(file) as parquet:
         return parquet.metadata.num_row_groups
@@ -124,7 +125,7 @@ def estimate_rows(file: Input) -> int:
     if file.format == "parquet":
         with _open_parquet(file) as parquet:
             return parquet.metadata.num_rows
-    return (_PACKING if is_packed(file) else 1) * file.bytes // _LINE_BYTES
+    return (_PACKING if file.compression else 1) * file.bytes // _LINE_BYTES
 
 
 def read_blocks(
@@ -132,7 +133,7 @@ def read_blocks(
 ) -> Iterator[Block]:
     """The rows of the file (or of one row group) in blocks of bounded size."""
     if file.format == "parquet":
-        yield from _read_parquet(file, mapping, options, row_group)
+        yield from _read_parquet(file, mapping, options, None if file.compression else row_group)
         return
     header = 0
     if file.format == "csv":
@@ -140,7 +141,7 @@ def read_blocks(
             return
         header = 0 if options.header else _first_record(file, options)[1]
         missing = MISSING_WORDS if options.missing is None else options.missing
-        rows_of = csv_format(names, mapping, separator=options.separator, quoted=options.quoted, missing=missing).rows
+        rows_of = csv_format(names, mapping, separator=file.separator, quoted=options.quoted, missing=missing).rows
     else:
         rows_of = json_format(mapping).rows
     before = 0
@@ -156,7 +157,7 @@ def _csv_names(file: Input, options: FileFormat) -> list[str]:
     names = list(options.header)
     if not names and (header := _first_record(file, options)[0]):
         text = header.decode("utf-8", "replace")
-        names = split_record(text, options.separator, quoted=options.quoted)
+        names = split_record(text, file.separator, quoted=options.quoted)
         if names is None or "\0" in text:
             raise _bad_header(file)
     return [name.partition(":")[0] for name in names] if options.typed_header else names
@@ -164,8 +165,8 @@ def _csv_names(file: Input, options: FileFormat) -> list[str]:
 
 def _first_record(file: Input, options: FileFormat) -> tuple[bytes, int]:
     """(the first record, its length in bytes with all that stands before the second one); empty for an empty file."""
-    is_quoted = file.format == "csv" and options.quoted and len(options.separator) == 1
-    separator = options.separator.encode() if is_quoted else None
+    is_quoted = file.format == "csv" and options.quoted and len(file.separator) == 1
+    separator = file.separator.encode() if is_quoted else None
     head = b""
     for size in _HEAD_BYTES:
         pieces = text_pieces(file, encoding=options.encoding, size=size)

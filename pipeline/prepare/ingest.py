@@ -190,6 +190,7 @@ def finish(
         parent=parent.fingerprint if parent else None,
         tombstones=parent.tombstones if parent else None,
         oldest=parent.oldest if parent else 1,
+        left_out=plan.files_left_out,
     )
 
 

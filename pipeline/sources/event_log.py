@@ -26,6 +26,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.events import DataError, flatten
+from pipeline.log.inputs import summary
 from pipeline.storage import Store
 
 FORMAT_VERSION = 1
@@ -47,7 +48,7 @@ class Imported:
     rejected: int
     """Rows of the source that are not valid events."""
     left_out: dict[str, int]
-    """{description: count} of valid data that the import left out by its rules."""
+    """{description: count} of what the import left out by its rules: valid data, files."""
     reused: bool
     """True if an earlier import had written this log already."""
 
@@ -61,6 +62,7 @@ class EventLogWriter:
         self.left_out: dict[str, int] = {}
         self._time_unit: Literal["ms", "ns"] = "ms"
         self._more_files = 0
+        self.files_left_out: dict[str, str] = {}
         self._pending: list[pl.DataFrame] = []
         self._writers: dict[str, pq.ParquetWriter] = {}
 
@@ -88,6 +90,11 @@ class EventLogWriter:
     def leave_out(self, counts: Mapping[str, int]) -> None:
         """Record what a rule of the import left out, as {description: count}."""
         self.left_out |= counts
+
+    def leave_out_files(self, names: Mapping[str, str]) -> None:
+        """Record which files of the source were not read, as {name: why}."""
+        self.files_left_out |= names
+        self.leave_out(summary(names))
 
     def close(self) -> None:
         self._flush()
@@ -159,6 +166,7 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             **counts,
             "user_rows": writer.num_users,
             "left_out": writer.left_out,
+            **({"files_left_out": writer.files_left_out} if writer.files_left_out else {}),
             "files": files,
         }
         Store(str(staged)).write("source.json", (json.dumps(description, indent=1) + "\n").encode())

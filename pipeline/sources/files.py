@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import polars as pl
@@ -110,47 +110,55 @@ class ImportConfig:
 
 
 def import_files(
-    events: str | Sequence[str], out: str, *, config: ImportConfig, items: str | None = None,
-    users: str | None = None, reshape: Reshape | None = None, progress: Progress | None = None,
+    events: str | Sequence[str], out: str, *, config: ImportConfig, items: str | Sequence[str] | None = None,
+    users: str | None = None, reshape: Reshape | None = None, left_out: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Imported:  # fmt: skip
     """Write the event log `out` from the file, directory or pattern `events` (or several), and its tables from `items`
-    and `users`. `reshape` converts rows of another form to one row per event with a label.
+    (or several) and `users`. `reshape` converts rows of another form to one row per event with a label. `left_out`:
+    {name: why} of files beside them that the caller leaves out.
 
     DataError, with nothing written: a file is missing or cannot be read completely, a column is missing, the log is
     empty, too many rows are invalid, or `out` has other content.
     """
-    if items is not None and not (config.items.features or config.items.list_features):
-        raise DataError(f"{items}: no item feature is named; set items.features or items.list_features")
+    item_paths = [items] if isinstance(items, str) else items or []
+    if item_paths and not (config.items.features or config.items.list_features):
+        raise DataError(f"{item_paths[0]}: no item feature is named; set items.features or items.list_features")
     if users is not None and not (config.users.features or config.users.list_features):
         raise DataError(f"{users}: no user feature is named; set users.features or users.list_features")
     # List the files and describe the source.
-    paths = [events] if isinstance(events, str) else events
-    found = [file for path in paths for file in inputs.find_inputs(path, options=config.files)]
-    item_files = inputs.find_inputs(items, options=config.items.files) if items else []
+    item_files = [file for path in item_paths for file in inputs.find_inputs(path, options=config.items.files)]
     user_files = inputs.find_inputs(users, options=config.users.files) if users else []
+    found, unused = _find_events(
+        [events] if isinstance(events, str) else events, config, [file.url for file in (*item_files, *user_files)]
+    )
     for file in user_files:
         _refuse_bad_features(file, config.users)
+    identified = [_identify(file) for file in found]
     # Options that are off are omitted: the description then equals that of a log from before the options existed.
-    left_out = {"max_rejected_ratio"} if users else {"max_rejected_ratio", "users"}
-    left_out |= {name for name in ("min_item_events", "min_label") if not getattr(config, name)}
+    omitted = {"max_rejected_ratio"} if users else {"max_rejected_ratio", "users"}
+    omitted |= {name for name in ("min_item_events", "min_label") if not getattr(config, name)}
     source = {
         "source": "files",
-        "inputs": [_identify(file) for file in found],
+        "inputs": identified,
         "item_inputs": [_identify(file) for file in item_files],
         **({"user_inputs": [_identify(file) for file in user_files]} if users else {}),
-        "mapping": _mapping(config, left_out=left_out),
+        "mapping": _mapping(config, omitted=omitted, separators={file.separator for file in found}),
     }
     if existing := find_event_log(out, source=source):
         return existing
     report = progress or (lambda stage, done, total: None)
+    equal = inputs.equal_files({file["name"]: file["checksum"] for file in identified})
+    found = [file for file in found if file.name not in equal]
 
     def fill(writer: EventLogWriter) -> None:
+        writer.leave_out_files({**(left_out or {}), **unused, **equal})
         written = dataclasses.replace(config.columns, label=None) if reshape else config.columns
         schema = readers.log_schema(found, columns=written, options=config.files)
         log = _Log(files=found, config=config, id_types=schema["id_types"], written=written, reshape=reshape)
         _import_events(log, writer, report=report)
-        for file in item_files:
-            writer.add_items(pl.concat(_read_features(file, config.items, id_type=schema["id_types"]["item_id"])))
+        if item_files:
+            writer.add_items(_read_items(item_files, config.items, id_type=schema["id_types"]["item_id"]))
         for file in user_files:
             # Block by block: the users table may not fit into memory.
             for block in _read_features(file, config.users, id_type=schema["id_types"]["user_id"]):
@@ -159,10 +167,28 @@ def import_files(
     return write_event_log(out, source=source, fill=fill)
 
 
-def _mapping(config: ImportConfig, *, left_out: set[str]) -> dict[str, Any]:
-    """The part of the configuration that the log depends on; newer options are omitted where they are off."""
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+def _find_events(paths: Sequence[str], config: ImportConfig, tables: list[str]) -> tuple[list[Input], dict[str, str]]:
+    """The event files behind the paths, and {name: why} of the files that are left out."""
+    found, left_out = [], {}
+    for path in paths:
+        here = inputs.find(path, options=config.files, tables=tables)
+        here.refuse_unread(path)
+        found += here.inputs
+        left_out |= here.left_out
+    return found, left_out
+
+
+def _mapping(config: ImportConfig, *, omitted: set[str], separators: set[str]) -> dict[str, Any]:
+    """The part of the configuration that the log depends on; newer options are omitted where they are off.
+
+    `separators`: those of the event files. Which files were read is told by their list, not by files.ignore.
+    """
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in omitted}
     for files in (part["files"] for part in (fields, fields["items"], fields.get("users")) if part):
+        del files["ignore"]
+        # A log from before the separator could be found by itself has a comma here.
+        if files["separator"] == "auto" and (files is not fields["files"] or separators == {","}):
+            files["separator"] = ","
         for name, off in (("typed_header", False), ("quoted", True), ("missing", None)):
             if files[name] == off:
                 del files[name]
@@ -249,6 +275,12 @@ def _frequent_items(log: _Log, *, report: Progress) -> pl.Series:
         return pl.Series("item_id", [], pl.Int64 if log.id_types["item_id"] == "int64" else pl.String)
     total = pl.concat(counts).group_by("item_id").agg(pl.col("len").sum())
     return total.filter(pl.col("len") >= log.config.min_item_events)["item_id"]
+
+
+def _read_items(files: list[Input], columns: ItemColumns, *, id_type: str) -> pl.DataFrame:
+    """The table of all items. An item in several files has the features of the first one."""
+    tables = [pl.concat(_read_features(file, columns, id_type=id_type)) for file in files]
+    return tables[0] if len(tables) == 1 else pl.concat(tables).unique("item_id", keep="first", maintain_order=True)
 
 
 def _read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[pl.DataFrame]:

@@ -216,25 +216,6 @@ def test_any_block_size_reads_the_same_lines(tmp_path_factory, lines, block):
     assert malformed == [",".join(fields) for fields in full if len(fields) != 3]
 
 
-def test_a_directory_lists_event_files_only(tmp_path):
-    pl.DataFrame({"user_id": [1]}).write_parquet(tmp_path / "b.parquet")
-    for name in ("items.parquet", "rejected.parquet", "source.json", ".hidden.csv", "_SUCCESS", "a.csv"):
-        (tmp_path / name).write_text("x")
-    names = [file.name for file in find_inputs(str(tmp_path), options=FileFormat())]
-    assert names == [f"{tmp_path.name}/a.csv", f"{tmp_path.name}/b.parquet"]
-    assert len(find_inputs(f"{tmp_path}/*.parquet", options=FileFormat())) == 1
-
-
-def test_missing_path_empty_directory_and_unknown_format_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
-        find_inputs(str(tmp_path / "nowhere"), options=FileFormat())
-    with pytest.raises(DataError, match="no event files"):
-        find_inputs(str(tmp_path), options=FileFormat())
-    (tmp_path / "log.dat").write_text("")
-    with pytest.raises(DataError, match="set format"):
-        find_inputs(str(tmp_path / "log.dat"), options=FileFormat())
-
-
 def test_a_missing_column_is_refused_with_those_that_exist(tmp_path):
     path = tmp_path / "log.parquet"
     pl.DataFrame({"user": [1], "item_id": [2], "timestamp": [3]}).write_parquet(path)

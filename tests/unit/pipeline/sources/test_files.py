@@ -237,3 +237,41 @@ def test_an_imported_log_keeps_times_as_fine_as_they_are(tmp_path, prepare, monk
     manifest = prepare(out, shards).manifest
     assert manifest.schema["columns"] == ["user_id", "item_id", "timestamp", "order"]
     assert manifest.counts["accepted"] == 3
+
+
+def test_files_that_are_left_out_are_named_and_counted_and_change_no_later_import(tmp_path):
+    """A log of several tools: a day twice, an empty file, notes, the table of items."""
+    folder, out = tmp_path / "days", str(tmp_path / "log")
+    folder.mkdir()
+    text = "user_id,item_id,timestamp\n1,2,3\n"
+    for name in ("a.csv", "copy of a.csv"):
+        (folder / name).write_text(text)
+    (folder / "b.csv").write_text(text.replace("2,3", "3,4"))
+    (folder / "empty.csv").touch()
+    (folder / "items.csv").write_text("item_id,kind\n2,x\n")
+    config = ImportConfig(items=ItemColumns(features=("kind",)))
+    items = str(folder / "items.csv")
+    before = import_files(str(folder), f"{out}1", config=config, items=items)
+    (folder / "notes.md").write_text("x")
+    with pytest.raises(DataError, match=r"1 file is not read: days/notes.md .*--files.ignore"):
+        import_files(str(folder), out, config=config, items=items)
+    assert not Path(out).exists()
+    ignoring = dataclasses.replace(config, files=FileFormat(ignore="*.md"))
+    assert import_files(str(folder), f"{out}1", config=ignoring, items=items).reused
+    result = import_files(str(folder), out, config=ignoring, items=items)
+    assert (result.events, before.events, result.items) == (2, 2, 1)
+    assert result.left_out == {
+        "file empty: days/empty.csv": 1,
+        "file equal to another file in content: days/copy of a.csv": 1,
+        "file named by files.ignore: days/notes.md": 1,
+    }
+    source = json.loads(Path(out, "source.json").read_text())
+    assert source["files_left_out"] == {
+        "days/copy of a.csv": "equal to another file in content",
+        "days/empty.csv": "empty",
+        "days/notes.md": "named by files.ignore",
+    }
+    assert "ignore" not in source["mapping"]["files"]
+    assert source["mapping"]["files"]["separator"] == "," == source["mapping"]["items"]["files"]["separator"]
+    (folder / "notes.md").unlink()
+    assert import_files(str(folder), out, config=config, items=items).left_out == result.left_out
