@@ -100,7 +100,9 @@ class Validated:
     """Canonical columns; rows in the order of the file. Where no order is mapped and a time has a part below the
     millisecond, `order` has these parts in nanoseconds."""
     rejected: pl.DataFrame
-    """reason, record (the row as JSON, or the unparsed line)."""
+    """reason, record (the row as JSON, or the unparsed line): malformed rows, then the others in the file's order."""
+    rejected_rows: pl.Series
+    """The places of the rejected rows in the block, without the malformed ones."""
     units: Counter[str]
     """{unit: how many numeric times fit it}, as from times.units_that_fit."""
 
@@ -138,7 +140,8 @@ def validate(
     events = checked.filter(pl.col("reason").is_null()).drop("reason", "record")
     if columns.timestamp is not None:
         events = _in_milliseconds(events)
-    return Validated(events=events, rejected=pl.concat([lines, rejected]), units=units)
+    places = checked["reason"].is_not_null().arg_true()
+    return Validated(events=events, rejected=pl.concat([lines, rejected]), rejected_rows=places, units=units)
 
 
 def total_order(columns: list[str]) -> list[str]:

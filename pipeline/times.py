@@ -81,6 +81,11 @@ def units_that_fit(values: pl.Series, *, unit: str) -> Counter[str]:
     return counts
 
 
+def is_usual(milliseconds: int) -> bool:
+    """Whether the time lies between 1990 and tomorrow."""
+    return _1990 * 1_000 <= milliseconds <= (time.time() + 86_400) * 1_000
+
+
 def _of_integers(values: pl.Series, factor: int) -> pl.Series:
     numbers = values.cast(pl.Int64, strict=False)
     is_possible = numbers.is_between(0, _LATEST // factor, closed="left")

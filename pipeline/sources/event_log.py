@@ -49,6 +49,8 @@ class Imported:
     """Rows of the source that are not valid events."""
     left_out: dict[str, int]
     """{description: count} of what the import left out by its rules: valid data, files."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the rows."""
     reused: bool
     """True if an earlier import had written this log already."""
 
@@ -60,6 +62,7 @@ class EventLogWriter:
         self.folder = folder
         self.num_events = self.num_items = self.num_users = self.num_rejected = 0
         self.left_out: dict[str, int] = {}
+        self.notes: list[str] = []
         self._time_unit: Literal["ms", "ns"] = "ms"
         self._more_files = 0
         self.files_left_out: dict[str, str] = {}
@@ -177,7 +180,9 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             raise DataError(f"{out}: another import finished first; run again to reuse its log") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Imported(path=out, reused=False, users=writer.num_users, left_out=writer.left_out, **counts)
+    return Imported(
+        path=out, reused=False, users=writer.num_users, left_out=writer.left_out, notes=tuple(writer.notes), **counts
+    )
 
 
 def _local(out: str) -> Path:

@@ -240,7 +240,7 @@ def import_published(name: str, path: str, out: str, *, progress: Progress | Non
         items = items if config.items.features or config.items.list_features else None
         users = users if config.users.features or config.users.list_features else None
     return import_files(
-        events, out, config=config, items=items, users=users, reshape=layout.reshape, progress=progress,
+        events, out, config=config, items=items, users=users, reshape=layout.reshape, published=name, progress=progress,
     )  # fmt: skip
 
 

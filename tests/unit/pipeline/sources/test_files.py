@@ -275,3 +275,34 @@ def test_files_that_are_left_out_are_named_and_counted_and_change_no_later_impor
     assert source["mapping"]["files"]["separator"] == "," == source["mapping"]["items"]["files"]["separator"]
     (folder / "notes.md").unlink()
     assert import_files(str(folder), out, config=config, items=items).left_out == result.left_out
+
+
+def test_times_in_another_unit_are_refused_by_the_key_and_unusual_ones_are_told(tmp_path):
+    path, out = tmp_path / "log.csv", str(tmp_path / "log")
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800000\nu,b,1709164801000\n")
+    with pytest.raises(DataError, match=r"2 of 2 times .* as ms, not as s: set columns.timestamp_unit ms"):
+        import_files(str(path), out, config=ImportConfig(max_rejected_ratio=1))
+    milliseconds = ImportConfig(columns=EventColumns(timestamp_unit="ms"))
+    assert import_files(str(path), out, config=milliseconds).notes == ()
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800\n")
+    with pytest.raises(DataError, match=r"as s, not as ms: set columns.timestamp_unit s"):
+        import_files(str(path), f"{out}2", config=milliseconds)
+    path.write_text("user_id,item_id,timestamp\nu,a,12\n")
+    notes = import_files(str(path), f"{out}3", config=ImportConfig()).notes
+    assert notes == ("1 of 1 times lie before 1990 or after tomorrow",)
+
+
+def test_a_data_error_shows_a_bad_value_and_a_way_out_that_the_command_has(tmp_path):
+    path, out = tmp_path / "log.csv", str(tmp_path / "log")
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800\nu,b,29.02.2024\n")
+    bad = rf"for example '29.02.2024' \(invalid time, row 2 of {tmp_path.name}/log.csv\); check the rows, --columns"
+    with pytest.raises(DataError, match=bad):
+        import_files(str(path), out, config=ImportConfig())
+    published = r"29.02.2024.*; get taobao again, or read it with `solar import files` and a mapping$"
+    with pytest.raises(DataError, match=published):
+        import_files(str(path), out, config=ImportConfig(), published="taobao")
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800000\n")
+    with pytest.raises(
+        DataError, match=r"get x again, or read it with `solar import files` and columns.timestamp_unit ms"
+    ):
+        import_files(str(path), out, config=ImportConfig(), published="x")
