@@ -20,7 +20,7 @@ from pipeline.batches import request_index
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns
 from pipeline.log.daily import DailyLog
-from pipeline.log.readers import FileFormat
+from pipeline.log.inputs import FileFormat
 from pipeline.prepare import compaction, forgetting, garbage, ingest, log_parts
 from pipeline.prepare.plan import Plan, make_plan, require_disk
 from pipeline.prepare.staging import staging_directory
@@ -89,8 +89,10 @@ class Prepared:
     manifest: Manifest
     reused: bool
     """Nothing was new."""
+    notes: Sequence[str]
+    """What is unusual about the new rows."""
     left_out: Sequence[str]
-    """Days of the log that are not complete yet, and why."""
+    """What of the log was not read, and why: days that are not complete yet, and files."""
 
 
 def prepare(
@@ -111,16 +113,16 @@ def prepare(
         events, out, columns=config.columns, files=config.files, daily=config.daily, items=items, users_table=users,
         settings={"buckets": config.buckets, "row_group_events": config.row_group_events},
     )  # fmt: skip
-    committed = _ingest(plan, config=config, report=report) if not plan.is_done else plan.parent
+    committed, notes = _ingest(plan, config=config, report=report) if not plan.is_done else (plan.parent, [])
     assert committed is not None
     # Even if nothing is new: an earlier run may have died between its ingest and its compaction.
     if crowded := compaction.crowded(shards.Shards(out, committed), max_deltas=config.max_deltas):
         committed = compact(out, buckets=crowded, progress=progress)
-    return Prepared(path=out, manifest=committed, reused=plan.is_done, left_out=plan.left_out)
+    return Prepared(path=out, manifest=committed, reused=plan.is_done, notes=notes, left_out=plan.left_out)
 
 
-def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
-    """Stage, build and commit the new inputs of the plan; returns the new manifest."""
+def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> tuple[Manifest, list[str]]:
+    """Stage, build and commit the new inputs of the plan; returns the new manifest, and notes on the new rows."""
     out = plan.out
     require_disk(plan)
     with staging_directory(out) as staging:
@@ -130,8 +132,11 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
         staged = _map(stage, plan.parts(), stage="read", report=report, tasks=_TASKS_PER_CORE * _num_cores())
         staged.sort(key=lambda result: result.number)
         counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
+        notes: list[str] = []
         if plan.inputs:
-            counts = log_parts.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
+            counts, notes = log_parts.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
+        if any(part.has_fine_times for part in staged):
+            plan = plan.with_order_from_times()
         staged_users = _stage_users(plan, staging=staging, report=report)
         buckets = ingest.by_bucket(staged, staged_users, plan=plan)
         if plan.users and plan.users_are_new:
@@ -160,7 +165,7 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> Manifest:
             time_range=time_range,
         )  # fmt: skip
         manifest.commit(out, committed)
-    return committed
+    return committed, notes
 
 
 def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progress | None = None) -> Manifest:

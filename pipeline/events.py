@@ -10,18 +10,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
 
-LATEST_TIME = 4_102_444_800_000
-"""2100-01-01 in milliseconds: a later time means that the unit is wrong."""
+from pipeline.times import NANOSECONDS, can_be_times, nanoseconds, units_that_fit
+
 LONGEST_ACTION = 128
 """Characters in the name of an action; a longer one is free text, not a category."""
 
-_PER_MILLISECOND = {"ms": 1, "us": 1_000, "ns": 1_000_000}
-_UNITS = ("s", *_PER_MILLISECOND)
 ID_COLUMNS = ("user_id", "item_id", "request_id")
 
 
@@ -62,9 +61,11 @@ class EventColumns:
     item_id: str = "item_id"
     """The item acted on: integer or string."""
     timestamp: str | None = "timestamp"
-    """Time of the event: an Arrow timestamp of any unit (UTC unless it has a zone) or a number in `timestamp_unit`."""
+    """Time of the event: an Arrow timestamp or date, a text in ISO 8601 (both UTC unless they have a zone), or a number
+    in `timestamp_unit`, also as text. Stored in milliseconds."""
     order: str | None = None
-    """Integer that orders a user's events where times are absent or equal."""
+    """Integer that orders a user's events where times are absent or equal. If it is absent, a new data set takes what
+    its times have below a millisecond, in nanoseconds."""
     action: str | None = None
     """Category of the event; an empty value means none."""
     label: str | None = None
@@ -79,7 +80,7 @@ class EventColumns:
     def __post_init__(self) -> None:
         if self.timestamp is None and self.order is None:
             raise ValueError("columns.timestamp and columns.order are both absent: name at least one of them")
-        if self.timestamp_unit not in _UNITS:
+        if self.timestamp_unit not in NANOSECONDS:
             raise ValueError(f"columns.timestamp_unit is {self.timestamp_unit!r}: it must be s, ms, us or ns")
         names = list(self.mapping().values())
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -96,9 +97,14 @@ class Validated:
     """The rows of a block; each is in exactly one of two tables."""
 
     events: pl.DataFrame
-    """Canonical columns; rows in the order of the file."""
+    """Canonical columns; rows in the order of the file. Where no order is mapped and a time has a part below the
+    millisecond, `order` has these parts in nanoseconds."""
     rejected: pl.DataFrame
-    """reason, record (the row as JSON, or the unparsed line)."""
+    """reason, record (the row as JSON, or the unparsed line): malformed rows, then the others in the file's order."""
+    rejected_rows: pl.Series
+    """The places of the rejected rows in the block, without the malformed ones."""
+    units: Counter[str]
+    """{unit: how many numeric times fit it}, as from times.units_that_fit."""
 
 
 def validate(
@@ -115,6 +121,9 @@ def validate(
         value, found = _READ[name](block, name, columns, id_types)
         values.append(value.alias(name))
         checks.extend(found)
+    units = Counter[str]()
+    if columns.timestamp is not None:
+        units = units_that_fit(block["timestamp"], unit=columns.timestamp_unit)
     checks.sort(key=lambda check: list(Reason).index(check[0]))
     reason = pl.coalesce(
         *(pl.when(failed).then(pl.lit(reason.value)) for reason, failed in checks),
@@ -129,7 +138,10 @@ def validate(
         schema={"reason": pl.String, "record": pl.String},
     )
     events = checked.filter(pl.col("reason").is_null()).drop("reason", "record")
-    return Validated(events=events, rejected=pl.concat([lines, rejected]))
+    if columns.timestamp is not None:
+        events = _in_milliseconds(events)
+    places = checked["reason"].is_not_null().arg_true()
+    return Validated(events=events, rejected=pl.concat([lines, rejected]), rejected_rows=places, units=units)
 
 
 def total_order(columns: list[str]) -> list[str]:
@@ -174,27 +186,28 @@ def _read_id(block: pl.DataFrame, name: str, columns: EventColumns, id_types: di
 
 
 def _read_timestamp(block: pl.DataFrame, name: str, columns: EventColumns, id_types: dict[str, str]) -> _Column:
-    raw, dtype = pl.col(name), block.schema[name]
+    raw, dtype = block[name], block.schema[name]
+    if not can_be_times(dtype):
+        raise _wrong_type(name, columns, dtype, "timestamps, numbers or texts in ISO 8601")
     missing = raw.is_null()
-    if isinstance(dtype, (pl.Datetime, pl.Date)):
-        milliseconds = raw.cast(pl.Datetime("ms")).cast(pl.Int64)
-    elif dtype.is_numeric() or isinstance(dtype, (pl.String, pl.Null)):
-        if isinstance(dtype, pl.String):
-            missing = missing | (raw.str.strip_chars() == "")
-        milliseconds = _number_to_milliseconds(raw, columns.timestamp_unit)
-    else:
-        raise _wrong_type(name, columns, dtype, "timestamps or numbers")
-    possible = milliseconds.is_between(0, LATEST_TIME, closed="left").fill_null(False)
-    return milliseconds, [(Reason.MISSING_TIME, missing), (Reason.INVALID_TIME, ~missing & ~possible)]
+    if isinstance(dtype, pl.String):
+        missing = missing | (raw.str.strip_chars() == "").fill_null(False)
+    if dtype.is_float():
+        missing = missing | ~raw.is_finite().fill_null(False)
+    # In nanoseconds at first.
+    times = nanoseconds(raw, unit=columns.timestamp_unit)
+    invalid = ~missing & times.is_null()
+    return pl.lit(times), [(Reason.MISSING_TIME, pl.lit(missing)), (Reason.INVALID_TIME, pl.lit(invalid))]
 
 
-def _number_to_milliseconds(raw: pl.Expr, unit: str) -> pl.Expr:
-    if unit != "s":
-        return raw.cast(pl.Int64, strict=False) // _PER_MILLISECOND[unit]
-    # Seconds may have a fraction; rounding to microseconds first removes the floating-point error of 0.123 * 1000.
-    seconds = raw.cast(pl.Float64, strict=False)
-    bounded = pl.when(seconds.is_finite() & (seconds.abs() < 1e12)).then(seconds)
-    return (bounded * 1e6).round(0).cast(pl.Int64) // 1_000
+def _in_milliseconds(events: pl.DataFrame) -> pl.DataFrame:
+    """The events with times in milliseconds; if a time has a part below that and there is no order, with the parts as
+    the order."""
+    below = events["timestamp"] % NANOSECONDS["ms"]
+    events = events.with_columns(pl.col("timestamp") // NANOSECONDS["ms"])
+    if "order" in events.columns or not (below > 0).any():
+        return events
+    return events.insert_column(events.get_column_index("timestamp") + 1, below.alias("order"))
 
 
 def _read_order(block: pl.DataFrame, name: str, columns: EventColumns, id_types: dict[str, str]) -> _Column:
@@ -222,6 +235,8 @@ def _read_label(block: pl.DataFrame, name: str, columns: EventColumns, id_types:
     if not dtype.is_numeric() and not isinstance(dtype, (pl.String, pl.Boolean, pl.Null)):
         raise _wrong_type(name, columns, dtype, "0 and 1")
     missing, number = raw.is_null(), raw.cast(pl.Float64, strict=False)
+    if dtype.is_float():
+        missing = missing | ~raw.is_finite()
     if isinstance(dtype, pl.String):
         text = raw.str.strip_chars().str.to_lowercase()
         missing = missing | (text == "")

@@ -24,7 +24,7 @@ class Store:
     """One directory. Names are relative to it, with forward slashes."""
 
     def __init__(self, root: str) -> None:
-        self.fs, path = fsspec.core.url_to_fs(os.fspath(root))
+        self.fs, path = locate(os.fspath(root))
         self.root = str(root)
         self.path = path.rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -127,6 +127,21 @@ class Store:
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
+
+
+def locate(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URI, and the path in it.
+
+    A path without :// is local, whatever else is in it: fsspec would take a name with :: for a chain of file systems.
+    """
+    protocol, scheme, rest = path.partition("://")
+    if not scheme or protocol in ("file", "local"):
+        return LocalFileSystem(), os.path.abspath(rest if scheme else os.path.expanduser(path))
+    if "::" in protocol:
+        return fsspec.core.url_to_fs(path)
+    options = fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(path)
+    fs = fsspec.filesystem(protocol, **options)
+    return fs, fs._strip_protocol(path)
 
 
 def absolute(path: str) -> str:

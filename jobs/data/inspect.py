@@ -48,6 +48,8 @@ def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
     console.line(f"files         {len(manifest.files)} for {buckets} buckets")
     for entry in manifest.inputs:
         console.line(f"input         {json.dumps(entry, sort_keys=True)}")
+    for name, why in sorted(manifest.left_out.items()):
+        console.line(f"left out      {name}: {why}")
 
 
 def _print_checkpoint(path: Path, console: Console) -> None:

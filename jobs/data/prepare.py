@@ -27,6 +27,8 @@ def import_events(source: SourceConfig, out: str, console: Console, *, downloads
         stage.result = f"{_found(imported.reused)}{', '.join([f'{imported.events:,} events', *tables])} in {out}"
     for what, count in imported.left_out.items():
         console.line(f"{'':<12} left out: {count:,} {what}")
+    for note in imported.notes:
+        console.line(f"{'':<12} note: {note}")
     if imported.rejected:
         console.line(f"{'':<12} rejected: {imported.rejected:,} rows, in {Path(out) / 'rejected.parquet'}")
     return imported
@@ -85,8 +87,10 @@ def prepare_shards(
             f"{_found(prepared.reused)}{events_line(counts)}; {manifest.users:,} users, "
             f"{manifest.items:,} items in {out}"
         )
-    for day in prepared.left_out:
-        console.line(f"{'':<12} left out: {day}")
+    for note in prepared.notes:
+        console.line(f"{'':<12} note: {note}")
+    for what in prepared.left_out:
+        console.line(f"{'':<12} left out: {what}")
     return prepared
 
 

@@ -26,7 +26,7 @@ from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import both_known, stored_too_late
 from jobs.serving.stored_states import StoredUsers
 from jobs.serving.user_histories import UserHistories, user_ids
-from pipeline.events import LATEST_TIME
+from pipeline.times import LATEST_TIME
 
 ROWS_PER_BLOCK = 256
 """Requests in memory at a time if they contain their histories (10,000 events and 1,000 candidates: 50 MB)."""

@@ -8,7 +8,7 @@ import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.events import DataError
-from pipeline.log.readers import Input
+from pipeline.log.inputs import Found, Input
 from pipeline.storage import Store
 
 _REQUESTS = 16
@@ -79,17 +79,23 @@ class DailyLog:
         return day.strftime(self.folder)
 
 
-def whole_days(found: list[Input], *, events: str, daily: DailyLog) -> tuple[list[Input], list[str]]:
+def whole_days(found: Found, *, events: str, daily: DailyLog) -> tuple[Found, list[str]]:
     """The files of complete days, and for each day that is left out one line with the reason.
 
     `events` is the log's directory, which contains the files `found`. DataError: a file is in no day's folder.
     """
-    if daily.folder is None:
+    folder = daily.folder
+    if folder is None or not found.inputs:
         return found, []
-    if not found:
-        return [], []
-    log = log_days(found, events=events, daily=daily)
-    return [file for day in sorted(log.files) for file in log.files[day]], days_told(log.left_out)
+    log = log_days(found.inputs, events=events, daily=daily)
+
+    def of_these_days(names: dict[str, str]) -> dict[str, str]:
+        days = {name: _day_of_name(name, folder) for name in names}
+        return {name: why for name, why in names.items() if days[name] is None or days[name] in log.files}
+
+    files = [file for day in sorted(log.files) for file in log.files[day]]
+    whole = Found(inputs=files, left_out=of_these_days(found.left_out), unread=of_these_days(found.unread))
+    return whole, days_told(log.left_out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

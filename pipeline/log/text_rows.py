@@ -1,107 +1,215 @@
-"""Blocks of complete lines -> rows of strings, and the lines that cannot be parsed. CSV and JSON lines."""
+"""Complete records of text -> rows of strings, and the records that are no row. CSV and JSON lines."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.csv
 
-Parser = Callable[[bytes], tuple[pl.DataFrame, list[str]]]
-"""UTF-8 lines -> (the mapped columns under their canonical names, malformed lines)."""
+from pipeline.log.records import Cut, cut_lines, cut_records
+from pipeline.log.text import UNREADABLE, decode
+
+LONGEST_MALFORMED = 1_000
+"""Characters of a malformed record that are kept."""
 
 
-def csv_parser(names: list[str], mapping: dict[str, str], *, separator: str, quoted: bool) -> Parser:
-    """names: all columns of a line, in order. mapping: {canonical name: column}. quoted: fields may be in quotes."""
-    wanted = list(mapping.values())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of some text."""
 
-    def parse(block: bytes) -> tuple[pl.DataFrame, list[str]]:
-        fast = _parse_csv_block(block, names, wanted, separator, quoted) if len(separator) == 1 else None
-        table, malformed = fast or _parse_csv_lines(block, names, wanted, separator, quoted)
-        return table.select(pl.col(column).alias(name) for name, column in mapping.items()), malformed
+    table: pl.DataFrame
+    """The mapped columns under their canonical names, all strings; null where there is no value."""
+    malformed: list[str]
+    """The beginning of each record that is no row."""
+    malformed_at: list[int]
+    """The place of each of them among all rows and malformed records, from 0."""
 
-    return parse
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """How text becomes rows."""
+
+    cut: Callable[[bytes, bool], Cut]
+    """(text, whether it is the end of the file) -> the complete records at its start."""
+    parse: Callable[[bytes], Rows]
+    """Complete records -> rows."""
+
+    def rows(self, pieces: Iterator[bytes]) -> Iterator[Rows]:
+        """The rows of a text that comes in pieces."""
+        rest = b""
+        for piece in pieces:
+            if piece:
+                text = rest + piece
+                cut = self.cut(text, False)
+                rest = text[cut.used :]
+                yield self._parsed(cut)
+        yield self._parsed(self.cut(rest, True))
+
+    def _parsed(self, cut: Cut) -> Rows:
+        rows = self.parse(cut.records)
+        if not cut.malformed:
+            return rows
+        # Places among the records that were parsed -> places among all.
+        total = rows.table.height + len(rows.malformed) + len(cut.malformed)
+        parsed = np.setdiff1d(np.arange(total), cut.malformed_at, assume_unique=True)
+        places = [*cut.malformed_at, *parsed[rows.malformed_at].tolist()]
+        return Rows(
+            table=rows.table,
+            malformed=[*map(_shortened, cut.malformed), *rows.malformed],
+            malformed_at=places,
+        )
 
 
-def json_parser(mapping: dict[str, str]) -> Parser:
-    """A parser of lines that are one JSON object each: missing keys become null, unmapped keys are ignored."""
+def csv_format(
+    names: Sequence[str], mapping: dict[str, str], *, separator: str, quoted: bool, missing: Sequence[str]
+) -> TextFormat:
+    """names: all columns of a record, in order. mapping: {canonical name: column}. quoted: fields may be in quotes.
+    missing: words that, without quotes, mean that there is no value."""
+    places = {name: names.index(column) for name, column in mapping.items()}
+    mark = separator.encode()
 
-    def parse(block: bytes) -> tuple[pl.DataFrame, list[str]]:
-        rows, malformed = [], []
-        for line in block.split(b"\n"):
+    def parse(records: bytes) -> Rows:
+        # The fast reader would end a line at a CR alone; where fields may be in quotes, such a line is malformed.
+        if len(mark) == 1 and (quoted or records.count(b"\r") == records.count(b"\r\n")):
+            return _parse_csv(records, len(names), places, separator=separator, quoted=quoted, missing=missing)
+        return _split_lines(records, len(names), places, separator=mark, missing=missing)
+
+    if quoted and len(mark) == 1:
+        return TextFormat(cut=lambda text, final: cut_records(text, separator=mark, final=final), parse=parse)
+    return TextFormat(cut=lambda text, final: cut_lines(text, final=final), parse=parse)
+
+
+def json_format(mapping: dict[str, str]) -> TextFormat:
+    """Lines that are one JSON object each: missing keys become null, unmapped keys are ignored."""
+
+    def parse(records: bytes) -> Rows:
+        rows, malformed, malformed_at, count = [], [], [], 0
+        for line in records.split(b"\n"):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                # Bytes and escapes that are no text become lone surrogates, which only a used column refuses.
+                row = json.loads(line.decode("utf-8", "surrogateescape"))
                 rows.append([_as_text(row.get(column)) for column in mapping.values()])
             except (ValueError, AttributeError, TypeError, RecursionError):
-                malformed.append(line.decode("utf-8", "replace").rstrip("\r"))
-        return pl.DataFrame(rows, schema=dict.fromkeys(mapping, pl.String), orient="row"), malformed
+                malformed.append(_shortened(line))
+                malformed_at.append(count)
+            count += 1
+        table = pl.DataFrame(rows, schema=dict.fromkeys(mapping, pl.String), orient="row")
+        return Rows(table=table, malformed=malformed, malformed_at=malformed_at)
 
-    return parse
+    return TextFormat(cut=lambda text, final: cut_lines(text, final=final), parse=parse)
 
 
-def split_line(line: str, separator: str, *, quoted: bool) -> list[str] | None:
-    """The fields of a CSV line; None when its quotes do not close."""
+def split_record(record: str, separator: str, *, quoted: bool) -> list[str] | None:
+    """The fields of one CSV record; None when its quotes do not fit."""
     if len(separator) > 1 or not quoted:
-        return line.split(separator)
+        return record.split(separator)
     try:
-        return next(csv.reader([line], delimiter=separator, strict=True))
+        return next(csv.reader([record], delimiter=separator, strict=True))
     except csv.Error:
         return None
 
 
-def _parse_csv_block(
-    block: bytes, names: list[str], wanted: list[str], separator: str, quoted: bool
-) -> tuple[pl.DataFrame, list[str]] | None:
-    """Parse the whole block at once; None where a stray quote or an invalid byte makes rows run into each other."""
+def _parse_csv(
+    records: bytes, num_columns: int, places: dict[str, int], *, separator: str, quoted: bool, missing: Sequence[str]
+) -> Rows:
+    """Records whose quotes are known to be right: what is malformed has another number of fields, or is no text."""
+    if not records.strip(b"\r\n"):
+        return Rows(table=_table([], places), malformed=[], malformed_at=[])
+    try:
+        records.decode()
+    except UnicodeDecodeError:
+        records = decode(records).encode()
     malformed: list[str] = []
+    malformed_at: list[int] = []
 
     def keep_invalid(row: pyarrow.csv.InvalidRow) -> str:
-        malformed.append(row.text)
+        malformed.append(_shortened(row.text.encode()))
+        malformed_at.append(row.number - 1)
         return "skip"
 
-    try:
-        table = pyarrow.csv.read_csv(
-            io.BytesIO(block),
-            read_options=pyarrow.csv.ReadOptions(column_names=names, use_threads=False),
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter=separator, quote_char='"' if quoted else False, invalid_row_handler=keep_invalid
-            ),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types={name: pa.string() for name in names}, include_columns=wanted, strings_can_be_null=False
-            ),
-        )
-    except pa.ArrowException:
-        return None
-    lines = sum(1 for line in block.split(b"\n") if line.rstrip(b"\r"))
-    return (pl.DataFrame(table), malformed) if table.num_rows + len(malformed) == lines else None
+    wanted = {name: str(place) for name, place in places.items()}
+    table = pyarrow.csv.read_csv(
+        io.BytesIO(records),
+        read_options=pyarrow.csv.ReadOptions(
+            # One block: the reader would end a block at a line break inside quotes.
+            column_names=[str(number) for number in range(num_columns)], use_threads=False, block_size=len(records) + 1,
+        ),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter=separator, quote_char='"' if quoted else False, invalid_row_handler=keep_invalid
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types={name: pa.string() for name in wanted.values()}, include_columns=list(wanted.values()),
+            strings_can_be_null=bool(missing), null_values=list(missing), quoted_strings_can_be_null=False,
+        ),
+    )  # fmt: skip
+    found = pl.DataFrame(table).select(pl.col(column).alias(name) for name, column in wanted.items())
+    rows = Rows(table=found, malformed=malformed, malformed_at=malformed_at)
+    return _without_unreadable(rows, separator=separator) if UNREADABLE.encode() in records else rows
 
 
-def _parse_csv_lines(
-    block: bytes, names: list[str], wanted: list[str], separator: str, quoted: bool
-) -> tuple[pl.DataFrame, list[str]]:
-    places = [names.index(column) for column in wanted]
-    rows, malformed = [], []
-    for line in block.split(b"\n"):
-        if not (line := line.rstrip(b"\r")):
+def _without_unreadable(rows: Rows, *, separator: str) -> Rows:
+    """Rows with a value that could not be decoded are malformed."""
+    is_bad = rows.table.select(pl.any_horizontal(pl.all().str.contains(UNREADABLE, literal=True).fill_null(False)))
+    mask = is_bad.to_series()
+    places = np.setdiff1d(np.arange(rows.table.height + len(rows.malformed)), rows.malformed_at)[mask.to_numpy()]
+    text = [separator.join(value or "" for value in row) for row in rows.table.filter(mask).iter_rows()]
+    return Rows(
+        table=rows.table.filter(~mask),
+        malformed=[*rows.malformed, *(_shortened(line.encode()) for line in text)],
+        malformed_at=[*rows.malformed_at, *places.tolist()],
+    )
+
+
+def _split_lines(
+    records: bytes, num_columns: int, places: dict[str, int], *, separator: bytes, missing: Sequence[str]
+) -> Rows:
+    """Lines without quotes, where the fast reader does not know the separator or would end a line at a CR."""
+    rows, malformed, malformed_at, count = [], [], [], 0
+    for line in records.split(b"\n"):
+        if not (line := line.removesuffix(b"\r")):
             continue
-        text = line.decode("utf-8", "replace")
-        fields = split_line(text, separator, quoted=quoted)
-        if fields is None or len(fields) != len(names) or "\ufffd" in text:
-            malformed.append(text)
+        fields = line.split(separator)
+        texts = [decode(fields[place]) for place in places.values()] if len(fields) == num_columns else None
+        if texts is None or any(UNREADABLE in text for text in texts):
+            malformed.append(_shortened(line))
+            malformed_at.append(count)
         else:
-            rows.append([fields[place] for place in places])
-    return pl.DataFrame(rows, schema=dict.fromkeys(wanted, pl.String), orient="row"), malformed
+            rows.append([None if text in missing else text for text in texts])
+        count += 1
+    return Rows(table=_table(rows, places), malformed=malformed, malformed_at=malformed_at)
+
+
+def _table(rows: list[list[str | None]], names: dict[str, int]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
 
 
 def _as_text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
+    """A JSON value as the text of a CSV field; null, NaN and infinity as None. UnicodeEncodeError: it is no text."""
+    if isinstance(value, str):
+        value.encode()
+        if UNREADABLE in value:
+            raise ValueError("a part of it could not be decoded")
         return value
     if isinstance(value, (dict, list)):
         raise TypeError("a nested value cannot be an id, time or category")
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
     return json.dumps(value)
+
+
+def _shortened(record: bytes) -> str:
+    """A malformed record as text: its beginning and its length where it is long."""
+    text = record[: 4 * LONGEST_MALFORMED].decode("utf-8", "replace").replace(UNREADABLE, "\ufffd").rstrip("\r\n")
+    if len(record) <= 4 * LONGEST_MALFORMED and len(text) <= LONGEST_MALFORMED:
+        return text
+    return f"{text[:LONGEST_MALFORMED]}... ({len(record)} bytes)"

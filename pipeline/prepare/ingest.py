@@ -126,7 +126,10 @@ def build_bucket(
     # Sort the staged events into sequences.
     store, bucket, names = Store(staging), row.bucket, _load_vocabulary(plan.out, vocabulary)
     known, num_groups = _known_users(plan, bucket), 0
-    events = pl.concat([plan.empty_events(), *read_fragments(store, row.events)])
+    events = pl.concat([plan.empty_events(), *read_fragments(store, row.events)], how="diagonal")
+    if plan.takes_order_from_times:
+        # A fragment has no order where all its times are whole milliseconds.
+        events = events.with_columns(pl.col("order").fill_null(0))
     staged, num_read = UserRows.encode(sequences.build_sequences(events), names), events.height
     keys = EventKeys.of(staged)
 
@@ -187,6 +190,7 @@ def finish(
         parent=parent.fingerprint if parent else None,
         tombstones=parent.tombstones if parent else None,
         oldest=parent.oldest if parent else 1,
+        left_out=plan.files_left_out,
     )
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import DataError
-from pipeline.log.readers import Input
+from pipeline.log.inputs import Input
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.events import DataError, Reason, validate
+from pipeline.events import DataError, Reason, Validated, validate
 from pipeline.log import readers
-from pipeline.log.readers import Part
+from pipeline.log.readers import Block, Part
+from pipeline.log.row_counts import RowCounts
 from pipeline.prepare.plan import Plan, mapping_of
 from pipeline.prepare.staging import Fragment, write_fragments, write_table
 from pipeline.shards.tombstones import Tombstones
 from pipeline.storage import Store
+from pipeline.times import is_usual
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,9 @@ class StagedPart:
 
     number: int
     """The number of the part."""
-    read: int
-    """Rows read; read = valid + the sum of rejected."""
+    rows: RowCounts
+    """Counts of its rows, including those of forgotten users; read = valid + the sum of rejected."""
     valid: int
-    rejected: dict[str, int]
-    """Rejected rows by reason, including those of forgotten users."""
     time_range: list[int] | None
     """Times of the first and last valid event, milliseconds since 1970 UTC; None without valid events or times."""
     actions: list[str]
@@ -36,6 +36,8 @@ class StagedPart:
     """Name of the staged file of distinct items; None without a valid event."""
     fragments: list[Fragment]
     """The valid events by bucket."""
+    has_fine_times: bool
+    """Whether a time has a part below the millisecond and no order is mapped: the events then have an order."""
 
 
 def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
@@ -47,26 +49,30 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
 
     # Each block: drop forgotten users, validate, and write the events as fragments.
     stones = Tombstones.of(plan.out, plan.parent)
-    read = forgotten = valid = 0
+    rows, valid = RowCounts(), 0
     fragments: list[Fragment] = []
     rejected: list[pl.DataFrame] = []
     items: list[pl.Series] = []
     actions: set[str] = set()
     bounds: list[int] = []
+    has_fine_times = False
     try:
         blocks = readers.read_blocks(file, mapping=mapping, options=plan.files, row_group=part.row_group)
         for count, block in enumerate(blocks):
-            table = block.table.with_columns(absent)
-            if stones is not None:
-                is_forgotten = stones.among(table["user_id"])
-                forgotten += int(is_forgotten.sum())
-                table = table.filter(~is_forgotten)
-            checked = validate(table, columns=plan.columns, id_types=plan.schema["id_types"], malformed=block.malformed)
-            read += block.table.height + len(block.malformed)
+            block = dataclasses.replace(block, table=block.table.with_columns(absent))
+            checked, forgotten = _validate(block, plan=plan, stones=stones)
+            rows.add(checked, num_rows=block.table.height + len(block.malformed), file=file.name, block=block)
+            if forgotten:
+                rows.rejected[Reason.FORGOTTEN_USER.value] += forgotten
             valid += checked.events.height
             rejected.append(checked.rejected)
             if not checked.events.height:
                 continue
+            events = checked.events
+            if "order" in events.columns and plan.columns.order is None:
+                # A data set that began without them goes on so.
+                has_fine_times = plan.parent is None or plan.takes_order_from_times
+                events = events if has_fine_times else events.drop("order")
             items.append(checked.events["item_id"].unique())
             if "action" in mapping:
                 actions |= set(checked.events["action"].drop_nulls().unique())
@@ -74,7 +80,7 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
                 times = checked.events["timestamp"].to_numpy()
                 bounds += [int(times.min()), int(times.max())]
             name = f"events-{number:06d}-{count:04d}.arrow"
-            fragments += write_fragments(store, name, checked.events, buckets=plan.config["buckets"])
+            fragments += write_fragments(store, name, events, buckets=plan.config["buckets"])
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith(file.name) else f"{file.name}: {text}") from None
@@ -86,32 +92,60 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
     table = pl.concat(rejected).with_columns(pl.lit(file.name).alias("file")) if rejected else pl.DataFrame()
     if table.height:
         write_table(Store(plan.out), f"rejected/{plan.ingest}/part-{number:06d}.parquet", table)
-    counts = dict(table["reason"].value_counts().rows() if table.height else [])
-    if forgotten:
-        counts[Reason.FORGOTTEN_USER.value] = forgotten
     return StagedPart(
-        number=number, read=read, valid=valid, rejected=counts, actions=sorted(actions), items=items_file,
-        time_range=[min(bounds), max(bounds)] if bounds else None, fragments=fragments,
+        number=number, rows=rows, valid=valid, actions=sorted(actions), items=items_file,
+        time_range=[min(bounds), max(bounds)] if bounds else None, fragments=fragments, has_fine_times=has_fine_times,
     )  # fmt: skip
 
 
-def refuse_bad_log(staged: Sequence[StagedPart], *, plan: Plan, max_rejected_ratio: float) -> dict[str, Any]:
-    """Counts over all parts: read, valid, rejected. DataError: no row is valid, or too many were rejected."""
-    read, valid = sum(s.read for s in staged), sum(s.valid for s in staged)
-    rejected = {r.value: n for r in Reason if (n := sum(s.rejected.get(r.value, 0) for s in staged))}
+def _validate(block: Block, *, plan: Plan, stones: Tombstones | None) -> tuple[Validated, int]:
+    """The validated rows without those of forgotten users, and how many of these there are."""
+    table, kept = block.table, None
+    if stones is not None:
+        is_forgotten = stones.among(table["user_id"])
+        table, kept = table.filter(~is_forgotten), (~is_forgotten).arg_true()
+    checked = validate(table, columns=plan.columns, id_types=plan.schema["id_types"], malformed=block.malformed)
+    if kept is not None:
+        checked = dataclasses.replace(checked, rejected_rows=kept.gather(checked.rejected_rows))
+    return checked, block.table.height - table.height
+
+
+def refuse_bad_log(
+    staged: Sequence[StagedPart], *, plan: Plan, max_rejected_ratio: float
+) -> tuple[dict[str, Any], list[str]]:
+    """Counts over all parts (read, valid, rejected), and notes on the rows. DataError: no row is valid, too many were
+    rejected, or the times fit another unit."""
+    rows, valid = RowCounts.total(part.rows for part in staged), sum(part.valid for part in staged)
+    read, reasons = rows.read, rows.reasons()
+    rejected = {reason.value: rows.rejected[reason] for reason in Reason if rows.rejected[reason]}
     assert read == valid + sum(rejected.values())
     names = ", ".join(new.file.name for new in plan.inputs[:3]) + (", ..." if len(plan.inputs) > 3 else "")
-    reasons = ", ".join(f"{reason}: {n}" for reason, n in rejected.items())
     where = f"{plan.out}/rejected/{plan.ingest}"
     if not read:
         raise DataError(f"{names}: the log is empty; nothing was prepared")
+    _refuse_other_unit(rows, plan, names=names)
     # Rows of forgotten users are not mistakes in the log.
     of_log = read - rejected.get(Reason.FORGOTTEN_USER, 0)
     if of_log and not valid:
-        raise DataError(f"{names}: all {of_log} rows are invalid ({reasons}); see {where}; nothing was prepared")
+        raise DataError(
+            f"{names}: all {of_log} rows are invalid ({reasons}); {rows.first_of_each()}; see {where}; check columns "
+            "and files; nothing was prepared"
+        )
     if of_log - valid > max_rejected_ratio * of_log:
         raise DataError(
             f"{names}: {of_log - valid} of {of_log} rows are invalid ({reasons}), above max_rejected_ratio "
-            f"{max_rejected_ratio}; see {where}; fix the log or raise the ratio"
+            f"{max_rejected_ratio}; {rows.first_of_each()}; see {where}; fix the log, columns or files, or raise the "
+            "ratio"
         )
-    return {"read": read, "valid": valid, "rejected": rejected}
+    note = rows.note_on_times(plan.columns.timestamp_unit)
+    return {"read": read, "valid": valid, "rejected": rejected}, [note] if note else []
+
+
+def _refuse_other_unit(rows: RowCounts, plan: Plan, *, names: str) -> None:
+    """DataError: most times lie between 1990 and tomorrow, but in another unit than the one they are read in."""
+    unit, before = plan.columns.timestamp_unit, plan.parent.time_range if plan.parent else None
+    if (right := rows.other_unit(unit)) is None or (before and not is_usual(before[1])):
+        # A data set whose times were unusual before goes on as it began.
+        return
+    way = f"write them as {unit}, as the data set's, or prepare a new directory with" if before else "set"
+    raise DataError(f"{names}: {rows.in_unit(right, unit)}: {way} columns.timestamp_unit {right}")

@@ -13,9 +13,10 @@ from typing import Any
 import polars as pl
 
 from pipeline.events import DataError, EventColumns, NotNow, flatten
-from pipeline.log import readers
+from pipeline.log import inputs, readers
 from pipeline.log.daily import DailyLog, log_days, whole_days
-from pipeline.log.readers import FileFormat, Input, Part
+from pipeline.log.inputs import FileFormat, Input, equal_files, summary
+from pipeline.log.readers import Part
 from pipeline.prepare import users
 from pipeline.shards.dataset import Shards
 from pipeline.shards.manifest import Manifest, current_manifest
@@ -41,7 +42,7 @@ class HashedInput:
 
     def entry(self, kind: str) -> dict[str, Any]:
         """The manifest's entry of an input of this kind."""
-        edges = readers.edges(self.file)
+        edges = inputs.edges(self.file)
         return {
             "name": self.file.name, "bytes": self.file.bytes, "checksum": self.checksum, "edges": edges, "kind": kind,
         }  # fmt: skip
@@ -67,7 +68,9 @@ class Plan:
     users_are_new: bool
     """False = the table was ingested before; the stored features of earlier users stay unchanged."""
     left_out: list[str]
-    """Days that are not complete yet, and why."""
+    """What of the log is not read, and why: days that are not complete yet, and files."""
+    files_left_out: dict[str, str]
+    """{name: why} of the files among them."""
 
     @property
     def is_done(self) -> bool:
@@ -82,6 +85,15 @@ class Plan:
     def shards(self) -> Shards | None:
         """The data set so far; None if there is none."""
         return Shards(self.out, self.parent) if self.parent else None
+
+    @property
+    def takes_order_from_times(self) -> bool:
+        """Whether the events' order is what their times have below the millisecond."""
+        return "order" in self.schema["columns"] and self.columns.order is None
+
+    def with_order_from_times(self) -> Plan:
+        """The plan of a new data set in which what times have below the millisecond is the order."""
+        return dataclasses.replace(self, schema=self.schema | {"columns": _with_order(self.schema["columns"])})
 
     def empty_events(self) -> pl.DataFrame:
         """An empty table with the columns and types of the log's events."""
@@ -107,8 +119,14 @@ def make_plan(
 
     `items` and `users_table`: None = items.parquet and users.parquet in the log's directory, if they exist.
     """
-    # The log's complete days, and the data set so far.
-    found, left_out = whole_days(readers.find_inputs(events, options=files), events=events, daily=daily)
+    # The log's tables and complete days, and the data set so far.
+    items_file, users_file = _table(items, events, "items.parquet"), _table(users_table, events, "users.parquet")
+    tables = [table.file.url for table in (items_file, users_file) if table]
+    # An older table of the log is no file of events either.
+    tables += [f"{events.rstrip('/')}/{name}" for name in ("items.parquet", "users.parquet")]
+    log, left_out = whole_days(inputs.find(events, options=files, tables=tables), events=events, daily=daily)
+    log.refuse_unread(events)
+    found = log.inputs
     _refuse_foreign(out)
     parent = current_manifest(out)
     if not found and parent is None:
@@ -126,10 +144,10 @@ def make_plan(
 
     # The inputs that are new.
     ingested = {entry["name"]: entry for entry in parent.inputs} if parent else {}
-    new = _new_inputs(found, ingested)
+    new, equal = _new_inputs(found, ingested)
+    files_left_out = log.left_out | equal
     checksums = {entry["checksum"] for entry in ingested.values()}
     schema = _schema(parent, [each.file for each in new], columns=columns, files=files)
-    items_file, users_file = _table(items, events, "items.parquet"), _table(users_table, events, "users.parquet")
     users_are_new = users_file is not None and users_file.checksum not in checksums
     if users_file is not None and (users_are_new or new):
         names = set(users.feature_names(users_file.file)) | set(schema.get("user_features", []))
@@ -138,7 +156,8 @@ def make_plan(
         out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
         items=items_file if items_file is not None and items_file.checksum not in checksums else None,
         users=users_file if users_are_new or new else None, users_are_new=users_are_new,
-        left_out=left_out,
+        left_out=[*left_out, *(f"{count:,} {what}" for what, count in summary(files_left_out).items())],
+        files_left_out=files_left_out,
     )  # fmt: skip
 
 
@@ -150,7 +169,10 @@ def pending_days(
     A day is to be ingested if `out` does not have all its files by name and size. So a refused day is listed again
     until it is repaired; each day can be ingested on its own (`daily.days`).
     """
-    log = log_days(readers.find_inputs(events, options=files), events=events, daily=daily)
+    found = inputs.find(events, options=files)
+    if not found.inputs:
+        found.refuse_unread(events)
+    log = log_days(found.inputs, events=events, daily=daily)
     parent = current_manifest(out)
     known = {entry["name"]: entry["bytes"] for entry in parent.inputs} if parent else {}
     pending = [day for day in sorted(log.files) if any(known.get(file.name) != file.bytes for file in log.files[day])]
@@ -179,25 +201,24 @@ def _table(path: str | None, events: str, name: str) -> HashedInput | None:
         path = f"{events.rstrip('/')}/{name}"
     if path is None:
         return None
-    found = readers.find_inputs(path, options=FileFormat(format="parquet"))
+    found = inputs.find_inputs(path, options=FileFormat(format="parquet"))
     if len(found) > 1:
         raise DataError(f"{path}: {len(found)} files; a table of items or users is one Parquet file")
-    return HashedInput(file=found[0], checksum=readers.checksum(found[0]))
+    return HashedInput(file=found[0], checksum=inputs.checksum(found[0]))
 
 
-def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> list[HashedInput]:
-    """The files whose content was not ingested before, under any name; of equal files only one."""
+def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> tuple[list[HashedInput], dict[str, str]]:
+    """The files whose content was not ingested before, under any name, of equal files only one; and {name: why} of the
+    others that were not ingested under their own name."""
     with ThreadPoolExecutor(4) as pool:
         known = pool.map(functools.partial(_is_ingested, ingested=ingested), found)
         unknown = [file for file, is_known in zip(found, known, strict=True) if not is_known]
-        sums = list(pool.map(readers.checksum, unknown))
-    seen = {entry["checksum"] for entry in ingested.values()}
-    new = []
-    for file, checksum in zip(unknown, sums, strict=True):
-        if checksum not in seen:
-            seen.add(checksum)
-            new.append(HashedInput(file=file, checksum=checksum))
-    return new
+        sums = list(pool.map(inputs.checksum, unknown))
+    before = {name: entry["checksum"] for name, entry in ingested.items()}
+    unknown_sums = {file.name: checksum for file, checksum in zip(unknown, sums, strict=True)}
+    equal = equal_files(before | unknown_sums)
+    new = [HashedInput(file=file, checksum=unknown_sums[file.name]) for file in unknown if file.name not in equal]
+    return new, {name: why for name, why in equal.items() if name in unknown_sums}
 
 
 def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
@@ -212,7 +233,7 @@ def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
             f"{file.name}: {change} from {known['bytes']} to {file.bytes} bytes after it was ingested; "
             "restore it, and put new events into a file with another name"
         )
-    same = readers.edges(file) == known["edges"] if known["edges"] else readers.checksum(file) == known["checksum"]
+    same = inputs.edges(file) == known["edges"] if known["edges"] else inputs.checksum(file) == known["checksum"]
     if not same:
         raise DataError(f"{file.name}: its bytes changed after it was ingested; restore it or give it another name")
     return True
@@ -227,13 +248,20 @@ def _schema(parent: Manifest | None, new: list[Input], *, columns: EventColumns,
         if added := [name for name in columns.mapping() if name not in schema["columns"]]:
             found = readers.log_schema(new, columns=columns, options=files)
             schema = schema | {
-                "columns": found["columns"],
+                "columns": _with_order(found["columns"]) if "order" in schema["columns"] else found["columns"],
                 "added": [*schema.get("added", []), *added],
                 "id_types": found["id_types"] | schema["id_types"],
             }
     for file in new:
         readers.describe(file, mapping=mapping_of(file, columns=columns, files=files, schema=schema), options=files)
     return schema
+
+
+def _with_order(columns: list[str]) -> list[str]:
+    if "order" in columns:
+        return columns
+    place = columns.index("timestamp") + 1
+    return [*columns[:place], "order", *columns[place:]]
 
 
 def mapping_of(file: Input, *, columns: EventColumns, files: FileFormat, schema: dict[str, Any]) -> dict[str, str]:
@@ -262,7 +290,7 @@ def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, A
             )
 
 
-def _canonical_columns(file: readers.Input, files: FileFormat) -> EventColumns:
+def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
     present = readers.read_schema(file, options=files)
     if "timestamp" not in present and "order" not in present:
         raise DataError(

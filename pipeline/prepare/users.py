@@ -17,7 +17,8 @@ import polars as pl
 
 from pipeline.events import DataError, refuse_bad_feature
 from pipeline.log import readers
-from pipeline.log.readers import FileFormat, Input, Part
+from pipeline.log.inputs import FileFormat, Input
+from pipeline.log.readers import Part
 from pipeline.prepare.staging import Fragment, read_fragments, read_table, write_fragments, write_table
 from pipeline.storage import Store
 

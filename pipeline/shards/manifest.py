@@ -55,6 +55,8 @@ class Manifest:
     """name, bytes, checksum of the file of forgotten users (tombstones.py); None = nobody was ever forgotten."""
     oldest: int = 1
     """Number of the first state that may still be read: earlier states held users who were forgotten since."""
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    """{name: why} of the log's files that the latest ingest did not read."""
 
     @property
     def has_time(self) -> bool:
@@ -71,7 +73,11 @@ class Manifest:
         return [*self.files, *(file["keys"] for file in self.files), self.vocabulary, self.index, *stones]
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        fields = dataclasses.asdict(self)
+        # Omitted when empty: a manifest from before the field existed keeps its bytes.
+        if not self.left_out:
+            del fields["left_out"]
+        return (json.dumps(fields, indent=1, sort_keys=True) + "\n").encode()
 
 
 def fingerprint_of(content: bytes) -> str:

@@ -1,6 +1,7 @@
 """Writes an event log: a directory that appears completely or not at all.
 
-    events-00000.parquet ...   canonical columns (pipeline/events.py), possibly more
+    events-00000.parquet ...   canonical columns (pipeline/events.py), possibly more; times in milliseconds, or in
+                               nanoseconds from the first file on in which one has a part below the millisecond
     items.parquet              item_id and features, if the source has any
     users.parquet              user_id and features, if the source has any
     rejected.parquet           rows that are not valid events, with the reason, if there are any
@@ -19,17 +20,19 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 import pyarrow.parquet as pq
 
 from pipeline.events import DataError, flatten
+from pipeline.log.inputs import summary
 from pipeline.storage import Store
 
 FORMAT_VERSION = 1
 _FILE_EVENTS = 10_000_000
 _ROW_GROUP_EVENTS = 1_000_000
+_FINE_TIME = pl.Datetime("ns", "UTC")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,9 @@ class Imported:
     rejected: int
     """Rows of the source that are not valid events."""
     left_out: dict[str, int]
-    """{description: count} of valid data that the import left out by its rules."""
+    """{description: count} of what the import left out by its rules: valid data, files."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the rows."""
     reused: bool
     """True if an earlier import had written this log already."""
 
@@ -57,12 +62,16 @@ class EventLogWriter:
         self.folder = folder
         self.num_events = self.num_items = self.num_users = self.num_rejected = 0
         self.left_out: dict[str, int] = {}
+        self.notes: list[str] = []
+        self._time_unit: Literal["ms", "ns"] = "ms"
+        self._more_files = 0
+        self.files_left_out: dict[str, str] = {}
         self._pending: list[pl.DataFrame] = []
         self._writers: dict[str, pq.ParquetWriter] = {}
 
     def add_events(self, events: pl.DataFrame) -> None:
-        """Canonical columns; an int64 `timestamp` is milliseconds since 1970 UTC."""
-        if "timestamp" in events.columns:
+        """Canonical columns; an int64 `timestamp` is milliseconds since 1970 UTC, a finer one is Datetime("ns")."""
+        if events.schema.get("timestamp") == pl.Int64:
             events = events.with_columns(pl.col("timestamp").cast(pl.Datetime("ms", "UTC")))
         self._pending.append(events)
         if sum(table.height for table in self._pending) >= _ROW_GROUP_EVENTS:
@@ -85,6 +94,11 @@ class EventLogWriter:
         """Record what a rule of the import left out, as {description: count}."""
         self.left_out |= counts
 
+    def leave_out_files(self, names: Mapping[str, str]) -> None:
+        """Record which files of the source were not read, as {name: why}."""
+        self.files_left_out |= names
+        self.leave_out(summary(names))
+
     def close(self) -> None:
         self._flush()
         for writer in self._writers.values():
@@ -92,8 +106,13 @@ class EventLogWriter:
 
     def _flush(self) -> None:
         if self._pending:
+            if self._time_unit == "ms" and any(t.schema.get("timestamp") == _FINE_TIME for t in self._pending):
+                # The files from here on have nanoseconds: the type of a file's column cannot change.
+                self._time_unit, self._more_files = "ns", int(self.num_events > 0)
+            if self._time_unit == "ns":
+                self._pending = [table.with_columns(pl.col("timestamp").cast(_FINE_TIME)) for table in self._pending]
             table = pl.concat(self._pending)
-            self._write(f"events-{self.num_events // _FILE_EVENTS:05d}.parquet", table)
+            self._write(f"events-{self.num_events // _FILE_EVENTS + self._more_files:05d}.parquet", table)
             self.num_events += table.height
             self._pending = []
 
@@ -150,6 +169,7 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             **counts,
             "user_rows": writer.num_users,
             "left_out": writer.left_out,
+            **({"files_left_out": writer.files_left_out} if writer.files_left_out else {}),
             "files": files,
         }
         Store(str(staged)).write("source.json", (json.dumps(description, indent=1) + "\n").encode())
@@ -160,7 +180,9 @@ def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLo
             raise DataError(f"{out}: another import finished first; run again to reuse its log") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    return Imported(path=out, reused=False, users=writer.num_users, left_out=writer.left_out, **counts)
+    return Imported(
+        path=out, reused=False, users=writer.num_users, left_out=writer.left_out, notes=tuple(writer.notes), **counts
+    )
 
 
 def _local(out: str) -> Path:

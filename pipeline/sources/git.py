@@ -32,9 +32,10 @@ from pathlib import PurePosixPath
 
 import polars as pl
 
-from pipeline.events import LATEST_TIME, Reason
+from pipeline.events import Reason
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
 from pipeline.sources.git_log import Commit, Repository, count_commits, find_repositories, read_commits
+from pipeline.times import LATEST_TIME
 
 _BLOCK_EVENTS = 100_000
 _PROGRESS_COMMITS = 1_000

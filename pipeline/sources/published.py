@@ -13,8 +13,8 @@ from pathlib import Path
 import polars as pl
 
 from pipeline.events import DataError, EventColumns
-from pipeline.log import readers
-from pipeline.log.readers import FileFormat
+from pipeline.log import inputs, readers
+from pipeline.log.inputs import FileFormat
 from pipeline.sources.event_log import Imported
 from pipeline.sources.files import ImportConfig, ItemColumns, Progress, Reshape, UserColumns, import_files
 
@@ -240,7 +240,7 @@ def import_published(name: str, path: str, out: str, *, progress: Progress | Non
         items = items if config.items.features or config.items.list_features else None
         users = users if config.users.features or config.users.list_features else None
     return import_files(
-        events, out, config=config, items=items, users=users, reshape=layout.reshape, progress=progress,
+        events, out, config=config, items=items, users=users, reshape=layout.reshape, published=name, progress=progress,
     )  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def _atomic_config(config: ImportConfig, events: str, items: str | None, users: 
 
 def _kinds(path: str) -> dict[str, str]:
     """{column: token, token_seq, float or float_seq} of an atomic file."""
-    (file,) = readers.find_inputs(path, options=_TSV)
+    (file,) = inputs.find_inputs(path, options=_TSV)
     pairs = [name.split(":") for name in readers.read_schema(file, options=_TSV)]
     if bad := [pair for pair in pairs if len(pair) != 2]:
         raise DataError(f"{path}: column {':'.join(bad[0])!r} has no type; RecBole writes name:type")

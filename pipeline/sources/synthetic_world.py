@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.events import LATEST_TIME
+from pipeline.times import LATEST_TIME
 
 DAY_MILLISECONDS = 86_400_000
 CATALOGUE, USERS, BLOCK = 0, 1, 2

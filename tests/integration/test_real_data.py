@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.build import PrepareConfig, prepare
 from pipeline.events import EventColumns
-from pipeline.log.readers import FileFormat
+from pipeline.log.inputs import FileFormat
 from pipeline.shards.inspection import verify
 from pipeline.sources.files import ImportConfig, ItemColumns, import_files
 

@@ -337,3 +337,58 @@ def test_tasks_share_the_memory(monkeypatch, prepare, write_log, random_log, tmp
     largest = max(entry["events"] for entry in manifest.files)
     assert asked[0] == ("read", None)
     assert 0 < dict(asked)["build"] <= 2**30 // (250 * largest)
+
+
+def test_times_below_a_millisecond_order_the_events_of_a_new_data_set_alone(prepare, write_log, tmp_path):
+    moment = 1_709_164_800.0
+    write_log({"user_id": [1] * 3, "item_id": [7, 8, 9], "timestamp": [moment + 0.0002, moment + 0.0001, moment]})
+    write_log({"user_id": [1, 2], "item_id": [5, 5], "timestamp": [moment - 1, moment]}, "log/whole.parquet")
+    prepare(tmp_path / "log", tmp_path / "fine", buckets=1)
+    fine = Shards.open(str(tmp_path / "fine"))
+    assert fine.manifest.schema["columns"] == ["user_id", "item_id", "timestamp", "order"]
+    rows = fine.read_table(fine.groups_of(0)[0]).to_pylist()
+    assert [fine.vocabulary.items.to_pylist()[item - 2] for item in rows[0]["item"]] == [5, 9, 8, 7]
+    assert rows[0]["order"] == [0, 0, 100_000, 200_000]
+    # It goes on so, also with files of whole milliseconds and with columns that are added.
+    write_log({"user_id": [1], "item_id": [6], "timestamp": [int(moment) + 1], "action": ["a"]}, "log/z.parquet")
+    columns = EventColumns(action="action")
+    grown = prepare(tmp_path / "log", tmp_path / "fine", columns=columns).manifest
+    assert grown.schema["columns"] == ["user_id", "item_id", "timestamp", "order", "action"]
+    assert verify(str(tmp_path / "fine")) == []
+
+    # A data set that began with whole milliseconds has no order later either.
+    prepare(tmp_path / "log/whole.parquet", tmp_path / "whole")
+    later = prepare(tmp_path / "log/events.parquet", tmp_path / "whole").manifest
+    assert later.schema["columns"] == ["user_id", "item_id", "timestamp"]
+    assert later.counts["accepted"] == 5
+
+
+def test_times_in_another_unit_are_refused_unless_the_data_set_has_such_times(prepare, write_log, tmp_path):
+    now = 1_709_164_800
+    write_log({"user_id": [1, 2], "item_id": [5, 5], "timestamp": [now * 1_000] * 2})
+    with pytest.raises(DataError, match=r"2 of 2 times .* as ms, not as s: set columns.timestamp_unit ms"):
+        prepare(tmp_path / "log", tmp_path / "out", max_rejected_ratio=1)
+    columns = EventColumns(timestamp_unit="ms")
+    assert prepare(tmp_path / "log", tmp_path / "out", columns=columns).notes == []
+    # Later files in seconds.
+    write_log({"user_id": [3], "item_id": [5], "timestamp": [now]}, "log/later.parquet")
+    with pytest.raises(DataError, match=r"as s, not as ms: write them as ms, as the data set's, or prepare a new dir"):
+        prepare(tmp_path / "log", tmp_path / "out")
+    # A data set that counts its milliseconds from the start of the log.
+    write_log({"user_id": [3], "item_id": [5], "timestamp": [12]}, "own/first.parquet")
+    first = prepare(tmp_path / "own", tmp_path / "counted", columns=columns)
+    assert first.notes == ["1 of 1 times lie before 1990 or after tomorrow"]
+    write_log({"user_id": [3], "item_id": [5], "timestamp": [now]}, "own/second.parquet")
+    assert prepare(tmp_path / "own", tmp_path / "counted").manifest.counts["accepted"] == 2
+
+
+def test_a_refused_log_shows_a_value_by_its_row_also_beside_forgotten_users(prepare, tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/a.csv").write_text("user_id,item_id,timestamp\nu1,a,5\nu2,a,5\n")
+    prepare(tmp_path / "log", tmp_path / "out")
+    build.forget(str(tmp_path / "out"), ["u1"])
+    (tmp_path / "log/b.csv").write_text("user_id,item_id,timestamp\nu1,a,x\nu1,a\nu2,a,never\n")
+    with pytest.raises(
+        DataError, match=r"for example 'u1,a' \(malformed row, row 2 of .*'never' \(.*row 3 of log/b.csv"
+    ):
+        prepare(tmp_path / "log", tmp_path / "out")

@@ -1,7 +1,8 @@
 import polars as pl
 import pytest
 
-from pipeline.events import LATEST_TIME, DataError, EventColumns, Reason, total_order, validate
+from pipeline.events import DataError, EventColumns, Reason, total_order, validate
+from pipeline.times import LATEST_TIME
 
 ALL = EventColumns(order="order", action="action", label="label", request_id="request_id", integer_ids=True)
 INTEGERS = {"user_id": "int64", "item_id": "int64", "request_id": "int64"}
@@ -136,3 +137,25 @@ def test_a_wrong_mapping_is_refused(change, words):
 def test_total_order_names_time_order_item_action_then_the_rest():
     columns = ["request_id", "label", "user_id", "action", "item_id", "order", "timestamp"]
     assert total_order(columns) == ["timestamp", "order", "item_id", "action", "label", "request_id"]
+
+
+def test_what_times_have_below_a_millisecond_becomes_the_order_where_none_is_mapped():
+    times = ["2024-02-29T00:00:00.0015Z", "1709164800.002", "1709164800.000000007", "x"]
+    block = pl.DataFrame({"user_id": 1, "item_id": [1, 2, 3, 4], "timestamp": times, "order": 9})
+    found = validate(block.drop("order"), columns=EventColumns(), id_types=INTEGERS, malformed=[]).events
+    assert found.columns == ["user_id", "item_id", "timestamp", "order"]
+    assert found["timestamp"].to_list() == [1_709_164_800_001, 1_709_164_800_002, 1_709_164_800_000]
+    assert found["order"].to_list() == [500_000, 0, 7]
+    found = validate(block, columns=EventColumns(order="order"), id_types=INTEGERS, malformed=[]).events
+    assert found["order"].to_list() == [9, 9, 9]
+    whole = block.drop("order").filter(pl.col("item_id") == 2)
+    assert "order" not in validate(whole, columns=EventColumns(), id_types=INTEGERS, malformed=[]).events.columns
+
+
+@pytest.mark.parametrize("column", ["timestamp", "label"])
+def test_nan_and_infinity_are_missing_in_a_column_of_floats(column):
+    rows = {"user_id": [1] * 4, "item_id": [1] * 4, "timestamp": [1.5] * 4, "label": [1.0] * 4}
+    block = pl.DataFrame(rows | {column: [1.0, float("nan"), float("-inf"), None]})
+    found = validate(block, columns=EventColumns(label="label"), id_types=INTEGERS, malformed=[])
+    reason = Reason.MISSING_TIME if column == "timestamp" else Reason.MISSING_LABEL
+    assert found.rejected["reason"].to_list() == [reason.value] * 3

@@ -8,7 +8,7 @@ import pytest
 from pipeline.events import DataError
 from pipeline.log import daily as daily_module
 from pipeline.log.daily import DailyLog, days_told
-from pipeline.log.readers import FileFormat
+from pipeline.log.inputs import FileFormat
 from pipeline.prepare.ingested_days import DayCounts, day_counts
 from pipeline.prepare.plan import pending_days
 
@@ -183,3 +183,21 @@ def test_days_in_a_row_without_files_share_a_line():
         "2026-03-04: no files in dt=2026-03-04",
     ]
     assert days_told({}) == []
+
+
+def test_what_is_not_read_counts_on_the_days_that_are_taken_alone(ingest, write_days, tmp_path):
+    write_days(days=DAYS[:2])
+    mark(tmp_path, DAYS[0])
+    for day in DAYS[:2]:
+        (tmp_path / "log" / f"dt={day}" / "part-1.inprogress").write_text("x")
+    with pytest.raises(DataError, match=rf"1 file is not read: log/dt={DAYS[0]}/part-1.inprogress \("):
+        ingest(SPARK)
+    (tmp_path / "log" / f"dt={DAYS[0]}" / "part-1.inprogress").unlink()
+    assert ingest(SPARK).left_out == [f"{DAYS[1]}: no _SUCCESS in dt={DAYS[1]}"]
+    mark(tmp_path, DAYS[1])
+    with pytest.raises(DataError, match=rf"log/dt={DAYS[1]}/part-1.inprogress"):
+        ingest(SPARK)
+    taken = ingest(SPARK, files=FileFormat(ignore="*.inprogress"))
+    assert (taken.manifest.counts["read"], taken.left_out) == (
+        6, [f"1 file named by files.ignore: log/dt={DAYS[1]}/part-1.inprogress"]
+    )  # fmt: skip

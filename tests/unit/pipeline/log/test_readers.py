@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pipeline.events import DataError, EventColumns
 from pipeline.log import readers
-from pipeline.log.readers import FileFormat, find_inputs, read_blocks
+from pipeline.log.inputs import FileFormat, find_inputs
+from pipeline.log.readers import read_blocks
 
 MAPPING = EventColumns().mapping()
 
@@ -41,6 +42,76 @@ def test_a_line_that_is_no_utf8_costs_itself_alone(tmp_path):
     assert len(malformed) == 1
 
 
+def test_a_quoted_line_break_belongs_to_its_field_and_makes_no_event(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(
+        'user_id,item_id,timestamp,text\n1,a,5,"first\n9,forged,6,second"\n2,"b\n9,forged,6,x"\n3,"c\r\nd",7,"""q"""\n',
+        newline="",
+    )
+    rows, malformed = read(path)
+    assert rows == [("1", "a", "5"), ("3", "c\r\nd", "7")]
+    assert malformed == ['2,"b\n9,forged,6,x"']
+
+
+def test_a_header_may_hold_line_breaks_empty_names_and_equal_names_that_nobody_uses(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('\ufeff"user_id","a\nb",,item_id,a,a,timestamp\n1,x,x,2,x,x,3\n', encoding="utf-8")
+    assert read(path) == ([("1", "2", "3")], [])
+    path.write_text("user_id,item_id,timestamp,item_id\n1,2,3,4\n")
+    with pytest.raises(DataError, match=r"log.csv: 2 columns are called 'item_id' \(mapped to item_id\); rename all"):
+        read(path)
+    path.write_text('user_id,"item_id\n1,2\n')
+    with pytest.raises(DataError, match=r"log.csv: the first line cannot be read.*files.quoted"):
+        read(path)
+
+
+def test_utf_16_is_read_and_without_its_mark_refused_by_the_key(tmp_path):
+    path, text = tmp_path / "log.csv", "user_id,item_id,timestamp\n1,é,3\n"
+    path.write_bytes(text.encode("utf-16"))
+    assert read(path) == ([("1", "é", "3")], [])
+    path.write_bytes(text.encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"log.csv: the first line cannot be read.*files.encoding"):
+        read(path)
+
+
+def test_old_line_ends_nul_bytes_and_a_last_line_without_end(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b'user_id,item_id,timestamp\r1,"a\rb",5\r2,c\0d,6\r3,e,7')
+    rows, malformed = read(path)
+    assert rows == [("1", "a\nb", "5"), ("3", "e", "7")]
+    assert malformed == ["2,c\0d,6"]
+    path.write_bytes(b"user_id,item_id,timestamp\n1,a\rb,5\n")
+    assert read(path) == ([], ["1,a\rb,5"])
+    assert read(path, FileFormat(quoted=False)) == ([("1", "a\rb", "5")], [])
+
+
+def test_what_is_no_text_costs_a_row_only_in_a_column_that_is_read(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_bytes(b"user_id,item_id,timestamp,text\n1,a,5,\xff\n2,\xff,6,x\n3,b,\xff\n4,\xef\xbf\xbd,7,x\n")
+    rows, malformed = read(path)
+    assert rows == [("1", "a", "5"), ("4", "\ufffd", "7")]
+    assert len(malformed) == 2
+    path.write_bytes(b"user_id,item_id,timestamp\n1,\x81,5\n2,\x80,6\n")
+    assert read(path, FileFormat(encoding="cp1252")) == ([("2", "€", "6")], ["1,\ufffd,5"])
+
+
+def test_a_row_knows_its_number_in_the_file(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text('user_id,item_id,timestamp\n1,a\n2,"b"c\n\n3,c,5\n4,d\n5,e,6\n')
+    (file,) = find_inputs(str(path), options=FileFormat())
+    (block,) = read_blocks(file, mapping=MAPPING, options=FileFormat())
+    assert [block.row_number(row) for row in range(2)] == [3, 5]
+    assert sorted(zip(block.malformed_at, block.malformed, strict=True)) == [(0, "1,a"), (1, '2,"b"c'), (3, "4,d")]
+
+
+def test_of_a_long_malformed_record_the_beginning_is_kept(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "x" * 5_000 + "\n" + "é" * 5_000 + '\n"' + "z" * 5_000 + "\n")
+    assert [(line[0], len(line) < 1_100, line[-13:]) for line in read(path)[1]] == [
+        ("x", True, " (5000 bytes)"), ("é", True, "(10000 bytes)"), ('"', True, " (5001 bytes)"),
+    ]  # fmt: skip
+
+
 def test_long_separator_other_encoding_and_named_columns(tmp_path):
     path = tmp_path / "log.dat"
     path.write_bytes("1::Café::5\n2::b\n".encode("latin-1"))
@@ -53,6 +124,67 @@ def test_json_lines_become_text_and_bad_lines_are_handed_back(tmp_path):
     lines = [json.dumps({"user_id": 1, "item_id": "a", "timestamp": 1.5}), "{", "3", json.dumps({"user_id": [1]}), "{}"]
     path.write_text("\n".join(lines))
     assert read(path) == ([("1", "a", "1.5"), (None, None, None)], lines[1:4])
+
+
+def test_words_for_nothing_are_missing_in_csv_only_without_quotes_and_elsewhere_only_if_named(tmp_path):
+    words = ["NULL", "\\N", "nan", "None", "null", "NaN", "<NA>", "NA", ""]
+    kept = [None] * 7 + ["NA", ""]
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f'{word},"{word}",5\n' for word in words))
+    rows, _ = read(path)
+    assert [row[0] for row in rows] == kept
+    assert [row[1] for row in rows] == words
+    named = FileFormat(missing=["NA"])
+    assert [row[0] for row in read(path, named)[0]] == [*words[:7], None, ""]
+    assert [row[0] for row in read(path, FileFormat(missing=[]))[0]] == words
+
+    # Where fields cannot be quoted, also on the slower way.
+    for separator in (";", "::"):
+        path.write_text(separator.join(["user_id", "item_id", "timestamp"]) + "\n" + f"NULL{separator}a{separator}5\n")
+        assert read(path, FileFormat(quoted=False, separator=separator)) == ([(None, "a", "5")], [])
+
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps({"user_id": word, "item_id": None, "timestamp": 5}) + "\n" for word in words))
+    assert [row[0] for row in read(path)[0]] == words
+    assert [row[0] for row in read(path, named)[0]] == [*words[:7], None, ""]
+    path = tmp_path / "log.parquet"
+    pl.DataFrame({"user_id": words, "item_id": 1, "timestamp": None}).write_parquet(path)
+    assert [row[0] for row in read(path)[0]] == words
+    assert read(path, named)[0][7] == (None, 1, None)
+
+
+def test_a_broken_surrogate_costs_its_row_and_only_in_a_column_that_is_read(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [
+        rb'{"user_id": "\ud83d", "item_id": "a", "timestamp": 5}',
+        rb'{"user_id": "u", "x": "\ud83d", "item_id": 1}',
+    ]
+    lines += [b'{"user_id": "\xed\xa0\xbd"}', b'{"user_id": "\xff"}', b'{"user_id": "v", "x": "\xff"}']
+    lines += [rb'{"user_id": "\ud83d\ude42"}']
+    path.write_bytes(b"\n".join(lines))
+    rows, malformed = read(path)
+    assert rows == [("u", "1", None), ("v", None, None), ("\U0001f642", None, None)]
+    assert [line[:20] for line in malformed] == [
+        '{"user_id": "\\ud83d"', '{"user_id": "\ufffd\ufffd\ufffd"}'[:20], '{"user_id": "\ufffd"}',
+    ]  # fmt: skip
+
+
+def test_numbers_of_json_without_a_value_are_missing_and_large_ones_stay_texts(tmp_path):
+    path = tmp_path / "log.jsonl"
+    numbers = ["NaN", "Infinity", "-Infinity", "1e400", "null", "1" * 30, "1.50", "1e22", "9" * 5_000]
+    path.write_text("".join(f'{{"user_id": 1, "item_id": 2, "timestamp": {n}}}\n' for n in numbers))
+    rows, malformed = read(path)
+    assert [row[2] for row in rows] == [None] * 5 + ["1" * 30, "1.5", "1e+22"]
+    # Python refuses to convert so many digits.
+    assert [line[-13:] for line in malformed] == [" (5043 bytes)"]
+
+
+def test_of_equal_keys_the_last_counts_and_deep_nesting_costs_its_row(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"user_id": 1, "user_id": 2}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
+    rows, malformed = read(path)
+    assert rows == [("2", None, None), ("3", None, None)]
+    assert len(malformed) == 1
 
 
 def test_compressed_text_is_read(tmp_path):
@@ -78,29 +210,10 @@ def test_any_block_size_reads_the_same_lines(tmp_path_factory, lines, block):
     path.write_text("user_id,item_id,timestamp\n" + "\n".join(texts), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_BLOCK_BYTES", block)
-        rows, malformed = read(path)
+        rows, malformed = read(path, FileFormat(missing=[]))
     full = [tuple(text.split(",")) for text in texts if text]
     assert rows == [fields for fields in full if len(fields) == 3]
     assert malformed == [",".join(fields) for fields in full if len(fields) != 3]
-
-
-def test_a_directory_lists_event_files_only(tmp_path):
-    pl.DataFrame({"user_id": [1]}).write_parquet(tmp_path / "b.parquet")
-    for name in ("items.parquet", "rejected.parquet", "source.json", ".hidden.csv", "_SUCCESS", "a.csv"):
-        (tmp_path / name).write_text("x")
-    names = [file.name for file in find_inputs(str(tmp_path), options=FileFormat())]
-    assert names == [f"{tmp_path.name}/a.csv", f"{tmp_path.name}/b.parquet"]
-    assert len(find_inputs(f"{tmp_path}/*.parquet", options=FileFormat())) == 1
-
-
-def test_missing_path_empty_directory_and_unknown_format_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
-        find_inputs(str(tmp_path / "nowhere"), options=FileFormat())
-    with pytest.raises(DataError, match="no event files"):
-        find_inputs(str(tmp_path), options=FileFormat())
-    (tmp_path / "log.dat").write_text("")
-    with pytest.raises(DataError, match="set format"):
-        find_inputs(str(tmp_path / "log.dat"), options=FileFormat())
 
 
 def test_a_missing_column_is_refused_with_those_that_exist(tmp_path):
@@ -128,7 +241,7 @@ def test_a_gzip_file_cut_short_is_refused_by_name(tmp_path):
         read(path)
 
 
-@pytest.mark.parametrize("change", [{"format": "xml"}, {"encoding": "utf-16"}, {"separator": ""}])
+@pytest.mark.parametrize("change", [{"format": "xml"}, {"encoding": "utf-16"}, {"separator": ""}, {"separator": "\r"}])
 def test_a_wrong_format_is_refused(change):
     with pytest.raises(ValueError, match="must be"):
         FileFormat(**change)

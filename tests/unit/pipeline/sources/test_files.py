@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from pipeline.events import DataError, EventColumns
-from pipeline.log.readers import FileFormat
+from pipeline.log.inputs import FileFormat
 from pipeline.shards.dataset import Shards
 from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns, import_files
 
@@ -213,6 +213,96 @@ def test_events_of_rare_items_are_left_out_and_counted_over_all_files(tmp_path):
 def test_a_log_imported_before_there_was_a_limit_is_still_the_same(files):
     events, items, out = files
     import_files(events, out, config=CONFIG, items=items)
-    assert "min_item_events" not in json.loads(Path(out, "source.json").read_text())["mapping"]
+    mapping = json.loads(Path(out, "source.json").read_text())["mapping"]
+    assert "min_item_events" not in mapping
+    assert {"missing", "quoted", "typed_header"}.isdisjoint([*mapping["files"], *mapping["items"]["files"]])
     with pytest.raises(DataError, match=r"another mapping\.min_item_events|another mapping"):
         import_files(events, out, config=dataclasses.replace(CONFIG, min_item_events=2), items=items)
+
+
+def test_an_imported_log_keeps_times_as_fine_as_they_are(tmp_path, prepare, monkeypatch):
+    from pipeline.sources import event_log
+
+    monkeypatch.setattr(event_log, "_ROW_GROUP_EVENTS", 1)
+    logs, out, shards = tmp_path / "logs", tmp_path / "log", tmp_path / "shards"
+    logs.mkdir()
+    (logs / "a.csv").write_text("user_id,item_id,timestamp\nu,a,1709164800\n")
+    (logs / "b.jsonl").write_text('{"user_id": "u", "item_id": "b", "timestamp": "2024-02-29T00:00:00.000000002Z"}\n')
+    (logs / "c.csv").write_text("user_id,item_id,timestamp\nu,c,2024-02-29 00:00\n")
+    import_files(str(logs), str(out), config=ImportConfig())
+    tables = [pl.read_parquet(path) for path in sorted(out.glob("*.parquet"))]
+    assert [table.schema["timestamp"] for table in tables] == [pl.Datetime(unit, "UTC") for unit in ("ms", "ns")]
+    times = pl.concat(table["timestamp"].dt.epoch("ns") for table in tables) - 1_709_164_800 * 10**9
+    assert times.to_list() == [0, 2, 0]
+    manifest = prepare(out, shards).manifest
+    assert manifest.schema["columns"] == ["user_id", "item_id", "timestamp", "order"]
+    assert manifest.counts["accepted"] == 3
+
+
+def test_files_that_are_left_out_are_named_and_counted_and_change_no_later_import(tmp_path):
+    """A log of several tools: a day twice, an empty file, notes, the table of items."""
+    folder, out = tmp_path / "days", str(tmp_path / "log")
+    folder.mkdir()
+    text = "user_id,item_id,timestamp\n1,2,3\n"
+    for name in ("a.csv", "copy of a.csv"):
+        (folder / name).write_text(text)
+    (folder / "b.csv").write_text(text.replace("2,3", "3,4"))
+    (folder / "empty.csv").touch()
+    (folder / "items.csv").write_text("item_id,kind\n2,x\n")
+    config = ImportConfig(items=ItemColumns(features=("kind",)))
+    items = str(folder / "items.csv")
+    before = import_files(str(folder), f"{out}1", config=config, items=items)
+    (folder / "notes.md").write_text("x")
+    with pytest.raises(DataError, match=r"1 file is not read: days/notes.md .*--files.ignore"):
+        import_files(str(folder), out, config=config, items=items)
+    assert not Path(out).exists()
+    ignoring = dataclasses.replace(config, files=FileFormat(ignore="*.md"))
+    assert import_files(str(folder), f"{out}1", config=ignoring, items=items).reused
+    result = import_files(str(folder), out, config=ignoring, items=items)
+    assert (result.events, before.events, result.items) == (2, 2, 1)
+    assert result.left_out == {
+        "file empty: days/empty.csv": 1,
+        "file equal to another file in content: days/copy of a.csv": 1,
+        "file named by files.ignore: days/notes.md": 1,
+    }
+    source = json.loads(Path(out, "source.json").read_text())
+    assert source["files_left_out"] == {
+        "days/copy of a.csv": "equal to another file in content",
+        "days/empty.csv": "empty",
+        "days/notes.md": "named by files.ignore",
+    }
+    assert "ignore" not in source["mapping"]["files"]
+    assert source["mapping"]["files"]["separator"] == "," == source["mapping"]["items"]["files"]["separator"]
+    (folder / "notes.md").unlink()
+    assert import_files(str(folder), out, config=config, items=items).left_out == result.left_out
+
+
+def test_times_in_another_unit_are_refused_by_the_key_and_unusual_ones_are_told(tmp_path):
+    path, out = tmp_path / "log.csv", str(tmp_path / "log")
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800000\nu,b,1709164801000\n")
+    with pytest.raises(DataError, match=r"2 of 2 times .* as ms, not as s: set columns.timestamp_unit ms"):
+        import_files(str(path), out, config=ImportConfig(max_rejected_ratio=1))
+    milliseconds = ImportConfig(columns=EventColumns(timestamp_unit="ms"))
+    assert import_files(str(path), out, config=milliseconds).notes == ()
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800\n")
+    with pytest.raises(DataError, match=r"as s, not as ms: set columns.timestamp_unit s"):
+        import_files(str(path), f"{out}2", config=milliseconds)
+    path.write_text("user_id,item_id,timestamp\nu,a,12\n")
+    notes = import_files(str(path), f"{out}3", config=ImportConfig()).notes
+    assert notes == ("1 of 1 times lie before 1990 or after tomorrow",)
+
+
+def test_a_data_error_shows_a_bad_value_and_a_way_out_that_the_command_has(tmp_path):
+    path, out = tmp_path / "log.csv", str(tmp_path / "log")
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800\nu,b,29.02.2024\n")
+    bad = rf"for example '29.02.2024' \(invalid time, row 2 of {tmp_path.name}/log.csv\); check the rows, --columns"
+    with pytest.raises(DataError, match=bad):
+        import_files(str(path), out, config=ImportConfig())
+    published = r"29.02.2024.*; get taobao again, or read it with `solar import files` and a mapping$"
+    with pytest.raises(DataError, match=published):
+        import_files(str(path), out, config=ImportConfig(), published="taobao")
+    path.write_text("user_id,item_id,timestamp\nu,a,1709164800000\n")
+    with pytest.raises(
+        DataError, match=r"get x again, or read it with `solar import files` and columns.timestamp_unit ms"
+    ):
+        import_files(str(path), out, config=ImportConfig(), published="x")

@@ -1,0 +1,101 @@
+"""Counts over the rows of a log as they are read, and what is said of them: which were rejected, with an example of
+each kind, and whether the times fit another unit than the one they are read in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable
+
+from pipeline.events import Reason, Validated
+from pipeline.log.readers import Block
+
+_LONGEST_EXAMPLE = 60
+_COLUMNS = {
+    "user": "user_id", "item": "item_id", "time": "timestamp", "order": "order", "action": "action", "label": "label",
+    "request": "request_id",
+}  # fmt: skip
+"""{last word of a reason: the column that it is about}."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class RowCounts:
+    """Counts over some rows of a log."""
+
+    read: int = 0
+    """All rows."""
+    rejected: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Rejected rows by reason."""
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The first rejected row of each reason: its value, place and file."""
+    units: Counter[str] = dataclasses.field(default_factory=Counter)
+    """{unit: how many numeric times fit it}, as from times.units_that_fit."""
+
+    def add(self, checked: Validated, *, num_rows: int, file: str, block: Block | None) -> None:
+        """Count the validated rows of a block. `block`: the rows as they are in the file; None if they were reshaped,
+        so that they have no number in it."""
+        self.read += num_rows
+        counts = dict(checked.rejected["reason"].value_counts().iter_rows())
+        self.rejected.update(counts)
+        self.units += checked.units
+        # Malformed rows come first, then the others in the order of the block.
+        for reason in counts.keys() - self.examples.keys():
+            place = checked.rejected["reason"].index_of(reason)
+            assert place is not None
+            where = f"row {_row_number(block, checked, place)} of {file}" if block else file
+            self.examples[reason] = f"{_value(reason, checked.rejected['record'][place])} ({reason}, {where})"
+
+    @classmethod
+    def total(cls, parts: Iterable[RowCounts]) -> RowCounts:
+        """The counts over all parts; the examples are those of the first parts."""
+        total = cls()
+        for part in parts:
+            total.read += part.read
+            total.rejected += part.rejected
+            total.units += part.units
+            total.examples = part.examples | total.examples
+        return total
+
+    def reasons(self) -> str:
+        """The reasons with their counts, in the order of Reason."""
+        return ", ".join(f"{reason}: {self.rejected[reason]}" for reason in Reason if self.rejected[reason])
+
+    def first_of_each(self) -> str:
+        """The examples, in the order of Reason."""
+        return "for example " + ", ".join(self.examples[reason] for reason in Reason if reason in self.examples)
+
+    def other_unit(self, unit: str) -> str | None:
+        """The unit in which most numeric times lie between 1990 and tomorrow, if in `unit` most do not."""
+        best, count = max(self.units.items(), key=lambda found: found[1], default=("", 0))
+        return best if best not in ("", unit) and 2 * count > self.units.total() else None
+
+    def in_unit(self, right: str, unit: str) -> str:
+        """How many times fit the unit `right` and not `unit`."""
+        return (
+            f"{self.units[right]} of {self.units.total()} times lie between 1990 and tomorrow as {right}, not as {unit}"
+        )
+
+    def note_on_times(self, unit: str) -> str | None:
+        """What is said of times of which most are before 1990 or after tomorrow in `unit`."""
+        outside = self.units.total() - self.units[unit]
+        if 2 * outside <= self.units.total():
+            return None
+        return f"{outside:,} of {self.units.total():,} times lie before 1990 or after tomorrow"
+
+
+def _value(reason: str, record: str) -> str:
+    if reason == Reason.MALFORMED_ROW:
+        return _short(record)
+    return _short(json.loads(record).get(_COLUMNS[reason.rpartition(" ")[2]]))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_EXAMPLE else f"{text[: _LONGEST_EXAMPLE - 3]}..."
+
+
+def _row_number(block: Block, checked: Validated, place: int) -> int:
+    if place < len(block.malformed):
+        return block.before + block.malformed_at[place] + 1
+    return block.row_number(int(checked.rejected_rows[place - len(block.malformed)]))

@@ -1,0 +1,113 @@
+"""Tables of items and users beside a log: which of their columns become features, and their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import polars as pl
+
+from pipeline.events import DataError, refuse_bad_feature
+from pipeline.log import readers
+from pipeline.log.inputs import FileFormat, Input
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureColumns:
+    """Which columns of a table of items or users become features, and the format of the table."""
+
+    features: tuple[str, ...] = ()
+    """Columns with one category per row."""
+    list_features: tuple[str, ...] = ()
+    """Columns with several categories per row: lists, or text split at `list_separator`."""
+    list_separator: str = "|"
+    """Separates the categories in a text."""
+    files: FileFormat = dataclasses.field(default_factory=FileFormat)
+    """The format of the file."""
+
+    def __post_init__(self) -> None:
+        for name in ("features", "list_features"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        names = [getattr(self, self.id_name), *self.features, *self.list_features]
+        table = self.id_name.replace("_id", "s")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{table} column {twice[0]!r} appears twice: list it once as id, feature or list feature")
+        if not self.list_separator:
+            raise ValueError(f"{table}.list_separator is empty: it must be one or more characters")
+
+    @property
+    def id_name(self) -> str:
+        """The id's canonical name."""
+        raise NotImplementedError
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """{canonical name: column in the file}."""
+        names = (*self.features, *self.list_features)
+        return {self.id_name: getattr(self, self.id_name)} | {name: name for name in names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ItemColumns(FeatureColumns):
+    """The format of the items table, and which of its columns become features."""
+
+    item_id: str = "item_id"
+    """Column with the item ids that events use."""
+
+    @property
+    def id_name(self) -> str:
+        return "item_id"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UserColumns(FeatureColumns):
+    """The format of the users table, and which of its columns become features."""
+
+    user_id: str = "user_id"
+    """Column with the user ids that events use."""
+
+    @property
+    def id_name(self) -> str:
+        return "user_id"
+
+
+def read_items(files: list[Input], columns: ItemColumns, *, id_type: str) -> pl.DataFrame:
+    """The table of all items. An item in several files has the features of the first one."""
+    tables = [pl.concat(read_features(file, columns, id_type=id_type)) for file in files]
+    return tables[0] if len(tables) == 1 else pl.concat(tables).unique("item_id", keep="first", maintain_order=True)
+
+
+def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[pl.DataFrame]:
+    """The id and features of each row; rows whose id does not have the log's id type are omitted."""
+    name, mapping = columns.id_name, columns.mapping
+    readers.describe(file, mapping=mapping, options=columns.files)
+    wanted = pl.Int64 if id_type == "int64" else pl.String
+    known = 0
+    for block in readers.read_blocks(file, mapping=mapping, options=columns.files):
+        if block.malformed:
+            raise DataError(
+                f"{file.name}: {len(block.malformed)} malformed lines, such as {block.malformed[0][:60]!r}; check "
+                "separator, header and quotes"
+            )
+        table = block.table.with_columns(pl.col(name).cast(wanted, strict=False)).filter(pl.col(name).is_not_null())
+        known += table.height
+        yield table.with_columns(
+            [pl.col(feature).cast(pl.String) for feature in columns.features]
+            + [_as_list(table[feature], columns.list_separator).alias(feature) for feature in columns.list_features]
+        )
+    if not known:
+        raise DataError(f"{file.name}: no id in {mapping[name]!r} is {id_type}, the log's type; map another column")
+
+
+def refuse_bad_features(file: Input, columns: FeatureColumns) -> None:
+    """DataError when a mapped column is missing, or cannot be a user feature."""
+    types = readers.describe(file, mapping=columns.mapping, options=columns.files)
+    for name, dtype in types.items():
+        if name != columns.id_name:
+            refuse_bad_feature(name, dtype, file=file.name)
+
+
+def _as_list(values: pl.Series, separator: str) -> pl.Series:
+    if isinstance(values.dtype, pl.List):
+        return values.cast(pl.List(pl.String))
+    return values.cast(pl.String).str.split(separator)
