@@ -91,15 +91,15 @@ def import_files(
     if existing := find_event_log(out, source=source):
         return existing
     report = progress or (lambda stage, done, total: None)
-    equal = inputs.equal_files({file["name"]: file["checksum"] for file in identified})
-    found = [file for file in found if file.name not in equal]
+    first, equal = inputs.without_equal((file, each["checksum"]) for file, each in zip(found, identified, strict=True))
 
     def fill(writer: EventLogWriter) -> None:
         writer.leave_out_files({**(left_out or {}), **unused, **equal})
         written = dataclasses.replace(config.columns, label=None) if reshape else config.columns
-        schema = readers.log_schema(found, columns=written, options=config.files)
+        files = [file for file, _ in first]
+        schema = readers.log_schema(files, columns=written, options=config.files)
         log = _Log(
-            files=found, config=config, id_types=schema["id_types"], written=written, reshape=reshape,
+            files=files, config=config, id_types=schema["id_types"], written=written, reshape=reshape,
             published=published,
         )  # fmt: skip
         _import_events(log, writer, report=report)
