@@ -203,7 +203,7 @@ def look_up(keys: EventKeys, *, files: Sequence[pq.ParquetFile], latest: int | N
     if keys.full is not None and "full" in known.columns:
         same = looked_up.join(known, on=["time", "key", "full"], how="semi")["place"].to_numpy()
         found[same] = Found.SAME
-    if labels is None:
+    if keys.labels is None or labels is None:
         return Stored(found=found, labels=None, is_complete=True)
     # Compare the labels with those that are known.
     before = _labels_before(looked_up, known)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -48,9 +49,10 @@ def reference(read):
 class Log:
     """A log that grows by files, and the data set of it."""
 
-    def __init__(self, root: Path, *, columns: EventColumns = FULL, **config) -> None:
+    def __init__(self, root: Path, *, columns: EventColumns = FULL, **config: Any) -> None:
         self.log, self.path, self.num_files = root / "log", str(root / "out"), 0
-        self.config = build.PrepareConfig(columns=columns, **({"buckets": 2, "row_group_events": 5} | config))
+        chosen: dict[str, Any] = {"buckets": 2, "row_group_events": 5} | config
+        self.config = build.PrepareConfig(columns=columns, **chosen)
         self.log.mkdir(parents=True)
 
     def add(self, found) -> None:
