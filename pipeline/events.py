@@ -145,7 +145,10 @@ def validate(
 
 
 def total_order(columns: list[str]) -> list[str]:
-    """The sort keys of a user's events, out of `columns`: time, order, item, action, then the other columns."""
+    """The sort keys of a user's events, out of `columns`: time, order, item, action, then the other columns.
+
+    The other columns tell apart only rows of the same event, of which one stays (`in_total_order`).
+    """
     leading = ["timestamp", "order", "item_id", "action"]
     return [c for c in leading if c in columns] + sorted(c for c in columns if c not in leading and c != "user_id")
 
@@ -153,6 +156,16 @@ def total_order(columns: list[str]) -> list[str]:
 def identity(columns: list[str]) -> list[str]:
     """The columns, out of `columns`, that identify an event: rows equal in all of them are the same event."""
     return [c for c in ("user_id", "item_id", "timestamp", "order", "action") if c in columns]
+
+
+def in_total_order(events: pl.DataFrame, *, by: str, columns: list[str]) -> pl.DataFrame:
+    """The rows sorted by the column `by` and then by the total order of `columns`; nulls (no action, no request) first.
+
+    Rows of one event stand together, and the first of them is the row that stays: it has the largest label and, of
+    equal labels, the smallest remaining columns. So a click is never lost to an impression, whatever came first.
+    """
+    keys = [by, *total_order(columns)]
+    return events.sort(keys, descending=[key == "label" for key in keys], nulls_last=False)
 
 
 def id_type(dtype: pl.DataType, *, integer_ids: bool, is_text: bool) -> str | None:

@@ -40,6 +40,13 @@ def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts["rejected"].items()) if count)
     console.line(f"shards        {path}, manifest {manifest.number} ({manifest.fingerprint})")
     console.line(f"events        {events_line(counts)}{f' ({rejected})' if rejected else ''}")
+    if manifest.conflicting:
+        console.line(f"conflicting   {manifest.conflicting:,} events were read with labels 0 and 1: they have label 1")
+    if manifest.num_unsettled:
+        console.line(
+            f"labels        an earlier version began this data set: of an event that was read with labels 0 and 1 it "
+            f"kept 0 and counted a duplicate ({manifest.num_unsettled:,} in all); prepare into a new directory to get 1"
+        )
     console.line(f"users, items  {manifest.users:,}, {manifest.items:,}")
     if names := manifest.schema.get("user_features"):
         console.line(f"user features {', '.join(names)}")

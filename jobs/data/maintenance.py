@@ -19,10 +19,10 @@ def compact_shards(path: str, console: Console, *, cluster: ClusterConfig, verbo
     before = Shards.open(path).manifest
     with ray_session(cluster, verbose=verbose), console.stage("compact") as stage:
         after = compact(absolute(path), progress=progress_of(stage))
-        found = after.counts["duplicate"] - before.counts["duplicate"]
+        found = before.counts["accepted"] - after.counts["accepted"]
         stage.result = f"{len(before.files):,} files -> {len(after.files):,}, manifest {after.number} in {path}"
         if found:
-            stage.result += f"; {found:,} events were repetitions of old ones, now counted as duplicates"
+            stage.result += f"; {found:,} events were repetitions of old ones and no longer count as accepted"
 
 
 def forget_users(

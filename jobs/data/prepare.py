@@ -99,11 +99,9 @@ def prepare_shards(
 
 def events_line(counts: Any) -> str:
     """A manifest's counts of rows as one line of text."""
-    rejected = sum(counts["rejected"].values())
-    return (
-        f"{counts['read']:,} read = {counts['accepted']:,} accepted + {counts['duplicate']:,} duplicate + "
-        f"{rejected:,} rejected"
-    )
+    parts = [f"{counts[name]:,} {name}" for name in ("accepted", "duplicate", "conflicting") if name in counts]
+    parts.append(f"{sum(counts['rejected'].values()):,} rejected")
+    return f"{counts['read']:,} read = {' + '.join(parts)}"
 
 
 def progress_of(stage: Stage) -> Any:

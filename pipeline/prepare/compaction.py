@@ -21,6 +21,7 @@ from pipeline.events import Reason
 from pipeline.prepare.staging import read_table, write_table
 from pipeline.shards.dataset import Shards
 from pipeline.shards.event_keys import EventKeys, write_keys
+from pipeline.shards.label_conflicts import conflicting_events
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.rows import UserRows, runs
 from pipeline.shards.tombstones import Tombstones
@@ -37,7 +38,7 @@ class RewrittenBucket:
     file: dict[str, Any] | None
     """The file's entry for the manifest; None if no user is left."""
     forgotten: int
-    """Number of events that were left out because their users are forgotten."""
+    """Number of events, and of conflicting rows of them, that were left out because their users are forgotten."""
 
 
 def crowded(data: Shards, *, max_deltas: int) -> list[int]:
@@ -48,11 +49,12 @@ def crowded(data: Shards, *, max_deltas: int) -> list[int]:
 def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombstones | None = None) -> RewrittenBucket:
     """Write the bucket as one file, without forgotten users. Stages the places of its users for `finish`."""
     keys, places, dropped = [], [data.index_table().clear()], 0
+    conflicting = conflicting_events(data, bucket)
 
     # The generators run while write_shard reads from them; they also collect keys, places and what was dropped.
     def parts() -> Iterator[tuple[int, pa.Table]]:
         for group, rows in enumerate(_regrouped(kept(), limit=data.manifest.config["row_group_events"])):
-            keys.append(EventKeys.of(rows))
+            keys.append(EventKeys.of(rows).with_both_labels(conflicting))
             users = pl.DataFrame({"user_id": rows.user_id, "events": rows.lengths})
             users = users.with_columns(bucket=pl.lit(bucket, pl.Int64), group=pl.lit(group, pl.Int64))
             places.append(users.with_columns(row=pl.int_range(pl.len())).select(places[0].columns))
@@ -65,7 +67,8 @@ def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombst
             rows = rows.with_values([f"{PREFIX}{name}" for name in data.user_features])
             if forgotten is not None:
                 stays = ~forgotten.among(rows.user_id).to_numpy()
-                dropped += int(rows.lengths[~stays].sum())
+                gone = EventKeys.of(rows.take(np.flatnonzero(~stays))).with_both_labels(conflicting)
+                dropped += len(gone.key) + gone.num_conflicting
                 rows = rows.take(np.flatnonzero(stays))
             if len(rows.user_id):
                 yield rows
@@ -73,6 +76,8 @@ def compact_bucket(bucket: int, *, data: Shards, staging: str, forgotten: Tombst
     entry = write_shard(parts(), path=data.path, bucket=bucket)
     if entry is not None:
         entry |= {"accepted": entry["events"], "unchecked": 0, "keys": write_keys(keys, path=data.path, bucket=bucket)}
+        if "label" in data.manifest.schema["columns"]:
+            entry["conflicting"] = sum(part.num_conflicting for part in keys)
     write_table(Store(staging), f"places-{bucket:05d}.parquet", pl.concat(places))
     return RewrittenBucket(bucket=bucket, file=entry, forgotten=dropped)
 
@@ -84,18 +89,16 @@ def finish(built: Sequence[RewrittenBucket], *, data: Shards, staging: str) -> M
     files = [file for file in data.manifest.files if file["bucket"] not in fresh]
     files = sorted([*files, *filter(None, fresh.values())], key=lambda entry: entry["bucket"])
 
-    # Counts: events that went are either those of forgotten users, or repeats that are found only now.
-    forgotten = sum(b.forgotten for b in built)
-    fewer = sum(entry["accepted"] for entry in data.manifest.files) - sum(entry["accepted"] for entry in files)
-    counts = data.manifest.counts
-    rejected = counts["rejected"]
+    # Counts: what is neither stored, nor conflicting, nor of forgotten users is a duplicate, perhaps found only now.
+    counts, forgotten = dict(data.manifest.counts), sum(b.forgotten for b in built)
+    counts["accepted"] = sum(entry["accepted"] for entry in files)
+    if "label" in data.manifest.schema["columns"]:
+        counts["conflicting"] = sum(entry.get("conflicting", 0) for entry in files)
     if forgotten:
-        rejected = rejected | {Reason.FORGOTTEN_USER.value: rejected.get(Reason.FORGOTTEN_USER, 0) + forgotten}
-    counts = counts | {
-        "accepted": counts["accepted"] - fewer,
-        "duplicate": counts["duplicate"] + fewer - forgotten,
-        "rejected": rejected,
-    }
+        before = counts["rejected"].get(Reason.FORGOTTEN_USER, 0)
+        counts["rejected"] = counts["rejected"] | {Reason.FORGOTTEN_USER.value: before + forgotten}
+    others = counts["accepted"] + counts.get("conflicting", 0) + sum(counts["rejected"].values())
+    counts["duplicate"] = counts["read"] - others
 
     # Index: new places for users of the rewritten buckets; users keep their order.
     places = [read_table(Store(staging), f"places-{bucket:05d}.parquet") for bucket in fresh]

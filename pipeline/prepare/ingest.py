@@ -12,7 +12,6 @@ Tasks exchange files in a staging directory and return small dataclasses, so not
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -31,7 +30,8 @@ from pipeline.prepare.staging import Fragment, read_fragments, read_table, write
 from pipeline.prepare.users import CheckedUsers, StagedUsers
 from pipeline.shards import sequences
 from pipeline.shards.dataset import Shards
-from pipeline.shards.event_keys import EventKeys, Found, look_up, write_keys
+from pipeline.shards.event_keys import EventKeys, Found, write_keys
+from pipeline.shards.label_conflicts import stored_events
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.rows import UserRows
 from pipeline.shards.user_columns import encode_values
@@ -65,8 +65,10 @@ class BuiltBucket:
     """The new shard file's entry for the manifest; None if nothing is new."""
     accepted: int
     """Number of new events."""
+    conflicting: int
+    """Number of events that have been read with both labels only now."""
     duplicates: int
-    """Number of events that the data set has already, or that were read twice."""
+    """Number of other rows of events that the data set has already, or that were read twice."""
 
 
 def stage_users(part: Part, *, plan: Plan, staging: str) -> StagedUsers:
@@ -130,16 +132,17 @@ def build_bucket(
     if plan.takes_order_from_times:
         # A fragment has no order where all its times are whole milliseconds.
         events = events.with_columns(pl.col("order").fill_null(0))
-    staged, num_read = UserRows.encode(sequences.build_sequences(events), names), events.height
-    keys = EventKeys.of(staged)
+    distinct = sequences.sequences_with_labels(events)
+    staged, num_read = UserRows.encode(distinct, names), events.height
+    has_labels = "label" in distinct.columns
+    keys = EventKeys.of(staged, labels=distinct[sequences.LABELS].to_numpy() if has_labels else None)
 
     # Look up which of them the bucket's files hold already.
-    found = np.full(staged.num_events, Found.NEW)
+    found, conflicting = np.full(staged.num_events, Found.NEW), keys.num_conflicting
     if plan.shards and plan.shards.files_of(bucket):
         num_groups = len(plan.shards.groups_of(bucket))
-        with contextlib.ExitStack() as open_files:
-            files = [open_files.enter_context(plan.shards.part_of(f["keys"])) for f in plan.shards.files_of(bucket)]
-            found = look_up(keys, files=files, latest=latest, late_days=late_days)
+        stored = stored_events(keys, data=plan.shards, bucket=bucket, latest=latest, late_days=late_days)
+        found, conflicting = stored.found, stored.num_conflicting(keys)
 
     # Write the shard file with the new events and user features, its keys, and the places of its users.
     is_new = (found == Found.NEW) | (found == Found.UNCHECKED)
@@ -150,11 +153,17 @@ def build_bucket(
     entry = write_shard(placed.parts(with_rows=num_groups > 0), path=plan.out, bucket=bucket)
     if entry is not None:
         entry |= {"accepted": accepted, "unchecked": int((found == Found.UNCHECKED).sum())}
-        entry |= {"keys": write_keys([keys.filter(is_new)], path=plan.out, bucket=bucket)}
+        # A log with labels has a key for every row of the file, so that a later ingest knows all labels.
+        entry |= {"conflicting": conflicting} if has_labels else {}
+        with_keys = found != Found.SAME if has_labels else is_new
+        entry |= {"keys": write_keys([keys.filter(with_keys)], path=plan.out, bucket=bucket)}
         counted = pl.DataFrame({"user_id": staged.user_id, "events": staged.filter_events(is_new).lengths})
         places = placed.frame().drop("events").join(counted, on="user_id", how="left").fill_null(0)
         write_table(store, f"places-{bucket:05d}.parquet", places.with_columns(bucket=pl.lit(bucket, pl.Int64)))
-    return BuiltBucket(bucket=bucket, file=entry, accepted=accepted, duplicates=num_read - accepted)
+    return BuiltBucket(
+        bucket=bucket, file=entry, accepted=accepted, conflicting=conflicting,
+        duplicates=num_read - accepted - conflicting,
+    )  # fmt: skip
 
 
 def finish(
@@ -173,6 +182,8 @@ def finish(
     index = _grown_index(plan.shards, places)
     accepted, duplicates = sum(b.accepted for b in built), sum(b.duplicates for b in built)
     new_counts = {"read": counts["read"], "accepted": accepted, "duplicate": duplicates, "rejected": counts["rejected"]}
+    if "label" in plan.schema["columns"]:
+        new_counts["conflicting"] = sum(b.conflicting for b in built)
     kinds = {"events": plan.inputs, "items": [plan.items], "users": [plan.users if plan.users_are_new else None]}
     entries = [new.entry(kind) for kind, found in kinds.items() for new in found if new]
     return Manifest(
@@ -268,4 +279,4 @@ def join_ranges(ranges: Iterable[list[int] | None]) -> list[int] | None:
 
 def _add_counts(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     rejected = {r.value: n for r in Reason if (n := old["rejected"].get(r, 0) + new["rejected"].get(r, 0))}
-    return {key: old[key] + new[key] for key in ("read", "accepted", "duplicate")} | {"rejected": rejected}
+    return {key: old.get(key, 0) + new[key] for key in new if key != "rejected"} | {"rejected": rejected}

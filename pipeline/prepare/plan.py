@@ -241,6 +241,8 @@ def _schema(parent: Manifest | None, new: list[Input], *, columns: EventColumns,
     """The log's columns, the types of its ids, and which columns were added later. DataError: a file does not fit."""
     if parent is None:
         schema = readers.log_schema(new, columns=columns, options=files)
+        if "label" in schema["columns"]:
+            schema = schema | {"kept_label": "largest"}
     else:
         schema = parent.schema
         if added := [name for name in columns.mapping() if name not in schema["columns"]]:

@@ -121,6 +121,10 @@ class Shards:
         """The manifest's entries of a bucket, oldest first; none for a bucket without users."""
         return self._buckets[bucket].files if bucket in self._buckets else []
 
+    def has_repeats(self, bucket: int) -> bool:
+        """Whether the same event may be in more than one file of the bucket."""
+        return self._buckets[bucket].has_repeats
+
     def groups_of(self, bucket: int) -> range:
         """The bucket's groups, counted over all buckets."""
         found = self._buckets[bucket]
@@ -153,6 +157,10 @@ class Shards:
         if later:
             return lay_over(first, later, vocabulary=self.vocabulary, distinct=bucket.has_repeats)
         return first.drop_columns([ROW]) if ROW in first.column_names else first
+
+    def tables_of(self, entry: dict[str, Any]) -> Iterator[pa.Table]:
+        """The row groups of one shard file, not merged with those of its bucket's other files."""
+        return (self._read_part(entry, row_group) for row_group in range(len(entry["groups"])))
 
     @contextlib.contextmanager
     def part_of(self, entry: dict[str, Any]) -> Iterator[pq.ParquetFile]:

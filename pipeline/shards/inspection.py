@@ -12,6 +12,7 @@ import xxhash
 
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
+from pipeline.shards.label_conflicts import conflicting_events, num_conflicting
 from pipeline.shards.sequences import build_sequences
 from pipeline.shards.vocabulary import NUM_RESERVED
 
@@ -30,14 +31,17 @@ def verify(path: str, *, number: int | None = None) -> list[str]:
     if problems:
         return problems
     counts = manifest.counts
-    if counts["read"] != counts["accepted"] + counts["duplicate"] + sum(counts["rejected"].values()):
-        problems.append("manifest: accepted + duplicate + rejected does not equal read")
+    known = counts["accepted"] + counts["duplicate"] + manifest.conflicting
+    if counts["read"] != known + sum(counts["rejected"].values()):
+        problems.append("manifest: accepted + duplicate + conflicting + rejected does not equal read")
     if data.vocabulary.fingerprint != manifest.vocabulary["fingerprint"]:
         problems.append(f"{manifest.vocabulary['name']}: its fingerprint differs from the manifest's")
     if len(data.index.events) != manifest.users:
         problems.append(f"{manifest.index['name']}: {len(data.index.events)} users instead of {manifest.users}")
     if sum(entry["accepted"] for entry in manifest.files) != counts["accepted"]:
         problems.append("manifest: the files' events do not add up to the accepted ones")
+    if sum(entry.get("conflicting", 0) for entry in manifest.files) != manifest.conflicting:
+        problems.append("manifest: the files' events with both labels do not add up to the conflicting ones")
     for bucket in data.buckets:
         problems += _problems_of_bucket(data, bucket)
     return problems
@@ -69,10 +73,14 @@ def digest(path: str, *, number: int | None = None) -> str:
                 state.update(column[start:end].tobytes())
             total = (total + state.intdigest()) % (1 << 128)
         accepted += int(offsets[-1])
-    counts = data.manifest.counts
     # Repeats of old events count as accepted until the next compaction, but readers see each event once.
-    counts = counts | {"accepted": accepted, "duplicate": counts["duplicate"] + counts["accepted"] - accepted}
-    content = {"sequences": f"{total:032x}", "counts": counts, "columns": data.manifest.schema["columns"]}
+    counts, conflicting = data.manifest.counts, sum(num_conflicting(data, bucket) for bucket in data.buckets)
+    others = accepted + conflicting + sum(counts["rejected"].values())
+    counted = {"read": counts["read"], "rejected": counts["rejected"]}
+    counted |= {"accepted": accepted, "duplicate": counts["read"] - others}
+    # Where no labels differ, the digest is that of earlier versions, which did not count them.
+    counted |= {"conflicting": conflicting} if conflicting else {}
+    content = {"sequences": f"{total:032x}", "counts": counted, "columns": data.manifest.schema["columns"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -97,12 +105,16 @@ def _problems_of_bucket(data: Shards, bucket: int) -> list[str]:
     longer = index.events[stored] - users["len"].to_numpy() if users["user_id"].equals(ids) else np.array([-1])
     if longer.min(initial=0) < 0 or longer.sum() != accepted - events.height:
         problems.append(f"{data.manifest.index['name']}: does not describe {names}")
-    num_keys = 0
     for file in files:
         with data.part_of(file["keys"]) as parquet:
-            num_keys += parquet.metadata.num_rows
-    if num_keys != accepted:
-        problems.append(f"{files[0]['keys']['name']}: {num_keys} keys for {accepted} events")
+            num_keys, wanted = parquet.metadata.num_rows, file["events" if "conflicting" in file else "accepted"]
+        if num_keys != wanted:
+            problems.append(f"{file['keys']['name']}: {num_keys} keys for {wanted} events")
+    counted = sum(file.get("conflicting", 0) for file in files)
+    if not unchecked and all("conflicting" in file for file in files):
+        found = conflicting_events(data, bucket).height
+        if found != counted:
+            problems.append(f"{names}: {found} events with both labels instead of {counted}")
     return problems
 
 

@@ -3,6 +3,9 @@
     first file   a: x(1) y(4)   b: z(2)              a: x(1) w(3) y(4)
     later file   a: w(3)        (row 0)      ->      b: z(2)
 
+An event may be in several files. Of its rows the one with the largest label is kept: a later file with the click wins
+over the impression in an earlier one, and a later impression changes nothing.
+
 All files of a bucket use the same groups: a later file has, for a group, only the users with new events or values, and
 says which rows of the group they are. New users are put into new groups, so no user ever moves.
 """
@@ -17,7 +20,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from pipeline.events import identity, total_order
+from pipeline.events import identity, in_total_order
 from pipeline.shards.rows import ROW, UserRows, event_columns, event_lengths, to_arrow
 from pipeline.shards.sequences import offsets_of, ranges
 from pipeline.shards.user_columns import PREFIX
@@ -31,7 +34,7 @@ def lay_over(first: pa.Table, later: Sequence[pa.Table], *, vocabulary: Vocabula
     """The group's users in the order of the first table, with the events of all tables in total order.
 
     The tables have the same event columns (`with_columns`).
-    `distinct`: the tables may hold the same event twice; of equal events the first in the total order is kept.
+    `distinct`: the tables may hold the same event twice; the row with the largest label is kept (`in_total_order`).
     """
     # Merge the events of those users that a later table has.
     tables = [first, *later]
@@ -90,7 +93,7 @@ def _in_total_order(events: pl.DataFrame, vocabulary: Vocabulary, *, distinct: b
             code="action", action=pl.Series(vocabulary.action_ranks[events["action"].to_numpy()])
         )
     canonical = [name for name in ranked.columns if name not in (ROW, "item", "code")]
-    ranked = ranked.sort(ROW, *total_order(canonical), nulls_last=False)
+    ranked = in_total_order(ranked, by=ROW, columns=canonical)
     if distinct:
         ranked = ranked.unique([ROW, *identity(canonical)], keep="first", maintain_order=True)
     return ranked.with_columns(action="code") if "action" in events.columns else ranked

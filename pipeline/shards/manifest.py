@@ -26,11 +26,16 @@ class Manifest:
     """Its number in the series, from 1."""
     format_version: int = FORMAT_VERSION
     schema: dict[str, Any]
-    """columns (the log's canonical names) and the type of each id column."""
+    """columns (the log's canonical names) and the type of each id column; kept_label: "largest" in a log with labels:
+    the label that an event has if it was read with several. Absent where an earlier version, which kept the smallest,
+    began the data set."""
     config: dict[str, Any]
     """The part of PrepareConfig that must not change during the life of the data set."""
     counts: dict[str, Any]
-    """Rows over all ingests: read = accepted + duplicate + the sum of rejected, {reason: rows}."""
+    """Rows over all ingests: read = accepted + duplicate + conflicting + the sum of rejected, {reason: rows}.
+
+    conflicting: events that were read with both labels, each counted once; absent in a log without labels and in a
+    manifest of an earlier version, which counted them as duplicates."""
     users: int
     items: int
     """Distinct raw items with an event."""
@@ -61,6 +66,18 @@ class Manifest:
     @property
     def has_time(self) -> bool:
         return "timestamp" in self.schema["columns"]
+
+    @property
+    def conflicting(self) -> int:
+        """Number of events that are known to have been read with both labels."""
+        return self.counts.get("conflicting", 0)
+
+    @property
+    def num_unsettled(self) -> int:
+        """Duplicates of a data set that an earlier version began: it kept the smaller label of rows that differ in it,
+        and did not count them apart, so each of these may have lost a larger label."""
+        is_older = "label" in self.schema["columns"] and "kept_label" not in self.schema
+        return self.counts["duplicate"] if is_older else 0
 
     @property
     def fingerprint(self) -> str:

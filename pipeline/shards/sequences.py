@@ -14,18 +14,29 @@ import dataclasses
 import numpy as np
 import polars as pl
 
-from pipeline.events import identity, total_order
+from pipeline.events import identity, in_total_order, total_order
 
 _LARGEST = 2**63
 _PLACE = "place"
 """Not the name of any event column."""
+LABELS = "labels"
+"""A column of `sequences_with_labels`: which labels the rows of the event had; 1 = 0, 2 = 1, 3 = both."""
+BOTH = 3
 
 
 def build_sequences(events: pl.DataFrame) -> pl.DataFrame:
-    """The distinct events by user and, within a user, in total order; of equal events the first in it is kept."""
+    """The distinct events by user and, within a user, in total order; of equal events the row with the largest label is
+    kept, and of equal labels the one with the smallest remaining columns."""
+    return sequences_with_labels(events).drop(LABELS, strict=False)
+
+
+def sequences_with_labels(events: pl.DataFrame) -> pl.DataFrame:
+    """`build_sequences`, in a log with labels with the further column LABELS (uint8)."""
+    if "label" in events.columns:
+        events = events.with_columns(_labels_of_row())
     key = _user_and_time(events)
     if key is None:
-        return _sorted_distinct(events, events.columns)
+        return _sorted_distinct(events)
     # Sorting one number per row is several times as fast as sorting by all columns, which only settle equal times.
     order = np.argsort(key)
     key = key[order]
@@ -33,15 +44,27 @@ def build_sequences(events: pl.DataFrame) -> pl.DataFrame:
     is_tied = np.append(is_equal, False) | np.append(False, is_equal)
     if is_tied.any():
         tied = events[order[is_tied]].with_columns(pl.Series(_PLACE, order[is_tied]))
-        settled = _sorted_distinct(tied, events.columns)[_PLACE].to_numpy()
-        order = _put_back(order, settled, key=key, is_tied=is_tied)
+        settled = _sorted_distinct(tied)
+        places = settled[_PLACE].to_numpy()
+        order = _put_back(order, places, key=key, is_tied=is_tied)
+        if LABELS in events.columns:
+            events = events.with_columns(events[LABELS].scatter(places, settled[LABELS]))
     return events[order]
 
 
-def _sorted_distinct(events: pl.DataFrame, columns: list[str]) -> pl.DataFrame:
-    # Nulls (no action, no request) come first; user and total order make the result independent of the row order.
-    ordered = events.sort("user_id", *total_order(columns), nulls_last=False)
-    return ordered.unique(identity(columns), keep="first", maintain_order=True)
+def _sorted_distinct(events: pl.DataFrame) -> pl.DataFrame:
+    columns = [name for name in events.columns if name not in (_PLACE, LABELS)]
+    ordered = in_total_order(events, by="user_id", columns=columns)
+    distinct = ordered.unique(identity(columns), keep="first", maintain_order=True)
+    if LABELS in events.columns and distinct.height < ordered.height:
+        # The rows of an event stand together, the largest label first and the smallest last.
+        last = ordered.unique(identity(columns), keep="last", maintain_order=True)
+        distinct = distinct.with_columns(pl.col(LABELS) | last[LABELS])
+    return distinct
+
+
+def _labels_of_row() -> pl.Expr:
+    return pl.when(pl.col("label") > 0).then(2).otherwise(1).cast(pl.UInt8).alias(LABELS)
 
 
 def _user_and_time(events: pl.DataFrame) -> np.ndarray | None:

@@ -1,5 +1,7 @@
 """Looking for events among those of earlier ingests, by their keys alone."""
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
@@ -13,9 +15,9 @@ DAY = 86_400_000
 VOCABULARY = Vocabulary.empty("int64").grow([5, 6, 7], ["click", "view"])
 
 
-def keys(*rows, labels=False):
-    """Of events (user, item, time, action[, label])."""
-    names = ["user_id", "item_id", "timestamp", "action"] + (["label"] if labels else [])
+def keys(*rows, further=()):
+    """Of events (user, item, time, action[, further columns])."""
+    names = ["user_id", "item_id", "timestamp", "action", *further]
     table = pl.DataFrame([dict(zip(names, row, strict=True)) for row in rows]).sort("user_id", maintain_order=True)
     return EventKeys.of(UserRows.encode(table, VOCABULARY))
 
@@ -25,7 +27,7 @@ def stored(tmp_path, *parts):
 
 
 def find(new, files, *, latest: int | None = 0, late_days=10_000):
-    return [Found(n) for n in look_up(new, files=files, latest=latest, late_days=late_days)]
+    return [Found(n) for n in look_up(new, files=files, latest=latest, late_days=late_days).found]
 
 
 def test_an_event_is_known_by_user_item_time_and_action(tmp_path):
@@ -36,14 +38,50 @@ def test_an_event_is_known_by_user_item_time_and_action(tmp_path):
 
 
 def test_another_label_is_told_from_the_very_same_event(tmp_path):
-    files = stored(tmp_path, keys(("a", 5, 1, "click", 0), ("a", 6, 1, "click", 1), labels=True))
-    new = keys(("a", 5, 1, "click", 0), ("a", 6, 1, "click", 0), ("a", 7, 1, "click", 0), labels=True)
+    files = stored(tmp_path, labelled(("a", 5, 1, "click", 0, 1), ("a", 6, 1, "click", 1, 1)))
+    new = labelled(("a", 5, 1, "click", 0, 1), ("a", 6, 1, "click", 0, 1), ("a", 7, 1, "click", 0, 1))
     assert find(new, files) == [Found.SAME, Found.OTHER, Found.NEW]
 
 
-def test_keys_from_before_the_log_had_labels_leave_it_open_which_event_stays(tmp_path):
+def labelled(*rows):
+    """Of events (user, item, time, action, label, request)."""
+    return keys(*rows, further=["label", "request_id"])
+
+
+SAME_EVENT = ("a", 5, 1, "click")
+
+
+@pytest.mark.parametrize(
+    ("read", "new", "expected", "conflicts"),
+    [
+        # (label, request) of the rows read before, and of the new row.
+        ([(0, 1)], (1, 1), Found.OTHER, 1),
+        ([(1, 1)], (0, 1), Found.OTHER, 1),
+        ([(1, 1), (0, 1)], (0, 9), Found.SAME, 0),
+        ([(0, 1), (1, 1)], (1, 1), Found.SAME, 0),
+        # Which of two requests is the smaller is not in the keys.
+        ([(0, 1), (1, 1)], (1, 9), Found.OTHER, 0),
+        ([(1, 1)], (1, 9), Found.OTHER, 0),
+    ],
+)
+def test_a_row_is_written_again_if_it_may_win_or_brings_a_label(tmp_path, read, new, expected, conflicts):
+    files = stored(tmp_path, *(labelled((*SAME_EVENT, *row)) for row in read))
+    row = labelled((*SAME_EVENT, *new))
+    found = look_up(row, files=files, latest=0, late_days=9)
+    assert (found.found.tolist(), found.num_conflicting(row)) == ([expected], conflicts)
+    assert found.is_complete
+
+
+def test_keys_without_labels_leave_open_which_were_read_unless_the_row_is_the_same(tmp_path):
+    old = dataclasses.replace(labelled((*SAME_EVENT, 1, 1)), labels=None)
+    files = stored(tmp_path, old)
+    assert look_up(labelled((*SAME_EVENT, 1, 1)), files=files, latest=0, late_days=9).is_complete
+    assert not look_up(labelled((*SAME_EVENT, 0, 1)), files=files, latest=0, late_days=9).is_complete
+
+
+def test_keys_from_before_the_log_had_requests_leave_it_open_which_event_stays(tmp_path):
     files = stored(tmp_path, keys(("a", 5, 1, "click")))
-    assert find(keys(("a", 5, 1, "click", 0), labels=True), files) == [Found.OTHER]
+    assert find(keys(("a", 5, 1, "click", 3), further=["request_id"]), files) == [Found.OTHER]
 
 
 def test_a_number_as_text_is_the_same_user():

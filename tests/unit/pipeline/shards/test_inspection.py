@@ -60,5 +60,5 @@ def test_a_manifest_that_does_not_add_up_is_named(prepared, tmp_path):
     changed = dataclasses.asdict(dataclasses.replace(manifest, number=2, counts=counts, users=3))
     (tmp_path / "out/manifests/00000002.json").write_text(json.dumps(changed))
     problems = " ".join(verify(path))
-    assert "accepted + duplicate + rejected does not equal read" in problems
+    assert "accepted + duplicate + conflicting + rejected does not equal read" in problems
     assert "users instead of 3" in problems

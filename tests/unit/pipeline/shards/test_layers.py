@@ -62,6 +62,13 @@ def test_without_repeats_nothing_is_compared_and_nothing_lost():
     assert found["timestamp"].to_pylist() == [[0, 1], [], [0]]
 
 
+@pytest.mark.parametrize("labels", [(0, 1), (1, 0)])
+def test_of_an_impression_and_a_click_in_two_files_the_click_stays(labels):
+    first, later = (frame([("a", "x", 1, None, label, request)]) for label, request in zip(labels, (2, 1), strict=True))
+    found = lay_over(first_table(first), [later_table(later)], vocabulary=VOCABULARY, distinct=True)
+    assert (found["label"].to_pylist()[0], found["request_id"].to_pylist()[0]) == ([1], [2 - labels.index(1)])
+
+
 def test_the_latest_values_of_a_user_feature_stand():
     def lists(*values):
         return pa.array(values, pa.large_list(pa.int64()))

@@ -3,7 +3,14 @@ import polars as pl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.shards.sequences import UserEvents, build_sequences, offsets_of, ranges
+from pipeline.shards.sequences import (
+    LABELS,
+    UserEvents,
+    build_sequences,
+    offsets_of,
+    ranges,
+    sequences_with_labels,
+)
 
 SCHEMA = {
     "user_id": pl.Int64, "item_id": pl.String, "timestamp": pl.Int64, "action": pl.String, "label": pl.Int8
@@ -19,8 +26,8 @@ def frame(found):
 
 
 def naive(found):
-    """Sort by user, time, item, action (none first), label; keep the first of equal (user, item, time, action)."""
-    key = lambda r: (r[0], r[2], r[1], r[3] is not None, r[3] or "", r[4])  # noqa: E731
+    """Sort by user, time, item, action (none first), larger label first; keep the first of equal events."""
+    key = lambda r: (r[0], r[2], r[1], r[3] is not None, r[3] or "", -r[4])  # noqa: E731
     kept = {}
     for row in sorted(found, key=key):
         kept.setdefault(row[:4], row)
@@ -38,6 +45,18 @@ def test_sequences_are_sorted_and_distinct(found, user_type, far_times):
     found = [(user_of(user), item, FAR * time // 2 if far_times else time, *rest) for user, item, time, *rest in found]
     events = frame(found) if user_type != "text" else pl.DataFrame(found, SCHEMA | {"user_id": pl.String}, orient="row")
     assert build_sequences(events).rows() == naive(found)
+    labels_of = {}
+    for *event, label in found:
+        labels_of[tuple(event)] = labels_of.get(tuple(event), 0) | 1 << label
+    expected = [labels_of[row[:4]] for row in naive(found)]
+    assert sequences_with_labels(events)[LABELS].to_list() == expected
+
+
+def test_of_equal_labels_the_smallest_request_stays():
+    rows = [("a", 1, 0, None), ("a", 1, 1, 9), ("a", 1, 1, 4), ("b", 1, 0, 3), ("b", 1, 0, None)]
+    table = pl.DataFrame(rows, ["item_id", "timestamp", "label", "request_id"], orient="row")
+    kept = build_sequences(table.with_columns(user_id=pl.lit(7)))
+    assert kept.select("item_id", "label", "request_id").rows() == [("a", 1, 4), ("b", 0, None)]
 
 
 def test_ranges_and_offsets():
