@@ -61,6 +61,10 @@ class Manifest:
         return "timestamp" in self.schema["columns"]
 
     @property
+    def has_labels(self) -> bool:
+        return "label" in self.schema["columns"]
+
+    @property
     def fingerprint(self) -> str:
         """Hexadecimal hash of the manifest's bytes."""
         return fingerprint_of(self.to_bytes())
