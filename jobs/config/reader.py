@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from jobs.config.run_config import SECTIONS, RunConfig
+from jobs.config.run_config import SECTIONS, RunConfig, stored_requests
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.places import Place, new_parser
@@ -68,6 +68,7 @@ def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfi
 def stored_config(command: str, stored: Mapping[str, Any], origin: str, arguments: Sequence[str]) -> RunConfig:
     """A config that `as_dict` stored (with a checkpoint or in the registry), overridden by further arguments."""
     values = {key: value for key, value in stored.items() if key != "recipe"}
+    values["data"] = {**stored["data"], "requests": stored_requests(stored)}
     return _resolve(command, values, origin, arguments, recipe=stored["recipe"], default_name=stored["name"])
 
 

@@ -166,13 +166,20 @@ class RunConfig:
         parts = {key: whole[key] for key in ("seed", "model", "training", "optimizer")}
         parts["training"] = {key: value for key, value in whole["training"].items() if key != "warm_start"}
         loader = {key: value for key, value in whole["data"]["loader"].items() if key != "prefetch"}
-        parts["data"] = {"requests": whole["data"]["requests"], "loader": loader}
+        # Whether min_label matters depends on the log: jobs/runs/record.py compares it.
+        requests = {key: value for key, value in whole["data"]["requests"].items() if key != "min_label"}
+        parts["data"] = {"requests": requests, "loader": loader}
         parts["precision"] = self.parallel.precision
         return parts
 
     def fingerprint(self) -> str:
         """Hash of the identity, sixteen hex digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stored_requests(config: Mapping[str, Any]) -> dict[str, Any]:
+    """data.requests of a configuration that `as_dict` stored; one stored before min_label existed read every event."""
+    return {"min_label": 0, **config["data"]["requests"]}
 
 
 SECTIONS: Mapping[str, type] = {

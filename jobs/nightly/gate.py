@@ -166,9 +166,12 @@ def compare_together(nights: Sequence[Pairs], *, gate: GateConfig, seed: int) ->
     return compare(Pairs.joined(nights), margin=gate.margin, seed=seed, look=max(1, sum(enough)))
 
 
-def without_champion(guards: Sequence[Guard]) -> Decision:
-    """The decision where there is no champion to compare with: only the guards count."""
+def without_champion(guards: Sequence[Guard], *, primary: str, value: float) -> Decision:
+    """The decision where there is no champion to compare with: only the guards count, and that the metric `primary`,
+    the one that decides, has a `value`."""
     failed = _failed(guards)
+    if math.isnan(value):
+        failed = (f"{primary} is nan: no held-out request counts for it", *failed)
     return Decision(verdict="refused" if failed else "promoted", reasons=failed or ("there is no champion yet",))
 
 

@@ -84,13 +84,14 @@ def judge(
     summary, gate = read_summary(directory), night.config.nightly.gate
     guards = _guards_of_day(night, prepared)
     if before.version is None:
-        return _judgement(without_champion(guards), {}, guards, summary)
+        found = without_champion(guards, primary=summary.primary, value=summary.metrics[main][summary.primary])
+        return _judgement(found, {}, guards, summary)
     results = {name: read_result(directory, name, task=requests.task) for name in (main, CHAMPION)}
-    found = pairs(results[main], results[CHAMPION], requests=requests)
-    np.savez(night.journal.directory / PAIRS, **dataclasses.asdict(found))
-    seed, nights = night.config.seed, [*_undecided_before(night, before.version), found]
+    both = pairs(results[main], results[CHAMPION], requests=requests)
+    np.savez(night.journal.directory / PAIRS, **dataclasses.asdict(both))
+    seed, nights = night.config.seed, [*_undecided_before(night, before.version), both]
     comparisons = {
-        "tonight": compare(found, margin=gate.margin, seed=seed),
+        "tonight": compare(both, margin=gate.margin, seed=seed),
         "together": compare_together(nights, gate=gate, seed=seed),
     }
     if evaluated.reference is not None:

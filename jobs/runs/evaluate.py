@@ -21,9 +21,9 @@ from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
-from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.json_files import read_json, write_json
+from jobs.runs.request_checks import tell_labels
 from jobs.runs.run_dir import Trained, run_shards
 from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summary
 from jobs.runs.train import train_job
@@ -31,7 +31,9 @@ from jobs.runs.weights import System
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from models.metrics import bootstrap_ratio_interval
+from pipeline.batches.request_index import RequestCounts, settings_on
 from pipeline.batches.requests import RequestConfig
+from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
 
 EMPTIED = "history emptied"
@@ -76,7 +78,7 @@ def evaluate(
         part=part,
         systems_evaluated={system.name: system.key for system in systems},
         manifest_fingerprint=shards.manifest.fingerprint,
-        requests_config=as_json(config.data.requests),
+        requests_config=settings_on(shards, config.data.requests),
     )
     if (directory / SUMMARY).exists():
         summary = read_summary(directory)
@@ -89,9 +91,8 @@ def evaluate(
         raise UserError(f"{directory}: not empty and not an evaluation: choose another --out")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    _warn(config, shards, systems[0], console)
 
-    # The workers measure every system.
+    # Count the requests; then the workers measure every system.
     arguments = {
         "systems": systems,
         "baselines": baselines(config.data.requests) if beside else [],
@@ -103,11 +104,27 @@ def evaluate(
         "part": part,
         "directory": str(staging),
     }
-    with (
-        ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
-        console.stage("evaluate") as stage,
-    ):
-        num_systems = len(systems) + beside + len(arguments["baselines"])
+    with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
+        _warn(config, shards, index_requests(shards, config=config.data.requests), systems[0], console)
+        _measure(config, arguments, console)
+
+    # Summarise, and move the files into place, the summary last: it marks a complete evaluation.
+    names = [system.name for system in systems]
+    if beside:
+        names[1:1] = [f"{names[0]}, {EMPTIED}"]
+    summary = _summarise(key, staging, config, [*names, *arguments["baselines"]])
+    summary.write(staging)
+    directory.mkdir(exist_ok=True)
+    for file in sorted(staging.iterdir(), key=lambda file: file.name == SUMMARY):
+        file.replace(directory / file.name)
+    staging.rmdir()
+    return Evaluated(directory, summary, reused=False)
+
+
+def _measure(config: RunConfig, arguments: dict[str, Any], console: Console) -> None:
+    """Start the workers and follow them until they have measured every system."""
+    with console.stage("evaluate") as stage:
+        num_systems = len(arguments["systems"]) + arguments["beside"] + len(arguments["baselines"])
         finished = 0
 
         def follow(rows: list[dict[str, Any]]) -> None:
@@ -125,25 +142,17 @@ def evaluate(
             _evaluate_worker, arguments, parallel=config.parallel, cluster=config.cluster, run_dir=config.run_dir,
             name="evaluate", on_rows=follow,
         )  # fmt: skip
-        stage.result = f"{num_systems} systems on the {part} part"
-
-    # Summarise, and move the files into place, the summary last: it marks a complete evaluation.
-    names = [system.name for system in systems]
-    if beside:
-        names[1:1] = [f"{names[0]}, {EMPTIED}"]
-    summary = _summarise(key, staging, config, [*names, *arguments["baselines"]])
-    summary.write(staging)
-    directory.mkdir(exist_ok=True)
-    for file in sorted(staging.iterdir(), key=lambda file: file.name == SUMMARY):
-        file.replace(directory / file.name)
-    staging.rmdir()
-    return Evaluated(directory, summary, reused=False)
+        stage.result = f"{num_systems} systems on the {arguments['part']} part"
 
 
-def _warn(config: RunConfig, shards: Shards, main: System, console: Console) -> None:
-    """Tell what distorts the figures: histories that are cut off, and requests that the model may have trained on."""
+def _warn(config: RunConfig, shards: Shards, counts: RequestCounts, main: System, console: Console) -> None:
+    """Tell which events the task leaves out, and what distorts the figures: histories that are cut off, and requests
+    that the model may have trained on."""
     requests = config.data.requests
-    longer = int((shards.index.events > requests.max_history).sum())
+    tell_labels(requests, counts, console, command="evaluate")
+    is_whole = requests.task == "impressions" or counts.positives is None
+    lengths = shards.index.events if is_whole else counts.positives
+    longer = int((lengths > requests.max_history).sum())
     if longer:
         console.line(
             f"{'evaluate':<12} {longer:,} users have more than data.requests.max_history={requests.max_history} "

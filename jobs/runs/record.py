@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.config.run_config import RunConfig
+from jobs.config.run_config import RunConfig, stored_requests
 from jobs.host.code_version import git_commit
 from jobs.host.documents import as_json, from_json, stored_with
 from jobs.host.errors import UserError
@@ -19,6 +19,7 @@ from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_state
 from jobs.training.placement import PLAN_FILE
 from jobs.training.warm_start import find_checkpoint
+from pipeline.batches.request_index import settings_on
 from pipeline.shards.dataset import Shards
 
 RECORD = "run.json"
@@ -67,6 +68,7 @@ def previous_run(config: RunConfig, shards: Shards) -> RunRecord | None:
             f"{config.run_dir}: belongs to another configuration ({key} is {there} there, {here} here): "
             "choose another --name, or remove the directory"
         )
+    _refuse_other_events(config, previous, shards)
     _refuse_other_beginning(config, previous)
     manifest = shards.manifest
     if previous.manifest_fingerprint != manifest.fingerprint:
@@ -143,6 +145,17 @@ def close_tracked_run(config: RunConfig, run: TrackedRun, *, status: str) -> boo
 
 def _write_record(run_dir: Path, record: RunRecord) -> None:
     write_json(run_dir / RECORD, as_json(record))
+
+
+def _refuse_other_events(config: RunConfig, previous: RunRecord, shards: Shards) -> None:
+    """UserError if the run read other events of a log with labels than the configuration asks for."""
+    requests = config.data.requests
+    there = dataclasses.replace(requests, min_label=stored_requests(previous.config)["min_label"])
+    if settings_on(shards, there) != settings_on(shards, requests):
+        raise UserError(
+            f"{config.run_dir}: belongs to another configuration (data.requests.min_label is {there.least_label} "
+            f"there, {requests.least_label} here): choose another --name, or remove the directory"
+        )
 
 
 def _refuse_other_beginning(config: RunConfig, previous: RunRecord) -> None:

@@ -8,6 +8,7 @@ lineage. It has no pickle, and can be loaded without this repository. The first 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
+from jobs.host.errors import UserError
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.export import export_model, log_export, training_shards
 from jobs.runs.record import read_record
@@ -48,7 +50,8 @@ def register(
     tags: Mapping[str, str] = MappingProxyType({}),
     exported: Path | None = None,
 ) -> Registered:
-    """Register the run's best checkpoint; a checkpoint that is registered already keeps its version.
+    """Register the run's best checkpoint; a checkpoint that is registered already keeps its version. UserError: its
+    evaluation has no value of the metric that decides.
 
     `exported`: the export of the checkpoint (`export_model`), in a directory named `model`; None = write it now.
     `set_alias(client, name, version)` sets the version's alias and returns it; by default the first version becomes the
@@ -56,6 +59,7 @@ def register(
     """
     import mlflow
 
+    _refuse_unknown_metric(evaluated)
     # Reuse the version that this checkpoint has already.
     set_alias = set_alias or _first_is_champion
     uri, name = tracking_uri(config.tracking, config.workspace), config.registered_model
@@ -84,6 +88,16 @@ def register(
         alias = set_alias(client, name, str(version.version))
         stage.result = f"{name} version {version.version}, alias {alias}"
     return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
+
+
+def _refuse_unknown_metric(evaluated: Evaluated) -> None:
+    """UserError if the metric that decides could not be computed: no model could be compared with this one."""
+    summary = evaluated.summary
+    if math.isnan(summary.metrics[summary.main][summary.primary]):
+        raise UserError(
+            f"{evaluated.directory}: {summary.primary} of {summary.main} is nan, no {summary.part} request counts for "
+            "it: not registered; add more events, or change data.requests"
+        )
 
 
 def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -> None:

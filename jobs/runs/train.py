@@ -19,6 +19,7 @@ from jobs.host.errors import UserError
 from jobs.host.locks import sole_command, wait_for_workers
 from jobs.runs.progress import Follower
 from jobs.runs.record import RunRecord, close_tracked_run, open_tracked_run, previous_run, run_facts
+from jobs.runs.request_checks import check_requests
 from jobs.runs.run_dir import Trained, best_checkpoint, open_shards, run_shards
 from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import (
@@ -35,7 +36,6 @@ from jobs.training.model import model_settings, model_tables
 from jobs.training.results import primary_metric
 from jobs.training.warm_start import Begun, begin_from
 from models.zoo import build_tower
-from pipeline.batches.request_index import RequestCounts
 from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary_growth import beginnings_of
@@ -78,9 +78,9 @@ def train(
         _require_disk(config, shards)
         wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
 
-        # Check that every part of the split has requests, then train.
+        # Check the requests, then train.
         with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
-            _check_parts(config, index_requests(shards, config=config.data.requests))
+            check_requests(config, shards, index_requests(shards, config=config.data.requests), console)
             run_id = _train(config, shards, console, previous, begun=begun)
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 
@@ -202,18 +202,6 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
             f"model.feature_width: {config.shards_dir} has no feature {unknown[0]!r}: it has "
             f"{', '.join(features) or 'none'}; remove {unknown[0]!r}"
         )
-
-
-def _check_parts(config: RunConfig, counts: RequestCounts) -> None:
-    """UserError if a part of the split has no request: the run would fail later, when it reaches that part."""
-    requests = config.data.requests
-    for part in ("train", "valid", "test"):
-        if not getattr(counts, part).requests.any():
-            raise UserError(
-                f"data.requests: task {requests.task} with split {requests.split} (valid_from {requests.valid_from}, "
-                f"test_from {requests.test_from}) leaves no {part} request in {config.shards_dir}: move the bounds, "
-                "lower min_history, or add more events"
-            )
 
 
 def _require_disk(config: RunConfig, shards: Shards) -> None:

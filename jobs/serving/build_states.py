@@ -210,7 +210,7 @@ def _write_bucket(
     num_users = 0
     # No compression: states look like random bits.
     with pq.ParquetWriter(file, schema.with_metadata({"solar.states": _signed(identity)}), compression="none") as out:
-        for user_id, events in _chunks(data, bucket):
+        for user_id, events in _chunks(data, bucket, min_label=histories.min_label):
             found = histories.of_events(events, known=np.ones(events.num_users, bool))
             lengths = found.lengths
             last = np.append(found.time, 0)[np.where(lengths > 0, found.offsets[1:] - 1, len(found.time))]
@@ -221,12 +221,12 @@ def _write_bucket(
     return num_users
 
 
-def _chunks(data: Shards, bucket: int) -> Iterator[tuple[pa.Array, UserEvents]]:
+def _chunks(data: Shards, bucket: int, *, min_label: int) -> Iterator[tuple[pa.Array, UserEvents]]:
     """(ids, sequences) of the bucket's users, in chunks of limited size."""
     groups, users = data.groups_of(bucket), data.users_of(bucket).sort("group", "row")
     for group in groups:
         here = users.filter(users["group"] == group - groups.start)
-        ids, events = here["user_id"].to_arrow(), data.read(group)
+        ids, events = here["user_id"].to_arrow(), data.read(group, min_label=min_label)
         row = here["row"].to_numpy()
         ends = np.cumsum(np.diff(events.offsets)[row])
         bounds = [0]

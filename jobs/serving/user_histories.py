@@ -30,11 +30,13 @@ class UserHistories:
 
     def __init__(self, data: Shards, scorer: Scorer) -> None:
         self._data = data
+        # Models that were exported before labels had a meaning for next_item were trained on every event.
+        self.min_label: int = scorer.settings.get("min_label", 0)
         if scorer.uses_time and not self._data.manifest.has_time:
             raise UserError(
                 f"{data.path}: the events have no times, but this model needs them: prepare a log with timestamps"
             )
-        self._reader = UserReader(self._data, keep=ROW_GROUPS_KEPT)
+        self._reader = UserReader(self._data, keep=ROW_GROUPS_KEPT, min_label=self.min_label)
         self._rows = ModelRows(scorer, self._data.vocabulary)
         self._id_type = data.manifest.schema["id_types"]["user_id"]
         self.has_time = self._data.manifest.has_time
@@ -49,11 +51,12 @@ class UserHistories:
         return self._users.get_indexer(pd.Index(raw.to_numpy(zero_copy_only=False)))
 
     def num_events(self, users: np.ndarray) -> np.ndarray:
-        """[B] length of each user's whole sequence, 0 for users that are not in the shards."""
+        """[B] most events that `read` finds of each user, 0 for users that are not in the shards."""
         return np.where(users < 0, 0, self._data.index.events[users])
 
     def read(self, users: np.ndarray) -> Histories:
-        """All events of these users (rows from `users`), in total order, as rows and codes of the model."""
+        """The events of these users (rows from `users`) that the model's task reads, in total order, as rows and codes
+        of the model."""
         known = users >= 0
         return self.of_events(self._reader.read(users[known]), known=known)
 

@@ -42,8 +42,8 @@ class Catalogue:
     training_count: np.ndarray
     """[I] int64: how often each item is a positive of the model's training requests, before any cap."""
     first_time: Tensor | None
-    """[I] int64: time of the item's first event; before that time the item is not ranked. None = all items are always
-    ranked."""
+    """[I] int64: time of the item's first event, also one at which it was only shown; before that time the item is not
+    ranked. None = all items are always ranked."""
 
     def translate(self, batch: Batch) -> Batch:
         """The batch with the model's rows and codes instead of the data's."""

@@ -30,7 +30,7 @@ from pipeline.batches.negatives import (
     log_of_draws,
     with_negatives,
 )
-from pipeline.batches.request_index import PartCounts, check_log, request_counts
+from pipeline.batches.request_index import PartCounts, check_log, request_counts, settings_on
 from pipeline.batches.requests import RequestConfig, Requests, carried, list_requests, of_part
 from pipeline.batches.sampling import evaluated, sample
 from pipeline.events import DataError
@@ -128,7 +128,7 @@ class TrainLoader:
         loader = {"batch_events": self._loader.batch_events, "window_row_groups": self._loader.window_row_groups}
         return {
             "manifest": self._data.manifest.fingerprint,
-            "requests config": _fingerprint(dataclasses.asdict(self._requests)),
+            "requests config": _fingerprint(settings_on(self._data, self._requests)),
             "loader config": _fingerprint(loader),
             "seed": str(self._seed),
         }
@@ -147,7 +147,8 @@ class TrainLoader:
             return plan
 
     def _build(self, epoch: int, start: int) -> Iterator[Batch]:
-        plan, reader = self._plan(epoch), UserReader(self._data, keep=2 * self._loader.window_row_groups)
+        plan, keep = self._plan(epoch), 2 * self._loader.window_row_groups
+        reader = UserReader(self._data, keep=keep, min_label=self._requests.least_label)
         for number in range(start, plan.num_batches):
             users = plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
@@ -226,7 +227,7 @@ class EvaluationLoader:
         return _prefetched(self._build, 2)
 
     def _build(self) -> Iterator[Batch]:
-        reader = UserReader(self._data, keep=2)
+        reader = UserReader(self._data, keep=2, min_label=self._requests.least_label)
         for number in range(self.num_batches):
             users = self._plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
@@ -244,7 +245,7 @@ def training_item_counts(data: Shards, *, requests: RequestConfig, groups: Itera
     check_log(data, requests)
     counts = np.zeros(data.vocabulary.capacity, np.int64)
     for group in range(data.num_groups) if groups is None else groups:
-        every = list_requests(data.read(group), requests)
+        every = list_requests(data.read(group, min_label=requests.least_label), requests)
         train = every.take(every.part == 0)
         counts += np.bincount(train.candidate[train.label > 0], minlength=len(counts))
     return counts

@@ -1,13 +1,15 @@
 """How many requests each user has in each part: with it, order.py deals users to batches without reading a shard.
 
 Cached as `<shards>/requests/<fingerprint>.parquet` for (manifest, the fields of RequestConfig that affect counts). The
-file can be recomputed at any time, so it is not part of the manifest.
+file can be recomputed at any time, so it is not part of the manifest. Where the task uses the log's labels, each user's
+positives and other events are counted too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ from pipeline.shards.dataset import Shards
 from pipeline.storage import Store
 
 _COLUMNS = ("requests", "candidates", "largest", "events", "skipped")
+_LABELS = ("positives", "only_shown")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,11 +43,15 @@ class PartCounts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RequestCounts:
-    """The counts of all parts."""
+    """The counts of all parts, and of events by label."""
 
     train: PartCounts
     valid: PartCounts
     test: PartCounts
+    positives: np.ndarray | None
+    """[users] int64: events with a positive label; None where the task does not use labels, or the log has none."""
+    only_shown: np.ndarray | None
+    """[users] int64: the other events."""
 
 
 def request_counts(data: Shards, config: RequestConfig) -> RequestCounts:
@@ -66,6 +73,9 @@ def load(data: Shards, config: RequestConfig) -> RequestCounts | None:
         table = pq.read_table(io.BytesIO(store.read(name)))
     except (OSError, pa.ArrowException):
         return None
+    if uses_labels(data, config) and not {*_LABELS} <= {*table.column_names}:
+        # From a version that did not count labels.
+        return None
     return _from_columns({column: np.asarray(table[column]) for column in table.column_names})
 
 
@@ -78,6 +88,26 @@ def check_log(data: Shards, config: RequestConfig) -> None:
         raise DataError(f"{data.path}: requests.task is impressions but the log has no labels; map a label column")
     if config.task == "impressions" and not {"request_id", "timestamp"} & set(columns):
         raise DataError(f"{data.path}: sessions need timestamps, which the log lacks; map request_id")
+
+
+def leaves_out(data: Shards, config: RequestConfig) -> bool:
+    """Whether the task reads only some of this log's events: it is next_item, and others were only shown."""
+    return data.manifest.has_labels and config.least_label > 0
+
+
+def uses_labels(data: Shards, config: RequestConfig) -> bool:
+    """Whether the labels of this log matter to the task."""
+    return data.manifest.has_labels and (config.task == "impressions" or config.least_label > 0)
+
+
+def settings_on(data: Shards, config: RequestConfig) -> dict[str, Any]:
+    """The settings that determine requests from this log, to be compared with those of another time.
+
+    `min_label` is among them only where it leaves events out: without it they equal those stored before it existed.
+    """
+    settings = dataclasses.asdict(config)
+    del settings["min_label"]
+    return settings | ({"min_label": config.least_label} if leaves_out(data, config) else {})
 
 
 def count_bucket(data: Shards, bucket: int, *, config: RequestConfig, staging: str) -> None:
@@ -100,10 +130,14 @@ def _count(data: Shards, bucket: int, config: RequestConfig) -> dict[str, np.nda
     """{column: [users of the bucket]} in the order of groups and rows."""
     counted = []
     for group in data.groups_of(bucket):
-        events = data.read(group)
+        whole = data.read(group)
+        events = whole.with_labels_from(config.least_label)
         every = list_requests(events, config)
         short = every.take(too_short(every, config))
         columns: dict[str, np.ndarray] = {}
+        if uses_labels(data, config):
+            positives = np.diff(whole.with_labels_from(config.least_label or 1).offsets)
+            columns |= {"positives": positives, "only_shown": np.diff(whole.offsets) - positives}
         for part in PARTS:
             chosen = of_part(every, part, config)
             chosen = chosen if part == "train" else evaluated(chosen, config=config)
@@ -140,9 +174,11 @@ def _save(data: Shards, config: RequestConfig, parts: list[dict[str, np.ndarray]
 
 def _from_columns(columns: dict[str, np.ndarray]) -> RequestCounts:
     return RequestCounts(
-        **{part: PartCounts(**{name: columns[f"{part}_{name}"] for name in _COLUMNS}) for part in PARTS}
+        **{part: PartCounts(**{name: columns[f"{part}_{name}"] for name in _COLUMNS}) for part in PARTS},
+        **{name: columns.get(name) for name in _LABELS},
     )
 
 
 def _name(data: Shards, config: RequestConfig) -> str:
-    return f"requests/{data.manifest.fingerprint[:16]}-{config.counting_fingerprint}.parquet"
+    read = f"-label{config.least_label}" if leaves_out(data, config) else ""
+    return f"requests/{data.manifest.fingerprint[:16]}-{config.counting_fingerprint}{read}.parquet"

@@ -11,6 +11,9 @@ Task `next_item`, split `leave_one_out`, one user with events a b c d:
 Task `impressions`: the events of one request_id (in a log without request ids: of one session) are the candidates, with
 their labels; the history is every event strictly before the first of them. Split `temporal`: the part follows from the
 request's time. sampling.py samples requests, negatives.py draws negatives.
+
+In a log with labels `next_item` reads positives alone: shards are read with `least_label`, so that what was only shown
+is an event of no sequence.
 """
 
 from __future__ import annotations
@@ -36,6 +39,11 @@ class RequestConfig:
 
     task: Literal["next_item", "impressions"] = "next_item"
     """next_item: each event is a positive; impressions: the events shown together are the candidates."""
+    # Documents omit it where it is unset, as those that were stored before it existed.
+    min_label: int | None = dataclasses.field(default=None, metadata={"stored_with": "min_label"})
+    """next_item on a log with labels: the least label of the events that are read. 1 (also if unset): positives alone;
+    what was only shown is no target and is in no history, count or popularity. 0: all events, for logs in which every
+    event was the user's choice, such as ratings."""
     split: Literal["leave_one_out", "temporal"] = "leave_one_out"
     """leave_one_out: a user's last request is for the test, the last but one for validation; temporal: by the request's
     time."""
@@ -82,6 +90,7 @@ class RequestConfig:
         if self.task not in ("next_item", "impressions"):
             raise ValueError(f"requests.task is {self.task!r}: it must be next_item or impressions")
         self._check_negatives()
+        self._check_min_label()
         if self.group not in ("event", "request"):
             raise ValueError(f"requests.group is {self.group!r}: it must be event or request")
         if self.seen_items not in ("removed", "kept"):
@@ -139,6 +148,22 @@ class RequestConfig:
                 f"requests.popularity_power is {self.popularity_power}: it belongs to negatives popularity, not "
                 f"{self.negatives}: set requests.negatives or remove it"
             )
+
+    def _check_min_label(self) -> None:
+        if self.min_label not in (None, 0, 1):
+            raise ValueError(
+                f"requests.min_label is {self.min_label}: it must be 1 or 0, the labels of event logs; numbers such as "
+                "ratings become labels in the import (source.files.min_label)"
+            )
+        if self.min_label and self.task == "impressions":
+            raise ValueError(f"requests.min_label is {self.min_label}: task impressions reads all events, remove it")
+
+    @property
+    def least_label(self) -> int:
+        """The least label of the events that the task reads in a log with labels; 0 = it reads all events."""
+        if self.task == "impressions":
+            return 0
+        return 1 if self.min_label is None else self.min_label
 
     @property
     def bounds(self) -> tuple[int, int]:

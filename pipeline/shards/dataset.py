@@ -179,8 +179,11 @@ class Shards:
         except (OSError, pa.ArrowException) as error:
             raise self._damaged(f"{entry['name']} is damaged ({' '.join(str(error).split())[:120]})") from error
 
-    def read(self, group: int) -> UserEvents:
-        """The sequences of one row group, in row order."""
+    def read(self, group: int, *, min_label: int = 0) -> UserEvents:
+        """The sequences of one row group, in row order; of a log with labels only the events with at least this label.
+
+        What the task reads (`RequestConfig.least_label`) is chosen here, before any position or count is computed.
+        """
         table = self.read_table(group)
         flat = _flat_events(table)
         item = np.asarray(flat["item"])
@@ -190,7 +193,7 @@ class Shards:
         if "request_id" in flat:
             codes = flat["request_id"].dictionary_encode().indices
             request = np.asarray(pc.fill_null(codes, -1)).astype(np.int64)  # type: ignore[attr-defined]
-        return UserEvents(
+        events = UserEvents(
             offsets=offsets_of(event_lengths(table)),
             item=item,
             time=time,
@@ -200,6 +203,7 @@ class Shards:
             request=request,
             codes=read_codes(table, self.user_features) if self.user_features else None,
         )
+        return events.with_labels_from(min_label)
 
     def raw_user_values(self, groups: range) -> pl.DataFrame:
         """user_id and a list of raw values for each user feature: one row per user, in row order."""

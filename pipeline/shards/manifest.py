@@ -68,6 +68,10 @@ class Manifest:
         return "timestamp" in self.schema["columns"]
 
     @property
+    def has_labels(self) -> bool:
+        return "label" in self.schema["columns"]
+
+    @property
     def conflicting(self) -> int:
         """Number of events that are known to have been read with both labels."""
         return self.counts.get("conflicting", 0)
@@ -76,7 +80,7 @@ class Manifest:
     def num_unsettled(self) -> int:
         """Duplicates of a data set that an earlier version began: it kept the smaller label of rows that differ in it,
         and did not count them apart, so each of these may have lost a larger label."""
-        is_older = "label" in self.schema["columns"] and "kept_label" not in self.schema
+        is_older = self.has_labels and "kept_label" not in self.schema
         return self.counts["duplicate"] if is_older else 0
 
     @property

@@ -174,6 +174,27 @@ class UserEvents:
             codes=None if self.codes is None else self.codes.take(users),
         )
 
+    def with_labels_from(self, least: int) -> UserEvents:
+        """The same users with only those of their events whose label is at least `least`.
+
+        All events if `least` is 0, or if the log has no labels.
+        """
+        if self.label is None or not least:
+            return self
+        wanted = self.label >= least
+        if wanted.all():
+            return self
+        return UserEvents(
+            offsets=offsets_of(wanted)[self.offsets],
+            item=self.item[wanted],
+            time=self.time[wanted],
+            before=self.before[wanted],
+            action=self.action[wanted],
+            label=self.label[wanted],
+            request=None if self.request is None else self.request[wanted],
+            codes=self.codes,
+        )
+
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
     """[n] lengths -> [n + 1] int64 offsets: [2, 0, 1] -> [0, 2, 2, 3]."""

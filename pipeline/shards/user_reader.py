@@ -11,10 +11,10 @@ from pipeline.shards.sequences import UserCodes, UserEvents, offsets_of, ranges
 
 
 class UserReader:
-    """Reads users by row, keeping the latest `keep` row groups in memory."""
+    """Reads users by row, keeping the latest `keep` row groups in memory; `min_label` as in `Shards.read`."""
 
-    def __init__(self, data: Shards, *, keep: int) -> None:
-        self._data, self._keep = data, keep
+    def __init__(self, data: Shards, *, keep: int, min_label: int) -> None:
+        self._data, self._keep, self._min_label = data, keep, min_label
         self._groups: dict[int, UserEvents] = {}
 
     def read(self, users: np.ndarray) -> UserEvents:
@@ -28,7 +28,7 @@ class UserReader:
         return _taken_together(found, row, columns=self._data.manifest.schema["columns"])
 
     def _group(self, group: int) -> UserEvents:
-        events = self._groups.pop(group, None) or self._data.read(group)
+        events = self._groups.pop(group, None) or self._data.read(group, min_label=self._min_label)
         while len(self._groups) >= self._keep:
             self._groups.pop(next(iter(self._groups)))
         self._groups[group] = events

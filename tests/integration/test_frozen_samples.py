@@ -22,6 +22,7 @@ from jobs.config.run_config import RunConfig
 from jobs.data.inspect import inspect
 from jobs.host.console import Console
 from jobs.host.documents import as_json, from_json
+from jobs.host.errors import UserError
 from jobs.nightly.journal import Journal, past_nights
 from jobs.nightly.report import write_report
 from jobs.nightly.steps import STEPS, ChampionBefore, Judgement, Notified, Outcome, Prepared, TrainedChallenger
@@ -32,6 +33,7 @@ from jobs.runs.run_dir import run_shards, trained_run
 from jobs.runs.summary import read_summary
 from jobs.runs.train import train
 from jobs.training.checkpoint import read_train_state
+from pipeline.batches.request_index import settings_on
 from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import verify
 from pipeline.shards.manifest import current_manifest
@@ -45,7 +47,8 @@ def config(tmp_path, monkeypatch) -> RunConfig:
     shutil.copytree(FROZEN / "shards-1", tmp_path / "workspace/shards/tiny")
     shutil.copytree(FROZEN / "run-1", tmp_path / "workspace/runs/tiny")
     monkeypatch.chdir(tmp_path)
-    return load_config("run", "workspace/runs/tiny/tiny.yaml", [])
+    # The version that trained it read every event, whatever its label.
+    return load_config("run", "workspace/runs/tiny/tiny.yaml", ["--data.requests.min_label", "0"])
 
 
 @pytest.fixture
@@ -88,6 +91,13 @@ def test_finished_run_is_found_and_reused(config, capsys):
     assert "every file has its size and checksum" in capsys.readouterr().out
 
 
+def test_a_run_that_read_every_event_is_not_one_that_reads_positives_alone(config):
+    requests = dataclasses.replace(config.data.requests, min_label=None)
+    positives = dataclasses.replace(config, data=dataclasses.replace(config.data, requests=requests))
+    with pytest.raises(UserError, match=r"data.requests.min_label is 0 there, 1 here\): choose another --name"):
+        train(positives, Console(), resume=True)
+
+
 def test_record_of_a_run_is_read_from_its_directory_and_from_its_checkpoint(config):
     record, content = read_record(config.run_dir), (FROZEN / "run-1/run.json").read_text()
     assert record is not None
@@ -108,7 +118,7 @@ def test_evaluation_prints_its_tables(config, capsys):
     assert summary.metrics["solar"]["ndcg@10"] == pytest.approx(0.26328, abs=1e-5)
     assert summary.intervals["solar"] == summary.slices[0].systems["solar"]
     assert summary.ratios["mean_pooling"].value == pytest.approx(1.18747, abs=1e-5)
-    assert summary.requests_config == as_json(config.data.requests)
+    assert summary.requests_config == settings_on(run_shards(config), config.data.requests)
     result = read_result(directory, "solar", task="next_item")
     assert result.metrics() == pytest.approx(summary.metrics["solar"], nan_ok=True)
     print_results(config, Console(), Evaluated(directory, summary, reused=True))

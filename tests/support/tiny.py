@@ -70,7 +70,7 @@ source: {{name: files, path: {events}/events-00000.parquet, items_path: {events}
 data:
   name: tiny
   prepare: {{buckets: 3, row_group_events: 200}}
-  requests: {{num_negatives: 8}}
+  requests: {{num_negatives: 8, min_label: 0}}
   loader: {{batch_events: 1500, window_row_groups: 2}}
 model: {{name: solar, width: 16, rank: 4, recent_window: 8, checkpoint_every: 4, dropout: 0.1,
         context_features: true}}

@@ -60,15 +60,19 @@ def export(tmp_path):
     return make
 
 
-def random_export(data: Shards, directory: Path, *, max_history: int = 7, **model: Any) -> RegisteredModel:
-    """SOLAR with random weights, exported to `directory`; `model` changes its settings."""
+def random_export(
+    data: Shards, directory: Path, *, max_history: int = 7, min_label: int = 0, **model: Any
+) -> RegisteredModel:
+    """SOLAR with random weights, exported to `directory`; `model` changes its settings. It reads every event, unless
+    `min_label` is 1."""
     torch.manual_seed(3)
     whole = solar_settings(**model)
     tower = randomise(build_tower(model_settings(whole, data.vocabulary), num_features=len(data.vocabulary.features)))
     specs = model_tables(whole, data.vocabulary)
     tables = {spec.name: torch.randn(spec.capacity, spec.width) for spec in specs}
     write_export(
-        directory, shards=data, config={}, model=whole, requests=RequestConfig(max_history=max_history),
+        directory, shards=data, config={}, model=whole,
+        requests=RequestConfig(max_history=max_history, min_label=min_label),
         table=tables.__getitem__, tower=tower.state_dict(),
     )  # fmt: skip
     return RegisteredModel(name="tiny", version="1", alias=None, directory=directory, tags={})

@@ -203,3 +203,13 @@ def test_settings_of_one_row_need_not_suit_the_others():
     assert run.model["shift_windows"]
     with pytest.raises(UserError, match=r"--only 'hstu': must be one of RecGRELA, repeats, .*HSTU"):
         load_board("ml-1m", [], only=["hstu"])
+
+
+def test_stored_configuration_without_min_label_read_every_event():
+    stored = load_config("train", "ml-1m", []).as_dict()
+    assert stored_config("evaluate", stored, "here", []).data.requests.least_label == 1
+    del stored["data"]["requests"]["min_label"]
+    assert stored_config("evaluate", stored, "here", []).data.requests.least_label == 0
+    asked = stored_config("evaluate", stored, "here", ["--data.requests.min_label", "1"])
+    assert asked.data.requests.least_label == 1
+    assert "min_label" not in stored["data"]["requests"]

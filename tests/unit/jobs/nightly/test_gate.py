@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from statistics import NormalDist
 
 import numpy as np
@@ -137,8 +138,14 @@ def test_a_guard_that_fails_refuses_with_its_figures():
     few = decided(users(20, better=0.1, noise=0.1), guards=(guard,))
     assert few.verdict == "undecided"
     assert few.reasons[1] == "LogLoss is 0.7, it must be at most 0.6"
-    assert without_champion([guard]).verdict == "refused"
-    assert without_champion([]).reasons == ("there is no champion yet",)
+    assert without_champion([guard], primary="ndcg@10", value=0.1).verdict == "refused"
+    assert without_champion([], primary="ndcg@10", value=0.1).reasons == ("there is no champion yet",)
+
+
+def test_first_challenger_without_a_value_of_the_metric_is_refused():
+    decision = without_champion([], primary="ndcg@10", value=math.nan)
+    assert decision.verdict == "refused"
+    assert decision.reasons == ("ndcg@10 is nan: no held-out request counts for it",)
 
 
 @pytest.mark.parametrize("nobody", [NOBODY, np.zeros(200)])

@@ -17,7 +17,7 @@ from jobs.host.json_files import write_json
 from jobs.runs.record import previous_run, run_facts
 from tests.unit.jobs.training.test_checkpoint_damage import write_checkpoint
 
-SHARDS: Any = SimpleNamespace(manifest=SimpleNamespace(number=3, fingerprint="abc"))
+SHARDS: Any = SimpleNamespace(manifest=SimpleNamespace(number=3, fingerprint="abc", has_labels=False))
 
 
 @pytest.fixture
@@ -65,3 +65,24 @@ def test_shards_that_changed_are_refused_by_manifest(config, run_dir):
     write_json(run_dir / "run.json", as_json(facts))
     with pytest.raises(UserError, match="was trained on manifest 2 \\(old\\), the shards are now at manifest 3"):
         previous_run(config, SHARDS)
+
+
+@pytest.mark.parametrize("has_labels", [False, True])
+def test_a_run_from_before_labels_mattered_read_every_event(config, run_dir, has_labels):
+    shards: Any = SimpleNamespace(manifest=SimpleNamespace(number=3, fingerprint="abc", has_labels=has_labels))
+    stored = as_json(run_facts(config, shards))
+    del stored["config"]["data"]["requests"]["min_label"]
+    write_json(run_dir / "run.json", stored)
+    requests = dataclasses.replace(config.data.requests, min_label=0)
+    every = dataclasses.replace(config, data=dataclasses.replace(config.data, requests=requests))
+    assert previous_run(every, shards) is not None
+    if not has_labels:
+        assert previous_run(config, shards) is not None
+        return
+    with pytest.raises(UserError, match=r"another configuration \(data.requests.min_label is 0 there, 1 here\)"):
+        previous_run(config, shards)
+    # A run of today is recorded with what it read.
+    write_json(run_dir / "run.json", as_json(run_facts(config, shards)))
+    assert previous_run(config, shards) is not None
+    with pytest.raises(UserError, match=r"\(data.requests.min_label is 1 there, 0 here\)"):
+        previous_run(every, shards)

@@ -50,7 +50,7 @@ class TrainingTables:
 def evaluated(model, data, requests, *, catalogue=False):
     """{user id: (request time, tied with its last event, {item: logit of evaluation})} on the test part."""
     tables: Any = TrainingTables(model, data.vocabulary)
-    tower = build_tower(model.settings["model"], num_features=1)
+    tower = build_tower(model.settings["model"], num_features=len(model.settings["features"]))
     tower.load_state_dict(load_file(model.directory / "model.safetensors"))
     tower.eval()
     found = {}
@@ -145,7 +145,7 @@ def test_scores_equal_those_of_evaluation_from_shards_and_from_given_histories(d
 
 def test_the_whole_catalogue_is_ranked_as_evaluation_ranks_it_with_tied_last_events(data, export, tmp_path):
     model = export(data, max_history=MAX_HISTORY)
-    expected = evaluated(model, data, RequestConfig(max_history=MAX_HISTORY), catalogue=True)
+    expected = evaluated(model, data, RequestConfig(max_history=MAX_HISTORY, min_label=0), catalogue=True)
     users = [user for user in expected]
     # A target that shares its time with the event before it has that event as history: no time, so nothing is cut.
     times = [None if tied else time for time, tied, _ in expected.values()]

@@ -15,7 +15,8 @@ from pipeline.events import DataError, EventColumns
 from pipeline.shards.dataset import Shards
 from pipeline.shards.user_reader import UserReader
 
-REQUESTS = RequestConfig(max_history=12, max_requests=5, num_negatives=3)
+# Every event is read: what labels mean to next_item is in test_labels.py.
+REQUESTS = RequestConfig(max_history=12, max_requests=5, num_negatives=3, min_label=0)
 LOADER = LoaderConfig(batch_events=90, window_row_groups=2)
 FULL = EventColumns(action="action", label="label", request_id="request_id")
 
@@ -81,7 +82,7 @@ def test_requests_equal_those_read_off_the_raw_log(data, random_log):
     sequences = build_sequences(random_log())
     raw = {str(k[0]): v for k, v in sequences.partition_by("user_id", as_dict=True).items()}
     asked = 0
-    for batch in train(data, requests=RequestConfig(num_negatives=0)).epoch(0):
+    for batch in train(data, requests=RequestConfig(num_negatives=0, min_label=0)).epoch(0):
         for user, (events, requests) in by_user(batch).items():
             history = raw[str(data.index.user_id[user])]
             for position, time, (positive,), _ in requests:
@@ -148,9 +149,9 @@ def test_resume_on_another_number_of_ranks_keeps_batch_order_event_by_event(data
 def test_evaluation_reads_each_row_group_once_and_training_a_window_of_them(data, monkeypatch):
     read, held = [], []
 
-    def counted(shards, group, original=Shards.read):
+    def counted(shards, group, original=Shards.read, **least):
         read.append(group)
-        return original(shards, group)
+        return original(shards, group, **least)
 
     def watched(reader, users, original=UserReader.read):
         events = original(reader, users)
