@@ -115,9 +115,7 @@ def _cells(path: str, column: str) -> Iterator[str | None]:
     for file in find_inputs(path, options=options):
         schema = read_schema(file, options=options)
         if column not in schema and file.format != "jsonl":
-            raise DataError(
-                f"{path}: no column {column!r}; it has {', '.join(schema)}; name the one with the ids (--users_column)"
-            )
+            raise DataError(f"{path}: no column {column!r}; it has {', '.join(schema)}; name one with --users_column")
         if column in schema and id_type(schema[column], integer_ids=False, is_text=file.format != "parquet") is None:
             raise DataError(
                 f"{path}: column {column!r} has type {schema[column]}; ids are integers or strings: cast it"

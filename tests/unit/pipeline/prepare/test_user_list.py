@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import polars as pl
@@ -79,7 +80,7 @@ def test_mistakes_in_a_list_are_named(tmp_path):
         "wide.txt": ("ada\n".encode("utf-16"), "line 1 is not UTF-8"),
         "odd.parquet": (b"x", "not a complete Parquet file"),
         "other.csv": (b"name\nada\n", "no column 'user_id'; it has name"),
-        "open.csv": (b'user_id\n"ada\n', "cannot be read as a row"),
+        "wide.csv": (b"user_id\nada,1\n", "'ada,1' cannot be read as a row"),
     }
     for name, (content, _) in files.items():
         (tmp_path / name).write_bytes(content)
@@ -112,7 +113,5 @@ def test_users_are_sorted_out_by_what_a_data_set_knows_of_them(prepare, write_lo
     data = Shards.open(str(tmp_path / "out"))
     assert sort_out(["a", "x"], data=data).unknown == ["x"]
     stones = Tombstones.empty(data.path).with_users(["x"]).write(data.path)
-    from dataclasses import replace
-
-    known = sort_out(["a", "x", "y"], data=Shards(data.path, replace(data.manifest, tombstones=stones)))
+    known = sort_out(["a", "x", "y"], data=Shards(data.path, dataclasses.replace(data.manifest, tombstones=stones)))
     assert (known.found, known.forgotten, known.unknown) == (["a"], ["x"], ["y"])
