@@ -33,6 +33,7 @@ from jobs.training.results import RankedTargets, ScoredImpressions, primary_metr
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
+from pipeline.shards.leases import lease
 
 EMPTIED = "history emptied"
 POPULARITY = "popularity"
@@ -104,9 +105,13 @@ def evaluate(
         "directory": str(staging),
     }
     with (
+        lease(
+            shards.path, number=shards.manifest.number, command=f"evaluation of {config.name}",
+            tell=lambda text: console.line(f"{'evaluate':<12} {text}"),
+        ),
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
         console.stage("evaluate") as stage,
-    ):
+    ):  # fmt: skip
         num_systems = len(systems) + beside + len(arguments["baselines"])
         finished = 0
 
