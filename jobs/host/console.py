@@ -34,8 +34,8 @@ def one_line(error: object) -> str:
 
 
 def printable(text: str) -> str:
-    """The text with each control character spelled out (\\x1b): stored texts and names of files may hold what a terminal
-    would obey, or what changes the direction of writing. Line breaks and tabs stay."""
+    """The text with each control character spelled out (\\x1b): stored texts and names of files may hold commands of a
+    terminal, or marks that change the direction of writing. Line breaks and tabs stay."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

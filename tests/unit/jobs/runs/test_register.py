@@ -48,7 +48,8 @@ def test_of_two_versions_that_two_machines_made_of_one_checkpoint_the_first_stay
     client.create_model_version(NAME, source="file:///m", tags={"solar.run_key": "other"})
     assert str(registering._only_version(client, NAME, "other", mine).version) == "2"
     assert sorted(str(each.version) for each in client.search_model_versions(f"name = '{NAME}'")) == ["1", "2", "4"]
-    assert str(registering._find_version(client, NAME, "one").version) == "1"
+    found: Any = registering._find_version(client, NAME, "one")
+    assert str(found.version) == "1"
     assert registering._find_version(client, NAME, "nobody") is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -79,7 +80,7 @@ def test_a_command_that_died_between_the_alias_and_its_note_is_made_good(client)
     assert [(each.version, each.before) for each in changes(client, NAME)] == [("1", None), ("2", "1")]
 
 
-class Interrupted:
+class _Interrupted:
     """A client that lets others act right before or right after one of its calls, as if they had come in between."""
 
     def __init__(self, client, call: str, act, *, after: bool = False) -> None:
@@ -100,6 +101,10 @@ class Interrupted:
             return answer
 
         return called
+
+
+def interrupted(client, call: str, act, *, after: bool = False) -> Any:
+    return _Interrupted(client, call, act, after=after)
 
 
 def told(client) -> list[tuple[str, str | None]]:
@@ -130,7 +135,7 @@ def test_changes_of_earlier_versions_have_no_sequence_and_come_first_by_their_ti
 
 def test_a_promotion_that_another_one_overtakes_says_that_it_lost(client):
     promote(client, NAME, "1", expected=None, why="first")
-    other = Interrupted(
+    other = interrupted(
         client, "set_registered_model_alias",
         lambda: client.set_registered_model_alias(NAME, "champion", "3"), after=True,
     )  # fmt: skip
@@ -140,7 +145,7 @@ def test_a_promotion_that_another_one_overtakes_says_that_it_lost(client):
     assert told(client) == [("1", None)]
     with pytest.raises(UserError, match="look at `solar history shop` and decide again"):
         promote_by_hand(
-            Interrupted(
+            interrupted(
                 client, "set_registered_model_alias",
                 lambda: client.set_registered_model_alias(NAME, "champion", "4"), after=True,
             ), NAME, "2", why="x",
@@ -149,7 +154,7 @@ def test_a_promotion_that_another_one_overtakes_says_that_it_lost(client):
 
 def test_a_promotion_that_overtakes_another_one_comes_after_it_and_tells_whom_it_replaced(client):
     promote(client, NAME, "1", expected=None, why="first")
-    overtaking = Interrupted(
+    overtaking = interrupted(
         client, "set_registered_model_alias", lambda: promote(client, NAME, "2", expected="1", why="better")
     )
     change = promote(overtaking, NAME, "3", expected="1", why="better, too")
@@ -162,7 +167,7 @@ def test_of_two_interleaved_promotions_one_stands_and_the_changes_agree_with_the
     promote(client, NAME, "1", expected=None, why="first")
     # Both have set the alias before either stores its change; the one whose alias was first stores it last.
     won = []
-    slow = Interrupted(
+    slow = interrupted(
         client, "set_registered_model_alias",
         lambda: won.append(_promote_unseen(client, "3")), after=True,
     )  # fmt: skip
