@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 from pipeline.batches import request_index
 from pipeline.batches.requests import RequestConfig
-from pipeline.events import DataError, EventColumns
+from pipeline.events import DataError, EventColumns, NotNow
 from pipeline.log.daily import DailyLog
 from pipeline.log.inputs import FileFormat
 from pipeline.prepare import compaction, forgetting, garbage, ingest, log_parts
 from pipeline.prepare.plan import Plan, make_plan, require_disk
-from pipeline.prepare.staging import staging_directory
+from pipeline.prepare.staging import remove_leftovers, staging_directory
 from pipeline.prepare.users import StagedUsers, refuse_bad_users
 from pipeline.shards import dataset as shards
 from pipeline.shards import manifest
@@ -113,6 +113,7 @@ def prepare(
         events, out, columns=config.columns, files=config.files, daily=config.daily, items=items, users_table=users,
         settings={"buckets": config.buckets, "row_group_events": config.row_group_events},
     )  # fmt: skip
+    _complete_interrupted(out)
     committed, notes = _ingest(plan, config=config, report=report) if not plan.is_done else (plan.parent, [])
     assert committed is not None
     # Even if nothing is new: an earlier run may have died between its ingest and its compaction.
@@ -175,6 +176,7 @@ def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progre
     """
     _require_ray()
     report = progress or (lambda stage, done, total: None)
+    _complete_interrupted(path)
     data = shards.Shards.open(path)
     wanted = compaction.crowded(data, max_deltas=0) if buckets is None else buckets
     if not wanted:
@@ -187,28 +189,48 @@ def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progre
     return committed
 
 
-def forget(path: str, users: Sequence[str], *, progress: Progress | None = None) -> Manifest:
+def forget(
+    path: str, users: Sequence[str], *, elsewhere: Callable[[], None] = lambda: None, progress: Progress | None = None
+) -> Manifest:
     """Remove every event of these users from the data set, for ever; returns the new manifest.
 
-    All earlier states are removed, with the files that only they name: a run that reads one of them ends and names this
-    reason. Rows of these users in later ingests are counted as rejected and stored nowhere. Ray must be initialised.
+    If any of them has events, all earlier states are removed, with the files that only they name: a run that reads one
+    of them ends and names this reason. Rows of these users in later ingests are counted as rejected and stored nowhere,
+    even if the data set does not know them yet. `elsewhere` removes the users from other places, before the commit: a
+    forget that is killed earlier is repeated as a whole, and one that is killed later is completed by the next command.
+    Ray must be initialised. DataError: nobody else is in the data set. NotNow: another run is writing there.
     """
     _require_ray()
     report = progress or (lambda stage, done, total: None)
+    garbage.refuse_other_runs(path)
+    _complete_interrupted(path)
+
+    # Find the buckets of the users. The data set's other forgotten users are in none.
     data = shards.Shards.open(path)
-    stones = (Tombstones.of(path, data.manifest) or Tombstones.empty(path)).with_users(users)
-    ids = data.index_table()
+    integers = data.manifest.schema["id_types"]["user_id"] == "int64"
+    before = Tombstones.of(path, data.manifest) or Tombstones.empty(path)
+    stones, ids = before.with_users(users), data.index_table()
     wanted = ids.filter(stones.among(ids["user_id"]))["bucket"].unique().sort().to_list()
     if len(wanted) == len(data.buckets) and stones.among(ids["user_id"]).all():
         raise DataError(f"{path}: these are all users of the data set; delete the directory instead")
+
+    # Rewrite them; remove the users everywhere else; commit; remove the earlier states.
+    committed = data.manifest
     with staging_directory(path) as staging:
         rewrite = functools.partial(compaction.compact_bucket, data=data, staging=staging, forgotten=stones)
         built = _map(rewrite, wanted, stage="forget", report=report)
-        committed = compaction.finish(built, data=data, staging=staging)
-        committed = dataclasses.replace(committed, tombstones=stones.write(path), oldest=committed.number)
-        manifest.commit(path, committed)
-    forgetting.clean_rejected(path, users)
-    garbage.collect(path, keep=1)
+        elsewhere()
+        forgetting.clean_rejected(path, users, integers=integers)
+        if wanted or stones.hashes != before.hashes:
+            committed = compaction.finish(built, data=data, staging=staging)
+            oldest = committed.number if wanted else data.manifest.oldest
+            committed = dataclasses.replace(committed, tombstones=stones.write(path), oldest=oldest)
+            manifest.commit(path, committed)
+    garbage.remove_forgotten_states(path)
+    # Files of killed ingests may hold their events, too. If another run has started: it cannot commit any more, and its
+    # files are left to `solar gc`.
+    with contextlib.suppress(NotNow):
+        garbage.collect(path, keep=committed.number)
     return committed
 
 
@@ -224,6 +246,12 @@ def index_requests(
             _map(count, data.buckets, stage="requests", report=report)
             cached = request_index.assemble(data, config, staging=staging)
     return cached
+
+
+def _complete_interrupted(path: str) -> None:
+    """Complete a killed forget, and remove the unfinished files of killed runs."""
+    remove_leftovers(path)
+    garbage.remove_forgotten_states(path)
 
 
 def _stage_users(plan: Plan, *, staging: str, report: Progress) -> list[StagedUsers]:

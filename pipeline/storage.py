@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 _CHUNK_BYTES = 8 << 20
+SCRATCH = ".scratch-"
+"""Prefix of a folder for unfinished files inside a local store; `owner` of the process that made it follows."""
 
 
 class Store:
@@ -87,8 +90,11 @@ class Store:
         os.replace(local_file, target)
         sync(target.parent)
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Create the file with all its bytes; False when it exists already. Exactly one of several writers wins."""
+    def create(self, name: str, data: bytes, *, private: bool = False) -> bool:
+        """Create the file with all its bytes; False when it exists already. Exactly one of several writers wins.
+
+        `private`: on a local disk nobody but the owner can ever read it. A remote store has its own access rules.
+        """
         if not self.is_local:
             try:
                 self.fs.pipe_file(self.join(name), data, mode="create")
@@ -97,7 +103,7 @@ class Store:
                 return self.read(name) == data
             return True
         target = Path(self.join(name))
-        temporary = _write_temporary(target, data)
+        temporary = _write_temporary(target, data, private=private)
         try:
             # link, unlike rename, fails when the target exists, and publishes all bytes at once.
             os.link(temporary, target)
@@ -117,7 +123,7 @@ class Store:
         if not self.is_local:
             return tempfile.TemporaryDirectory(prefix="solar-")
         Path(self.path).mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix=".scratch-", dir=self.path)
+        return tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{owner()}-", dir=self.path)
 
     def free_bytes(self) -> int | None:
         """Free disk space; None for a remote store, which has no such limit."""
@@ -142,6 +148,29 @@ def locate(path: str) -> tuple[Any, str]:
     options = fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(path)
     fs = fsspec.filesystem(protocol, **options)
     return fs, fs._strip_protocol(path)
+
+
+def owner() -> str:
+    """This process in the name of a file or folder: HOST-PID."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def is_of_dead_process(name: str, *, prefix: str) -> bool:
+    """Whether a name of PREFIX, HOST-PID and more is that of a process of this machine that has ended."""
+    ours = f"{prefix}{socket.gethostname()}-"
+    pid = name.removeprefix(ours).partition("-")[0]
+    return name.startswith(ours) and pid.isdigit() and not process_lives(int(pid))
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def absolute(path: str) -> str:
@@ -177,15 +206,17 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
         yield chunk
 
 
-def _write_temporary(target: Path, data: bytes, *, durable: bool = True) -> Path:
+def _write_temporary(target: Path, data: bytes, *, durable: bool = True, private: bool = False) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
+    # mkstemp creates the file for its owner alone.
     handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
     with os.fdopen(handle, "wb") as stream:
         stream.write(data)
         stream.flush()
         if durable:
             os.fsync(stream.fileno())
-    os.chmod(name, 0o644)
+    if not private:
+        os.chmod(name, 0o644)
     return Path(name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs.commands.arguments import Parsers, capture, instantiate, parse, usage_error
 from jobs.host.console import Console, one_line
@@ -211,22 +211,40 @@ def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
     parser = forget_parser()
     parsed = parse(parser, arguments)
     cluster = instantiate(parser, parsed)["cluster"]
+    where: Any = {"column": parsed.users_column, "workspace": parsed.workspace, "outputs": parsed.outputs}
     if parsed.verify:
-        return check_forgotten(parsed.directory, parsed.users, console, outputs=parsed.outputs)
+        return check_forgotten(parsed.directory, parsed.users, console, **where)
     capture(console, parsed.workspace, "forget", verbose=verbose)
-    forget_users(
-        parsed.directory, parsed.users, console, outputs=parsed.outputs, cluster=cluster, verbose=verbose
+    return forget_users(
+        parsed.directory, parsed.users, console, **where, missing_ok=parsed.missing == "ok", cluster=cluster,
+        verbose=verbose,
     )  # fmt: skip
-    return 0
 
 
 def forget_parser() -> ArgumentParser:
-    parser = _shards_parser("forget", "Remove users permanently from shards and from results.")
-    parser.add_argument(
-        "--users", type=Place, required=True, help="text file with one id per line, or Parquet file with user_id"
+    parser = _shards_parser("forget", "Remove users permanently from shards, stored states and results.")
+    add = parser.add_argument
+    add(
+        "--users",
+        type=Place,
+        required=True,
+        help="text file with one id per line, exactly as in the log: LF or CRLF ends a line, spaces belong to the id, "
+        "empty lines are ignored; or a table by its name (.csv, .tsv, .jsonl, .parquet) with a column of ids",
     )
-    parser.add_argument("--outputs", type=Place, nargs="+", default=[], help="results of `solar score` to clean, too")
-    parser.add_argument("--verify", action="store_true", help="change nothing; search for remains of the users")
+    add("--users_column", type=str | None, default=None, help="column of a table with the ids; default: user_id")
+    add(
+        "--missing",
+        type=Literal["error", "ok"],
+        default="error",
+        help="error: exit code 3 if an id was never in the data set; ok: exit code 0. The others are removed either "
+        "way, and later logs cannot bring any of them",
+    )
+    add("--outputs", type=Place, nargs="+", default=[], help="results of `solar score` to clean, too")
+    add(
+        "--verify",
+        action="store_true",
+        help="change nothing; search the shards, the workspace and --outputs for remains of the users (exit code 1)",
+    )
     return parser
 
 

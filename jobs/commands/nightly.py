@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import signal
@@ -72,7 +73,7 @@ def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.tracking.champions import promote_by_hand
 
     parsed = parse(promote_parser(), arguments)
-    with _registry(parsed) as client:
+    with _registry(parsed) as client, _in_turn(parsed, console):
         change = promote_by_hand(client, parsed.model, str(parsed.version), why=parsed.why)
     console.line(f"{parsed.model}: version {change.version} is the champion, before it was {change.before or 'none'}")
     return 0
@@ -89,7 +90,7 @@ def rollback(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.tracking.champions import roll_back
 
     parsed = parse(rollback_parser(), arguments)
-    with _registry(parsed) as client:
+    with _registry(parsed) as client, _in_turn(parsed, console):
         change = roll_back(client, parsed.model, why=parsed.why)
     console.line(f"{parsed.model}: version {change.version} is the champion again, instead of {change.before}")
     return 0
@@ -144,3 +145,14 @@ def _registry(parsed: Any) -> Any:
     from jobs.tracking.registry import open_registry
 
     return open_registry(TrackingConfig(uri=parsed.tracking.uri), parsed.workspace)
+
+
+def _in_turn(parsed: Any, console: Console) -> Any:
+    """A context manager in which no other command of the workspace changes its own registry; another registry is not
+    locked."""
+    from jobs.host.locks import in_turn
+    from jobs.tracking.registry import registry_lock
+
+    if parsed.tracking.uri is not None:
+        return contextlib.nullcontext()
+    return in_turn(registry_lock(parsed.workspace), tell=console.line)

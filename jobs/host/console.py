@@ -7,6 +7,7 @@ level is. Without `-v` both descriptors are redirected to a log file, and only t
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +24,19 @@ PLAIN_WIDTH = 160
 PLAIN_LINE_SECONDS = 10.0
 """Without a terminal, a stage prints a line at its start and at its end, and in between at most one per this time."""
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""C0 and C1 without tab and line feed, separators of lines, marks and overrides of direction, lone surrogates."""
+
 
 def one_line(error: object) -> str:
     """The text of the error, without line breaks."""
     return " ".join(str(error).split())
+
+
+def printable(text: str) -> str:
+    """The text with each control character spelled out (\\x1b): stored texts and names of files may hold commands of a
+    terminal, or marks that change the direction of writing. Line breaks and tabs stay."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class Console:
@@ -54,11 +64,11 @@ class Console:
 
     def error(self, text: str) -> None:
         """One line on the error stream."""
-        print(text, file=self._err, flush=True)
+        print(printable(text), file=self._err, flush=True)
 
     def line(self, text: str = "") -> None:
         """One line of text, without interpretation of markup."""
-        self._rich.print(text, markup=False)
+        self._rich.print(printable(text), markup=False)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: Sequence[str] = ()
@@ -69,7 +79,7 @@ class Console:
             table.add_column(column, justify="left" if index == 0 or column in text else "right", no_wrap=index == 0)
         for row in rows:
             # A cell such as [genres] is text, not markup.
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(escape(printable(cell.replace("\n", " "))) for cell in row))
         self._rich.print(table)
 
     @contextmanager
@@ -123,12 +133,13 @@ class Stage:
 
     def tell(self, text: str) -> None:
         """Print a permanent line above the bar."""
-        self._console.print(f"{self._title:<12} {text}", markup=False)
+        self._console.print(printable(f"{self._title:<12} {text}"), markup=False)
 
     def end(self, result: str) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._console.print(f"{self._title:<12} {time.monotonic() - self._started:6.1f} s  {result}", markup=False)
+        seconds = time.monotonic() - self._started
+        self._console.print(printable(f"{self._title:<12} {seconds:6.1f} s  {result}"), markup=False)
 
 
 class PlainStage(Stage):

@@ -13,6 +13,8 @@ class UserError(ValueError):
 
 MISTAKE = 2
 """A user's mistake: a retry cannot succeed."""
+NOT_FOUND = 3
+"""`solar forget`: done, but some of the users are not in the data set."""
 TRY_LATER = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command may succeed later."""
 INTERRUPTED = 130

@@ -60,6 +60,22 @@ def wait_for_workers(run_dir: Path, *, tell: Callable[[str], None], wait_seconds
     os.close(_wait_for_lock(path, wait_seconds=wait_seconds, tell=tell))
 
 
+@contextlib.contextmanager
+def in_turn(path: Path, *, tell: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock file during the block, one process after the other; `tell` gets a line if this one must wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (descriptor := try_lock(path, fcntl.LOCK_EX)) is None:
+        tell(f"waiting for {holder(path)}")
+        while (descriptor := try_lock(path, fcntl.LOCK_EX)) is None:
+            time.sleep(POLL_SECONDS)
+    sign(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def _wait_for_lock(path: Path, *, wait_seconds: float, tell: Callable[[str], None] = lambda text: None) -> int:
     deadline, announced = time.monotonic() + wait_seconds, False
     while (descriptor := try_lock(path, fcntl.LOCK_EX)) is None:

@@ -35,7 +35,9 @@ def collect_old(config: RunConfig, root: Path, client: Any, console: Console) ->
         if trained is not None and trained.run_dir.resolve() not in needed:
             remove_committed(trained.run_dir)
     try:
-        collect(absolute(config.shards_dir), keep=keep * _STATES_PER_NIGHT)
+        collected = collect(absolute(config.shards_dir), keep=keep * _STATES_PER_NIGHT, command="solar nightly")
+        for lease in collected.held:
+            console.line(f"{'night':<12} kept: {lease}")
     except DataError as error:
         console.line(f"{'night':<12} old states of the data are kept this time: {error}")
 

@@ -117,7 +117,9 @@ def _register(
         why = f"night {night.date}: {'; '.join(decision.reasons)}"
 
         def set_champion(client: Any, name: str, version: str) -> str:
-            promote(client, name, version, expected=before.version, why=why)
+            change = promote(client, name, version, expected=before.version, why=why)
+            if change.before != before.version:
+                night.tell(f"version {version} replaced version {change.before}, which was promoted at the same moment")
             return CHAMPION
 
         registered = register(

@@ -35,6 +35,7 @@ from pipeline.batches.request_index import RequestCounts, settings_on
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
+from pipeline.shards.leases import lease
 
 EMPTIED = "history emptied"
 POPULARITY = "popularity"
@@ -104,7 +105,13 @@ def evaluate(
         "part": part,
         "directory": str(staging),
     }
-    with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
+    with (
+        lease(
+            shards.path, number=shards.manifest.number, command=f"evaluation of {config.name}",
+            tell=lambda text: console.line(f"{'evaluate':<12} {text}"),
+        ),
+        ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
+    ):  # fmt: skip
         _warn(config, shards, index_requests(shards, config=config.data.requests), systems[0], console)
         _measure(config, arguments, console)
 

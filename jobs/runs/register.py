@@ -7,6 +7,7 @@ lineage. It has no pickle, and can be loaded without this repository. The first 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -18,14 +19,15 @@ from typing import Any
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
+from jobs.host.locks import in_turn
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.export import export_model, log_export, training_shards
 from jobs.runs.record import read_record
 from jobs.runs.run_dir import Trained
 from jobs.runs.summary import SUMMARY
-from jobs.tracking.champions import CHALLENGER, CHAMPION, champion, or_none, promote
+from jobs.tracking.champions import CHALLENGER, CHAMPION, ChampionChanged, champion, or_none, promote
 from jobs.tracking.mlflow_runs import metric_name, mlflow_client, tracking_uri
-from jobs.tracking.registry import EXPORT
+from jobs.tracking.registry import EXPORT, registry_lock
 from jobs.training.checkpoint import checkpoint_key
 
 
@@ -57,11 +59,20 @@ def register(
     `set_alias(client, name, version)` sets the version's alias and returns it; by default the first version becomes the
     champion, a later one the challenger. `tags` are set on the version in addition to its lineage.
     """
+    _refuse_unknown_metric(evaluated)
+    # One command after the other: the second one finds the version that the first one made.
+    lock = registry_lock(config.workspace)
+    with in_turn(lock, tell=lambda text: console.line(f"{'register':<12} {text}")):
+        return _register(config, trained, evaluated, console, set_alias or _first_is_champion, tags, exported)
+
+
+def _register(
+    config: RunConfig, trained: Trained, evaluated: Evaluated, console: Console,
+    set_alias: Callable[[Any, str, str], str], tags: Mapping[str, str], exported: Path | None,
+) -> Registered:  # fmt: skip
     import mlflow
 
-    _refuse_unknown_metric(evaluated)
     # Reuse the version that this checkpoint has already.
-    set_alias = set_alias or _first_is_champion
     uri, name = tracking_uri(config.tracking, config.workspace), config.registered_model
     client = mlflow_client(uri)
     key = checkpoint_key(trained.checkpoint)
@@ -84,10 +95,11 @@ def register(
             _log_evaluation(config, trained, evaluated)
             info = log_export(exported, model=config.model, vocabulary=vocabulary)
         stage.update(2, 3, "version")
-        version = _create_version(client, name, info, trained, {**tags, "solar.run_key": key})
+        created = _create_version(client, name, info, trained, {**tags, "solar.run_key": key})
+        version = _only_version(client, name, key, created)
         alias = set_alias(client, name, str(version.version))
         stage.result = f"{name} version {version.version}, alias {alias}"
-    return Registered(name, version.version, alias, f"models:/{name}@{alias}", False)
+    return Registered(name, version.version, alias, f"models:/{name}@{alias}", version.version != created.version)
 
 
 def _refuse_unknown_metric(evaluated: Evaluated) -> None:
@@ -135,13 +147,26 @@ def _create_version(client: Any, name: str, logged: Any, trained: Trained, tags:
 
 def _first_is_champion(client: Any, name: str, version: str) -> str:
     if champion(client, name) is None:
-        promote(client, name, version, expected=None, why="the first version")
-        return CHAMPION
+        # Where another machine has just made its version the champion, this one is a later version.
+        with contextlib.suppress(ChampionChanged):
+            promote(client, name, version, expected=None, why="the first version")
+            return CHAMPION
     client.set_registered_model_alias(name, CHALLENGER, version)
     return CHALLENGER
 
 
+def _only_version(client: Any, name: str, key: str, created: Any) -> Any:
+    """The version of the checkpoint with this key. If another machine has created one at the same time, the one with
+    the smaller number stays, and the other machine comes to the same result."""
+    first = _find_version(client, name, key)
+    assert first is not None, "it was created"
+    if first.version != created.version:
+        client.delete_model_version(name, created.version)
+    return first
+
+
 def _find_version(client: Any, name: str, key: str) -> Any | None:
+    """The first version of the checkpoint with this key; None if it is not registered."""
     found = client.search_model_versions(f"name = '{name}'")
-    versions = [version for version in found if version.tags.get("solar.run_key") == key]
-    return client.get_model_version(name, versions[0].version) if versions else None
+    numbers = [int(version.version) for version in found if version.tags.get("solar.run_key") == key]
+    return client.get_model_version(name, str(min(numbers))) if numbers else None

@@ -38,6 +38,7 @@ from jobs.training.warm_start import Begun, begin_from
 from models.zoo import build_tower
 from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
+from pipeline.shards.leases import lease
 from pipeline.shards.vocabulary_growth import beginnings_of
 
 
@@ -78,8 +79,14 @@ def train(
         _require_disk(config, shards)
         wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
 
-        # Check the requests, then train.
-        with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
+        # Check the requests, then train. Meanwhile `solar gc` keeps what is read.
+        with (
+            lease(
+                shards.path, number=shards.manifest.number, command=f"training of run {config.name}",
+                tell=lambda text: console.line(f"{'train':<12} {text}"),
+            ),
+            ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
+        ):  # fmt: skip
             check_requests(config, shards, index_requests(shards, config=config.data.requests), console)
             run_id = _train(config, shards, console, previous, begun=begun)
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)

@@ -34,6 +34,7 @@ from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
 from pipeline.shards.dataset import Shards
+from pipeline.shards.leases import lease
 from pipeline.shards.sequences import UserEvents
 from pipeline.storage import Store, absolute
 
@@ -82,8 +83,12 @@ def build_states(
         "manifest_fingerprint": data.manifest.fingerprint,
     }
     directory = str(manifest_directory(Path(absolute(str(out))), data.manifest.number))
+    held = lease(
+        data.path, number=data.manifest.number, command=f"building of states of {model.uri}",
+        tell=lambda text: console.line(f"{'states':<12} {text}"),
+    )  # fmt: skip
     # Build them, one task per bucket, unless they are complete already.
-    with console.stage("states") as stage:
+    with held, console.stage("states") as stage:
         commit, reused = read_commit(directory), True
         if commit is None:
             built, elsewhere = [], dataclasses.replace(model, directory=model.directory.absolute())

@@ -1,9 +1,12 @@
 """Which version of a registered model serves: the alias `champion`, its changes, and the return to an earlier version.
 
 MLflow's registry is the only record. Each change of the alias is stored as a tag `solar.champion.TIME` of the
-registered model, each night's decision as `solar.night.DATE`; both are small JSON documents. MLflow cannot set an alias
-on a condition: `promote` therefore reads it again right before setting it, and refuses if it is not the champion with
-which the challenger was compared.
+registered model, each night's decision as `solar.night.DATE`; both are small JSON documents. Changes are ordered by a
+sequence number, because the clocks of two machines differ.
+
+MLflow cannot set an alias on a condition: `promote` therefore reads it right before setting it, refuses if it is not
+the champion with which the challenger was compared, and reads alias and changes again afterwards. Of two promotions at
+the same time the one whose version serves afterwards stands; the other says that it lost.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +43,13 @@ class Change:
     before: str | None
     """The previous champion; None = there was none."""
     at: str
-    """Time of the change, UTC, ISO 8601."""
+    """Time of the change by the clock of its machine, UTC, ISO 8601; two of them cannot be compared."""
     why: str
     """The reason given."""
     rollback: bool = False
     """Whether the change returned to an earlier champion."""
+    sequence: int = 0
+    """Its place among the changes, from 1; 0 in records of earlier versions, which come first, by their times."""
 
 
 def champion(client: MlflowClient, name: str) -> ModelVersion | None:
@@ -55,24 +61,49 @@ def champion(client: MlflowClient, name: str) -> ModelVersion | None:
 
 def promote(
     client: MlflowClient, name: str, version: str, *, expected: str | None, why: str, rollback: bool = False
-) -> None:
-    """Make a version the champion, if `expected` (None = no version) is the champion now. Safe to repeat.
+) -> Change:
+    """Make a version the champion, if `expected` (None = no version) is the champion now; returns the change. Safe to
+    repeat.
 
+    The change's `before` differs from `expected` if this promotion replaced another one that was made at the same time.
     ChampionChanged: another version is the champion now.
     """
-    now = _alias(client, name, CHAMPION)
+    past, now = changes(client, name), _alias(client, name, CHAMPION)
     if now != version:
         require_champion(client, name, expected)
         client.set_registered_model_alias(name, CHAMPION, version)
-    past = changes(client, name)
     # Also if the alias is set already: a command may have died between setting it and storing the change.
-    if not past or past[-1].version != version:
-        at = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
-        before = expected if now == version else now
-        change = Change(version=version, before=before, at=at, why=why[: TAG_LENGTH // 2], rollback=rollback)
-        client.set_registered_model_tag(name, f"{_CHANGE}{at}", json.dumps(dataclasses.asdict(change)))
+    change = past[-1] if past else None
+    if change is None or now != version or change.version != version:
+        change = Change(
+            version=version, before=expected if now == version else now, at=_now(), why=why[: TAG_LENGTH // 2],
+            rollback=rollback, sequence=max([len(past), *(each.sequence for each in past)]) + 1,
+        )  # fmt: skip
+        key = f"{change.at}-{secrets.token_hex(4)}"
+        client.set_registered_model_tag(name, f"{_CHANGE}{key}", _text(change))
+        change = _settled(client, name, key, change)
     if _alias(client, name, CHALLENGER) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
+    return change
+
+
+def _settled(client: MlflowClient, name: str, key: str, change: Change) -> Change:
+    """The change stored under this key, beside others that were made at the same time. ChampionChanged: another one
+    stands."""
+    serving, stored = _alias(client, name, CHAMPION), _changes(client, name)
+    others = [each for other, each in stored.items() if other != key and each.sequence >= change.sequence]
+    if serving != change.version:
+        # If the other one is recorded as the successor of this one, both changes did happen, in this order.
+        if not any(each.before == change.version for each in others):
+            client.delete_registered_model_tag(name, f"{_CHANGE}{key}")
+        raise ChampionChanged(
+            f"{name}: version {serving} was made the champion at the same moment; version {change.version} is not the "
+            "champion"
+        )
+    if others:
+        change = dataclasses.replace(change, before=others[-1].version, sequence=others[-1].sequence + 1)
+        client.set_registered_model_tag(name, f"{_CHANGE}{key}", _text(change))
+    return change
 
 
 def require_champion(client: MlflowClient, name: str, expected: str | None) -> None:
@@ -86,7 +117,8 @@ def require_champion(client: MlflowClient, name: str, expected: str | None) -> N
 
 
 def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str, rollback: bool = False) -> Change:
-    """`solar promote`: the decision of a person. UserError: no such model or version, or it is the champion already."""
+    """`solar promote`: the decision of a person. UserError: no such model or version, it is the champion already, or
+    another promotion at the same time stands."""
     require_model(client, name)
     if or_none(lambda: client.get_model_version(name, version)) is None:
         known = sorted((str(v.version) for v in client.search_model_versions(f"name = '{name}'")), key=int)
@@ -94,8 +126,11 @@ def promote_by_hand(client: MlflowClient, name: str, version: str, *, why: str, 
     found = champion(client, name)
     if found is not None and str(found.version) == version:
         raise UserError(f"promote: version {version} of {name!r} is the champion already")
-    promote(client, name, version, expected=str(found.version) if found else None, why=why, rollback=rollback)
-    return changes(client, name)[-1]
+    expected = str(found.version) if found else None
+    try:
+        return promote(client, name, version, expected=expected, why=why, rollback=rollback)
+    except ChampionChanged as error:
+        raise UserError(f"promote: {error}: look at `solar history {name}` and decide again") from error
 
 
 def roll_back(client: MlflowClient, name: str, *, why: str) -> Change:
@@ -112,8 +147,14 @@ def roll_back(client: MlflowClient, name: str, *, why: str) -> Change:
 
 
 def changes(client: MlflowClient, name: str) -> list[Change]:
-    """Every change of the champion, oldest first."""
-    return [Change(**document) for document in _tagged(client, name, _CHANGE).values()]
+    """Every change of the champion, in order."""
+    return list(_changes(client, name).values())
+
+
+def _changes(client: MlflowClient, name: str) -> dict[str, Change]:
+    """{rest of the tag's name: the change}, in order."""
+    found = {key: Change(**document) for key, document in _tagged(client, name, _CHANGE).items()}
+    return dict(sorted(found.items(), key=lambda item: (item[1].sequence, item[1].at)))
 
 
 def _succession(past: Sequence[Change]) -> list[str]:
@@ -125,7 +166,7 @@ def _succession(past: Sequence[Change]) -> list[str]:
             succession.append(change.before)
         if change.rollback:
             succession.pop()
-        else:
+        elif succession[-1:] != [change.version]:
             succession.append(change.version)
     return succession
 
@@ -181,6 +222,14 @@ def or_none(look_up: Callable[[], Any]) -> Any | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def _now() -> str:
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%S.%fZ}"
+
+
+def _text(change: Change) -> str:
+    return json.dumps(dataclasses.asdict(change))
 
 
 def _alias(client: MlflowClient, name: str, alias: str) -> str | None:

@@ -136,6 +136,11 @@ def open_registry(tracking: TrackingConfig, workspace: str) -> Iterator[MlflowCl
         yield mlflow_client(store)
 
 
+def registry_lock(workspace: str) -> Path:
+    """The lock file of the commands of this workspace that change the registry (`in_turn`)."""
+    return Path(workspace) / "registry.lock"
+
+
 def _resolve(client: MlflowClient, asked: re.Match[str], *, uri: str, store: str) -> ModelVersion:
     from mlflow.exceptions import MlflowException
 

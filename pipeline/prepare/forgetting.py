@@ -1,10 +1,10 @@
-"""Forgetting users: their events are removed from every file of a data set, and later ingests drop new ones.
+"""Forgetting users: their rows are removed from the quarantine of a data set and from results of `solar score`.
 
-    read_users      reads the file that names the users
-    clean_rejected  removes their rows from the quarantine
-    traces          finds what is left of them
+    clean_rejected   removes their rows from the quarantine
+    clean_output     removes their rows from a result file
 
-build.forget combines these with the rewriting of buckets (compaction.py) and the removal of all older states.
+build.forget combines the first with the rewriting of buckets (compaction.py) and the removal of all older states
+(garbage.py); user_list.py reads who they are; traces.py finds what is left of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import polars as pl
@@ -21,80 +21,28 @@ import pyarrow.parquet as pq
 
 from pipeline.events import DataError, Reason
 from pipeline.prepare.staging import write_table
-from pipeline.shards.dataset import Shards
-from pipeline.shards.manifest import manifest_numbers
-from pipeline.shards.tombstones import Tombstones
 from pipeline.storage import Store
 
-
-def read_users(path: str) -> list[str]:
-    """The ids in a text file with one per line, or in column user_id of a Parquet file. DataError: there are none."""
-    folder, _, leaf = path.rpartition("/")
-    store = Store(folder or ".")
-    try:
-        content = store.read(leaf)
-        if leaf.endswith(".parquet"):
-            ids = (
-                pl.Series(pq.read_table(io.BytesIO(content), columns=["user_id"])["user_id"]).cast(pl.String).to_list()
-            )
-        else:
-            ids = content.decode().splitlines()
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; name one with one id per line, or a Parquet file with a column user_id"
-        ) from None
-    except (KeyError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"{path}: neither text with one id per line nor Parquet with a column user_id") from error
-    found = sorted({user.strip() for user in ids if user is not None and user.strip()})
-    if not found:
-        raise DataError(f"{path}: names no user; write one id per line")
-    return found
+_WORD = re.compile(r"[\w-]+")
 
 
-def clean_rejected(path: str, users: Sequence[str]) -> int:
-    """Rewrite the quarantine without the rows of these users; returns how many were removed. A line that could not be
-    parsed is removed if it contains one of the ids as a word."""
+def clean_rejected(path: str, users: Sequence[str], *, integers: bool) -> int:
+    """Rewrite the quarantine without the rows of these users; returns how many were removed. `integers`: the ids of the
+    data set are integers. A line that could not be parsed is removed if it contains one of the ids: as a word, or
+    anywhere if the id is not a single word."""
     store, removed = Store(path), 0
-    for name in _rejected(store):
+    for name in rejected_files(store):
         rows = pl.DataFrame(pq.read_table(io.BytesIO(store.read(name))))
-        kept = rows.filter(~_about(rows, users))
+        kept = rows.filter(~_about(rows, users, integers=integers))
         if kept.height < rows.height:
             removed += rows.height - kept.height
             write_table(store, name, kept)
     return removed
 
 
-def traces(path: str, users: Sequence[str], *, outputs: Sequence[str] = ()) -> list[str]:
-    """What is left of these users in the data set and in result files with a column user_id; one line per place."""
-    # The current state: index, shards, tombstones.
-    found = []
-    data = Shards.open(path)
-    known = set(data.index_table()["user_id"].cast(pl.String).to_list())
-    if known & set(users):
-        found.append(f"{data.manifest.index['name']}: {len(known & set(users))} of them")
-    for bucket in data.buckets:
-        for group in data.groups_of(bucket):
-            stored = data.read_table(group)["user_id"].cast(pa.large_string()).to_pylist()
-            if left := set(stored) & set(users):
-                found.append(f"bucket {bucket}: {len(left)} of them")
-    stones = Tombstones.of(path, data.manifest)
-    if stones is None or not stones.among(pl.Series(users, dtype=pl.String)).all():
-        found.append("tombstones: not all of them, so a later ingest would bring them back")
-
-    # Older states, the quarantine, result files.
-    for number in manifest_numbers(Store(path))[:-1]:
-        before = set(Shards.open(path, number=number).index_table()["user_id"].cast(pl.String).to_list())
-        if before & set(users):
-            found.append(f"manifest {number}: an older state with {len(before & set(users))} of them is still there")
-    found += [f"{name}: some rows" for name in _rejected(Store(path)) if _about(_table(path, name), users).any()]
-    found += [f"{output}: some rows" for output in outputs if _of_users(output, users).any()]
-    return found
-
-
 def clean_output(path: str, users: Sequence[str]) -> int:
-    """Rewrite a result file (Parquet with user_id) without these users' rows; returns how many were
-    removed."""
-    is_theirs = _of_users(path, users)
+    """Rewrite a result file (Parquet with user_id) without these users' rows; returns how many were removed."""
+    is_theirs = rows_of_users(path, users)
     if is_theirs.any():
         folder, _, leaf = path.rpartition("/")
         table = pq.read_table(path).filter(pa.array(~is_theirs.to_numpy()))
@@ -104,36 +52,44 @@ def clean_output(path: str, users: Sequence[str]) -> int:
     return int(is_theirs.sum())
 
 
-def _rejected(store: Store) -> list[str]:
-    folders = [f"rejected/{name}" for name in store.names("rejected")]
-    return [f"{folder}/{name}" for folder in folders for name in store.names(folder)]
-
-
-def _table(path: str, name: str) -> pl.DataFrame:
-    return pl.DataFrame(pq.read_table(io.BytesIO(Store(path).read(name))))
-
-
-def _about(rows: pl.DataFrame, users: Sequence[str]) -> pl.Series:
-    """[n] bool: which rejected rows are about these users."""
-    wanted = set(users)
-    words = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, users))})(?![\w-])")
-    return pl.Series(
-        [
-            bool(words.search(record)) if reason == Reason.MALFORMED_ROW else _user_of(record) in wanted
-            for reason, record in rows.select("reason", "record").iter_rows()
-        ],
-        dtype=pl.Boolean,
-    )
-
-
-def _user_of(record: str) -> str:
-    return str(json.loads(record).get("user_id"))
-
-
-def _of_users(path: str, users: Sequence[str]) -> pl.Series:
-    """[n] bool: which rows of a result file are about these users."""
+def rows_of_users(path: str, users: Iterable[str]) -> pl.Series:
+    """[n] bool: which rows of a result file are about these users. DataError: it has no column user_id."""
     try:
         ids: Any = pq.read_table(path, columns=["user_id"])["user_id"]
     except (OSError, KeyError, pa.ArrowException) as error:
         raise DataError(f"{path}: not a Parquet file with a column user_id; name results of `solar score`") from error
-    return pl.Series(ids).cast(pl.String).is_in(pl.Series(users, dtype=pl.String).implode()).fill_null(False)
+    return pl.Series(ids).cast(pl.String).is_in(pl.Series(list(users), dtype=pl.String).implode()).fill_null(False)
+
+
+def rejected_files(store: Store) -> list[str]:
+    """The files of a data set's quarantine."""
+    folders = [f"rejected/{name}" for name in store.names("rejected")]
+    return [f"{folder}/{name}" for folder in folders for name in store.names(folder)]
+
+
+def written_forms(user: str) -> set[str]:
+    """An id as it is, inside a JSON string, and inside a quoted CSV field."""
+    return {user, json.dumps(user)[1:-1], json.dumps(user, ensure_ascii=False)[1:-1], user.replace('"', '""')}
+
+
+def _about(rows: pl.DataFrame, users: Sequence[str], *, integers: bool) -> pl.Series:
+    """[n] bool: which rejected rows are about these users."""
+    wanted = set(users)
+    # In a line that was not parsed, an id may be written as in JSON or CSV; where its words end is not known.
+    parts = [form for user in users if not _WORD.fullmatch(user) for form in written_forms(user)]
+    has_part = rows["record"].str.contains_any(parts) if parts else pl.repeat(False, rows.height, eager=True)
+
+    def is_theirs(reason: str, record: str, has_part: bool) -> bool:
+        if reason == Reason.MALFORMED_ROW:
+            return has_part or not wanted.isdisjoint(_WORD.findall(record))
+        return _user_of(record, integers=integers) in wanted
+
+    columns = rows.select("reason", "record", has_part.alias("has_part"))
+    return pl.Series([is_theirs(*row) for row in columns.iter_rows()], dtype=pl.Boolean)
+
+
+def _user_of(record: str, *, integers: bool) -> str | None:
+    """The id in a rejected row; in its decimal form where ids are integers: 007 is user 7."""
+    value = json.loads(record).get("user_id")
+    text = value if value is None or isinstance(value, str) else json.dumps(value)
+    return str(int(text)) if text and integers and re.fullmatch(r"[+-]?\d+", text) else text

@@ -26,7 +26,9 @@ ADDABLE = ("action", "request_id")
 """Columns that a log may gain when the data set already has events. Earlier events, and those of files without the
 column, have no value in it."""
 
-_OWN_NAMES = {"manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests", "tombstones"}
+_OWN_NAMES = {
+    "manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests", "tombstones", "leases", "removals",
+}  # fmt: skip
 _LEAST_BUCKETS = 16
 _BUCKET_ROWS = 4_000_000
 _DISK_FACTOR = 3

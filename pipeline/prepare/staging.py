@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import secrets
-import socket
 from collections.abc import Iterable, Iterator
 
 import polars as pl
@@ -15,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.shards.dataset import bucket_of
-from pipeline.storage import Store
+from pipeline.storage import SCRATCH, Store, is_of_dead_process, owner
 
-_STAGING = "staging-"
+STAGING = "staging-"
+"""Prefix of a staging directory; `owner` of its run follows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -35,13 +34,10 @@ class Fragment:
 
 @contextlib.contextmanager
 def staging_directory(out: str) -> Iterator[str]:
-    """A directory inside `out` that exists during the run; those of dead processes of this machine are removed."""
+    """A directory inside `out` that exists during the run; what dead processes of this machine left is removed."""
     store, existed = Store(out), Store(out).exists()
-    alive = other_runs(out)
-    for name in store.names():
-        if name.startswith(_STAGING) and name not in alive:
-            store.remove(name)
-    name = f"{_STAGING}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    remove_leftovers(out)
+    name = f"{STAGING}{owner()}-{secrets.token_hex(4)}"
     try:
         store.write(f"{name}/run", b"", durable=False)
         yield f"{out.rstrip('/')}/{name}"
@@ -53,19 +49,16 @@ def staging_directory(out: str) -> Iterator[str]:
 
 def other_runs(out: str) -> list[str]:
     """Staging directories of runs that may still write in `out`: all but those of dead processes of this machine."""
-    ours = f"{_STAGING}{socket.gethostname()}-"
-    found = [name for name in Store(out).names() if name.startswith(_STAGING)]
-    return [name for name in found if not name.startswith(ours) or _is_alive(name.removeprefix(ours).partition("-")[0])]
+    found = [name for name in Store(out).names() if name.startswith(STAGING)]
+    return [name for name in found if not is_of_dead_process(name, prefix=STAGING)]
 
 
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
+def remove_leftovers(out: str) -> None:
+    """Remove the folders with unfinished files that dead processes of this machine left in `out`."""
+    store = Store(out)
+    for name in store.names():
+        if any(is_of_dead_process(name, prefix=prefix) for prefix in (STAGING, SCRATCH)):
+            store.remove(name)
 
 
 def write_fragments(store: Store, name: str, rows: pl.DataFrame, *, buckets: int) -> list[Fragment]:

@@ -245,7 +245,11 @@ class Shards:
         if problem := self._wrong_size(entry):
             return problem
         name = entry["name"]
-        return None if self._store.checksum(name) == entry["checksum"] else f"{name} is damaged (checksum differs)"
+        try:
+            same = self._store.checksum(name) == entry["checksum"]
+        except FileNotFoundError:
+            return f"{name} is missing"
+        return None if same else f"{name} is damaged (checksum differs)"
 
     def _wrong_size(self, entry: dict) -> str | None:
         name = entry["name"]
@@ -277,11 +281,11 @@ class Shards:
     def _opened(self, entry: dict[str, Any]) -> Iterator[IO[Any]]:
         self.check(entry)
         try:
-            stream = self._store.open(entry["name"])
+            with self._store.open(entry["name"]) as stream:
+                yield stream
         except FileNotFoundError as error:
+            # In an object store a file may vanish while it is read.
             raise self._damaged(f"{entry['name']} is missing") from error
-        with stream:
-            yield stream
 
 
 def bucket_of(user_ids: pl.Series, *, buckets: int) -> pl.Series:

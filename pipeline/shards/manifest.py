@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 from pipeline.events import DataError, NotNow
+from pipeline.shards.removals import removal_of
 from pipeline.storage import Store, is_inside
 
 FORMAT_VERSION = 2
@@ -138,11 +139,12 @@ def read_manifest(path: str, *, number: int) -> Manifest:
 
 
 def why_removed(path: str, *, number: int) -> str | None:
-    """Why a state was removed, if the current state tells the reason; else None."""
-    current = current_manifest(path)
-    if current is None or number >= current.oldest:
-        return None
-    return f"it held users who were forgotten with manifest {current.oldest}; start a new run"
+    """Which command removed a state, when, and why; None if it is still there, or if nobody recorded its removal."""
+    current, removal = current_manifest(path), removal_of(path, number)
+    told = [str(removal)] if removal and not Store(path).exists(manifest_name(number)) else []
+    if current is not None and number < current.oldest:
+        told.append(f"it held users who were forgotten with manifest {current.oldest}")
+    return "; ".join([*told, "start a new run"]) if told else None
 
 
 def commit(path: str, manifest: Manifest) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
 import secrets
 from collections.abc import Iterable
 from typing import Any
@@ -52,8 +51,7 @@ class Tombstones:
     def empty(cls, path: str) -> Tombstones:
         """Tombstones of nobody. Creates the data set's key if it has none."""
         store = Store(path)
-        if store.create(KEY, secrets.token_bytes(32)) and store.is_local:
-            os.chmod(store.join(KEY), 0o600)
+        store.create(KEY, secrets.token_bytes(32), private=True)
         return cls(key=store.read(KEY), hashes=frozenset())
 
     def with_users(self, users: Iterable[str]) -> Tombstones:
@@ -69,8 +67,12 @@ class Tombstones:
     def among(self, users: pl.Series) -> pl.Series:
         """[n] bool: which of these users are forgotten; ids may be integers or strings. False for a null."""
         distinct = users.unique().drop_nulls()
-        found = [self._hash(text) in self.hashes for text in distinct.cast(pl.String).to_list()]
+        found = [self.has(text) for text in distinct.cast(pl.String).to_list()]
         return users.replace_strict(distinct, pl.Series(found, dtype=pl.Boolean), default=False)
+
+    def has(self, user: str) -> bool:
+        """Whether the user with this id, in its decimal or string form, is forgotten."""
+        return self._hash(user) in self.hashes
 
     def _hash(self, user: str) -> bytes:
         return hashlib.blake2b(user.encode(), digest_size=16, key=self.key).digest()

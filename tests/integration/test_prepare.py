@@ -106,7 +106,7 @@ def test_a_data_set_is_kept_in_order_by_commands(solar, tmp_path):
     assert "2 of 2 users were found" in output
     assert "not covered  the raw logs (log/day-0.parquet, log/day-1.parquet)" in output
     code, output, _ = solar("forget", "shards", "--users", "users.txt", "--verify")
-    assert (code, output) == (0, "nothing is left of these users in the data set\n")
+    assert (code, output) == (0, "nothing is left of these 2 users in the data set and in workspace\n")
     write_day(tmp_path / "log", 2)
     prepare(str(tmp_path / "log"), str(tmp_path / "shards"), config=CONFIG)
     assert "removed       manifests 4 to 4" in solar("gc", "shards", "--keep", "1")[1]

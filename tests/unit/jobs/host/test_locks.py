@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
 
 import pytest
 
+from jobs.host import locks
 from jobs.host.locks import RunInUse, sole_command, wait_for_workers
 
 HOLD = """
@@ -74,3 +76,21 @@ def test_workers_that_never_end_are_named(run_dir, worker):
 def test_nothing_to_wait_for_where_no_worker_ever_was(run_dir):
     wait_for_workers(run_dir, tell=pytest.fail)
     assert not run_dir.exists()
+
+
+def test_commands_take_turns_and_the_waiting_one_names_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "POLL_SECONDS", 0.001)
+    path, told, done = tmp_path / "registry.lock", queue.SimpleQueue(), []
+
+    def second() -> None:
+        with locks.in_turn(path, tell=told.put):
+            done.append("second")
+
+    waiting = threading.Thread(target=second)
+    with locks.in_turn(path, tell=pytest.fail):
+        waiting.start()
+        assert told.get(timeout=60).startswith(f"waiting for process {os.getpid()} on")
+        done.append("first")
+    waiting.join(60)
+    assert done == ["first", "second"]
+    assert not path.exists()

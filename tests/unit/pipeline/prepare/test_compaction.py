@@ -106,9 +106,10 @@ def test_old_states_stay_readable_until_they_are_collected(grown, tmp_path):
     assert verify(grown, number=3) == verify(grown, number=4) == []
     collect(grown, keep=1)
     named = {entry["name"] for entry in Shards.open(grown).manifest.entries()}
-    assert set(files(tmp_path / "out")) == named | {"manifests/00000004.json"}
-    with pytest.raises(DataError, match=r"no manifests/00000003.json; there are \[4\]"):
-        Shards.open(grown, number=3)
+    removals = {"removals/00000002.json", "removals/00000003.json"}
+    assert set(files(tmp_path / "out")) == named | {"manifests/00000004.json"} | removals
+    with pytest.raises(DataError, match=r"no manifests/00000009.json; there are \[4\]"):
+        Shards.open(grown, number=9)
 
 
 def test_nothing_is_collected_while_another_run_may_write(grown, tmp_path):

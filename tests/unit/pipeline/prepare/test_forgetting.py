@@ -1,6 +1,8 @@
 """Users who must be forgotten: out of every file, and not back with any later log."""
 
 import json
+import os
+import socket
 from pathlib import Path
 
 import polars as pl
@@ -8,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import build
-from pipeline.events import DataError, EventColumns, Reason
-from pipeline.prepare.forgetting import clean_output, read_users, traces
+from pipeline.events import DataError, EventColumns, NotNow, Reason
+from pipeline.prepare import garbage
+from pipeline.prepare.forgetting import clean_output, clean_rejected
+from pipeline.prepare.garbage import collect
+from pipeline.prepare.traces import traces
 from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import verify
 from pipeline.shards.manifest import manifest_numbers
@@ -54,7 +59,9 @@ def test_nothing_is_left_of_forgotten_users(grown):
     before = Shards.open(path)
     ids = pl.Series(before.index.user_id).cast(pl.String)
     gone = int(before.index.events[ids.is_in(users).to_numpy()].sum())
-    assert traces(path, users)[0].endswith("2 of them")
+    found = traces(path, users)
+    assert found[0].startswith("index/")
+    assert {line.partition("/")[0].partition(":")[0] for line in found} == {"index", "shards", "rejected", "tombstones"}
     after = build.forget(path, users)
     assert traces(path, users) == verify(path) == []
     counts = after.counts
@@ -89,7 +96,8 @@ def test_rows_that_come_again_are_dropped_and_kept_nowhere(grown, prepare, write
     # The state from before the ingest is there and knows nothing of them.
     assert len(manifest_numbers(Store(path))) == 2
     assert traces(path, [f"{prefix}3"]) == []
-    assert traces(path, [f"{prefix}5"])[-1] == "manifest 3: an older state with 1 of them is still there"
+    indexes = [line for line in traces(path, [f"{prefix}5"]) if line.startswith("index/")]
+    assert sorted(line.partition("(")[2] for line in indexes) == ["manifest 3)", "manifest 4)"]
     # Nobody else's turn yet: the first stays forgotten when another follows.
     build.forget(path, [f"{prefix}5"])
     assert traces(path, [f"{prefix}3", f"{prefix}5"]) == []
@@ -107,7 +115,8 @@ def test_a_run_that_reads_an_older_state_ends_with_the_reason(grown):
     build.forget(path, [f"{prefix}3"])
     reads = (lambda: running.read(group), lambda: later.index, lambda: Shards.open(path, number=2))
     for read in reads:
-        with pytest.raises(DataError, match="it held users who were forgotten with manifest 3; start a new run"):
+        reason = r"`solar forget` on .* at .* UTC; it held users who were forgotten with manifest 3; start a new run"
+        with pytest.raises(DataError, match=reason):
             read()
 
 
@@ -124,11 +133,77 @@ def test_tombstones_name_nobody_and_need_their_key(grown):
         Tombstones.of(path, manifest)
 
 
-def test_users_whom_nobody_knows_are_remembered_as_forgotten(grown):
+def test_users_whom_nobody_knows_are_remembered_as_forgotten_and_end_no_run(grown):
     path, _ = grown
     before = Shards.open(path).manifest
-    assert build.forget(path, ["someone", "77"]).counts == before.counts
+    after = build.forget(path, ["someone", "77"])
+    assert (after.counts, after.oldest) == (before.counts, before.oldest)
     assert traces(path, ["someone", "77"]) == []
+    assert manifest_numbers(Store(path)) == [1, 2, 3]
+    # Once more: nothing changes.
+    assert build.forget(path, ["someone"]) == after
+
+
+def test_the_key_of_the_tombstones_is_never_readable_by_others(tmp_path, monkeypatch):
+    modes = []
+    monkeypatch.setattr(os, "link", lambda source, target: modes.append(os.stat(source).st_mode & 0o777))
+    Store(str(tmp_path)).create("tombstones/key", b"k", private=True)
+    assert modes == [0o600]
+
+
+@pytest.mark.parametrize("command", ["compact", "gc", "prepare", "forget"])
+def test_a_killed_forget_is_completed_by_the_next_command(grown, prepare, tmp_path, monkeypatch, command):
+    path, prefix = grown
+    users = [f"{prefix}3"]
+    # As if killed right after the commit; beside it, unfinished files of killed runs.
+    with monkeypatch.context() as patch:
+        patch.setattr(garbage, "remove_forgotten_states", lambda path: None)
+        patch.setattr(garbage, "collect", lambda path, keep: None)
+        build.forget(path, users)
+    for kind in ("staging-", ".scratch-"):
+        Path(path, f"{kind}{socket.gethostname()}-999999999-abc").mkdir()
+    left = traces(path, users)
+    assert any("(manifest 2)" in line for line in left)
+    assert sum("unfinished files" in line for line in left) == 2
+    if command == "prepare":
+        assert prepare(tmp_path / "log", path, columns=FULL, buckets=3, row_group_events=60).reused
+    else:
+        commands = {"compact": build.compact, "gc": lambda path: collect(path, keep=9)}
+        commands.get(command, lambda path: build.forget(path, users))(path)
+    assert traces(path, users) == verify(path) == []
+    assert manifest_numbers(Store(path))[0] == 3
+
+
+def test_what_a_killed_ingest_wrote_of_them_is_found_and_removed(grown):
+    path, prefix = grown
+    unnamed = Path(path, "shards/bucket-00000-unnamed.parquet")
+    for user in (f"{prefix}3", "new"):
+        pl.DataFrame({"user_id": [user]}).write_parquet(unnamed)
+        assert any("a killed run left it" in line for line in traces(path, [user]))
+        build.forget(path, [user])
+        assert not unnamed.exists()
+        assert traces(path, [user]) == []
+
+
+def test_nobody_is_forgotten_while_another_run_may_write(grown):
+    path, prefix = grown
+    Path(path, "staging-elsewhere-1-b").mkdir()
+    with pytest.raises(NotNow, match="staging-elsewhere-1-b belongs to a run that may still write"):
+        build.forget(path, [f"{prefix}3"])
+    assert manifest_numbers(Store(path)) == [1, 2]
+
+
+def test_rows_in_the_quarantine_are_found_however_they_are_written(tmp_path):
+    folder = tmp_path / "rejected" / "ingest"
+    folder.mkdir(parents=True)
+    lines = ['7,"a ""b"" c",x', '{"user_id": "d\\u2028e", ', "9,other", "70,other", "7"]
+    rows = [{"reason": "malformed row", "record": line} for line in lines]
+    rows += [{"reason": "invalid label", "record": json.dumps({"user_id": user})} for user in ("007", 7, None, "None")]
+    pl.DataFrame(rows).write_parquet(folder / "part-000000.parquet")
+    assert clean_rejected(str(tmp_path), ["7"], integers=True) == 4
+    assert clean_rejected(str(tmp_path), ['a "b" c', "d\u2028e", "None"], integers=False) == 2
+    left = pl.read_parquet(folder / "part-000000.parquet")["record"].to_list()
+    assert left == ["9,other", "70,other", '{"user_id": null}']
 
 
 def test_a_data_set_is_not_emptied(grown):
@@ -145,15 +220,3 @@ def test_results_are_cleaned_too(tmp_path):
     (tmp_path / "other.parquet").write_text("x")
     with pytest.raises(DataError, match="not a Parquet file with a column user_id"):
         clean_output(str(tmp_path / "other.parquet"), ["1"])
-
-
-def test_users_are_read_from_text_and_tables(tmp_path):
-    (tmp_path / "users.txt").write_text("7\n a b \n\n7\n")
-    assert read_users(str(tmp_path / "users.txt")) == ["7", "a b"]
-    pl.DataFrame({"user_id": [3, None, 1]}).write_parquet(tmp_path / "users.parquet")
-    assert read_users(str(tmp_path / "users.parquet")) == ["1", "3"]
-    (tmp_path / "empty.txt").write_text("\n")
-    (tmp_path / "odd.parquet").write_text("x")
-    for name, words in (("empty.txt", "names no user"), ("none.txt", "no such file"), ("odd.parquet", "neither text")):
-        with pytest.raises(DataError, match=words):
-            read_users(str(tmp_path / name))
