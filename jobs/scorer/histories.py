@@ -199,12 +199,11 @@ def values_of_events(name: str, lists: Lists, *, offsets: np.ndarray, of: str, f
 def refuse_wrong_unit(
     time: np.ndarray, owner: np.ndarray, name: str, *, time_range: list[int] | None, first_row: int
 ) -> None:
-    """RequestError if times [n] of rows `owner` [n], ascending, cannot be milliseconds: outside 1970 to 2100, or a row
-    ends before the model's first event and would not if its times were seconds, or all rows end before it.
+    """RequestError if times [n] of rows `owner` [n], ascending, cannot be milliseconds: a time is outside 1970 to 2100,
+    or a row ends before the model's first event although its times may be seconds (or minutes, or days).
 
-    `time_range`: times of the model's first and last event. NO_TIME is no time.
+    `time_range`: times of the model's first and last event.
     """
-    owner, time = owner[time < NO_TIME], time[time < NO_TIME]
     if not len(time) or time_range is None:
         return
     outside = np.flatnonzero((time < 0) | (time >= LATEST_TIME))
@@ -215,8 +214,7 @@ def refuse_wrong_unit(
         )
     start = np.flatnonzero(np.diff(owner, prepend=-1))
     latest = np.maximum.reduceat(time, start)
-    is_early = latest < time_range[0]
-    wrong = np.flatnonzero(is_early & (is_early.all() | (1000 * latest < LATEST_TIME)))
+    wrong = np.flatnonzero((latest < time_range[0]) & (1000 * latest < LATEST_TIME))
     if len(wrong):
         raise RequestError(
             f"row {first_row + owner[start[wrong[0]]]}: column {name!r} ends {_date(latest[wrong[0]])}, before the "

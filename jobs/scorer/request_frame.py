@@ -62,7 +62,7 @@ class Limits:
         """RequestError if more than the limit is given."""
         most = getattr(self, name)
         if given > most:
-            what = name.replace("_", " ")
+            what = "events" if name == "history" else name.replace("_", " ")
             raise RequestError(
                 f"{where}{given:,} {what} are more than the limit of {most:,}: send fewer, or raise "
                 f"{LIMIT_VARIABLE}{name.upper()} where the model is loaded"
@@ -200,4 +200,11 @@ def _array(cells: list[Any], name: str, wanted: str) -> pa.Array:
         category_values(values, name)
     elif wanted != "state":
         cast_values(values, name, wanted)
+    # Beside a timestamp pyarrow takes an integer for a count of that timestamp's unit.
+    if pa.types.is_timestamp(values.type) and any(_has_number(cell) for cell in cells):
+        raise RequestError(f"column {name!r} mixes types: give timestamps alone, or integers alone")
     return array
+
+
+def _has_number(cell: Any) -> bool:
+    return any(isinstance(value, (int, np.integer)) for value in (cell if _is_list(cell) else [cell]))

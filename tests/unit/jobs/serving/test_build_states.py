@@ -130,7 +130,13 @@ def test_users_are_scored_from_their_states_and_others_from_raw_histories(long_l
     minute = 60_000
     latest = {
         "latest": [[101, 999], [102], [], [103], [101, 150]],
-        "latest_time": [[last[1] + minute, last[1] + 9 * minute], [last[2]], [], [last[1] + minute], [last[1] + minute, 0]],
+        "latest_time": [
+            [last[1] + minute, last[1] + 9 * minute],
+            [last[2]],
+            [],
+            [last[1] + minute],
+            [last[1] + minute, 0],
+        ],
         "latest_action": [["click", "view"], [None], [], ["view"], ["click", "click"]],
     }
     expected, _ = ask(model, tmp_path, asked | latest, shards=long_log.path)

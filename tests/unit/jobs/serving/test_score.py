@@ -246,7 +246,10 @@ def ask(**columns):
         (ask(history_time=[[1], [2]]), "row 0: history_time and history differ in length (1 and 2)"),
         (ask(candidates=[[1], None]), "row 1: column 'candidates' is null"),
         (ask(time=[1.5, 2.5]), "column 'time' holds double: it must hold timestamps, or integers"),
-        (ask(time=[5, 1 << 60]), "row 1: column 'time' has 1152921504606846976: it must be milliseconds since 1970 UTC"),
+        (
+            ask(time=[5, 1 << 60]),
+            "row 1: column 'time' has 1152921504606846976: it must be milliseconds since 1970 UTC",
+        ),
         (ask(scores=[1, 2]), "column 'scores' has the name of the result's column"),
         (ask()[:0], "has no requests"),
     ],
@@ -272,7 +275,12 @@ def test_times_before_the_first_known_event_are_taken_for_seconds(data, export, 
         run(model, tmp_path, ask(time=[seconds] * 2, history=[[], []], history_time=[[], []]))
     for name in ("history", "latest"):
         # One row in seconds beside one in milliseconds.
-        mixed = {"history": [[], []], "history_time": [[], []], name: [[101], [102]], f"{name}_time": [[now], [seconds]]}
+        mixed = {
+            "history": [[], []],
+            "history_time": [[], []],
+            name: [[101], [102]],
+            f"{name}_time": [[now], [seconds]],
+        }
         with pytest.raises(UserError, match=f"row 1: column '{name}_time' ends 1970-01-20, before the model's first"):
             run(model, tmp_path, ask(**mixed))
     # Events that are older than the model's data are history.
