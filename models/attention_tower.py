@@ -137,7 +137,12 @@ class HistoryTower(Recommender):
         raise NotImplementedError
 
     def forward(self, inputs: ModelInput) -> Tensor:
-        candidates = CandidateSets.from_offsets(inputs.candidate_offsets_B1, device=inputs.candidate_item_M.device)
+        candidates = CandidateSets.from_offsets(
+            inputs.candidate_offsets_B1,
+            device=inputs.candidate_item_M.device,
+            member_M=inputs.candidate_item_M >= inputs.num_reserved if inputs.num_reserved else None,
+            num_members_B=inputs.known_candidates_B,
+        )
         item_ID = self.items(inputs.item_IC, inputs.features_IFC)
         query_shift_MD = state_shift_MD = None
         if self.request is not None and self.shift is not None:

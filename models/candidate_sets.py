@@ -4,6 +4,8 @@
     request 1: c c c        so that one set of 4,000 among many of 20 does not pad them to 4,000
     request 2: c
 
+A set has members and may have candidates that are none: padding rows, and candidates whose item is unknown.
+
 This module has no parameters: under DeepSpeed ZeRO-3 every module with parameters must run once per forward, while the
 loop over size groups runs as often as the local sets need. The letters are those of models/interface.py; S counts keys,
 b the requests of a group.
@@ -23,6 +25,16 @@ MASKED_SCORE = -1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Members:
+    """Which candidates of a group of sets are members."""
+
+    present_bT: Tensor | None
+    """[b, T] bool; None = all."""
+    count_b: Tensor
+    """[b] int64, host: number of members of each set."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CandidateSets:
     """The layout of the candidates of all requests, grouped by the size of their set."""
 
@@ -34,18 +46,35 @@ class CandidateSets:
     """Per group [b] int64: its requests."""
     group_row: tuple[Tensor, ...]
     """Per group [b, T] int64: rows of M; padding repeats the set's first row."""
-    group_present: tuple[Tensor, ...]
-    """Per group [b, T] bool: not padding."""
+    group_member: tuple[Tensor, ...]
+    """Per group [b, T] bool: a real item, neither padding nor an unknown one."""
+    group_count: tuple[Tensor, ...]
+    """Per group [b] int64, host: number of members of each set."""
+    num_members_B: Tensor
+    """[B] int64, host: the same of all sets."""
+    member_M: Tensor | None
+    """[M] bool: a real item; None = all are."""
     place_M: Tensor
     """[M] int64: position of each candidate in the concatenated groups; empty if there are no groups."""
     request_M: Tensor
     """[M] int64: the request of each candidate."""
 
     @staticmethod
-    def from_offsets(candidate_offsets_B1: Tensor, *, device: torch.device) -> CandidateSets:
-        """The layout of the sets delimited by `candidate_offsets_B1` [B + 1] on the host; indices are on `device`."""
+    def from_offsets(
+        candidate_offsets_B1: Tensor,
+        *,
+        device: torch.device,
+        member_M: Tensor | None = None,
+        num_members_B: Tensor | None = None,
+    ) -> CandidateSets:
+        """The layout of the sets delimited by `candidate_offsets_B1` [B + 1] on the host; indices are on `device`.
+
+        `member_M` [M] bool on the device, `num_members_B` [B] on the host: which candidates are real items, and how
+        many; None = all.
+        """
         # Group the requests by the size of their set, if sizes differ.
         size_B = candidate_offsets_B1.diff()
+        num_members_B = size_B if num_members_B is None else num_members_B
         num_requests = size_B.numel()
         smallest, largest = (int(size_B.min()), int(size_B.max())) if num_requests else (0, 0)
         uniform = smallest if smallest == largest else None
@@ -67,25 +96,35 @@ class CandidateSets:
         def move(index: Tensor) -> Tensor:
             return index.to(device, non_blocking=True)
 
+        def members(row_bT: Tensor, present_bT: Tensor) -> Tensor:
+            return move(present_bT) if member_M is None else move(present_bT) & member_M[move(row_bT)]
+
         return CandidateSets(
             num_requests=num_requests,
             uniform_size=uniform,
             group_request=tuple(map(move, requests)),
             group_row=tuple(map(move, rows)),
-            group_present=tuple(map(move, presents)),
+            group_member=tuple(map(members, rows, presents)),
+            group_count=tuple(num_members_B[request_b] for request_b in requests),
+            num_members_B=num_members_B,
+            member_M=member_M,
             place_M=move(place[torch.argsort(row[place])]),
             request_M=move(torch.repeat_interleave(size_B)),
         )
 
     def map(self, compute: Callable[..., Tensor], value_MD: Tensor, *per_request: Tensor) -> Tensor:
-        """result_MD of `compute(value_bTD, present_bT or None, *per_request[b])`, which returns [b, T, D] per group."""
+        """result_MD of `compute(value_bTD, members, *per_request[b])`, which returns [b, T, D] per group."""
         if self.uniform_size is not None:
-            dense = value_MD.view(self.num_requests, self.uniform_size, value_MD.shape[1])
-            return compute(dense, None, *per_request).flatten(0, 1)
+            layout = (self.num_requests, self.uniform_size)
+            member_BT = None if self.member_M is None else self.member_M.view(layout)
+            members = Members(present_bT=member_BT, count_b=self.num_members_B)
+            return compute(value_MD.view(*layout, value_MD.shape[1]), members, *per_request).flatten(0, 1)
         results = []
-        for request_b, row_bT, present_bT in zip(self.group_request, self.group_row, self.group_present, strict=True):
+        groups = zip(self.group_request, self.group_row, self.group_member, self.group_count, strict=True)
+        for request_b, row_bT, member_bT, count_b in groups:
+            members = Members(present_bT=member_bT, count_b=count_b)
             chosen = (gather_rows(tensor, request_b) for tensor in per_request)
-            results.append(compute(gather_rows(value_MD, row_bT), present_bT, *chosen).flatten(0, 1))
+            results.append(compute(gather_rows(value_MD, row_bT), members, *chosen).flatten(0, 1))
         return gather_rows(torch.cat(results), self.place_M)
 
 
@@ -105,7 +144,7 @@ def attend(
     keys must be 0 as well, and there is no bias.
     """
 
-    def compute(query_bTD: Tensor, _: Tensor | None, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def compute(query_bTD: Tensor, _: Members, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         return attend_dense(
             query_bTD, key_bSD=key, value_bSD=value, bias_bHS=bias, num_heads=num_heads, softmax=softmax
         )

@@ -90,6 +90,8 @@ class ModelInput:
     """[M] int64 index into I."""
     num_reserved: int = 0
     """The first `num_reserved` of I are not real items: padding, and the row shared by all unknown items."""
+    known_candidates_B: Tensor | None = None
+    """[B] int64, host: number of candidates of each request that are real items (`known_candidates`); None = all."""
     stored: StoredHistories | None = None
     """Summaries for requests whose older events are not given again (serving); None = every history is complete."""
 
@@ -158,6 +160,16 @@ class HistorySums:
     """[B, D] float64."""
 
 
+def known_candidates(candidate_item_M: Tensor, *, candidate_offsets_B1: Tensor, num_reserved: int) -> Tensor | None:
+    """ModelInput.known_candidates_B, from tensors on the host."""
+    if not num_reserved:
+        return None
+    size_B = candidate_offsets_B1.diff()
+    return torch.zeros_like(size_B).index_add(
+        0, torch.repeat_interleave(size_B), (candidate_item_M >= num_reserved).to(size_B)
+    )
+
+
 def refuse_bad_rows(item_IC: Tensor, features_IFC: Tensor) -> None:
     """ValueError for looked-up rows of two different types, or (checked on the host only) rows that are not finite."""
     _refuse(
@@ -193,6 +205,11 @@ def _refuse(mistake: bool, line: str) -> None:
 
 class Recommender(nn.Module):
     """A tower. U, N, B, I or M may be 0: it then runs on empty tensors and returns an empty result with a gradient."""
+
+    @property
+    def scores_sets(self) -> bool:
+        """Whether a candidate's logit depends on the other candidates of its request."""
+        return False
 
     @property
     def kept_events(self) -> int | None:

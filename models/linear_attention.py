@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.attention_tower import AttentionTower, TowerConfig
-from models.candidate_sets import CandidateSets, gather_rows, start_as_similarity
+from models.candidate_sets import CandidateSets, Members, gather_rows, start_as_similarity
 from models.interface import ModelInput
 from models.prefixes import Prefixes
 
@@ -75,7 +75,7 @@ class LinearAttention(AttentionTower):
         # Read it with the queries of the candidates.
         normalise = self.config.form == "linear"
 
-        def compute(query_bTD: Tensor, _: Tensor | None, state_bX: Tensor, mass_bD: Tensor) -> Tensor:
+        def compute(query_bTD: Tensor, _: Members, state_bX: Tensor, mass_bD: Tensor) -> Tensor:
             query_bHTD = query_bTD.unflatten(2, (heads, head_width)).transpose(1, 2)
             mixed = query_bHTD @ state_bX.unflatten(1, (heads, head_width, head_width))
             if normalise:

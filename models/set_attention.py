@@ -1,9 +1,10 @@
 """Candidates of one request attend to each other: permutation-equivariant, without positions or other requests.
 
-In sets of up to `exact_up_to` candidates the softmax runs over the candidates; in larger sets it runs over the set's
-principal components, with the same W_K and W_V (P = U^T C, so P W_K = U^T C W_K): O(T R) instead of O(T^2). The two are
-different functions; the low-rank form for thousands of candidates follows SOLAR's set-aware claim, its details are
-inferred.
+Only real items are members of a set: padding, and candidates that the model does not know, neither attend nor are
+attended to. In sets of up to `exact_up_to` members the softmax runs over the members; in larger sets it runs over the
+set's principal components, with the same W_K and W_V (P = U^T C, so P W_K = U^T C W_K): O(T R) instead of O(T^2). The
+two are different functions; the low-rank form for thousands of candidates follows SOLAR's set-aware claim, its details
+are inferred.
 The letters are those of models/interface.py; b counts the requests of a group, T the candidates of each.
 """
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.candidate_sets import CandidateSets, attend_dense, mask_bias
+from models.candidate_sets import CandidateSets, Members, attend_dense, mask_bias
 from models.svd_attention import START_TEMPERATURE, Decomposition, Interests, interests_from_gram
 
 
@@ -35,27 +36,44 @@ class SetAttention(nn.Module):
         nn.init.constant_(self.log_temperature_2H[1], math.log(START_TEMPERATURE))
 
     def forward(self, candidate_MD: Tensor, *, candidates: CandidateSets) -> Tensor:
-        query, key, value, output = self.weight_4DD.unbind(0)
         head_width = candidate_MD.shape[1] // self.num_heads
         scale_2D = (self.log_temperature_2H.exp() / math.sqrt(head_width)).repeat_interleave(head_width, 1)
 
-        def compute(candidate_bTD: Tensor, present_bT: Tensor | None) -> Tensor:
+        def compute(candidate_bTD: Tensor, members: Members) -> Tensor:
+            present_bT = members.present_bT
             if present_bT is None:
                 present_bT = torch.ones(candidate_bTD.shape[:2], dtype=torch.bool, device=candidate_bTD.device)
-            seen_bSD, valid_bS, scale_D = candidate_bTD * present_bT[:, :, None], present_bT, scale_2D[0]
-            if candidate_bTD.shape[1] > self.exact_up_to:
-                interests = set_interests(seen_bSD, present_bT=present_bT, rank=self.rank)
-                seen_bSD, valid_bS = interests.interest_KRD.to(candidate_bTD.dtype), interests.valid_KR
-                scale_D = scale_2D[1]
-            return attend_dense(
-                F.linear(candidate_bTD, query),
-                key_bSD=F.linear(seen_bSD, key) * scale_D,
-                value_bSD=F.linear(seen_bSD, value),
-                bias_bHS=mask_bias(valid_bS, dtype=candidate_bTD.dtype)[:, None],
-                num_heads=self.num_heads,
+            is_large_b = members.count_b > self.exact_up_to
+            if not bool(is_large_b.any()):
+                return self._exact(candidate_bTD, present_bT, scale_2D[0])
+            if bool(is_large_b.all()):
+                return self._low_rank(candidate_bTD, present_bT, scale_2D[1])
+            # Each set has the form for its own size, whatever other sets are in its group.
+            return torch.where(
+                is_large_b.to(candidate_bTD.device, non_blocking=True)[:, None, None],
+                self._low_rank(candidate_bTD, present_bT, scale_2D[1]),
+                self._exact(candidate_bTD, present_bT, scale_2D[0]),
             )
 
-        return F.linear(candidates.map(compute, candidate_MD), output)
+        found_MD = F.linear(candidates.map(compute, candidate_MD), self.weight_4DD[3])
+        return found_MD if candidates.member_M is None else found_MD * candidates.member_M[:, None]
+
+    def _exact(self, candidate_bTD: Tensor, present_bT: Tensor, scale_D: Tensor) -> Tensor:
+        return self._read(candidate_bTD, candidate_bTD * present_bT[:, :, None], present_bT, scale_D)
+
+    def _low_rank(self, candidate_bTD: Tensor, present_bT: Tensor, scale_D: Tensor) -> Tensor:
+        interests = set_interests(candidate_bTD * present_bT[:, :, None], present_bT=present_bT, rank=self.rank)
+        return self._read(candidate_bTD, interests.interest_KRD.to(candidate_bTD.dtype), interests.valid_KR, scale_D)
+
+    def _read(self, candidate_bTD: Tensor, seen_bSD: Tensor, valid_bS: Tensor, scale_D: Tensor) -> Tensor:
+        query, key, value, _ = self.weight_4DD.unbind(0)
+        return attend_dense(
+            F.linear(candidate_bTD, query),
+            key_bSD=F.linear(seen_bSD, key) * scale_D,
+            value_bSD=F.linear(seen_bSD, value),
+            bias_bHS=mask_bias(valid_bS, dtype=candidate_bTD.dtype)[:, None],
+            num_heads=self.num_heads,
+        )
 
 
 def set_interests(candidate_bTD: Tensor, *, present_bT: Tensor, rank: int) -> Interests:

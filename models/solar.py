@@ -124,6 +124,10 @@ class Solar(HistoryTower):
         return state
 
     @property
+    def scores_sets(self) -> bool:
+        return self.config.set_attention
+
+    @property
     def kept_events(self) -> int | None:
         """Enough for the recent window and for the events since the checkpoint, plus one event to compute the time gap
         before the first of them; with `repeats`, also enough for their largest window."""

@@ -30,6 +30,7 @@ from jobs.runs.record import read_record
 from jobs.runs.run_dir import open_shards
 from jobs.runs.summary import Summary, read_summary
 from jobs.runs.weights import System
+from jobs.scorer.checksums import CHECKSUMS
 from jobs.tracking.champions import champion_at_night
 from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import remove_committed
@@ -109,8 +110,8 @@ def judge(
 def challenger_export(night: NightContext, trained: TrainedChallenger) -> Path:
     """Directory of the challenger's export, as it would be served; written once per night."""
     directory = night.journal.directory / "export" / EXPORT
-    # config.json is written last: an export without it was cut short by a kill.
-    if not (directory / "config.json").exists():
+    # The checksums are written last: an export without them was cut short by a kill.
+    if not (directory / CHECKSUMS).exists():
         remove_committed(directory)
         export_model(night.trained_config(trained), trained.checkpoint, directory)
     return directory

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from jobs.config.run_config import RunConfig
 from jobs.runs.record import record_of
+from jobs.scorer.checksums import CHECKSUMS, write_checksums
+from jobs.scorer.request_frame import REQUEST_COLUMNS
 from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import table_files
 from jobs.training.model import model_settings, user_features
@@ -29,7 +31,10 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
-SCORER_FILES = ("histories.py", "user_states.py", "request_columns.py", "scorer.py")
+SCORER_FILES = (
+    *("checksums.py", "histories.py", "request_frame.py", "packed_states.py", "user_states.py", "request_columns.py"),
+    "scorer.py",
+)
 """Files of jobs/scorer, in the order in which they are concatenated."""
 RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,7 +65,7 @@ def write_export(
     tower: dict[str, Tensor],
 ) -> None:
     """Write the files that the scorer reads: tables without optimizer state, tower, items with their feature rows,
-    values of user features, settings.
+    values of user features, settings, checksums.
 
     `table(NAME)` returns a table's weights, with at least as many rows as its vocabulary; `tower` is the state dict.
     """
@@ -81,7 +86,7 @@ def write_export(
         pq.write_table(pa.table(listed), directory / "user-values.parquet")
     counts = torch.from_numpy(training_item_counts(shards, requests=requests)[: vocabulary.size])
     save_file({"training_events": counts.contiguous()}, directory / "item-counts.safetensors")
-    # Settings. config.json is written last: an export that has it is complete.
+    # Settings, and the checksums of all files. An export that has checksums is complete.
     settings = {
         "model": model_settings(model, vocabulary),
         "features": list(vocabulary.features),
@@ -93,9 +98,11 @@ def write_export(
         "log_columns": shards.manifest.schema["columns"],
         "time_range": shards.manifest.time_range,
         "vocabulary_fingerprint": vocabulary.fingerprint,
+        "checksums": CHECKSUMS,
     }
     (directory / "scorer.json").write_text(json.dumps(settings, indent=1, sort_keys=True))
     (directory / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+    write_checksums(directory)
 
 
 def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary) -> Any:
@@ -184,20 +191,16 @@ def _items_table(vocabulary: Vocabulary) -> pa.Table:
 def signature(model: dict[str, Any], vocabulary: Vocabulary) -> Any:
     """The columns that MLflow passes to the scorer, which checks them itself (jobs/scorer/scorer.py documents them).
 
-    AnyType is used where MLflow would damage or refuse values: in a list of strings with a null it keeps only the first
-    letter of each string, and among numbers it refuses nulls. A user feature is a category or a list of categories.
+    All are of AnyType: for other types MLflow would damage values (in a list of strings with a null it keeps only the
+    first letter of each string) or refuse them in its own words, with the whole input, and a record that lacks an
+    optional column with them.
     """
     from mlflow.models import ModelSignature
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Schema
 
-    integers = Array(DataType.long)
-    items = AnyType() if vocabulary.item_type == "string" else integers
-    columns = {"candidates": items}
-    for name in ("history", "latest"):
-        columns |= {name: items, f"{name}_time": integers, f"{name}_action": AnyType()}
-    columns |= dict.fromkeys(("state", "time", *user_features(model, vocabulary)), AnyType())
     # Not required: the scorer's own message about a missing column is clearer than MLflow's.
-    inputs = Schema([ColSpec(kind, name, required=False) for name, kind in columns.items()])
+    names = ("candidates", *REQUEST_COLUMNS, *user_features(model, vocabulary))
+    inputs = Schema([ColSpec(AnyType(), name, required=False) for name in dict.fromkeys(names)])
     return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(Array(DataType.double), "scores")]))
 
 

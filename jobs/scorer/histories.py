@@ -8,12 +8,15 @@ This file becomes a part of the exported `scorer.py` (see jobs/scorer/scorer.py)
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+LATEST_TIME = 4_102_444_800_000
+"""Times must lie before the year 2100, as in the log (pipeline/events.py)."""
 NO_TIME = np.iinfo(np.int64).max
 """The time of a request without a time: later than every event, so that all events are its history."""
 
@@ -142,7 +145,14 @@ def category_column(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, pa.Ar
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
         column = pa.LargeListArray.from_arrays(pa.array(np.arange(len(column) + 1)), column)
     lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0)).astype(np.int64)  # type: ignore[attr-defined]
-    flat: Any = pc.list_flatten(column)  # type: ignore[attr-defined]
+    flat = category_values(pc.list_flatten(column), name)  # type: ignore[attr-defined]
+    kept = np.asarray(pc.fill_null(pc.not_equal(flat, ""), False))  # type: ignore[attr-defined]
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    return np.bincount(owner[kept], minlength=len(lengths)), flat.filter(pa.array(kept))
+
+
+def category_values(flat: Any, name: str) -> Any:
+    """Categories as strings. RequestError: they are numbers with a fraction, or of other types."""
     if pa.types.is_dictionary(flat.type):
         flat = flat.cast(flat.type.value_type)
     kind = flat.type
@@ -151,10 +161,7 @@ def category_column(batch: pa.RecordBatch, name: str) -> tuple[np.ndarray, pa.Ar
         or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)
     ):  # fmt: skip
         raise RequestError(f"column {name!r} holds {kind}: a user feature is a category: cast it to strings")
-    flat = flat.cast(pa.large_string())
-    kept = np.asarray(pc.fill_null(pc.not_equal(flat, ""), False))  # type: ignore[attr-defined]
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    return np.bincount(owner[kept], minlength=len(lengths)), flat.filter(pa.array(kept))
+    return flat.cast(pa.large_string())
 
 
 def time_column(batch: pa.RecordBatch, name: str) -> np.ndarray:
@@ -170,14 +177,48 @@ def required_column(batch: pa.RecordBatch, name: str) -> pa.Array:
     return batch.column(batch.schema.get_field_index(name))
 
 
-def refuse_other_lengths(name: str, lists: Lists, *, offsets: np.ndarray, of: str, first_row: int) -> None:
-    """RequestError unless every list has one entry per event of the column `of`, whose lists have these `offsets`."""
-    wrong = np.flatnonzero(np.diff(lists.offsets) != np.diff(offsets))
+def values_of_events(name: str, lists: Lists, *, offsets: np.ndarray, of: str, first_row: int) -> pa.Array:
+    """[N] the entry of each event of the column `of`, whose lists have these `offsets`; null where the list is null.
+
+    RequestError: a list has another number of entries.
+    """
+    given, events = np.diff(lists.offsets), np.diff(offsets)
+    wrong = np.flatnonzero((given != events) & ~lists.is_null)
     if len(wrong):
-        given, events = np.diff(lists.offsets)[wrong[0]], np.diff(offsets)[wrong[0]]
         raise RequestError(
-            f"row {first_row + wrong[0]}: {name} and {of} differ in length ({given} and {events}): "
+            f"row {first_row + wrong[0]}: {name} and {of} differ in length ({given[wrong[0]]} and {events[wrong[0]]}): "
             "give one entry per event"
+        )
+    if len(lists.values) == offsets[-1]:
+        return lists.values
+    is_given = np.repeat(~lists.is_null, events)
+    place = np.cumsum(is_given) - 1
+    return lists.values.take(pa.array(place, mask=~is_given))
+
+
+def refuse_wrong_unit(
+    time: np.ndarray, owner: np.ndarray, name: str, *, time_range: list[int] | None, first_row: int
+) -> None:
+    """RequestError if times [n] of rows `owner` [n], ascending, cannot be milliseconds: a time is outside 1970 to 2100,
+    or a row ends before the model's first event although its times may be seconds (or minutes, or days).
+
+    `time_range`: times of the model's first and last event.
+    """
+    if not len(time) or time_range is None:
+        return
+    outside = np.flatnonzero((time < 0) | (time >= LATEST_TIME))
+    if len(outside):
+        raise RequestError(
+            f"row {first_row + owner[outside[0]]}: column {name!r} has {time[outside[0]]}: it must be milliseconds "
+            "since 1970 UTC, before 2100"
+        )
+    start = np.flatnonzero(np.diff(owner, prepend=-1))
+    latest = np.maximum.reduceat(time, start)
+    wrong = np.flatnonzero((latest < time_range[0]) & (1000 * latest < LATEST_TIME))
+    if len(wrong):
+        raise RequestError(
+            f"row {first_row + owner[start[wrong[0]]]}: column {name!r} ends {_date(latest[wrong[0]])}, before the "
+            f"model's first event, {_date(time_range[0])}: integers must be milliseconds since 1970 UTC"
         )
 
 
@@ -234,6 +275,10 @@ def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """starts[0], starts[0] + 1, ... (lengths[0] numbers), then starts[1], starts[1] + 1, ..., and so on."""
     offsets = flat_offsets(lengths)
     return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+
+
+def _date(milliseconds: int) -> str:
+    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).date().isoformat()
 
 
 def _ranks(values: pa.Array) -> np.ndarray:

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from torch import Tensor
 
+from jobs.scorer.checksums import export_digest, file_digests
 from jobs.scorer.histories import (
     NO_TIME,
     Histories,
@@ -22,19 +24,17 @@ from jobs.scorer.histories import (
     UserFeature,
     category_column,
     list_column,
-    refuse_other_lengths,
+    refuse_wrong_unit,
     required_column,
     time_column,
     total_order,
+    values_of_events,
 )
-from jobs.scorer.user_states import appended, export_digest, read_states, state_bytes, with_latest
+from jobs.scorer.packed_states import StateShape, state_bytes
+from jobs.scorer.user_states import appended, read_states, with_latest
+from models.interface import Recommender
 
 UNKNOWN_ROW = 1
-REQUEST_COLUMNS = (
-    *("history", "history_time", "history_action", "state", "latest", "latest_time", "latest_action"),
-    *("candidates", "time"),
-)
-"""The columns that a scorer reads, besides the user features of its model."""
 
 
 class RequestReader:
@@ -52,6 +52,9 @@ class RequestReader:
     """Rows of the item table."""
     user_features: list[str]
     """Names of the user features; a request gives one in the column of the same name."""
+    user_tables: list[Tensor]
+    """The table of each user feature."""
+    tower: Recommender
     _index: pd.Index
     _code_of_action: dict[str, int]
     _ties_by_id: bool
@@ -76,45 +79,68 @@ class RequestReader:
     def with_latest(self, histories: Histories, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
         """The histories, extended by the events of the column latest."""
         latest = self.events(batch, "latest", first_row=first_row)
-        return with_latest(histories, latest, timed="latest_time" in batch.schema.names)
+        return with_latest(histories, latest, timed=~_is_null(batch, "latest_time"))
 
     def events(self, batch: pa.RecordBatch, name: str, *, first_row: int = 0) -> Histories:
-        """The events of the columns NAME, NAME_time and NAME_action, in total order."""
+        """The events of the columns NAME, NAME_time and NAME_action, in total order; without times in the given order.
+
+        RequestError: times are missing although the model needs them, or cannot be milliseconds.
+        """
         items = list_column(batch, name, values=self.item_type, first_row=first_row)
         offsets, names = items.offsets, batch.schema.names
         owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         row, time, action = self.rows(items.values), np.zeros(len(owner), np.int64), np.zeros(len(owner), np.int64)
+        about: dict[str, Any] = {"offsets": offsets, "of": name, "first_row": first_row}
         actions = None
         if f"{name}_action" in names:
-            actions = list_column(batch, f"{name}_action", values="string", first_row=first_row, nulls=True)
-            refuse_other_lengths(f"{name}_action", actions, offsets=offsets, of=name, first_row=first_row)
-            actions = actions.values
+            lists = list_column(batch, f"{name}_action", values="string", first_row=first_row, nulls=True)
+            actions = values_of_events(f"{name}_action", lists, **about)
             action = self.codes(actions)
         if self.uses_time:
             required_column(batch, f"{name}_time")
         if f"{name}_time" in names:
-            times = list_column(batch, f"{name}_time", values="time", first_row=first_row)
-            refuse_other_lengths(f"{name}_time", times, offsets=offsets, of=name, first_row=first_row)
-            time = np.asarray(times.values)
-            order = total_order(owner, time, items.values, actions, ties_by_id=self._ties_by_id)
+            lists = list_column(batch, f"{name}_time", values="time", first_row=first_row)
+            times = values_of_events(f"{name}_time", lists, **about)
+            untimed = np.asarray(times.is_null())
+            if self.uses_time and untimed.any():
+                b = first_row + owner[np.flatnonzero(untimed)[0]]
+                raise RequestError(f"row {b}: column '{name}_time' is null: give the time of each event")
+            time = np.asarray(times.fill_null(0))
+            self._refuse_wrong_unit(time[~untimed], owner[~untimed], f"{name}_time", first_row=first_row)
+            # Events without times stay in the given order: while sorting, their place stands for the time.
+            place = np.where(untimed, np.arange(len(owner)), time)
+            order = total_order(owner, place, items.values, actions, ties_by_id=self._ties_by_id)
             if order is not None:
                 row, time, action = row[order], time[order], action[order]
         return Histories(offsets=offsets, row=row, time=time, action=action)
 
+    def _refuse_wrong_unit(self, time: np.ndarray, owner: np.ndarray, name: str, *, first_row: int) -> None:
+        refuse_wrong_unit(time, owner, name, time_range=self.settings["time_range"], first_row=first_row)
+
     @functools.cached_property
     def digest(self) -> str:
         """Digest of all files of the model; a state carries the digest of its model."""
-        return export_digest(self.directory)
+        return export_digest(file_digests(self.directory))
+
+    @functools.cached_property
+    def state_shape(self) -> StateShape:
+        """What this model's states look like."""
+        model = self.settings["model"]
+        return StateShape(
+            digest=self.digest,
+            kept=self.tower.kept_events,
+            max_history=self.settings["max_history"],
+            rank=model.get("rank", 0),
+            width=model["width"],
+            repeats=bool(model.get("repeats")),
+            num_rows=self.num_rows,
+            num_actions=len(self.settings["actions"]),
+            user_rows=tuple(len(table) for table in self.user_tables),
+        )
 
     def states(self, column: pa.Array, *, first_row: int = 0) -> Histories:
         """The histories of a column of states. RequestError: a value is not a state, or belongs to another model."""
-        return read_states(
-            state_bytes(column, first_row=first_row),
-            digest=self.digest,
-            num_rows=self.num_rows,
-            num_features=len(self.user_features),
-            first_row=first_row,
-        )
+        return read_states(state_bytes(column, first_row=first_row), self.state_shape, first_row=first_row)
 
     def users(self, batch: pa.RecordBatch, *, known: tuple[UserFeature, ...] | None = None) -> tuple[UserFeature, ...]:
         """The values of each user feature: from its column if there is one, else from `known`, else none."""
@@ -135,14 +161,20 @@ class RequestReader:
         row = [row_of.get(value, UNKNOWN_ROW) for value in encoded.dictionary.to_pylist()]
         return _decoded(np.array(row, np.int64), encoded, UNKNOWN_ROW)
 
-    def request_times(self, batch: pa.RecordBatch) -> np.ndarray:
-        """[B] int64 from the column time, NO_TIME if it is null or absent. RequestError: history_time is absent."""
+    def request_times(self, batch: pa.RecordBatch, *, first_row: int = 0) -> np.ndarray:
+        """[B] int64 from the column time, NO_TIME if it is null or absent. RequestError: history_time is absent, or a
+        time cannot be milliseconds."""
         if "time" not in batch.schema.names:
             return np.full(batch.num_rows, NO_TIME)
-        time, names = time_column(batch, "time"), batch.schema.names
-        for name in (name for name in ("history", "latest") if name in names and f"{name}_time" not in names):
-            if (time < NO_TIME).any():
-                raise RequestError(f"column 'time' needs '{name}_time', to find the earlier events: give it, too")
+        time, given = time_column(batch, "time"), np.flatnonzero(~_is_null(batch, "time"))
+        self._refuse_wrong_unit(time[given], given, "time", first_row=first_row)
+        for name in (name for name in ("history", "latest") if name in batch.schema.names):
+            untimed = given[(~_is_null(batch, name) & _is_null(batch, f"{name}_time"))[given]]
+            if len(untimed):
+                raise RequestError(
+                    f"row {first_row + untimed[0]}: column 'time' needs '{name}_time', to find the earlier events: "
+                    "give it, too"
+                )
         return time
 
     def candidates(self, batch: pa.RecordBatch, *, first_row: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -165,6 +197,13 @@ class RequestReader:
         encoded = actions.dictionary_encode()
         code = [self._code_of_action.get(name, 0) for name in encoded.dictionary.to_pylist()]
         return _decoded(np.array(code, np.int64), encoded, 0)
+
+
+def _is_null(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """[B] bool: whether a column, which may be absent, has no value."""
+    if name not in batch.schema.names:
+        return np.ones(batch.num_rows, bool)
+    return np.asarray(required_column(batch, name).is_null())
 
 
 def _decoded(value_of_code: np.ndarray, encoded: Any, of_null: int) -> np.ndarray:

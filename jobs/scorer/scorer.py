@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ from mlflow.pyfunc.model import PythonModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.scorer.checksums import checked_digest
 from jobs.scorer.histories import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
-from jobs.scorer.request_columns import REQUEST_COLUMNS, RequestReader
+from jobs.scorer.request_columns import RequestReader
+from jobs.scorer.request_frame import Limits, request_batch
 from jobs.scorer.user_states import pack_states, stored_too_late
-from models.interface import HistorySums, ModelInput, Recommender
+from models.interface import HistorySums, ModelInput, Recommender, known_candidates
 
 FORWARD_ENTRIES = 1 << 16
 """Events plus candidates of one forward (about 1 KB each at width 64). A request with more has a forward of its own, or
@@ -43,8 +46,21 @@ REQUEST_ENTRIES = 128
 """Cost of a request besides its events and candidates, in such entries: Gram matrix and decomposition, in float64."""
 
 
+LONGEST_MESSAGE = 400
+"""Characters of an InvalidRequest: it may quote a value of the request."""
+
+
 class InvalidRequest(MlflowException, RequestError):
-    """A mistake in the requests; MLflow's server answers with status 400 and the message."""
+    """The requests cannot be scored; MLflow's server answers with status 400 and the message, which is one line."""
+
+    def __init__(self, reason: str) -> None:
+        line = " ".join("".join(c if c.isprintable() else " " for c in reason[:LONGEST_MESSAGE]).split())
+        super().__init__(line, error_code=BAD_REQUEST)
+
+    def serialize_as_json(self) -> str:
+        """What the server answers. It has put the whole input, over several lines, in front of `message` by then."""
+        self.message = str(self)
+        return super().serialize_as_json()
 
 
 class Scorer(RequestReader, PythonModel):
@@ -66,16 +82,20 @@ class Scorer(RequestReader, PythonModel):
       NAME            optional: the category, or list of categories, of the request's user in the user feature NAME
                       (listed in scorer.json); null, [] or absent = none
     An unknown item or category has the untrained row 1, an unknown action counts as none. Lists of events must have no
-    nulls, except in history_action and latest_action.
+    nulls, except in history_action and latest_action. A row may lack any column but candidates, and the model's times.
+    `limits` says how large requests may be.
     """
 
     def load_context(self, context: Any) -> None:
         self.load(Path(context.artifacts["model"]))
 
     def load(self, directory: Path) -> None:
-        """Read the files that jobs/runs/export.py wrote."""
-        # Settings, item ids and action codes.
+        """Read the files that jobs/runs/export.py wrote. DamagedModel: one of them is not what was written."""
+        # Limits, checksums, settings, item ids and action codes.
+        self.limits = Limits.from_environment()
         self.directory = directory
+        if (digest := checked_digest(directory)) is not None:
+            self.digest = digest
         self.settings = json.loads((directory / "scorer.json").read_text())
         items = pq.read_table(directory / "items.parquet")
         first = self.settings["first_item_row"]
@@ -124,15 +144,20 @@ class Scorer(RequestReader, PythonModel):
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """One row per request; its `scores` are one logit per candidate, in their order (sigmoid = probability).
 
-        InvalidRequest: a mistake in the requests.
+        InvalidRequest: a mistake in the requests. Nothing else is raised: MLflow's server would answer with the trace.
         """
         try:
             return self._predict(model_input)
         except RequestError as error:
-            raise InvalidRequest(str(error), error_code=BAD_REQUEST) from error
+            raise InvalidRequest(str(error)) from error
+        except Exception as error:
+            logging.getLogger("solar").exception("a request cannot be scored")
+            raise InvalidRequest(f"the requests cannot be scored ({type(error).__name__}): see the log") from error
 
     def _predict(self, model_input: pd.DataFrame) -> pd.DataFrame:
-        batch = _arrow(model_input, self.user_features)
+        batch = request_batch(
+            model_input, item_type=self.item_type, user_features=self.user_features, limits=self.limits
+        )
         histories, time = self.histories(batch), self.request_times(batch)
         if (late := stored_too_late(histories, time)).any():
             raise RequestError(
@@ -141,13 +166,14 @@ class Scorer(RequestReader, PythonModel):
             )
         offsets, row = self.candidates(batch)
         logits = self.logits(*self.shown(histories, time), offsets, row)
+        if not np.isfinite(logits).all():
+            raise RequestError("the scores are not finite: a state holds numbers that are too large")
         scores = [part.tolist() for part in np.split(logits, offsets[1:-1])] if len(offsets) > 1 else []
         return pd.DataFrame({"scores": scores}, index=model_input.index)
 
     def build_states(self, histories: Histories) -> list[bytes]:
         """A state for the latest max_history events of each history. RequestError: the model needs raw histories."""
-        kept = self.tower.kept_events
-        if kept is None:
+        if self.tower.kept_events is None:
             raise RequestError(f"{self.settings['model']['name']} needs raw histories: it has no interests to store")
         shown, _ = self.shown(histories, np.full(len(histories.lengths), NO_TIME))
 
@@ -156,14 +182,7 @@ class Scorer(RequestReader, PythonModel):
             with torch.inference_mode():
                 return self.tower.history_sums(self._inputs(some, zeros[1:], zeros, np.zeros(0, np.int64)))
 
-        return pack_states(
-            shown,
-            kept=kept,
-            sums=sums,
-            digest=self.digest,
-            repeats=bool(self.settings["model"].get("repeats")),
-            first_item_row=self.settings["first_item_row"],
-        )
+        return pack_states(shown, shape=self.state_shape, sums=sums, first_item_row=self.settings["first_item_row"])
 
     def shown(self, histories: Histories, time: np.ndarray) -> tuple[Histories, np.ndarray]:
         """(the histories that the tower sees, each request's time [B]) for given times [B], which may be NO_TIME."""
@@ -175,8 +194,7 @@ class Scorer(RequestReader, PythonModel):
     def logits(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
         """[M] float32: one logit per candidate; request b has the candidates row[offsets[b] : offsets[b + 1]]."""
         # Split long requests unless candidates attend to each other, and pack the pieces into forwards of limited size.
-        together = self.settings["model"].get("set_attention", False)
-        request, start, size = _pieces(offsets, most=None if together else FORWARD_ENTRIES)
+        request, start, size = _pieces(offsets, most=None if self.tower.scores_sets else FORWARD_ENTRIES)
         cost = np.cumsum(shown.lengths[request] + size + REQUEST_ENTRIES)
         bounds = [0]
         while bounds[-1] < len(request):
@@ -200,6 +218,8 @@ class Scorer(RequestReader, PythonModel):
         # Look up the distinct rows, in ascending order; with more entries than items, use the whole table (no index).
         first_item_row = self.settings["first_item_row"]
         num_reserved = first_item_row if index is None else int((item < first_item_row).sum())
+        candidate_item_M = (item if index is None else index)[len(shown.row) :]
+        candidate_offsets_B1 = torch.from_numpy(offsets)
         return ModelInput(
             item_IC=self.item_IC if index is None else self.item_IC[item],
             features_IFC=self.features_IFC if index is None else self.features_IFC[item],
@@ -211,9 +231,12 @@ class Scorer(RequestReader, PythonModel):
             request_user_B=torch.arange(len(time)),
             request_position_B=torch.from_numpy(shown.lengths),
             request_time_B=torch.from_numpy(time),
-            candidate_offsets_B1=torch.from_numpy(offsets),
-            candidate_item_M=(item if index is None else index)[len(shown.row) :],
+            candidate_offsets_B1=candidate_offsets_B1,
+            candidate_item_M=candidate_item_M,
             num_reserved=num_reserved,
+            known_candidates_B=known_candidates(
+                candidate_item_M, candidate_offsets_B1=candidate_offsets_B1, num_reserved=num_reserved
+            ),
             stored=shown.stored and shown.stored.tensors(functools.partial(_place_of_row, item, index)),
         )
 
@@ -245,22 +268,6 @@ def user_vectors(tables: list[Tensor], users: tuple[UserFeature, ...], *, num_us
         total = like.new_zeros(num_users, table.shape[1]).index_add(0, owner, table[torch.from_numpy(feature.row)])
         found[:, place, : table.shape[1]] = total / lengths.clamp(min=1).unsqueeze(1)
     return found
-
-
-def _arrow(frame: pd.DataFrame, user_features: list[str]) -> pa.RecordBatch:
-    """The columns that a scorer reads, from cells of any kind (lists, arrays, None)."""
-    known = (*REQUEST_COLUMNS, *user_features)
-    columns = {}
-    for name in (name for name in known if name in frame):
-        # pandas stores integers with missing values as floats: convert them back.
-        column = frame[name].convert_dtypes() if name == "time" or name in user_features else frame[name]
-        try:
-            columns[name] = pa.array(column, from_pandas=True)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise RequestError(f"column {name!r} mixes types: {error}") from error
-    if not columns:
-        raise RequestError(f"column 'history' is missing: the frame has {list(frame.columns)}")
-    return pa.RecordBatch.from_pydict(columns)
 
 
 def _place_of_row(item: Tensor, index: Tensor | None, row: np.ndarray) -> np.ndarray:

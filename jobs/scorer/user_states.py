@@ -4,37 +4,23 @@
     (models/interest_checkpoints.py) and, if the model counts repeats, how often and how recently each older item
     occurred
 
-A state is the bytes of a safetensors file. It carries the digest of its model, because it uses the model's rows and
-vectors. This file becomes a part of the exported `scorer.py` (see jobs/scorer/scorer.py), so it imports only numpy,
-pyarrow, torch and safetensors.
+packed_states.py turns a state into bytes and back. A state carries the digest of its model, because it uses the model's
+rows and vectors. This file becomes a part of the exported `scorer.py` (see jobs/scorer/scorer.py), so it imports only
+numpy and torch.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from jobs.scorer.histories import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
+from jobs.scorer.packed_states import KEPT, OLDER, STORED, StateShape, packed_state, unpacked_state
 from models.interface import HistorySums, StoredHistories
-
-STATE_FORMAT = "1"
-WHOLE_EVENTS = 512
-"""A history of at most so many events is stored event by event: 6.5 KiB, less than a Gram matrix, and exact."""
-_KEPT = {"item": np.int32, "time": np.int64, "action": np.int16, "user_lengths": np.int32, "user_row": np.int32}
-_STORED = {"interest": np.float32, "gram": np.float32, "sum": np.float32}
-_OLDER = {"older_row": np.int32, "older_count": np.int32, "older_place": np.int32, "older_time": np.int64}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,8 +61,8 @@ class StoredStates:
         return StoredStates(
             request=request,
             older_offsets=flat_offsets(sizes),
-            **{name: getattr(self, name)[chosen] for name in ("length", "kept", *_STORED)},
-            **{name: getattr(self, name)[older] for name in _OLDER},
+            **{name: getattr(self, name)[chosen] for name in ("length", "kept", *STORED)},
+            **{name: getattr(self, name)[older] for name in OLDER},
         )
 
     def tensors(self, place_of_row: Callable[[np.ndarray], np.ndarray]) -> StoredHistories:
@@ -106,29 +92,15 @@ class StoredStates:
         )
 
 
-def export_digest(directory: Path) -> str:
-    """Digest of all exported files: models that score differently have different digests. Reads every byte."""
-    whole = hashlib.sha256()
-    for file in sorted(directory.iterdir()):
-        with file.open("rb") as stream:
-            whole.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()[:32]
-
-
 def pack_states(
-    histories: Histories,
-    *,
-    kept: int,
-    sums: Callable[[Histories], HistorySums],
-    digest: str,
-    repeats: bool,
-    first_item_row: int,
+    histories: Histories, *, shape: StateShape, sums: Callable[[Histories], HistorySums], first_item_row: int
 ) -> list[bytes]:
-    """A state for each of these histories. A history longer than WHOLE_EVENTS is stored as its latest `kept` events and
-    the result of `sums`."""
+    """A state for each of these histories. A long history is stored as its latest `shape.kept` events and the result of
+    `sums`."""
     # Compute the sums of all long histories together.
-    lengths = histories.lengths
-    is_long = lengths > max(kept, WHOLE_EVENTS)
+    kept, lengths = shape.kept, histories.lengths
+    assert kept is not None, "the model has states"
+    is_long = shape.is_long(lengths)
     long = np.flatnonzero(is_long)
     found = sums(histories.take(long)) if len(long) else None
     place = np.cumsum(is_long) - 1
@@ -137,7 +109,7 @@ def pack_states(
     for b, (start, end) in enumerate(zip(histories.offsets[:-1].tolist(), histories.offsets[1:].tolist(), strict=True)):
         first = end - kept if is_long[b] else start
         values = [feature.take(np.array([b])) for feature in histories.users]
-        arrays = {name: getattr(histories, "row" if name == "item" else name)[first:end] for name in list(_KEPT)[:3]}
+        arrays = {name: getattr(histories, "row" if name == "item" else name)[first:end] for name in list(KEPT)[:3]}
         arrays["user_lengths"] = np.concatenate([np.zeros(0, np.int64), *(value.lengths for value in values)])
         arrays["user_row"] = np.concatenate([np.zeros(0, np.int64), *(value.row for value in values)])
         if found is not None and is_long[b]:
@@ -145,43 +117,24 @@ def pack_states(
             arrays["interest"] = found.interest_BRD[place[b]].numpy()
             arrays["gram"] = found.gram_BDD[place[b]].numpy()[triangle]
             arrays["sum"] = found.sum_BD[place[b]].numpy()
-            if repeats:
+            if shape.repeats:
                 arrays |= _older(histories.row[start:first], histories.time[start:first], first_item_row)
-        kinds = _KEPT | _STORED | _OLDER
-        typed = {name: np.ascontiguousarray(array.astype(kinds[name])) for name, array in arrays.items()}
-        facts = {"format": STATE_FORMAT, "digest": digest, "length": end - start}
-        # A single metadata entry, because safetensors writes several in any order, and bytes must be reproducible.
-        packed.append(save_arrays(typed, metadata={"solar": json.dumps(facts)}))
+        packed.append(packed_state(arrays, length=end - start, digest=shape.digest))
     return packed
 
 
-def state_bytes(column: pa.Array, *, first_row: int = 0) -> list[bytes | None]:
-    """The states of a column of bytes or of base64 text. RequestError: it has other values."""
-    kind, values = column.type, column.to_pylist()
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        for b, text in enumerate(values):
-            try:
-                values[b] = None if text is None else base64.b64decode(text, validate=True)
-            except ValueError as error:
-                raise RequestError(f"row {first_row + b}: column 'state' is not valid base64: {error}") from error
-    elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)):
-        raise RequestError(f"column 'state' holds {kind}: it must hold the bytes of states, base64 of them, or nulls")
-    return values
-
-
-def read_states(
-    states: Sequence[bytes | None], *, digest: str, num_rows: int, num_features: int, first_row: int = 0
-) -> Histories:
+def read_states(states: Sequence[bytes | None], shape: StateShape, *, first_row: int = 0) -> Histories:
     """The histories and users of states [B]; the history of None is empty.
 
-    `num_rows`: rows of the model's item table. RequestError: a state is damaged, or of another model.
+    RequestError: a state is damaged, or of another model.
     """
+    num_features = len(shape.user_rows)
     # Decode and check every state.
     known = np.array([state is not None for state in states], bool)
     found = []
     for b in np.flatnonzero(known).tolist():
         try:
-            found.append(_checked(states[b], digest=digest, num_rows=num_rows, num_features=num_features))
+            found.append(unpacked_state(states[b], shape))
         except RequestError as error:
             raise RequestError(f"row {first_row + b}: column 'state' {error}") from error
     lengths = np.zeros(len(states), np.int64)
@@ -232,18 +185,18 @@ def both_known(histories: Histories, others: Histories) -> Histories:
     return dataclasses.replace(appended(histories, others), users=tuple(users))
 
 
-def with_latest(histories: Histories, latest: Histories, *, timed: bool) -> Histories:
+def with_latest(histories: Histories, latest: Histories, *, timed: np.ndarray) -> Histories:
     """Each history, extended by those events of `latest` that are later than its last event; earlier ones are assumed
     to be in it already.
 
-    Not `timed`: all events of `latest` are added, with the time of the last event.
+    Where not `timed` [B], all events of `latest` are added, with the time of the last event.
     """
     ends = np.where(histories.lengths > 0, histories.offsets[1:] - 1, len(histories.time))
     last = np.append(histories.time, np.int64(-1))[ends]
-    if not timed:
-        return appended(histories, dataclasses.replace(latest, time=np.maximum(last, 0)[latest.owner]))
-    after = latest.time > last[latest.owner]
-    return appended(histories, latest.events(after, np.bincount(latest.owner[after], minlength=len(last))))
+    timed_N, last_N = timed[latest.owner], last[latest.owner]
+    latest = dataclasses.replace(latest, time=np.where(timed_N, latest.time, np.maximum(last_N, 0)))
+    added = ~timed_N | (latest.time > last_N)
+    return appended(histories, latest.events(added, np.bincount(latest.owner[added], minlength=len(last))))
 
 
 def stored_too_late(histories: Histories, time: np.ndarray) -> np.ndarray:
@@ -264,35 +217,6 @@ def _older(row: np.ndarray, time: np.ndarray, first_item_row: int) -> dict[str, 
     return {name: array[is_item] for name, array in arrays.items()}
 
 
-def _checked(state: Any, *, digest: str, num_rows: int, num_features: int) -> dict[str, Any]:
-    """The arrays of a state, as int64 and float32, with its length and `is_long`. RequestError: the state is damaged,
-    or of another model or format."""
-    fix = "build it with `solar score --build-states`"
-    try:
-        size = int.from_bytes(state[:8], "little")
-        facts = json.loads(state[8 : 8 + size])["__metadata__"]["solar"]
-        facts = json.loads(facts)
-        arrays = load_arrays(state)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RequestError(f"is not a complete state ({type(error).__name__}): {fix}") from error
-    if facts.get("digest") != digest:
-        raise RequestError(f"is a state of model {facts.get('digest')}, not of {digest}: {fix} for this model")
-    if facts.get("format") != STATE_FORMAT:
-        raise RequestError(f"has format {facts.get('format')}, this model reads {STATE_FORMAT}: {fix}")
-    length = facts["length"]
-    is_long = length > len(arrays["item"])
-    wanted = _KEPT | (_STORED if is_long else {})
-    rows = [arrays[name] for name in ("item", "older_row") if name in arrays]
-    if (
-        not wanted.keys() <= arrays.keys() <= (_KEPT | _STORED | _OLDER).keys()
-        or len(arrays["user_lengths"]) != num_features
-        or any(len(part) and not 0 <= part.min() <= part.max() < num_rows for part in rows)
-    ):
-        raise RequestError(f"does not fit this model: {fix}")
-    kinds = {name: np.float32 if name in _STORED else np.int64 for name in arrays}
-    return {name: array.astype(kinds[name]) for name, array in arrays.items()} | {"length": length, "is_long": is_long}
-
-
 def _stored(found: list[dict[str, Any]], request: np.ndarray) -> StoredStates | None:
     """StoredStates from the states that do not have all events one by one; None if all states have."""
     places = [place for place, state in enumerate(found) if state["is_long"]]
@@ -300,13 +224,13 @@ def _stored(found: list[dict[str, Any]], request: np.ndarray) -> StoredStates | 
         return None
     long = [found[place] for place in places]
     none = np.zeros(0, np.int64)
-    older = {name: [state.get(name, none) for state in long] for name in _OLDER}
+    older = {name: [state.get(name, none) for state in long] for name in OLDER}
     return StoredStates(
         request=request[places],
         length=np.array([state["length"] for state in long], np.int64),
         kept=np.array([len(state["item"]) for state in long], np.int64),
         older_offsets=flat_offsets(np.array([len(part) for part in older["older_row"]])),
-        **{name: np.stack([state[name] for state in long]) for name in _STORED},
+        **{name: np.stack([state[name] for state in long]) for name in STORED},
         **{name: np.concatenate(parts) for name, parts in older.items()},
     )
 

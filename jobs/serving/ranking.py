@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from jobs.host.errors import UserError
 from jobs.scorer.histories import Histories, RequestError, flat_offsets, flat_ranges, list_column
-from jobs.scorer.request_columns import REQUEST_COLUMNS, UNKNOWN_ROW
+from jobs.scorer.request_columns import UNKNOWN_ROW
+from jobs.scorer.request_frame import REQUEST_COLUMNS
 from jobs.scorer.scorer import Scorer
 from jobs.serving.request_files import Block
 
@@ -51,7 +52,7 @@ class ScoreCounts:
 
     requests: int = 0
     candidates: int = 0
-    """Number of candidates that were scored, before --top_k."""
+    """Number of candidates that were ranked, before --top_k."""
     unknown_candidates: int = 0
     """Number of these candidates that the model does not know."""
     history_events: int = 0
@@ -146,14 +147,18 @@ class Ranking:
         items, scores, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], [np.zeros(0, np.int64)]
         for start in range(0, num_requests, step):
             some = np.arange(start, min(start + step, num_requests))
+            # Score all items, also the seen ones: where candidates attend to each other, that is the set of evaluation.
+            every = np.tile(np.arange(num_items), len(some))
+            logits = self._logits(
+                shown.take(some), time[some], np.arange(len(some) + 1) * num_items, every + first_item
+            )
             wanted = np.ones((len(some), num_items), bool)
             if not self._config.keep_seen:
                 seen = earlier.take(some)
                 known = seen.row >= first_item
                 wanted[seen.owner[known], seen.row[known] - first_item] = False
-            offsets, item = flat_offsets(wanted.sum(1)), np.nonzero(wanted)[1]
+            offsets, item, logits = flat_offsets(wanted.sum(1)), np.nonzero(wanted)[1], logits[wanted.ravel()]
             counts.candidates += len(item)
-            logits = self._logits(shown.take(some), time[some], offsets, item + first_item)
             places, kept = best_first(logits, offsets, top_k=self._config.top_k)
             items.append(item[places])
             scores.append(logits[places])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,17 +15,11 @@ import pyarrow.parquet as pq
 
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
-from jobs.scorer.histories import (
-    NO_TIME,
-    Histories,
-    RequestError,
-    time_column,
-)
+from jobs.scorer.histories import NO_TIME, Histories, RequestError
 from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import both_known, stored_too_late
 from jobs.serving.stored_states import StoredUsers
 from jobs.serving.user_histories import UserHistories, user_ids
-from pipeline.times import LATEST_TIME
 
 ROWS_PER_BLOCK = 256
 """Requests in memory at a time if they contain their histories (10,000 events and 1,000 candidates: 50 MB)."""
@@ -179,21 +172,6 @@ class RequestFile:
             raise UserError(f"{self.path}: not a complete Parquet file: {one_line(error)[:160]}") from error
 
 
-def refuse_wrong_unit(time: np.ndarray, name: str, *, time_range: list[int] | None) -> None:
-    """RequestError if times [n] cannot be milliseconds: after 2100, or all before the model's first event."""
-    given = time[time < NO_TIME]
-    if not len(given) or time_range is None:
-        return
-    latest = int(given.max())
-    if latest >= LATEST_TIME or int(given.min()) < 0:
-        raise RequestError(f"column {name!r} has {latest}: it must be milliseconds since 1970 UTC, before 2100")
-    if latest < time_range[0]:
-        raise RequestError(
-            f"column {name!r} ends {_date(latest)}, before the model's first event, {_date(time_range[0])}: "
-            "integers must be milliseconds since 1970 UTC"
-        )
-
-
 def _with_histories(
     batches: Iterable[pa.RecordBatch], scorer: Scorer, sources: Sources, *, first_row: int
 ) -> Iterator[Block]:
@@ -201,9 +179,7 @@ def _with_histories(
     for batch in batches:
         if sources.states is None and sources.shards is None:
             histories = scorer.histories(batch, first_row=first_row)
-            time = scorer.request_times(batch)
-            refuse_wrong_unit(histories.time, "history_time", time_range=_range(scorer, "history_time", batch))
-            refuse_wrong_unit(time, "time", time_range=_range(scorer, "time", batch))
+            time = scorer.request_times(batch, first_row=first_row)
             yield Block(first_row=first_row, rows=batch, histories=histories, time=time, unknown_users=0)
         else:
             yield from _of_users(batch, scorer, sources, first_row=first_row)
@@ -218,13 +194,9 @@ def _of_users(batch: pa.RecordBatch, scorer: Scorer, sources: Sources, *, first_
         if name in batch.schema.names:
             option = "--states" if sources.states is not None else "--shards"
             raise RequestError(f"column {name!r} is given together with {option}: omit one of them")
-    time = np.full(batch.num_rows, NO_TIME)
-    if "time" in batch.schema.names:
-        time = time_column(batch, "time")
-        if shards is not None and not shards.has_time and (time < NO_TIME).any():
-            raise RequestError("column 'time' cannot be used with these shards, whose events have no times: omit it")
-    scorer.request_times(batch)
-    refuse_wrong_unit(time, "time", time_range=_range(scorer, "time", batch))
+    time = scorer.request_times(batch, first_row=first_row)
+    if shards is not None and not shards.has_time and (time < NO_TIME).any():
+        raise RequestError("column 'time' cannot be used with these shards, whose events have no times: omit it")
     # Find each user's state, else the user's row in the shards; then cut the batch into blocks of limited size.
     stored, has_state = _stored(batch, time, scorer, sources, first_row=first_row)
     users = np.full(batch.num_rows, -1)
@@ -276,12 +248,3 @@ def _stored(
         found = [None if is_late else state for state, is_late in zip(found, late, strict=True)]
         stored = scorer.states(pa.array(found, pa.large_binary()))
     return stored, np.array([state is not None for state in found], bool)
-
-
-def _range(scorer: Scorer, name: str, batch: pa.RecordBatch) -> list[int] | None:
-    """First and last time of the model's events, None if the batch has no such column."""
-    return scorer.settings["time_range"] if name in batch.schema.names else None
-
-
-def _date(milliseconds: int) -> str:
-    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).date().isoformat()

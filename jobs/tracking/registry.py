@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.secrets import redacted
+from jobs.scorer.checksums import DamagedModel, export_digest, file_digests
 from jobs.scorer.scorer import Scorer
-from jobs.scorer.user_states import export_digest
 from jobs.tracking.mlflow_runs import TrackingConfig, mlflow_client, tracking_uri
 
 if TYPE_CHECKING:
@@ -84,13 +84,15 @@ class RegisteredModel:
     @functools.cached_property
     def digest(self) -> str:
         """Digest of all exported files: models that score differently have different digests. Reads every byte."""
-        return export_digest(self.directory)
+        return export_digest(file_digests(self.directory))
 
     def scorer(self) -> Scorer:
         """The model, loaded into memory and ready to score. UserError: a file is damaged."""
         scorer = Scorer()
         try:
             scorer.load(self.directory)
+        except DamagedModel as error:
+            raise UserError(f"{self.uri}: {error}") from error
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = one_line(error)[:200]
             raise UserError(

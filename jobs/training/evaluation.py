@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from jobs.training.catalogue import Catalogue
 from jobs.training.model import ItemRows, catalogue_input, select_requests, training_input, user_codes
 from jobs.training.results import RankedTargets, ScoredImpressions
-from models.interface import refuse_bad_rows
+from models.interface import Recommender, refuse_bad_rows
 from models.metrics import rank_of_target
 from models.repeats import SeenItems, first_places
 from models.sequence_tower import SequenceModel
@@ -161,7 +161,8 @@ def _rank_targets(
             # Keep only the users of these requests: a batch may hold a user with thousands of requests and events.
             last = min(first + per_forward, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
-            scores_BI = _catalogue_scores(model, transform(chunk), tables, item_IC, features_IFC)
+            offered_BI = _offered(chunk, catalogue, all_times=not _scores_sets(model))
+            scores_BI = _catalogue_scores(model, transform(chunk), tables, item_IC, features_IFC, offered_BI)
             results.append(_ranks(chunk, scores_BI, catalogue, requests))
     return _collect_ranks(results, catalogue)
 
@@ -205,10 +206,20 @@ def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor
     return torch.cat([item for item, _ in parts]), torch.cat([features for _, features in parts])
 
 
+def _offered(batch: Batch, catalogue: Catalogue, *, all_times: bool = False) -> Tensor:
+    """[B, I] bool: the items that are ranked for each request: not the reserved rows and, unless `all_times`, no item
+    that appears later than the request."""
+    item_I = torch.arange(catalogue.num_items) >= NUM_RESERVED
+    if catalogue.first_time is None or all_times:
+        return item_I.expand(batch.num_requests, -1)
+    return item_I & (catalogue.first_time <= batch.request_time[:, None])
+
+
 def _catalogue_scores(
-    model: nn.Module, batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor
+    model: nn.Module, batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor, offered_BI: Tensor
 ) -> Tensor:
-    """[B, I] on the CPU: the score of every item for every request. Looks up the users' rows only. A collective."""
+    """[B, I] on the CPU: the score of every offered item for every request. Looks up the users' rows only. A
+    collective."""
     _, _, user_features_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
     rows = (item_IC, features_IFC, user_features_UGC)
     if _scores_by_vectors(model):
@@ -218,8 +229,16 @@ def _catalogue_scores(
         if repeat_1 is not None:
             scores_BI += repeat_1 * SeenItems.of_requests(inputs).before(slice(None))
         return scores_BI.cpu()
-    logits_M = model(catalogue_input(batch, *rows, as_candidates=True))
-    return logits_M.cpu().view(batch.num_requests, item_IC.shape[0])
+    # Where candidates attend to each other, the set is exactly what is ranked, as in `solar score`.
+    scores_BI = torch.full(offered_BI.shape, -torch.inf)
+    scores_BI[offered_BI] = model(catalogue_input(batch, *rows, candidates_BI=offered_BI)).cpu()
+    return scores_BI
+
+
+def _scores_sets(model: nn.Module) -> bool:
+    """Whether a logit depends on the other candidates; the model may be wrapped in a DeepSpeed engine."""
+    tower = getattr(model, "module", model)
+    return isinstance(tower, Recommender) and tower.scores_sets
 
 
 def _scores_by_vectors(model: nn.Module) -> bool:
@@ -229,12 +248,10 @@ def _scores_by_vectors(model: nn.Module) -> bool:
 
 def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: RequestConfig) -> _Ranked:
     """The columns of RankedTargets for a batch whose candidates are the targets, and the best items. Local."""
-    # Mask the rows that are not items, and the items that appear later than the request.
+    # Mask what is not ranked.
     request_T = torch.repeat_interleave(batch.candidate_offsets.diff())
     target_T = batch.candidate_item
-    scores_BI = scores_BI.masked_fill(torch.arange(scores_BI.shape[1]) < NUM_RESERVED, -torch.inf)
-    if catalogue.first_time is not None:
-        scores_BI = scores_BI.masked_fill(catalogue.first_time > batch.request_time[:, None], -torch.inf)
+    scores_BI = scores_BI.masked_fill(~_offered(batch, catalogue), -torch.inf)
     # [B, I]: the items that each request's user has seen, and the request's targets.
     first_UI = first_places(batch.event_item, batch.event_offsets, num_items=scores_BI.shape[1])
     seen = SeenItems(first_UI=first_UI, user_B=batch.request_user, position_B=batch.request_position)

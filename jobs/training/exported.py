@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.scorer.checksums import DamagedModel
 from jobs.scorer.histories import UserFeature
 from jobs.scorer.scorer import Scorer, user_vectors
 from models.embeddings import UserCodes
@@ -39,9 +40,14 @@ class LoadedRows:
 
 
 def load_export(directory: Path) -> tuple[Recommender, LoadedRows, Vocabulary, np.ndarray]:
-    """(tower, rows, vocabulary without item features, [I] how often each item is a positive of a training request)."""
+    """(tower, rows, vocabulary without item features, [I] how often each item is a positive of a training request).
+
+    DataError: a file is damaged, or an earlier version registered the model without what is needed here."""
     scorer = Scorer()
-    scorer.load(directory)
+    try:
+        scorer.load(directory)
+    except DamagedModel as error:
+        raise DataError(str(error)) from error
     counts = directory / "item-counts.safetensors"
     if not counts.exists():
         raise DataError(f"{counts}: missing, the model was registered by an earlier version: register it again")

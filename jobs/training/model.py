@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.embeddings import ITEM_TABLE, USER_TABLE, ItemFeature, TableSpec, UserCodes
-from models.interface import ModelInput, refuse_bad_rows
+from models.interface import ModelInput, known_candidates, refuse_bad_rows
 from models.zoo import MODELS
 from pipeline.batches.batch import Batch
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary, capacity_for
@@ -140,18 +140,25 @@ def wanted_input(
 
 
 def catalogue_input(
-    batch: Batch, item_IC: Tensor, features_IFC: Tensor, user_features_UGC: Tensor, *, as_candidates: bool = False
+    batch: Batch,
+    item_IC: Tensor,
+    features_IFC: Tensor,
+    user_features_UGC: Tensor,
+    *,
+    candidates_BI: Tensor | None = None,
 ) -> ModelInput:
-    """The tower's input from a batch and the rows of the whole vocabulary, in its order. `as_candidates`: each request
-    has all items as candidates; otherwise it has none (a `SequenceModel` then computes vectors)."""
-    num_candidates = item_IC.shape[0] if as_candidates else 0
+    """The tower's input from a batch and the rows of the whole vocabulary, in its order. `candidates_BI` [B, I] bool:
+    the candidates of each request; None = none (a `SequenceModel` then computes vectors)."""
+    size_B, item_M = torch.zeros(batch.num_requests, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    if candidates_BI is not None:
+        size_B, item_M = candidates_BI.sum(1), torch.nonzero(candidates_BI)[:, 1]
     return model_input(
-        dataclasses.replace(batch, candidate_offsets=torch.arange(batch.num_requests + 1) * num_candidates),
+        dataclasses.replace(batch, candidate_offsets=torch.cat([size_B.new_zeros(1), size_B.cumsum(0)])),
         item_IC=item_IC,
         features_IFC=features_IFC,
         user_features_UGC=user_features_UGC,
         event_item_N=batch.event_item,
-        candidate_item_M=torch.arange(num_candidates).repeat(batch.num_requests),
+        candidate_item_M=item_M,
         num_reserved=NUM_RESERVED,
     )
 
@@ -193,6 +200,9 @@ def model_input(
         candidate_offsets_B1=batch.candidate_offsets,
         candidate_item_M=move(candidate_item_M),
         num_reserved=num_reserved,
+        known_candidates_B=known_candidates(
+            candidate_item_M, candidate_offsets_B1=batch.candidate_offsets, num_reserved=num_reserved
+        ),
     ).refuse_bad_layout()
 
 

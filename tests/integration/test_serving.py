@@ -151,10 +151,10 @@ def test_scores_over_http_are_those_of_solar_score(server, model, data, place):
         {
             **nobody,
             "history": [888],
-            "history_time": [5],
+            "history_time": [last[3]],
             "history_action": [None],
             "candidates": [],
-            "time": 6,
+            "time": last[3] + 1,
             "plan": "",
         },
     ]
@@ -205,7 +205,7 @@ GOOD = {"history": [100], "history_time": [1_700_000_000_000], "candidates": [10
         (b"{", "valid JSON"),
         (b"[1, 2]", "must be a JSON dictionary"),
         (b'{"rows": []}', "must be a JSON dictionary"),
-        (records([{"history": [100], "history_time": [1]}]), "candidates"),
+        (records([{"history": [100], "history_time": [1_700_000_000_000]}]), "candidates"),
         (records([{"history": [100], "candidates": [1]}]), "column 'history_time' is missing"),
         (records([{"candidates": [1]}]), "column 'history' is missing"),
         (records([GOOD | {"candidates": ["x"]}]), "candidates"),
@@ -224,16 +224,61 @@ GOOD = {"history": [100], "history_time": [1_700_000_000_000], "candidates": [10
             records([GOOD | {"history": [], "history_time": [], "state": "bm8gc3RhdGU="}]),
             "column 'state' is not a complete",
         ),
-        (records([GOOD | {"history": [], "history_time": [], "state": 7}]), "column 'state' holds int64"),
+        (records([GOOD | {"history": [], "history_time": [], "state": 7}]), "column 'state' holds int: it must"),
+        (records([GOOD, GOOD | {"history_time": [1_700_000_000]}]), "row 1: column 'history_time' ends 1970-01-20, be"),
+        (
+            records([GOOD | {"history_time": [1_700_000_000_000_000]}]),
+            "row 0: column 'history_time' has 1700000000000",
+        ),
+        (records([GOOD, GOOD | {"candidates": [2**63]}]), "row 1: column 'candidates' mixes types, or does not fit"),
+        (records([GOOD | {"candidates": [1.0]}]), "row 0: column 'candidates' holds double"),
+        (
+            records([GOOD | {"candidates": list(range(100_001))}]),
+            "100,001 candidates are more than the limit of",
+        ),
+        (b'{"dataframe_split": {"columns": ["history", "history"], "data": [[[1], [1]]]}}', "history"),
+        (b'{"inputs": 5}', "column 'history' is missing"),
     ],
 )
 def test_a_malformed_request_is_answered_with_its_reason_and_the_server_goes_on(server, body, words):
     status, answer = post(server, body)
     assert 400 <= status < 500, answer
     assert words in answer
+    document = json.loads(answer)
+    assert "stack_trace" not in document
+    # What the model refuses is its own line alone; MLflow's parser adds the input.
+    if words.startswith(("row", "column")) or "limit" in words:
+        assert words in document["message"]
+        assert "\n" not in document["message"]
+        assert len(document["message"]) <= 400
     status, answer = post(server, records([GOOD]))
     assert status == 200
     assert len(answer["predictions"][0]["scores"]) == 1
+
+
+def test_records_may_lack_optional_columns(server):
+    lone = {"candidates": [101]}
+    status, answer = post(server, records([GOOD | {"history_action": ["view"], "plan": "a"}, GOOD, lone]))
+    assert status == 200, answer
+    alone = [post(server, records([row]))[1]["predictions"][0]["scores"] for row in (GOOD, lone | EMPTY)]
+    for found, scores in zip(answer["predictions"][1:], alone, strict=True):
+        assert found["scores"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_what_mlflows_parser_answers_before_the_model_is_asked(server):
+    """jobs/serving/README.md tells it."""
+    for body, kind, status, trace in (
+        (b'{"dataframe_records": [{"candidates": [' + b"9" * 5000 + b"]}]}", "application/json", 500, False),
+        (b'{"dataframe_records": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "application/json", 500, False),
+        (b"no parquet", "application/vnd.apache.parquet", 400, True),
+        (b'a,b\n"1\n', "text/csv", 400, True),
+        (b"\xff", "text/csv", 400, False),
+    ):
+        found, answer = post(server, body, kind)
+        assert (found, "stack_trace" in answer) == (status, trace), answer
+
+
+EMPTY = {"history": [], "history_time": []}
 
 
 def test_what_a_model_does_not_read_is_left_alone_and_other_content_is_refused(server):

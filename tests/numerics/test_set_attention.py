@@ -99,3 +99,32 @@ def test_permuting_a_set_permutes_its_result(exact_up_to: int) -> None:
     set_TD, order = torch.randn(20, WIDTH).double() + 0.3, torch.randperm(20)
     found = attention(set_TD, candidates=layout([20]))[order]
     torch.testing.assert_close(attention(set_TD[order], candidates=layout([20])), found, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("exact_up_to", [0, 6, 100])
+@pytest.mark.parametrize("unknown", [[0, 0, 0], [4, 1, 0], [1, 9, 2]])
+def test_unknown_candidates_neither_attend_nor_are_attended_to(exact_up_to: int, unknown: list[int]) -> None:
+    attention, sizes = build(num_heads=2, exact_up_to=exact_up_to), [6, 6, 7]
+    candidate_MD = torch.randn(sum(sizes), WIDTH).double() + 0.3
+    # Put unknown candidates into the sets, at random places.
+    whole = [size + more for size, more in zip(sizes, unknown, strict=True)]
+    member_M = torch.cat([torch.randperm(size) >= more for size, more in zip(whole, unknown, strict=True)])
+    with_unknown_MD = 100 * torch.randn(sum(whole), WIDTH).double()
+    with_unknown_MD[member_M] = candidate_MD
+    offsets_B1 = torch.tensor([0, *whole]).cumsum(0)
+    candidates = CandidateSets.from_offsets(
+        offsets_B1, device=torch.device("cpu"), member_M=member_M, num_members_B=torch.tensor(sizes)
+    )
+    found = attention(with_unknown_MD, candidates=candidates)
+    expected = attention(candidate_MD, candidates=layout(sizes))
+    torch.testing.assert_close(found[member_M], expected, rtol=1e-9, atol=1e-11)  # Float64 through a decomposition.
+    assert not found[~member_M].any()
+
+
+def test_a_set_has_the_form_of_its_own_size_beside_sets_of_other_sizes() -> None:
+    attention, sizes = build(num_heads=2, exact_up_to=6), [5, 8, 7, 6]  # One group.
+    candidate_MD = torch.randn(sum(sizes), WIDTH).double() + 0.3
+    found = attention(candidate_MD, candidates=layout(sizes)).split(sizes)
+    for part, alone in zip(found, candidate_MD.split(sizes), strict=True):
+        expected = attention(alone, candidates=layout([len(alone)]))
+        torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-11)  # Float64 through a decomposition.

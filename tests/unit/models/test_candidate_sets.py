@@ -47,9 +47,9 @@ def test_attend_equals_one_request_at_a_time(sizes: list[int], num_keys: int, se
 def test_groups_pad_to_at_most_twice_the_smallest_set() -> None:
     sizes = [1, 2, 3, 4, 5, 8, 9, 1000, 20, 17, 4000]
     sets = CandidateSets.from_offsets(torch.tensor([0, *sizes]).cumsum(0), device=torch.device("cpu"))
-    for row_bT, present_bT in zip(sets.group_row, sets.group_present, strict=True):
-        assert row_bT.shape[1] <= 2 * int(present_bT.sum(1).min())
-    assert sum(int(present.sum()) for present in sets.group_present) == sum(sizes)
+    for row_bT, member_bT in zip(sets.group_row, sets.group_member, strict=True):
+        assert row_bT.shape[1] <= 2 * int(member_bT.sum(1).min())
+    assert sum(int(member.sum()) for member in sets.group_member) == sum(sizes)
     assert len(sets.group_row) <= math.ceil(math.log2(4000)) + 1
 
 

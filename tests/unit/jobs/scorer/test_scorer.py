@@ -169,7 +169,7 @@ def test_a_users_category_may_be_a_value_a_list_or_a_number_beside_none(scorer):
         ({"history_time": None}, "column 'history_time' is missing"),
         ({"candidates": None}, "column 'candidates' is missing"),
         ({"history": [["a", "b"], ["c"]]}, "column 'history' holds string: it must hold integers"),
-        ({"history": [1, 2]}, "column 'history' is int64: it must hold a list"),
+        ({"history": [1, 2]}, "row 0: column 'history' is int: it must hold a list"),
         ({"history": [[1, None], [3]]}, "row 0: column 'history' holds a null"),
         ({"history_time": [[1, 2], [3, 4]]}, "row 1: history_time and history differ in length (2 and 1)"),
         ({"history_time": [[1.5, 2.0], [3.0]]}, "column 'history_time' holds double"),

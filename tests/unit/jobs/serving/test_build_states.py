@@ -12,7 +12,7 @@ import pytest
 from jobs.cluster.session import ClusterConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.scorer import user_states
+from jobs.scorer import packed_states, user_states
 from jobs.scorer.histories import NO_TIME, flat_ranges
 from jobs.serving.build_states import build_states
 from jobs.serving.ranking import ScoreConfig
@@ -57,7 +57,7 @@ def candidates(scorer, num=30):
 @pytest.mark.parametrize("since", [0, 2, 50, 400])
 @pytest.mark.parametrize("repeats", [True, False])
 def test_a_state_with_what_came_since_scores_as_the_history(long_log, export, since, repeats, monkeypatch):
-    monkeypatch.setattr(user_states, "WHOLE_EVENTS", 200)
+    monkeypatch.setattr(packed_states, "WHOLE_EVENTS", 200)
     scorer = export(long_log, max_history=10_000, repeats=repeats).scorer()
     users = [scorer_users(long_log, user) for user in (1, 2, 3)]
     whole = raw_history(scorer, long_log, users)
@@ -70,7 +70,7 @@ def test_a_state_with_what_came_since_scores_as_the_history(long_log, export, si
         flat_ranges(whole.offsets[:-1] + before, whole.lengths - before),
         whole.lengths - before,
     )
-    stored = user_states.with_latest(stored, later, timed=True)
+    stored = user_states.with_latest(stored, later, timed=np.ones(3, bool))
     time, (offsets, row) = np.full(3, NO_TIME), candidates(scorer)
     expected = scorer.logits(*scorer.shown(whole, time), offsets, row)
     found = scorer.logits(*scorer.shown(stored, time), offsets, row)
@@ -130,7 +130,13 @@ def test_users_are_scored_from_their_states_and_others_from_raw_histories(long_l
     minute = 60_000
     latest = {
         "latest": [[101, 999], [102], [], [103], [101, 150]],
-        "latest_time": [[last[1] + minute, last[1] + 9 * minute], [last[2]], [], [5 * minute], [last[1] + minute, 0]],
+        "latest_time": [
+            [last[1] + minute, last[1] + 9 * minute],
+            [last[2]],
+            [],
+            [last[1] + minute],
+            [last[1] + minute, 0],
+        ],
         "latest_action": [["click", "view"], [None], [], ["view"], ["click", "click"]],
     }
     expected, _ = ask(model, tmp_path, asked | latest, shards=long_log.path)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from jobs.host.console import Console
 from jobs.host.errors import UserError
+from jobs.scorer.checksums import write_checksums
 from jobs.serving import request_files as score_input
 from jobs.serving.ranking import ScoreConfig, best_first
 from jobs.serving.score import score
@@ -245,7 +246,10 @@ def ask(**columns):
         (ask(history_time=[[1], [2]]), "row 0: history_time and history differ in length (1 and 2)"),
         (ask(candidates=[[1], None]), "row 1: column 'candidates' is null"),
         (ask(time=[1.5, 2.5]), "column 'time' holds double: it must hold timestamps, or integers"),
-        (ask(time=[1 << 60, 5]), "column 'time' has 1152921504606846976: it must be milliseconds since 1970 UTC"),
+        (
+            ask(time=[5, 1 << 60]),
+            "row 1: column 'time' has 1152921504606846976: it must be milliseconds since 1970 UTC",
+        ),
         (ask(scores=[1, 2]), "column 'scores' has the name of the result's column"),
         (ask()[:0], "has no requests"),
     ],
@@ -265,8 +269,22 @@ def test_times_before_the_first_known_event_are_taken_for_seconds(data, export, 
         scorer_json.read_text().replace('"time_range": [\n  0,', '"time_range": [\n  1700000000000,')
     )
     assert "1700000000000" in scorer_json.read_text()
-    with pytest.raises(UserError, match=r"column 'time' ends 1970-01-20, before the model's first event"):
-        run(model, tmp_path, ask(time=[1_700_000_001] * 2, history=[[], []], history_time=[[], []]))
+    write_checksums(model.directory)
+    now, seconds = 1_700_000_100_000, 1_700_000_001
+    with pytest.raises(UserError, match=r"row 0: column 'time' ends 1970-01-20, before the model's first event"):
+        run(model, tmp_path, ask(time=[seconds] * 2, history=[[], []], history_time=[[], []]))
+    for name in ("history", "latest"):
+        # One row in seconds beside one in milliseconds.
+        mixed = {
+            "history": [[], []],
+            "history_time": [[], []],
+            name: [[101], [102]],
+            f"{name}_time": [[now], [seconds]],
+        }
+        with pytest.raises(UserError, match=f"row 1: column '{name}_time' ends 1970-01-20, before the model's first"):
+            run(model, tmp_path, ask(**mixed))
+    # Events that are older than the model's data are history.
+    run(model, tmp_path, ask(history_time=[[now, now], [1_300_000_000_000]]))
 
 
 def test_requests_that_fail_late_leave_the_earlier_result_as_it_was(data, export, tmp_path, monkeypatch):
@@ -312,8 +330,10 @@ def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
     model = export(data)
     table = load_file(model.directory / "table-item.safetensors")["weight"]
     save_file({"weight": table * float("nan")}, model.directory / "table-item.safetensors")
+    write_checksums(model.directory)
     with pytest.raises(UserError, match="computes NaN or infinite scores"):
         run(model, tmp_path, ask())
     (model.directory / "model.safetensors").write_bytes(b"broken")
+    write_checksums(model.directory)
     with pytest.raises(UserError, match="cannot be read"):
         run(model, tmp_path, ask())
