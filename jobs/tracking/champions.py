@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def roll_back(client: MlflowClient, name: str, *, why: str) -> Change:
     if found is None or len(succession) < 2 or succession[-1] != str(found.version):
         raise UserError(
             f"rollback: no champion of {name!r} before the current one is known: name a version with "
-            f"`solar promote {name} --version N --why TEXT`"
+            f"`solar promote {shlex.quote(name)} --version N --why TEXT`"
         )
     return promote_by_hand(client, name, succession[-2], why=why, rollback=True)
 
