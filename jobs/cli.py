@@ -6,7 +6,6 @@ exit code 130; any other exception is a defect and shows its traceback.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from jobs.commands import cluster, data, nightly, runs, scheduling, serving, system
 from jobs.commands.arguments import Command, plain, with_settings
 from jobs.host.console import Console, one_line
-from jobs.host.errors import INTERRUPTED, MISTAKE
+from jobs.host.errors import INTERRUPTED, MISTAKE, TRY_LATER
 from jobs.recipes import recipe_names
 
 USAGE = """\
@@ -94,17 +93,26 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
             raise
         console.error("solar: interrupted; what was committed is still there")
         return INTERRUPTED
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            console.error(traceback.format_exc())
-            return 1
-        console.error(
-            f"solar: {error.filename or 'disk'}: {error.strerror}: free some disk; what was committed is still there"
-        )
+    except Exception as error:
+        return _ended_by(error, console)
+
+
+def _ended_by(error: Exception, console: Console) -> int:
+    """Say what ended a command beside a user's mistake: a refusal of the system or a locked database in one line, a
+    defect with its traceback."""
+    from jobs.tracking.unsent import is_locked
+    from pipeline.system_errors import refusal
+
+    if line := refusal(error):
+        console.error(f"solar: {line}")
         return MISTAKE
-    except Exception:
-        console.error(traceback.format_exc())
-        return 1
+    if is_locked(error):
+        console.error(
+            f"solar: MLflow's database is locked by another program: end it, or try again later (exit code {TRY_LATER})"
+        )
+        return TRY_LATER
+    console.error(traceback.format_exc())
+    return 1
 
 
 def _submit(arguments: list[str], console: Console, *, verbose: bool) -> int:

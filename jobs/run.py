@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ from jobs.host.secrets import redacted
 from jobs.runs.evaluate import Evaluated, evaluate_run
 from jobs.runs.register import Registered, register
 from jobs.runs.result_tables import print_results
-from jobs.runs.run_dir import Trained, trained_run
+from jobs.runs.run_dir import Trained, settled, trained_run
 from jobs.runs.train import train
 from jobs.tracking.mlflow_runs import tracking_uri
 
@@ -30,6 +31,7 @@ def run(config: RunConfig, console: Console, *, verbose: bool = False) -> Regist
     import_missing(config, console)
     with ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose):
         prepare_shards(config.events_dir, config.shards_dir, config.data.prepare, console)
+        config = settled(config, tell=console.line)
         for part in systems(config):
             _train(part, console, verbose=verbose)
         trained, evaluated = evaluate_runs(config, console, verbose=verbose)
@@ -76,14 +78,25 @@ def _print_places(config: RunConfig, console: Console, trained: Trained, registe
     console.line(f"MLflow run   {trained.mlflow_run_id} in {redacted(uri)}")
     console.line(f"registered   {again}{registered.model} version {registered.version} ({registered.alias})")
     console.line()
-    workspace = "" if config.workspace == "workspace" else f" --workspace {config.workspace}"
     console.line("try next:")
-    console.line(f"  {_command('solar')} inspect {config.shards_dir} --verify")
-    if config.tracking.uri is None:
-        console.line(f"  {_command('mlflow')} ui --backend-store-uri {uri}")
-    console.line(f"  {_command('solar')} run {config.recipe}{workspace} --name {config.name}-seed-2 --seed 2")
+    for command in next_commands(config):
+        console.line(f"  {command}")
+
+
+def next_commands(config: RunConfig) -> list[str]:
+    """What a user may want to run next, quoted for a shell."""
+    solar, uri = _command("solar"), tracking_uri(config.tracking, config.workspace)
+    there = [] if config.workspace == "workspace" else ["--workspace", config.workspace]
+    seed = ["--name", f"{config.name}-seed-2", "--seed", "2"]
+    browse = [[_command("mlflow"), "ui", "--backend-store-uri", uri]] if config.tracking.uri is None else []
+    commands = [
+        [solar, "inspect", config.shards_dir, "--verify"],
+        *browse,
+        [solar, "run", config.recipe, *there, *seed],
+    ]
+    return [shlex.join(command) for command in commands]
 
 
 def _command(name: str) -> str:
-    """The command line that calls a program of this Python environment from the current directory."""
+    """The path that calls a program of this Python environment from the current directory."""
     return name if shutil.which(name) else os.path.relpath(Path(sys.executable).parent / name)

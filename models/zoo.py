@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,4 +39,6 @@ def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommende
     """A tower with weights drawn from torch's current random state; `settings`: `name` and the config's fields."""
     config_class, tower_class = MODELS[settings["name"]]
     config = config_class(**{key: value for key, value in settings.items() if key != "name"})
+    switches = [field.name for field in dataclasses.fields(config_class) if field.type == "bool"]
+    assert all(getattr(config, name) is not None for name in switches), "a switch is left open: settle it first"
     return tower_class(config, num_features=num_features)

@@ -30,6 +30,7 @@ from pipeline.shards import manifest
 from pipeline.shards.manifest import Manifest
 from pipeline.shards.tombstones import Tombstones
 from pipeline.shards.writer import write_vocabulary
+from pipeline.system_errors import as_data_error
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -285,7 +286,7 @@ def _map(
 ) -> list[Result]:  # fmt: skip
     """Apply a function to every row, in at most `tasks` Ray tasks of which at most `at_once` run at the same time.
 
-    A DataError of a task is raised here as it was.
+    A DataError of a task is raised here as it was, and what the system refused as one.
     """
     import ray.data
 
@@ -300,7 +301,7 @@ def _map(
         pool = ray.data.TaskPoolStrategy(size=at_once if at_once and at_once < len(rows) else None)
         for answer in dataset.map(functools.partial(_run, function), compute=pool).iter_rows():
             if answer["error"]:
-                raise DataError(answer["error"])
+                raise (NotNow if answer["later"] else DataError)(answer["error"])
             results.append(pickle.loads(answer["result"]))
             report(stage, len(results), len(rows))
     return results
@@ -314,9 +315,12 @@ def _num_cores() -> int:
 
 def _run(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"result": pickle.dumps(function(pickle.loads(row["row"]))), "error": ""}
-    except DataError as error:
-        return {"result": b"", "error": str(error)}
+        return {"result": pickle.dumps(function(pickle.loads(row["row"]))), "error": "", "later": False}
+    except Exception as error:
+        told = error if isinstance(error, DataError) else as_data_error(error)
+        if told is None:
+            raise
+        return {"result": b"", "error": str(told), "later": isinstance(told, NotNow)}
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 
 from jobs.host.errors import UserError
 from pipeline.build import quiet_ray_data
-from pipeline.events import DataError
+from pipeline.events import DataError, NotNow
+from pipeline.system_errors import as_data_error
 
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 MOST_BLOCKS = 2_000
@@ -24,7 +25,8 @@ def map_in_actors(
     """The answers to all rows, in the order in which they become ready. `opened()` is called once in each of `parallel`
     actors (None = one per core of the cluster) and returns the function that answers a row. Ray must be initialised.
 
-    A UserError or DataError in an actor is raised here with the same type and message.
+    A UserError or DataError in an actor is raised here with the same type and message, and what the system refused as
+    a DataError.
     """
     import ray
     import ray.data
@@ -53,8 +55,11 @@ class _Actor:
             # Not in the constructor: after an error there Ray would restart the actor repeatedly and hide the reason.
             self._work = self._work or self._opened()
             return {"answer": json.dumps(self._work(json.loads(row["row"]))), "kind": ""}
-        except tuple(_KINDS.values()) as error:
-            return {"answer": str(error), "kind": "DataError" if isinstance(error, DataError) else "UserError"}
+        except Exception as error:
+            told = error if isinstance(error, UserError | DataError) else as_data_error(error)
+            if told is None:
+                raise
+            return {"answer": str(told), "kind": next(name for name, kind in _KINDS.items() if isinstance(told, kind))}
 
 
-_KINDS: dict[str, type[Exception]] = {"UserError": UserError, "DataError": DataError}
+_KINDS: dict[str, type[Exception]] = {"UserError": UserError, "NotNow": NotNow, "DataError": DataError}

@@ -8,6 +8,7 @@ from typing import Any
 from jobs.cluster.parallel import ParallelConfig
 from jobs.host.errors import UserError
 from pipeline.events import DataError
+from pipeline.system_errors import as_data_error
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,6 +29,8 @@ def explained(
     for cause in causes.values():
         if isinstance(cause, DataError | UserError):
             return cause
+        if (refused := as_data_error(cause)) is not None:
+            return refused
     # A signal to the whole process group ends workers too.
     if asked_to_stop and _ranks(causes, _died):
         return Interrupted(name)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
 from jobs.host.process import environment, noted_signals
+from jobs.host.secrets import keep_private
 
 OBJECT_STORE_BYTES = 512 << 20
 """Enough for a local run: events are passed in files, not in the object store."""
@@ -64,6 +67,11 @@ DEFAULT_ENVIRONMENT = {
 WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
 """For Ray workers only: Ray runs one task per core, and if each task had a thread for every core, the work would take a
 quarter more time (prepare, 2 cores)."""
+LOCAL_ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}
+"""For workers of a local Ray: ranks meet on this machine alone."""
+CLUSTERS_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""With 0 a local Ray has the address 127.0.0.1 and listens there alone, as it does on macOS and Windows. The argument
+`_node_ip_address` of `ray.init` does not help: Ray replaces 127.0.0.1 by the machine's own address."""
 TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 """How often Ray tries to connect to a cluster: 20 times by default, each up to 30 s if the address does not answer."""
 
@@ -109,13 +117,16 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
 
 
 def _start(*, num_cpus: int, level: int) -> None:
-    """Start a local Ray for this command; ConnectionError if the machine is too busy to start it."""
+    """Start a local Ray for this command, which listens on loopback alone; ConnectionError if the machine is too busy
+    to start it."""
     import ray
 
+    _keep_token_private()
     # Ray's processes inherit these variables; values set by the user stay.
-    inherited = {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
+    settings = WORKER_ENVIRONMENT | LOCAL_ENVIRONMENT
+    inherited = {name: os.environ.get(name, value) for name, value in settings.items()}
     try:
-        with environment(inherited):
+        with environment(inherited), _loopback():
             ray.init(
                 address="local",
                 num_cpus=max(num_cpus, psutil.cpu_count() or 1),
@@ -131,6 +142,29 @@ def _start(*, num_cpus: int, level: int) -> None:
         raise ConnectionError(
             "Ray did not start within 30 s: this machine is too busy or out of memory: end other programs and try again"
         ) from error
+
+
+def _keep_token_private() -> None:
+    """Make the token that a local Ray would otherwise write itself, readable by everybody; an existing file loses what
+    others may do. Nothing to do where the environment has a token or names its file, or where the user wants none."""
+    elsewhere = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if not elsewhere and os.environ.get("RAY_AUTH_MODE", "token").lower() == "token":
+        keep_private(Path.home() / ".ray" / "auth_token", secrets.token_hex(32))
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """In the block, what Ray starts listens on 127.0.0.1 alone."""
+    from ray._private import ray_constants
+
+    # This process may have imported Ray before: there the constant counts, in Ray's new processes the variable.
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with environment({CLUSTERS_VARIABLE: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _join(address: str, *, named: str, level: int) -> None:

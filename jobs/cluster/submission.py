@@ -31,6 +31,7 @@ from jobs.host.errors import UserError
 from jobs.host.notify import URL_VARIABLE
 from jobs.host.places import Kind, Subject, YamlFile, place_keys, rewritten, takes_option
 from jobs.host.secrets import redacted
+from jobs.host.yaml_text import parse_yaml
 
 PACKAGES = ("jobs", "models", "pipeline")
 CODE_SUFFIXES = (".py", ".yaml", ".html")
@@ -271,7 +272,7 @@ def _parts(value: str) -> list[str]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not readable as YAML: {one_line(error)}") from error
     return values if isinstance(values, dict) else {}

@@ -125,13 +125,14 @@ def evaluate_parser() -> argparse.ArgumentParser:
 def register(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.run import evaluate_runs
     from jobs.runs.register import register as register_run
-    from jobs.runs.run_dir import require_finished
+    from jobs.runs.run_dir import require_finished, settled
 
     if (found := read_recipe(register_parser(), arguments)) is None:
         return 0
     _, config = found
     capture(console, config.workspace, "register", verbose=verbose)
     require_finished(config.run_dir)
+    config = settled(config)
     trained, evaluated = evaluate_runs(config, console, verbose=verbose)
     registered = register_run(config, trained, evaluated, console)
     console.line(f"{'already there: ' if registered.reused else ''}{registered.uri} ({registered.alias})")

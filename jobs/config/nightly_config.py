@@ -26,7 +26,8 @@ class GateConfig:
     min_coverage: float = 0.7
     """Smallest catalogue coverage, as a share of the champion's; 0 or more."""
     max_latency: float = 1.5
-    """Largest scoring time per request, as a multiple of the champion's on the same machine; 1 or more."""
+    """Largest scoring time per request, as a multiple of the champion's on the same machine; 1 or more. Refused is only
+    what alternating pairs of scorings show to take longer, with 95 % confidence."""
     event_range: tuple[float, float] = (0.4, 2.5)
     """Smallest and largest number of accepted events of the day, as multiples of the median of the days before: one
     number below 1 and one above."""

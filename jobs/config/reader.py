@@ -17,15 +17,22 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from jobs.config.open_settings import model_section, refuse_other_null
 from jobs.config.run_config import SECTIONS, RunConfig, stored_requests
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
 from jobs.host.places import Place, new_parser
+from jobs.host.yaml_text import parse_yaml
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
 from models.sequence_tower import SequenceModel
 from models.zoo import MODELS
 from pipeline.batches.requests import RequestConfig
+
+_NAME = re.compile(r"\w[\w.-]*")
+"""Names that a run may have."""
+_NAMELESS = "recipe"
+"""The name of a file that says nothing about its run: recipe.yaml."""
 
 
 def recipe_path(recipe: str) -> Path:
@@ -44,7 +51,10 @@ def config_parser(command: str, *, model: str) -> ArgumentParser:
     parser = new_parser(command)
     parser.add_argument("--config", action="config", help="a further YAML file; may be given several times")
     parser.add_argument(
-        "--name", type=str | None, default=None, help="name of the run: letters, digits, '.', '_', '-'; default: recipe"
+        "--name",
+        type=str | None,
+        default=None,
+        help="name of the run: letters, digits, '.', '_', '-'; default: recipe, or of a recipe.yaml its data.name",
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of weights, order, negatives and dropout, from 0 to 2147483647"
@@ -53,7 +63,7 @@ def config_parser(command: str, *, model: str) -> ArgumentParser:
     parser.add_argument(
         "--compare", type=tuple[str, ...], default=(), help="other models that `solar run` trains for comparison"
     )
-    parser.add_class_arguments(_named(model), "model")
+    parser.add_class_arguments(model_section(model), "model")
     for section, section_class in SECTIONS.items():
         parser.add_class_arguments(section_class, section)
     return parser
@@ -62,7 +72,8 @@ def config_parser(command: str, *, model: str) -> ArgumentParser:
 def load_config(command: str, recipe: str, arguments: Sequence[str]) -> RunConfig:
     """The resolved config of `solar COMMAND RECIPE ARGUMENTS`."""
     path = recipe_path(recipe)
-    return _resolve(command, _read_yaml(path), str(path), arguments, recipe=recipe, default_name=path.stem)
+    default_name = None if path.stem == _NAMELESS else path.stem
+    return _resolve(command, _read_yaml(path), str(path), arguments, recipe=recipe, default_name=default_name)
 
 
 def stored_config(command: str, stored: Mapping[str, Any], origin: str, arguments: Sequence[str]) -> RunConfig:
@@ -116,16 +127,18 @@ def _merged(base: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _resolve(
-    command: str, first: dict[str, Any], origin: str, arguments: Sequence[str], *, recipe: str, default_name: str
+    command: str, first: dict[str, Any], origin: str, arguments: Sequence[str], *, recipe: str, default_name: str | None
 ) -> RunConfig:
+    """`default_name`: the run's name if the settings name none; None = the name of its data."""
     # Read the files and find the model, which determines the fields of `--model.*`.
     files = [(file, _read_yaml(Path(file))) for file in _config_files(arguments)]
     model = _model_name([(origin, first), *files], arguments)
     if model not in MODELS:
         raise UserError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
     parser = config_parser(command, model=model)
+    suffix = ""
     if (written_for := _model_name([(origin, first)], [])) in MODELS and written_for != model:
-        first, default_name = _for_model(first, model, written_for=written_for), f"{default_name}-{model}"
+        first, suffix = _for_model(first, model, written_for=written_for), f"-{model}"
     # Parse each file alone, so that an error names its file; then all together with the command line.
     layers = [(origin, first), *files]
     for layer, values in layers:
@@ -143,18 +156,26 @@ def _resolve(
         built = parser.instantiate(parsed)
     except ValueError as error:
         raise UserError(_locate(error, parser, layers, arguments)) from error
+    refuse_other_null(built.model)
     _check_run(parsed, model)
     _check_log_q(built.training, built.data.requests)
     _check_loss(built.training, built.data.requests, models=(model, *parsed.compare))
     return RunConfig(
         recipe=recipe,
-        name=parsed.name or default_name,
+        name=parsed.name or (default_name or _name_by_data(parsed)) + suffix,
         seed=parsed.seed,
         workspace=str(parsed.workspace),
         compare=tuple(parsed.compare),
         model=dataclasses.asdict(built.model),
         **{section: built[section] for section in SECTIONS},
     )
+
+
+def _name_by_data(parsed: Any) -> str:
+    """The name of a run whose recipe is called recipe.yaml: its data's, or `recipe` where the workspace has runs or
+    nights of that name, which go on, and where the data's name cannot name a run."""
+    taken = any((Path(parsed.workspace) / room / _NAMELESS).exists() for room in ("runs", "nightly"))
+    return _NAMELESS if taken or not _NAME.fullmatch(parsed.data.name) else parsed.data.name
 
 
 def _check_run(parsed: Any, model: str) -> None:
@@ -166,7 +187,7 @@ def _check_run(parsed: Any, model: str) -> None:
         raise UserError(f"seed={parsed.seed}: must be from 0 to 2147483647")
     if "://" in parsed.workspace:
         raise UserError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
-    if parsed.name and not re.fullmatch(r"\w[\w.-]*", parsed.name):
+    if parsed.name and not _NAME.fullmatch(parsed.name):
         raise UserError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
 
 
@@ -201,18 +222,9 @@ def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Se
         )
 
 
-def _named(model: str) -> type:
-    """The model's config class with `name` as one more field."""
-    name = ("name", str, dataclasses.field(default=model))
-    doc = {"__doc__": f"The model and its own settings.\n\nArgs:\n    name: One of {', '.join(MODELS)}."}
-    return dataclasses.make_dataclass(
-        "Model", [name], bases=(MODELS[model][0],), frozen=True, kw_only=True, namespace=doc
-    )
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = parse_yaml(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: give a readable YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

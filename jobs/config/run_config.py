@@ -17,6 +17,7 @@ from typing import Any
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import ClusterConfig
 from jobs.config.nightly_config import NightlyConfig
+from jobs.config.open_settings import open_settings_of
 from jobs.host.notify import NotifyConfig
 from jobs.host.places import Place
 from jobs.host.secrets import redacted
@@ -117,7 +118,7 @@ class RunConfig:
     source: SourceConfig
     data: DataConfig
     model: dict[str, Any]
-    """`name` and the fields of that model's config."""
+    """`name` and the fields of that model's config; None: left open (jobs/config/open_settings.py)."""
     training: TrainingConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig
@@ -145,11 +146,13 @@ class RunConfig:
         return Path(self.workspace) / "runs" / self.name
 
     def with_model(self, name: str) -> RunConfig:
-        """This run with another model: settings that both models have are kept, all others have their defaults."""
+        """This run with another model: settings that both models have are kept, all others have their defaults or are
+        left open."""
         config_class = MODELS[name][0]
         common, theirs = ({field.name for field in dataclasses.fields(each)} for each in (TowerConfig, config_class))
         kept = {key: value for key, value in self.model.items() if key in common & theirs}
-        model = {"name": name, **dataclasses.asdict(config_class(**kept))}
+        others = {key: None for key in open_settings_of(name) if key not in kept}
+        model = {"name": name, **dataclasses.asdict(config_class(**kept)), **others}
         # A checkpoint fits only the model that wrote it.
         training = dataclasses.replace(self.training, warm_start=None)
         return dataclasses.replace(self, name=f"{self.name}-{name}", model=model, training=training, compare=())

@@ -11,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from jobs.host.yaml_text import parse_yaml
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -42,12 +44,14 @@ Kind = type[Place] | type[YamlFile] | type[Subject]
 def new_parser(command: str, *, description: str | None = None) -> ArgumentParser:
     """The parser of `solar COMMAND`: accepts the types above, raises instead of exiting, and uses the docstring of each
     configuration field as the help of its option."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
     from jsonargparse.typing import register_type
+    from yaml import YAMLError
 
     for kind in (Place, StatesPlace, YamlFile, Subject):
         register_type(kind, serializer=str, deserializer=_reader_of(kind))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("yaml", parse_yaml, exceptions=(YAMLError,))
     return ArgumentParser(prog=f"solar {command}", description=description, exit_on_error=False)
 
 

@@ -1,8 +1,12 @@
-"""Protection of secrets and of files: hide passwords in URIs, refuse files and directories that others may write."""
+"""Protection of secrets and of files: hide passwords in URIs, keep a file with a secret private, refuse files and
+directories that others may write."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import secrets
 import stat
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,34 @@ def refuse_open_token(file: Path) -> None:
         raise UserError(
             f"{file}: others may write this token, and could send jobs to a cluster of theirs: chmod go-w {file}"
         )
+
+
+def keep_private(file: Path, content: str) -> None:
+    """Make a file that only its owner may read (mode 0600) in a directory of the owner alone (0700).
+
+    A new file has the content and is born with that mode. An existing one keeps its content: it and its directory lose
+    what others may do.
+    """
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _close_to_others(file.parent)
+    if not file.exists():
+        staged = file.with_name(f".{file.name}-{secrets.token_hex(8)}")
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(content)
+            # Of two processes at once one is first, and both find its whole content.
+            with contextlib.suppress(FileExistsError):
+                os.link(staged, file)
+        finally:
+            staged.unlink()
+    _close_to_others(file)
+
+
+def _close_to_others(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        path.chmod(mode & stat.S_IRWXU)
 
 
 def redacted(value: Any) -> Any:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import datetime
 
+from jobs.config.run_config import RunConfig
 from jobs.host.errors import UserError
 from jobs.nightly.context import CHAMPION, NightContext
 from jobs.nightly.journal import past_nights
 from jobs.nightly.steps import ChampionBefore, Prepared, TrainedChallenger
 from jobs.runs.evaluate import evaluate
-from jobs.runs.run_dir import open_shards
+from jobs.runs.run_dir import open_shards, settled
 from jobs.runs.train import train
 from jobs.runs.weights import System
 from jobs.tracking.champions import champion
@@ -93,9 +94,11 @@ def lacking(night: NightContext, requests: RequestConfig) -> str | None:
 
 def train_challenger(night: NightContext, before: ChampionBefore, requests: RequestConfig) -> TrainedChallenger:
     """Train from the champion's weights if they fit today's data, else from scratch on all requests."""
-    why_cold, training = _why_cold(night, before), night.config.training
+    training = night.config.training
+    warm = dataclasses.replace(training, warm_start=before.checkpoint, epochs=night.config.nightly.epochs)
+    why_cold = _why_cold(night, before, night.training_config(requests, warm))
     if why_cold is None:
-        training = dataclasses.replace(training, warm_start=before.checkpoint, epochs=night.config.nightly.epochs)
+        training = warm
     else:
         if before.version is not None:
             night.tell(f"trains from scratch: {why_cold}")
@@ -125,15 +128,15 @@ def trained_until(model: RegisteredModel) -> int:
     return model.settings["time_range"][1] + 1
 
 
-def _why_cold(night: NightContext, before: ChampionBefore) -> str | None:
-    """Why training cannot begin from the champion's weights; None if it can."""
+def _why_cold(night: NightContext, before: ChampionBefore, warm: RunConfig) -> str | None:
+    """Why training cannot begin from the champion's weights; None if it can. `warm`: the configuration that would."""
     if before.version is None:
         return "there is no champion"
     if not before.checkpoint:
         return f"version {before.version} has no tag that names its checkpoint"
-    config = night.config
     try:
-        begin_from(before.checkpoint, model=config.model, sparse=config.optimizer.sparse, shards=open_shards(config))
+        model = settled(warm).model
+        begin_from(before.checkpoint, model=model, sparse=warm.optimizer.sparse, shards=open_shards(night.config))
     except CheckpointError as error:
         return str(error)
     return None

@@ -11,7 +11,7 @@ from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import Journal
 from jobs.nightly.steps import TrainedChallenger
-from jobs.runs.run_dir import open_shards
+from jobs.runs.run_dir import open_shards, settled
 from jobs.tracking.mlflow_runs import mlflow_client, tracking_uri
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.training.job import TrainingConfig
@@ -85,8 +85,8 @@ class NightContext:
         return dataclasses.replace(self.config_with(requests, name=name), training=training)
 
     def trained_config(self, trained: TrainedChallenger) -> RunConfig:
-        """The same, from the document of the training step."""
-        return self.training_config(trained.requests, trained.training)
+        """The same, from the document of the training step; nothing is left open."""
+        return settled(self.training_config(trained.requests, trained.training))
 
     def fetch(self, version: str) -> RegisteredModel:
         uri = f"models:/{self.name}/{version}"

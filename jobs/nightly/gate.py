@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 
 from jobs.config.nightly_config import GateConfig
+from jobs.host.documents import stored_with
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.requests import RequestConfig
@@ -86,6 +87,8 @@ class Guard:
     limit: str
     """What the value must be, in words."""
     holds: bool
+    undecided: bool | None = stored_with("undecided")
+    """True: the value was measured too coarsely to tell whether it is within the limit; the guard holds then."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,11 +205,16 @@ def decide(
         reasons = tuple(reason for each, reason in judged if each == verdict)
         if reasons:
             return Decision(verdict=verdict, reasons=reasons)
-    return Decision(verdict="promoted", reasons=tuple(reason for _, reason in judged))
+    return Decision(verdict="promoted", reasons=(*(reason for _, reason in judged), *_undecided(guards)))
 
 
 def _failed(guards: Sequence[Guard]) -> tuple[str, ...]:
     return tuple(f"{guard.name} is {guard.value:.4g}, it must be {guard.limit}" for guard in guards if not guard.holds)
+
+
+def _undecided(guards: Sequence[Guard]) -> tuple[str, ...]:
+    unclear = (guard for guard in guards if guard.undecided)
+    return tuple(f"{guard.name} is {guard.value:.4g}, undecided whether {guard.limit}" for guard in unclear)
 
 
 def _too_few(found: Comparison, name: str, *, gate: GateConfig) -> str:

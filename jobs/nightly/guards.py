@@ -3,37 +3,24 @@ counts of its day."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import numpy as np
 
 from jobs.config.nightly_config import GateConfig
 from jobs.nightly.gate import Guard
-from jobs.scorer.histories import NO_TIME
-from jobs.scorer.scorer import Scorer
-from jobs.serving.user_histories import UserHistories
+from jobs.nightly.latency import Latency
 from pipeline.prepare.ingested_days import DayCounts
-from pipeline.shards.dataset import Shards
 
-LATENCY_REQUESTS = 8
-LATENCY_ROUNDS = 7
-"""Of each request the fastest round counts: on a machine with five times more work than cores, the median of 15 rounds
-was once 4 times the other model's, although both models had the same size."""
-LATENCY_CANDIDATES = 4_000
 _DAYS = 7
 """Number of earlier days that a day is compared with."""
 
 
 def model_guards(
-    challenger: Mapping[str, float], champion: Mapping[str, float], *, latency: tuple[float, float], gate: GateConfig
+    challenger: Mapping[str, float], champion: Mapping[str, float], *, latency: Latency | None, gate: GateConfig
 ) -> list[Guard]:
-    """Guards from the metrics of both models on the same requests, and from `latency`: (challenger's, champion's)
-    seconds per request."""
+    """Guards from the metrics of both models on the same requests, and from their scoring times; None = they were not
+    compared."""
     guards = []
     if _known(challenger, champion, "logloss"):
         factor = 1 + gate.max_logloss_rise
@@ -58,14 +45,8 @@ def model_guards(
                 holds=challenger["coverage"] >= least,
             )
         )
-    guards.append(
-        _at_most(
-            "scoring time in ms",
-            1e3 * latency[0],
-            1e3 * latency[1] * gate.max_latency,
-            gate.max_latency,
-        )
-    )
+    if latency is not None:
+        guards.append(_scoring_time(latency, most=gate.max_latency))
     return guards
 
 
@@ -95,29 +76,16 @@ def day_guards(day: DayCounts, before: Sequence[DayCounts], *, gate: GateConfig)
     ]
 
 
-def latencies(challenger: Path, champion: Path, *, shards: Shards, users: np.ndarray) -> tuple[float, float]:
-    """(challenger's, champion's) seconds to score one request with its raw history: each request's fastest round, then
-    the median over requests.
-
-    `users`: rows of the shards' index whose histories are scored, the same ones by both models in alternation.
-    """
-    users, models = users[:LATENCY_REQUESTS], []
-    for directory in (challenger, champion):
-        scorer = Scorer()
-        scorer.load(directory)
-        models.append((scorer, UserHistories(shards, scorer).read(users)))
-    candidates = min(LATENCY_CANDIDATES, *(len(scorer.item_ids) for scorer, _ in models))
-    fastest = np.full((len(models), len(users)), np.inf)
-    for _ in range(LATENCY_ROUNDS):
-        for place, (model, (scorer, histories)) in itertools.product(range(len(users)), enumerate(models)):
-            history = histories.take(np.array([place]))
-            first = scorer.settings["first_item_row"]
-            started = time.perf_counter()
-            shown, times = scorer.shown(history, np.array([NO_TIME]))
-            scorer.logits(shown, times, np.array([0, candidates]), np.arange(first, first + candidates))
-            taken = time.perf_counter() - started
-            fastest[model, place] = min(fastest[model, place], taken)
-    return float(np.median(fastest[0])), float(np.median(fastest[1]))
+def _scoring_time(latency: Latency, *, most: float) -> Guard:
+    """Fails only if the pairs show that the challenger takes more than `most` times as long."""
+    ratio, (ours, theirs) = latency.ratio, (1e3 * each for each in latency.seconds)
+    return Guard(
+        name="scoring time, as a multiple of the champion's",
+        value=ratio.value,
+        limit=f"at most {most:g} (95 % bounds {ratio.low:.3g} and {ratio.high:.3g}; {ours:.3g} ms and {theirs:.3g} ms)",
+        holds=ratio.low <= most,
+        undecided=True if ratio.low <= most < ratio.high else None,
+    )
 
 
 def _known(challenger: Mapping[str, float], champion: Mapping[str, float], name: str) -> bool:

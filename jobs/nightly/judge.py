@@ -21,8 +21,9 @@ from jobs.nightly.gate import (
     pairs,
     without_champion,
 )
-from jobs.nightly.guards import day_guards, latencies, model_guards
+from jobs.nightly.guards import day_guards, model_guards
 from jobs.nightly.journal import past_nights
+from jobs.nightly.latency import model_latency
 from jobs.nightly.steps import ChampionBefore, EvaluatedChallenger, Judgement, Prepared, TrainedChallenger
 from jobs.runs.evaluate import evaluate, read_result
 from jobs.runs.export import export_model
@@ -72,8 +73,13 @@ def evaluate_challenger(
     times = None
     if before.version is not None:
         users = np.unique(read_result(evaluated.directory, systems[0].name, task=requests.task).user)
-        times = latencies(export, Path(systems[1].weights), shards=shards, users=users)
-    return EvaluatedChallenger(directory=evaluated.directory, reference=reference, latencies=times)
+        times = model_latency(export, Path(systems[1].weights), shards=shards, users=users)
+    return EvaluatedChallenger(
+        directory=evaluated.directory,
+        reference=reference,
+        latencies=times.seconds if times else None,
+        latency_ratio=times.ratio if times else None,
+    )
 
 
 def judge(
@@ -98,9 +104,8 @@ def judge(
     if evaluated.reference is not None:
         other = pairs(results[main], read_result(directory, REFERENCE, task=requests.task), requests=requests)
         comparisons[REFERENCE] = compare(other, margin=gate.margin, seed=seed)
-    assert evaluated.latencies is not None, "they are measured whenever there is a champion"
     metrics = summary.metrics
-    guards += model_guards(metrics[main], metrics[CHAMPION], latency=evaluated.latencies, gate=gate)
+    guards += model_guards(metrics[main], metrics[CHAMPION], latency=evaluated.latency, gate=gate)
     decision = decide(
         comparisons["tonight"], comparisons["together"], guards, reference=comparisons.get(REFERENCE), gate=gate
     )

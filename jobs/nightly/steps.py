@@ -14,7 +14,9 @@ from typing import ClassVar
 
 from jobs.host.documents import stored_with
 from jobs.nightly.gate import Comparison, Guard
+from jobs.nightly.latency import Latency
 from jobs.training.job import TrainingConfig
+from models.metrics import Interval
 from pipeline.batches.requests import RequestConfig
 from pipeline.prepare.ingested_days import DayCounts
 
@@ -108,6 +110,15 @@ class EvaluatedChallenger(Step):
     """Version of an earlier champion that was evaluated too; None = none was, this night."""
     latencies: tuple[float, float] | None
     """Seconds for one request, (challenger's, champion's); None without a champion."""
+    latency_ratio: Interval | None = stored_with("latency_ratio")
+    """Challenger's time over champion's, from pairs; None without a champion, and in journals of earlier versions."""
+
+    @property
+    def latency(self) -> Latency | None:
+        """Both, if there are both."""
+        if self.latencies is None or self.latency_ratio is None:
+            return None
+        return Latency(seconds=self.latencies, ratio=self.latency_ratio)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.json_files import read_json, write_json
 from jobs.runs.request_checks import tell_labels
-from jobs.runs.run_dir import Trained, run_shards
+from jobs.runs.run_dir import Trained, run_shards, settled
 from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summary
 from jobs.runs.train import train_job
 from jobs.runs.weights import System
@@ -59,7 +59,7 @@ def evaluate_run(
     shards = run_shards(config)
     systems = []
     for name, run in trained.items():
-        job = train_job(config if name == config.model["name"] else config.with_model(name), shards)
+        job = train_job(settled(config if name == config.model["name"] else config.with_model(name)), shards)
         weights = run.checkpoint
         systems.append(System(name=name, key=checkpoint_key(weights), weights=str(weights.absolute()), job=job))
     directory = config.run_dir / ("evaluation" if part == "test" else f"evaluation-{part}")

@@ -21,7 +21,7 @@ from jobs.host.documents import as_json, stored_with
 from jobs.host.json_files import read_json, read_rows, write_json
 from jobs.runs.evaluate import POPULARITY, Evaluated, evaluate_run
 from jobs.runs.plots import plot_curves
-from jobs.runs.run_dir import Trained, open_shards
+from jobs.runs.run_dir import Trained, open_shards, settled
 from jobs.runs.train import train
 from jobs.tracking.mlflow_runs import TrackedRun, open_run
 from jobs.training.checkpoint import latest_checkpoint, read_train_state
@@ -92,8 +92,8 @@ def leaderboard(board: Board, console: Console, *, verbose: bool = False) -> Pat
         prepare_shards(protocol.events_dir, protocol.shards_dir, protocol.data.prepare, console)
         # All rows with the first seed first: so a table with every row exists early.
         for number, (seed, row) in enumerate(itertools.product(board.seeds, board.rows), 1):
-            config = board.run(row, seed)
             console.line(f"{f'{number}/{len(board.seeds) * len(board.rows)}':<12} {row}, seed {seed}")
+            config = settled(board.run(row, seed), tell=console.line)
             trained = train(config, console, resume=True, verbose=verbose)
             evaluated = evaluate_run(config, {config.model["name"]: trained}, console, part=board.part, verbose=verbose)
             parent.adopt(trained.mlflow_run_id)
@@ -128,7 +128,7 @@ def markdown(results: Sequence[BoardResult], *, part: str) -> str:
     """A table with one line per row, the best NDCG@10 with seen items kept first: means and standard deviations over
     seeds."""
     metrics = [f"{metric}{suffix}" for suffix in ("_seen_kept", "") for metric in METRICS]
-    heads = [f"{metric.removesuffix('_seen_kept').upper()}{', kept' if 'kept' in metric else ''}" for metric in metrics]
+    heads = [_head(metric, results[0].metrics) for metric in metrics]
     rows = _by_row(results)
     costs = [cost.replace("_per_second", "/s").replace("_", " ") for cost in COSTS]
     lines = [
@@ -148,6 +148,14 @@ def markdown(results: Sequence[BoardResult], *, part: str) -> str:
         cells += [_cost([getattr(result, cost) for result in found]) for cost in COSTS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _head(metric: str, metrics: Mapping[str, float]) -> str:
+    """The head of a metric's column, with the number of users that count in it (unknown in earlier versions)."""
+    kept = metric.endswith("_seen_kept")
+    users = metrics.get("users" if kept else "users_new")
+    name = f"{metric.removesuffix('_seen_kept').upper()}{', kept' if kept else ''}"
+    return name if users is None else f"{name} (users: {users:,.0f})"
 
 
 def _results(

@@ -16,6 +16,7 @@ from jobs.host.locks import LOCK_FILES
 from jobs.host.secrets import redacted
 from jobs.tracking.mlflow_runs import TrackedRun, open_run, system_facts
 from jobs.tracking.unsent import NAME as SPOOL
+from jobs.tracking.unsent import is_locked
 from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_state
 from jobs.training.placement import PLAN_FILE
 from jobs.training.warm_start import find_checkpoint
@@ -118,6 +119,8 @@ def open_tracked_run(config: RunConfig, facts: RunRecord, previous: RunRecord | 
             spool=config.run_dir / SPOOL,
         )
     except MlflowException as error:
+        if is_locked(error):
+            raise
         raise UserError(f"tracking.uri={redacted(config.tracking.uri)}: {redacted(str(error))}") from error
     config.run_dir.mkdir(parents=True, exist_ok=True)
     _write_record(config.run_dir, dataclasses.replace(facts, mlflow_run_id=run.run_id, mlflow_status="RUNNING"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.runs.evaluate import POPULARITY, Evaluated
@@ -52,12 +54,9 @@ def _print_ranking(console: Console, summary: Summary) -> None:
         "before it",
         (
             "model",
-            "HR@10",
-            "NDCG@10",
-            "MRR@10",
-            "HR@10, seen kept",
-            "NDCG@10, seen kept",
-            "NDCG@10, no ties",
+            *(_head(name, metrics, "users_new") for name in ("HR@10", "NDCG@10", "MRR@10")),
+            *(_head(name, metrics, "users") for name in ("HR@10, seen kept", "NDCG@10, seen kept")),
+            _head("NDCG@10, no ties", metrics, "users_untied"),
             f"{METRIC_NAMES[summary.primary]}: {main} / this",
         ),
         rows,
@@ -71,7 +70,13 @@ def _print_impressions(config: RunConfig, console: Console, summary: Summary) ->
         f"{summary.part} part, impressions, {summary.split}: {counted:,.0f} requests with at least "
         f"{config.data.requests.min_history} earlier events, {counted / max(1, counted + skipped):.0%} of all (in "
         "brackets 95 % bootstrap intervals over users)",
-        ("model", "AUC", "GAUC", "LogLoss", "calibration"),
+        (
+            "model",
+            _head("AUC", metrics, "users"),
+            _head("GAUC", metrics, "gauc_users"),
+            _head("LogLoss", metrics, "users"),
+            _head("calibration", metrics, "users"),
+        ),
         [_impression_row(system, summary) for system in summary.systems],
     )
 
@@ -107,6 +112,11 @@ def _print_slices(console: Console, summary: Summary) -> None:
             for part in slices
         ],
     )
+
+
+def _head(name: str, metrics: Mapping[str, float], users: str) -> str:
+    """The head of a column: the metric, and how many users count in it (unknown in evaluations of earlier versions)."""
+    return f"{name}\nusers: {metrics[users]:,.0f}" if users in metrics else name
 
 
 def _interval(interval: Interval | None) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from jobs.config.open_settings import left_open, suited
 from jobs.config.run_config import RunConfig
 from jobs.host.errors import UserError
-from jobs.runs.record import previous_run, read_record
-from jobs.training.checkpoint import (
-    latest_checkpoint,
-    read_state,
-    read_train_state,
-)
-from jobs.training.warm_start import best_of
+from jobs.runs.record import previous_run, read_record, record_of
+from jobs.training.checkpoint import CheckpointError, latest_checkpoint, read_state, read_train_state
+from jobs.training.warm_start import best_of, find_checkpoint
 from pipeline.shards.dataset import Shards
 from pipeline.shards.manifest import current_manifest
 from pipeline.storage import absolute
@@ -32,6 +31,7 @@ class Trained:
 
 def trained_run(config: RunConfig) -> Trained:
     """The results of the run of this config, finished or not."""
+    config = settled(config)
     previous = previous_run(config, run_shards(config))
     if previous is None or previous.mlflow_run_id is None:
         raise UserError(f"{config.run_dir}: no run there: run `solar train` first")
@@ -43,6 +43,36 @@ def require_finished(run_dir: Path) -> None:
     latest = latest_checkpoint(run_dir)
     if latest is None or not read_train_state(latest).finished:
         raise UserError(f"{run_dir}: the run is not finished: continue it with `solar train ... --resume` first")
+
+
+def settled(config: RunConfig, *, tell: Callable[[str], None] = lambda line: None) -> RunConfig:
+    """The config with the settings of the model that it leaves open: as in its run if there is one, else as in the
+    checkpoint that it begins from, else what suits data and task; `tell` gets a line for each that is switched off. The
+    data set must exist."""
+    model = dict(config.model)
+    if not (names := left_open(model)):
+        return config
+    known, has_time = _settled_before(config), run_shards(config).manifest.has_time
+    for name in names:
+        if name in known:
+            model[name] = known[name]
+            continue
+        model[name], reason = suited(name, task=config.data.requests.task, has_time=has_time)
+        if not model[name]:
+            tell(f"{'train':<12} model.{name}=false: {reason}")
+    return dataclasses.replace(config, model=model)
+
+
+def _settled_before(config: RunConfig) -> Mapping[str, Any]:
+    """The model's settings in the record of the run, or in the checkpoint that a new run begins from; {} without
+    either."""
+    record, begins_from = read_record(config.run_dir), config.training.warm_start
+    if record is None and begins_from is not None:
+        try:
+            record = record_of(find_checkpoint(begins_from))
+        except CheckpointError as error:
+            raise CheckpointError(f"training.warm_start={begins_from}: {error}") from error
+    return record.config["model"] if record else {}
 
 
 def run_shards(config: RunConfig) -> Shards:

@@ -20,7 +20,7 @@ from jobs.host.locks import sole_command, wait_for_workers
 from jobs.runs.progress import Follower
 from jobs.runs.record import RunRecord, close_tracked_run, open_tracked_run, previous_run, run_facts
 from jobs.runs.request_checks import check_requests
-from jobs.runs.run_dir import Trained, best_checkpoint, open_shards, run_shards
+from jobs.runs.run_dir import Trained, best_checkpoint, open_shards, run_shards, settled
 from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import (
     CheckpointError,
@@ -47,6 +47,7 @@ def train(
 ) -> Trained:
     """Train to the end. A finished run of the same configuration is reused; an unfinished one is only continued with
     `resume`, or with `from_previous`, which sets damaged checkpoints aside and continues from the latest intact one."""
+    config = settled(config, tell=console.line)
     shards, present = run_shards(config), open_shards(config).manifest.number
     _check_model(config, shards)
     with sole_command(config.run_dir):
@@ -193,7 +194,7 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
     if config.model.get("time_features") and not shards.manifest.has_time:
         raise UserError(
             f"model.time_features=true: {config.shards_dir} has only an order, no time stamps: "
-            "set --model.time_features false"
+            "remove it, or set --model.time_features false"
         )
     if config.optimizer.sparse == "adam" and config.parallel.table_memory == "cached":
         raise UserError(

@@ -234,8 +234,10 @@ class ResultFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._writer.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._writer.close()
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     def write(self, rows: pa.RecordBatch) -> None:
         self._waiting.append(rows)

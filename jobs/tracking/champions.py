@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import json
 import secrets
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +142,7 @@ def roll_back(client: MlflowClient, name: str, *, why: str) -> Change:
     if found is None or len(succession) < 2 or succession[-1] != str(found.version):
         raise UserError(
             f"rollback: no champion of {name!r} before the current one is known: name a version with "
-            f"`solar promote {name} --version N --why TEXT`"
+            f"`solar promote {shlex.quote(name)} --version N --why TEXT`"
         )
     return promote_by_hand(client, name, succession[-2], why=why, rollback=True)
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -27,7 +26,9 @@ from jobs.host.errors import UserError
 from jobs.host.secrets import redacted
 from jobs.scorer.checksums import DamagedModel, export_digest, file_digests
 from jobs.scorer.scorer import Scorer
+from jobs.tracking.export_settings import read_object, read_settings
 from jobs.tracking.mlflow_runs import TrackingConfig, mlflow_client, tracking_uri
+from jobs.tracking.unsent import is_locked
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -73,13 +74,13 @@ class RegisteredModel:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """scorer.json: the tower's settings, features, actions, max_history."""
-        return json.loads((self.directory / "scorer.json").read_text())
+        """scorer.json: the tower's settings, features, actions, max_history. UserError: it is damaged."""
+        return read_settings(self.directory, uri=self.uri)
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """config.json: the resolved configuration of the training run."""
-        return json.loads((self.directory / "config.json").read_text())
+        """config.json: the resolved configuration of the training run. UserError: it is damaged."""
+        return read_object(self.directory / "config.json", uri=self.uri)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -93,7 +94,7 @@ class RegisteredModel:
             scorer.load(self.directory)
         except DamagedModel as error:
             raise UserError(f"{self.uri}: {error}") from error
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = one_line(error)[:200]
             raise UserError(
                 f"{self.uri}: {self.directory} cannot be read ({type(error).__name__}: {reason}); register it again"
@@ -205,8 +206,8 @@ def _complete(directory: Path, *, uri: str) -> Path:
     """The directory; UserError if a file of the export is missing."""
     names = list(EXPORTED)
     if (directory / "scorer.json").is_file():
-        settings = json.loads((directory / "scorer.json").read_text())
-        names += [f"table-{name}.safetensors" for name in settings.get("features", [])]
+        settings = read_settings(directory, uri=uri)
+        names += [f"table-{name}.safetensors" for name in settings["features"]]
         if user_features := settings.get("user_features"):
             names += ["user-values.parquet", *(f"table-user-{name}.safetensors" for name in user_features)]
     missing = [name for name in names if not (directory / name).is_file()]
@@ -226,6 +227,8 @@ def _explained(store: str) -> Iterator[None]:
         raise
     # Any exception: database, network and missing-driver errors have no common class.
     except Exception as error:
+        if is_locked(error):
+            raise
         reason = redacted(one_line(error))[:200]
         raise StoreAway(
             f"MLflow at {redacted(store)} does not answer ({type(error).__name__}: {reason}): start it, or set "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.host.json_files import read_rows
+from pipeline.system_errors import causes
 
 NAME = "mlflow-unsent.jsonl"
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -51,3 +52,8 @@ def is_away(error: Exception) -> bool:
     """Whether the store did not answer or failed, as opposed to rejecting the data."""
     status: Any = getattr(error, "get_http_status_code", lambda: 500)()
     return status >= 500 or status in (408, 429)
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether another program holds the lock of the store's SQLite database."""
+    return any("database is locked" in str(cause) for cause in causes(error))

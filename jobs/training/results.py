@@ -63,10 +63,12 @@ class RankedTargets:
         """Means over requests; a request with several targets counts with the mean over its targets.
 
         Without a suffix: seen items are removed, and only targets that are new to their user count. `_seen_kept`: seen
-        items stay in the ranking, and all targets count.
+        items stay in the ranking, and all targets count. `users_new`, `users` and `users_untied`: the users that count
+        in these two and in `ndcg@10_untied`.
         """
         weight, new = self.weight, ~self.repeat
         values = {"requests": _total(weight), "targets": float(len(self.user))}
+        values |= {"users": _users(self.user), "users_new": _users(self.user[new])}
         for suffix, ranks, chosen in (
             ("", self.rank_removed, new),
             ("_seen_kept", self.rank_kept, np.ones(len(new), bool)),
@@ -76,6 +78,7 @@ class RankedTargets:
                     values[f"{name}@{cutoff}{suffix}"] = _mean(metric(ranks, k=cutoff), weight, chosen)
         untied = ~self.tied
         values["requests_untied"] = _total(weight[untied])
+        values["users_untied"] = _users(self.user[new & untied])
         values["ndcg@10_untied"] = _mean(ndcg(self.rank_removed, k=10), weight, new & untied)
         values["share_repeats"] = _mean(self.repeat, weight)
         values["share_untrained"] = _mean(self.training_count == 0, weight)
@@ -126,6 +129,7 @@ class ScoredImpressions:
             "requests": float(self.requests),
             "requests_skipped": float(self.skipped_requests),
             "candidates": float(len(self.label)),
+            "users": _users(self.user),
             "auc": auc(self.logit, self.label),
             "gauc": by_user.value,
             "gauc_users": float(by_user.num_users),
@@ -164,6 +168,10 @@ def _mean(values: np.ndarray, weight: np.ndarray, mask: np.ndarray | None = None
         values, weight = values[mask], weight[mask]
     total = weight.sum()
     return float((values * weight).sum() / total) if total > 0 else float("nan")
+
+
+def _users(user: np.ndarray) -> float:
+    return float(len(np.unique(user)))
 
 
 def _share(count: int, total: int) -> float:

@@ -31,6 +31,7 @@ from pipeline.shards.sequences import UserEvents, offsets_of, ranges
 
 PARTS = ("train", "valid", "test")
 _MIN_REQUESTS_TO_SPLIT = 3
+_DIGITS_OF_A_DATE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -384,8 +385,11 @@ def _windowed(
 
 
 def _milliseconds(name: str, value: str | int | None) -> int:
-    # 20240131 is a date, a longer number is milliseconds; from a command line both arrive as text.
-    if isinstance(value, int) or (str(value).isdigit() and len(str(value)) > 8):
+    # 20240131 is a date, also without quotes in YAML; other numbers are milliseconds, from a command line as text.
+    digits = len(str(value))
+    if (isinstance(value, int) and digits != _DIGITS_OF_A_DATE) or (
+        str(value).isdigit() and digits > _DIGITS_OF_A_DATE
+    ):
         return int(value)  # type: ignore[arg-type]
     try:
         moment = datetime.datetime.fromisoformat(str(value))

@@ -21,6 +21,7 @@ import functools
 import io
 import itertools
 import operator
+import shlex
 import threading
 from collections.abc import Iterator
 from typing import IO, Any
@@ -101,7 +102,9 @@ class Shards:
         """The current state, or the one with this number. DataError when there is none."""
         manifest = current_manifest(path) if number is None else read_manifest(path, number=number)
         if manifest is None:
-            raise DataError(f"{path}: no prepared data set there; run `solar prepare --events ... --out {path}`")
+            raise DataError(
+                f"{path}: no prepared data set there; run `solar prepare --events ... --out {shlex.quote(path)}`"
+            )
         return cls(path, manifest)
 
     def __reduce__(self):

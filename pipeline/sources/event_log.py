@@ -13,6 +13,7 @@ another source into it is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 from pipeline.events import DataError, flatten
 from pipeline.log.inputs import summary
 from pipeline.storage import Store
+from pipeline.system_errors import as_data_error
 
 FORMAT_VERSION = 1
 _FILE_EVENTS = 10_000_000
@@ -104,6 +106,12 @@ class EventLogWriter:
         for writer in self._writers.values():
             writer.close()
 
+    def abandon(self) -> None:
+        """Close the files of a log that will not be; what could not be written stays unwritten."""
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.close()
+
     def _flush(self) -> None:
         if self._pending:
             if self._time_unit == "ms" and any(t.schema.get("timestamp") == _FINE_TIME for t in self._pending):
@@ -149,16 +157,29 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
 
 
 def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:
-    """Let `fill` write the log, then publish it as `out`. When `fill` raises, all its files are removed."""
-    folder = _local(out)
+    """Let `fill` write the log, then publish it as `out`. When `fill` raises, all its files are removed. DataError: the
+    system refuses to store it."""
+    try:
+        return _write_event_log(_local(out), source=source, fill=fill, out=out)
+    except OSError as error:
+        if (told := as_data_error(error, place=out)) is None:
+            raise
+        raise told from error
+
+
+def _write_event_log(
+    folder: Path, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None], out: str
+) -> Imported:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         writer = EventLogWriter(staged)
         try:
             fill(writer)
-        finally:
             writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
         if not writer.num_events:
             raise DataError(f"{out}: the source holds no valid event; nothing was written")
         counts = {"events": writer.num_events, "items": writer.num_items, "rejected": writer.num_rejected}

@@ -181,7 +181,7 @@ def run_one(task: tuple) -> str:
     import torch.distributed as dist
 
     from jobs.cluster.worker_group import quiet_libraries
-    from jobs.runs.run_dir import open_shards
+    from jobs.runs.run_dir import open_shards, settled
     from jobs.runs.train import train_job
     from jobs.training.catalogue import catalogue_of, training_counts
     from jobs.training.evaluation import evaluate_counts
@@ -192,7 +192,7 @@ def run_one(task: tuple) -> str:
     quiet_libraries()
     run = f"{file_name(name)}-{seed}"
     changed = dataclasses.replace(with_changes(config, changes), name=run, seed=seed, workspace=str(place.absolute()))
-    shards = open_shards(changed)
+    changed, shards = settled(changed), open_shards(changed)
     job = train_job(changed, shards)
     with tempfile.TemporaryDirectory() as store:
         dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import pandas as pd
 import pytest
 
 from jobs.tracking.mlflow_runs import mlflow_client
-from tests.support.commands import refused, solar, solar_process
+from tests.support.commands import refused, solar
+from tests.support.listening import run_and_look
 from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 
@@ -28,9 +30,14 @@ def recipe(workplace) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first_run(recipe, workplace) -> subprocess.CompletedProcess[str]:
-    """As a user starts it; what follows on it starts no Ray."""
-    return solar_process("run", recipe, cwd=workplace)
+def watched_run(recipe, workplace) -> tuple[subprocess.CompletedProcess[str], set[tuple[str, str]]]:
+    """As a user starts it, and where its processes listened; what follows on it starts no Ray."""
+    return run_and_look("run", recipe, cwd=workplace)
+
+
+@pytest.fixture(scope="module")
+def first_run(watched_run) -> subprocess.CompletedProcess[str]:
+    return watched_run[0]
 
 
 def test_first_run_ends_with_metrics_places_and_a_champion(first_run, workplace):
@@ -45,6 +52,14 @@ def test_first_run_ends_with_metrics_places_and_a_champion(first_run, workplace)
     summary = json.loads((workplace / "workspace/runs/tiny/evaluation/summary.json").read_text())
     assert {metrics["requests"] for metrics in summary["metrics"].values()} == {40.0}
     assert summary["ratios"]["popularity"]["low"] <= summary["ratios"]["popularity"]["value"]
+
+
+def test_a_local_ray_listens_on_loopback_alone(watched_run):
+    """Beside it only rank 0's store of torch, in a worker of a training or an evaluation (infra/README.md)."""
+    listened = watched_run[1]
+    assert {"gcs_server", "raylet"} <= {name for name, _ in listened}
+    elsewhere = {name for name, address in listened if address != "127.0.0.1"}
+    assert [name for name in elsewhere if not re.search("TrainWorker|_torch", name)] == []
 
 
 def test_libraries_stay_silent(first_run):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
+from ray._private import ray_constants, services
 
-from jobs.cluster.session import TRIES_VARIABLE, WORKER_ENVIRONMENT, ClusterConfig, ray_session
+from jobs.cluster.session import CLUSTERS_VARIABLE, TRIES_VARIABLE, WORKER_ENVIRONMENT, ClusterConfig, ray_session
 
 TWICE = """
 import os, signal, sys, time
@@ -26,6 +29,15 @@ ray.init = init
 with ray_session(ClusterConfig()):
     pass
 """
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path) -> Path:
+    """A home of its own: starting Ray makes a token there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
 
 
 @pytest.fixture
@@ -92,3 +104,64 @@ def test_a_cluster_that_cannot_be_joined_is_told_after_one_try(starting, cause, 
         with ray_session(ClusterConfig(address="10.0.0.1:6379")):
             raise AssertionError("entered")
     assert tries == ["1"]
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_token_of_a_local_ray_is_born_private(starting, home):
+    token, modes = home / ".ray" / "auth_token", []
+    starting(lambda **named: modes.append((mode(token), mode(token.parent))))
+    before = os.umask(0)
+    try:
+        with ray_session(ClusterConfig()):
+            pass
+    finally:
+        os.umask(before)
+    assert modes == [(0o600, 0o700)]
+    assert len(token.read_text()) == 64
+    assert [path.name for path in token.parent.iterdir()] == ["auth_token"]
+
+
+def test_a_token_that_everybody_could_read_is_kept_and_closed(starting, home):
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o755)
+    token.write_text("of a cluster")
+    token.chmod(0o644)
+    starting(lambda **named: None)
+    with ray_session(ClusterConfig()):
+        pass
+    assert (token.read_text(), mode(token), mode(token.parent)) == ("of a cluster", 0o600, 0o700)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RAY_AUTH_TOKEN", "x"), ("RAY_AUTH_TOKEN_PATH", "/x"), ("RAY_AUTH_MODE", "disabled")]
+)
+def test_no_token_is_made_where_another_one_counts_or_none(starting, home, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    starting(lambda **named: None)
+    with ray_session(ClusterConfig()):
+        pass
+    assert not (home / ".ray").exists()
+
+
+def test_a_local_ray_has_the_address_of_loopback_and_a_cluster_the_machines(starting, monkeypatch):
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)
+    monkeypatch.delenv(CLUSTERS_VARIABLE, raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    seen = []
+
+    def init(**named):
+        names = (CLUSTERS_VARIABLE, "GLOO_SOCKET_IFNAME")
+        seen.append((services.get_node_ip_address(), *(os.environ.get(name) for name in names)))
+
+    starting(init)
+    with ray_session(ClusterConfig()):
+        pass
+    with ray_session(ClusterConfig(address="10.0.0.1:6379")):
+        pass
+    assert ray_constants.ENABLE_RAY_CLUSTER
+    local, cluster = seen
+    assert local == ("127.0.0.1", "0", "lo")
+    assert cluster[1:] == (None, None)

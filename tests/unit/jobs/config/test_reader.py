@@ -213,3 +213,41 @@ def test_stored_configuration_without_min_label_read_every_event():
     asked = stored_config("evaluate", stored, "here", ["--data.requests.min_label", "1"])
     assert asked.data.requests.least_label == 1
     assert "min_label" not in stored["data"]["requests"]
+
+
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_dates_and_times_of_day_need_no_quotes(tmp_path, quote):
+    recipe, more = tmp_path / "mine.yaml", tmp_path / "more.yaml"
+    recipe.write_text(
+        f"data:\n  prepare: {{daily: {{folder: dt=%Y-%m-%d, until: {quote}2026-11-21{quote}, "
+        f"days: [{quote}2026-11-20{quote}]}}}}\n"
+        f"  requests: {{split: temporal, valid_from: {quote}2026-11-01{quote}, "
+        f"test_from: {quote}2026-11-11 03:00:00{quote}}}\n"
+    )
+    more.write_text(f"data: {{prepare: {{daily: {{cut_off: {quote}14:00{quote}}}}}}}\n")
+    data = load_config("train", str(recipe), ["--config", str(more)]).data
+    daily = data.prepare.daily
+    assert (daily.until, daily.days, daily.cut_off) == ("2026-11-21", ("2026-11-20",), "14:00")
+    assert data.requests.bounds == (1793491200000, 1794366000000)
+
+
+def test_a_run_of_a_recipe_yaml_is_named_after_its_data(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {name: shop}\n")
+    workspace = ["--workspace", str(tmp_path / "ws")]
+    assert load_config("train", str(recipe), workspace).name == "shop"
+    assert load_config("train", str(recipe), [*workspace, "--data.name", "books"]).name == "books"
+    assert load_config("train", str(recipe), [*workspace, "--name", "mine"]).name == "mine"
+    assert load_config("train", str(recipe), [*workspace, "--data.name", "a b"]).name == "recipe"
+    recipe.write_text("data: {name: shop}\nmodel: {name: solar}\n")
+    assert load_config("train", str(recipe), [*workspace, "--model.name", "din"]).name == "shop-din"
+
+
+@pytest.mark.parametrize("room", ["runs", "nightly"])
+def test_runs_and_nights_of_a_recipe_yaml_that_began_under_its_name_go_on(tmp_path, room):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: {name: shop}\n")
+    (tmp_path / "ws" / room / "recipe").mkdir(parents=True)
+    assert load_config("train", str(recipe), ["--workspace", str(tmp_path / "ws")]).name == "recipe"
+    stored = load_config("train", str(recipe), ["--name", "recipe"]).as_dict()
+    assert stored_config("evaluate", stored, "here", []).name == "recipe"

@@ -22,7 +22,9 @@ from jobs.nightly.gate import (
     without_champion,
 )
 from jobs.nightly.guards import day_guards, model_guards
+from jobs.nightly.latency import Latency
 from jobs.training.results import RankedTargets, ScoredImpressions
+from models.metrics import Interval
 from pipeline.batches.requests import RequestConfig
 from pipeline.prepare.ingested_days import DayCounts
 
@@ -199,6 +201,10 @@ def test_impressions_pair_users_that_have_both_labels():
         pairs(results[0], other, requests=RequestConfig(task="impressions"))
 
 
+def latency(ratio: float, low: float, high: float) -> Latency:
+    return Latency(seconds=(0.01 * ratio, 0.01), ratio=Interval(value=ratio, low=low, high=high))
+
+
 def guard_named(guards: list[Guard], name: str) -> Guard:
     return next(guard for guard in guards if name in guard.name)
 
@@ -206,14 +212,29 @@ def guard_named(guards: list[Guard], name: str) -> Guard:
 def test_guards_of_the_model():
     champion = {"logloss": 0.5, "calibration": 1.0, "coverage": 0.4}
     good = {"logloss": 0.505, "calibration": 1.05, "coverage": 0.3}
-    guards = model_guards(good, champion, latency=(0.010, 0.009), gate=GATE)
+    guards = model_guards(good, champion, latency=latency(1.1, 0.9, 1.3), gate=GATE)
     assert [guard.holds for guard in guards] == [True] * 4
     bad = {"logloss": 0.52, "calibration": 0.85, "coverage": 0.2}
-    guards = model_guards(bad, champion, latency=(0.020, 0.009), gate=GATE)
+    guards = model_guards(bad, champion, latency=latency(2.2, 1.6, 2.9), gate=GATE)
     assert [guard.holds for guard in guards] == [False] * 4
     assert guard_named(guards, "LogLoss").limit == "at most 0.51 (1.02 times the champion's)"
-    only_known = model_guards({"logloss": float("nan")}, champion, latency=(1.0, 1.0), gate=GATE)
-    assert [guard.name for guard in only_known] == ["scoring time in ms"]
+    only_known = model_guards({"logloss": float("nan")}, champion, latency=latency(1.0, 0.9, 1.1), gate=GATE)
+    assert [guard.name for guard in only_known] == ["scoring time, as a multiple of the champion's"]
+    assert model_guards({}, champion, latency=None, gate=GATE) == []
+
+
+def test_scoring_time_that_nothing_shows_to_be_too_long_holds_and_is_said_to_be_undecided():
+    (guard,) = model_guards({}, {}, latency=latency(1.4, 0.8, 2.5), gate=GATE)
+    assert (guard.holds, guard.undecided) == (True, True)
+    decision = decided(users(5_000, better=0.05, noise=0.3), guards=(guard,))
+    assert decision.verdict == "promoted"
+    assert decision.reasons[1] == (
+        "scoring time, as a multiple of the champion's is 1.4, undecided whether at most 1.5 "
+        "(95 % bounds 0.8 and 2.5; 14 ms and 10 ms)"
+    )
+    (clear,) = model_guards({}, {}, latency=latency(1.0, 0.9, 1.1), gate=GATE)
+    assert clear.undecided is None
+    assert len(decided(users(5_000, better=0.05, noise=0.3), guards=(clear,)).reasons) == 1
 
 
 def test_guards_of_the_day_compare_with_the_last_days_that_were_whole():

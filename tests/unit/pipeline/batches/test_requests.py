@@ -53,6 +53,8 @@ def test_leave_one_out_counts_positions_even_where_times_tie():
 def test_bounds_are_dates_or_milliseconds_also_as_text():
     config = RequestConfig(split="temporal", valid_from="20240131", test_from="1706745600123")
     assert config.bounds == (1706659200000, 1706745600123)
+    unquoted = RequestConfig(split="temporal", valid_from=20240131, test_from=1706745600123)
+    assert unquoted.bounds == config.bounds
 
 
 def test_temporal_histories_are_strictly_earlier():

@@ -1,0 +1,89 @@
+"""What the operating system refused (a full disk, a place that cannot be written), as one line with the way out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+
+from pipeline.events import DataError, NotNow
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FREE_DISK = "free some disk; what was committed is still there"
+_WAYS_OUT = {
+    errno.ENOSPC: _FREE_DISK,
+    errno.EDQUOT: _FREE_DISK,
+    errno.EFBIG: f"raise the limit of file sizes (`ulimit -f`), or {_FREE_DISK}",
+    errno.EACCES: "name another place, or change its permissions",
+    errno.EPERM: "name another place, or change its permissions",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOTDIR: "a part of this path is a file: name another place",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the links, or name another place",
+}
+_TEXTS = {
+    "No space left on device": errno.ENOSPC,
+    "database or disk is full": errno.ENOSPC,
+    "(os error 28)": errno.ENOSPC,
+    "(os error 122)": errno.EDQUOT,
+    "(os error 27)": errno.EFBIG,
+}
+"""How libraries with errors of their own (safetensors, polars, SQLite) say it."""
+
+
+def refusal(error: BaseException, *, place: str | None = None) -> str | None:
+    """The line for an error of which the system's refusal is the cause; None for every other error.
+
+    `place`: what was being written, for errors that name no file.
+    """
+    found = _refused(error)
+    if found is None:
+        return None
+    number, file = found
+    return f"{file or place or 'disk'}: {os.strerror(number)}: {_WAYS_OUT[number]}"
+
+
+def as_data_error(error: BaseException, *, place: str | None = None) -> DataError | None:
+    """`refusal` as an error: NotNow if no more can be stored, DataError for other refusals, None for other errors."""
+    line, found = refusal(error, place=place), _refused(error)
+    if line is None or found is None:
+        return None
+    return NotNow(line) if found[0] in _FULL else DataError(line)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what it was raised from or wraps, innermost last."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        inner = getattr(current, "cause", None)  # Ray's wrappers
+        current = inner if isinstance(inner, BaseException) else current.__cause__
+
+
+def _refused(error: BaseException) -> tuple[int, str | None] | None:
+    """(the system's error number, the file that the error names)."""
+    for cause in causes(error):
+        if isinstance(cause, OSError):
+            number = errno.ENOTDIR if _is_no_directory(cause) else cause.errno
+            if number in _WAYS_OUT:
+                return number, _file_of(cause)
+        else:
+            number = next((number for text, number in _TEXTS.items() if text in str(cause)), None)
+            if number is not None:
+                return number, None
+    return None
+
+
+def _is_no_directory(error: OSError) -> bool:
+    """Whether a directory was to be made where a file is."""
+    return error.errno == errno.EEXIST and error.filename is not None and os.path.isfile(error.filename)
+
+
+def _file_of(error: OSError) -> str | None:
+    """The file, which pyarrow names only in its text."""
+    if error.filename is not None:
+        return os.fsdecode(error.filename)
+    named = re.search(r"local file '([^']+)'", str(error))
+    return named[1] if named else None

@@ -1,0 +1,67 @@
+"""Settings of a model that a recipe leaves open, and what settles them."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobs.config.open_settings import left_open, suited
+from jobs.config.reader import load_config
+from jobs.host.errors import UserError
+from jobs.recipes import RECIPES
+
+
+def test_a_recipe_that_says_nothing_leaves_the_switches_open_and_an_explicit_value_closes_them(tmp_path):
+    recipe = tmp_path / "bare.yaml"
+    recipe.write_text("model: {name: solar, rank: 8}\n")
+    assert left_open(load_config("train", str(recipe), []).model) == ["time_features", "set_attention"]
+    closed = load_config("train", str(recipe), ["--model.time_features", "true", "--model.set_attention", "false"])
+    assert left_open(closed.model) == []
+    assert (closed.model["time_features"], closed.model["set_attention"]) == (True, False)
+
+
+def test_null_leaves_a_switch_open_again(tmp_path):
+    recipe = tmp_path / "set.yaml"
+    recipe.write_text("model: {name: solar, set_attention: true, time_features: false}\n")
+    opened = load_config("train", str(recipe), ["--model.set_attention", "null"]).model
+    assert (opened["set_attention"], opened["time_features"]) == (None, False)
+
+
+def test_no_other_switch_may_be_left_open(tmp_path):
+    recipe = tmp_path / "odd.yaml"
+    recipe.write_text("model: {name: solar, softmax: null}\n")
+    with pytest.raises(UserError, match=r"model\.softmax"):
+        load_config("train", str(recipe), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "has_time", "value"),
+    [
+        ("time_features", "next_item", True, True),
+        ("time_features", "impressions", False, False),
+        ("set_attention", "impressions", False, True),
+        ("set_attention", "next_item", True, False),
+    ],
+)
+def test_times_and_task_decide(name, task, has_time, value):
+    assert suited(name, task=task, has_time=has_time)[0] is value
+
+
+def test_models_have_only_the_open_settings_that_are_theirs():
+    models = {name: load_config("train", "movielens-100k", ["--model.name", name]).model for name in ("din", "sasrec")}
+    assert {name: left_open(model) for name, model in models.items()} == {"din": ["time_features"], "sasrec": []}
+
+
+def test_a_comparison_takes_what_the_run_has_settled_and_leaves_its_own_open():
+    config = load_config("train", "movielens-100k", ["--model.name", "din", "--model.time_features", "false"])
+    compared = config.with_model("solar").model
+    assert (compared["time_features"], compared["set_attention"]) == (False, None)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(RECIPES.glob("*.yaml"))])
+def test_no_recipe_of_the_package_changes_with_the_defaults(name):
+    """Recipes of next_item say themselves that sets do not attend; their figures do not hang on what is left open."""
+    config = load_config("train", name, [])
+    if config.data.requests.task == "next_item":
+        assert config.model["set_attention"] is False
+    else:
+        assert suited("set_attention", task="impressions", has_time=True)[0] is True

@@ -1,0 +1,109 @@
+"""What settles the settings that a recipe leaves open: the run's record, the checkpoint it begins from, the data."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from jobs.config.open_settings import left_open
+from jobs.config.reader import load_config
+from jobs.config.run_config import RunConfig
+from jobs.host.documents import as_json
+from jobs.host.errors import UserError
+from jobs.host.json_files import write_json
+from jobs.runs.record import run_facts
+from jobs.runs.run_dir import settled
+from jobs.runs.train import train
+from pipeline.events import EventColumns
+from pipeline.shards.dataset import Shards
+from tests.unit.jobs.training.test_checkpoint_damage import write_checkpoint
+
+
+@pytest.fixture
+def shards(tmp_path, prepare, write_log):
+    """A function: the shards of a log of three users, with times or as an order only."""
+
+    def make(*, timed: bool) -> Shards:
+        column = "timestamp" if timed else "order"
+        write_log({"user_id": [1, 1, 1, 2, 2, 3], "item_id": [7, 8, 9, 7, 9, 8], column: [10, 20, 30, 10, 20, 10]})
+        columns = EventColumns() if timed else EventColumns(timestamp=None, order="order")
+        prepare(tmp_path / "log", tmp_path / "shards", columns=columns, buckets=1)
+        return Shards.open(str(tmp_path / "shards"))
+
+    return make
+
+
+@pytest.fixture
+def config(tmp_path) -> RunConfig:
+    recipe = tmp_path / "bare.yaml"
+    recipe.write_text("model: {name: solar, width: 16, rank: 4}\n")
+    return load_config(
+        "train", str(recipe), ["--workspace", str(tmp_path / "ws"), "--data.shards", str(tmp_path / "shards")]
+    )
+
+
+def switches(config: RunConfig) -> tuple[bool, bool]:
+    return config.model["time_features"], config.model["set_attention"]
+
+
+def test_an_order_without_times_switches_time_features_off_and_says_so(shards, config):
+    shards(timed=False)
+    lines: list[str] = []
+    found = settled(config, tell=lines.append)
+    assert switches(found) == (False, False)
+    assert lines == [
+        "train        model.time_features=false: the log has an order only, no times",
+        "train        model.set_attention=false: negatives are sampled",
+    ]
+    assert left_open(found.model) == []
+    assert settled(found, tell=lines.append) is found
+
+
+def test_times_and_impressions_keep_both_on_without_a_word(shards, config):
+    shards(timed=True)
+    requests = dataclasses.replace(config.data.requests, task="impressions")
+    shown = dataclasses.replace(config, data=dataclasses.replace(config.data, requests=requests))
+    lines: list[str] = []
+    assert switches(settled(shown, tell=lines.append)) == (True, True)
+    assert lines == []
+
+
+def test_settled_settings_have_the_identity_of_explicit_ones(shards, config):
+    shards(timed=True)
+    explicit = dataclasses.replace(config, model=config.model | {"time_features": True, "set_attention": False})
+    assert settled(config).fingerprint() == explicit.fingerprint() != config.fingerprint()
+
+
+def test_a_run_keeps_the_settings_that_it_began_with(shards, config):
+    """Runs of earlier versions had set attention on by default."""
+    began = dataclasses.replace(config, model=config.model | {"time_features": True, "set_attention": True})
+    config.run_dir.mkdir(parents=True)
+    write_json(config.run_dir / "run.json", as_json(run_facts(began, shards(timed=True))))
+    assert switches(settled(config)) == (True, True)
+    explicit = dataclasses.replace(config, model=config.model | {"set_attention": False})
+    assert switches(settled(explicit)) == (True, False)
+
+
+def test_a_new_run_takes_the_settings_of_the_checkpoint_that_it_begins_from(shards, config, tmp_path):
+    began = dataclasses.replace(config, model=config.model | {"time_features": True, "set_attention": True})
+    checkpoint = write_checkpoint(tmp_path / "step-00000004", **as_json(run_facts(began, shards(timed=True))))
+    training = dataclasses.replace(config.training, warm_start=str(checkpoint))
+    assert switches(settled(dataclasses.replace(config, training=training))) == (True, True)
+    nowhere = dataclasses.replace(config.training, warm_start="nowhere")
+    with pytest.raises(UserError, match=r"training\.warm_start=nowhere: nowhere: no checkpoint there"):
+        settled(dataclasses.replace(config, training=nowhere))
+
+
+def test_time_features_that_were_asked_for_are_still_refused_without_times(shards, config):
+    shards(timed=False)
+    asked = dataclasses.replace(config, model=config.model | {"time_features": True})
+    with pytest.raises(UserError, match=r"model.time_features=true: .* has only an order, no time stamps: remove it"):
+        train(asked, Said(), resume=False)  # type: ignore[arg-type]
+
+
+class Said:
+    """The console of a command that ends before it shows more than lines."""
+
+    def line(self, text: str = "") -> None:
+        """Take a line."""
