@@ -18,9 +18,12 @@ import polars as pl
 
 from pipeline.times import NANOSECONDS, can_be_times, nanoseconds, units_that_fit
 
+LONGEST_ID = 4_096
+"""Bytes; a longer id is invalid."""
 LONGEST_ACTION = 128
 """Characters in the name of an action; a longer one is free text, not a category."""
 
+_KEPT_CHARACTERS = 200
 ID_COLUMNS = ("user_id", "item_id", "request_id")
 
 
@@ -129,19 +132,19 @@ def validate(
         *(pl.when(failed).then(pl.lit(reason.value)) for reason, failed in checks),
         pl.lit(None, dtype=pl.String),
     )
-    checked = block.select(*values, reason.alias("reason"), pl.struct(pl.all()).alias("record"))
-    rejected = checked.filter(pl.col("reason").is_not_null()).select(
-        "reason", pl.col("record").struct.json_encode().alias("record")
-    )
+    checked = block.select(*values, reason.alias("reason"))
+    is_rejected = checked["reason"].is_not_null()
+    records = _shortened(block.filter(is_rejected)).select(record=pl.struct(pl.all()).struct.json_encode())
+    rejected = checked.filter(is_rejected).select("reason").hstack(records)
     lines = pl.DataFrame(
         {"reason": [Reason.MALFORMED_ROW.value] * len(malformed), "record": malformed},
         schema={"reason": pl.String, "record": pl.String},
     )
-    events = checked.filter(pl.col("reason").is_null()).drop("reason", "record")
+    events = checked.filter(~is_rejected).drop("reason")
     if columns.timestamp is not None:
         events = _in_milliseconds(events)
-    places = checked["reason"].is_not_null().arg_true()
-    return Validated(events=events, rejected=pl.concat([lines, rejected]), rejected_rows=places, units=units)
+    rejected = pl.concat([lines, rejected])
+    return Validated(events=events, rejected=rejected, rejected_rows=is_rejected.arg_true(), units=units)
 
 
 def total_order(columns: list[str]) -> list[str]:
@@ -192,6 +195,8 @@ def _read_id(block: pl.DataFrame, name: str, columns: EventColumns, id_types: di
     if isinstance(dtype, (pl.Categorical, pl.Enum)) and wanted == "int64":
         value = text.cast(pl.Int64, strict=False)
     invalid = ~missing & value.is_null()
+    if wanted == "string":
+        invalid = ~missing & (text.str.len_bytes() > LONGEST_ID)
     if name == "request_id":
         return pl.when(~missing).then(value), [(Reason.INVALID_REQUEST, invalid)]
     kind = name.removesuffix("_id").upper()
@@ -257,6 +262,18 @@ def _read_label(block: pl.DataFrame, name: str, columns: EventColumns, id_types:
     allowed = number.is_in([0.0, 1.0]).fill_null(False)
     value = pl.when(allowed).then(number).cast(pl.Int8)
     return value, [(Reason.MISSING_LABEL, missing), (Reason.INVALID_LABEL, ~missing & ~allowed)]
+
+
+def _shortened(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows with a beginning of those strings that are too long for an id: the quarantine keeps no more of them."""
+    strings = [pl.col(name) for name, dtype in rows.schema.items() if dtype == pl.String]
+    return rows.with_columns(
+        pl.when(text.str.len_bytes() > LONGEST_ID)
+        .then(pl.format("{}... ({} bytes)", text.str.head(_KEPT_CHARACTERS), text.str.len_bytes()))
+        .otherwise(text)
+        .name.keep()
+        for text in strings
+    )
 
 
 _READ = dict.fromkeys(ID_COLUMNS, _read_id) | {

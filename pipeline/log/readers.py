@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
 from pipeline.log.inputs import MISSING_WORDS, FileFormat, Input
+from pipeline.log.parquet_rows import open_parquet, parquet_schema, parquet_tables
 from pipeline.log.records import first_record
 from pipeline.log.text import LONGEST_LINE, text_pieces
 from pipeline.log.text_rows import csv_format, json_format, split_record
@@ -25,7 +24,6 @@ from pipeline.log.text_rows import csv_format, json_format, split_record
 _BLOCK_BYTES = 16 << 20
 _HEAD_BYTES = (64 << 10, 2 * LONGEST_LINE)
 """How much of a file is read to find its first record; nearly always the first suffices."""
-_BLOCK_ROWS = 1_000_000
 _LINE_BYTES, _PACKING = 32, 4
 """To estimate rows: bytes of a short line of text, and by which factor compression shrinks text."""
 
@@ -83,12 +81,7 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
 def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
     """{column: type} of the file: all strings for text files; the keys of the first row for JSON lines."""
     if file.format == "parquet":
-        with _open_parquet(file) as parquet:
-            try:
-                empty = parquet.schema_arrow.empty_table()
-                return {name: pl.Series(empty[name]).dtype for name in empty.column_names}
-            except (pa.ArrowException, pl.exceptions.PolarsError) as error:
-                raise DataError(f"{file.name}: unsupported column type ({_one_line(error)}); cast it") from error
+        return parquet_schema(file)
     if file.format == "csv":
         return dict.fromkeys(_csv_names(file, options), pl.String())
     try:
@@ -116,14 +109,14 @@ def count_row_groups(file: Input) -> int:
     one that is compressed as a whole."""
     if file.format != "parquet" or file.compression:
         return 1
-    with _open_parquet(file) as parquet:
+    with open_parquet(file) as parquet:
         return parquet.metadata.num_row_groups
 
 
 def estimate_rows(file: Input) -> int:
     """Number of rows: exact for a Parquet file, for a text file an estimate from its size."""
     if file.format == "parquet":
-        with _open_parquet(file) as parquet:
+        with open_parquet(file) as parquet:
             return parquet.metadata.num_rows
     return (_PACKING if file.compression else 1) * file.bytes // _LINE_BYTES
 
@@ -133,7 +126,7 @@ def read_blocks(
 ) -> Iterator[Block]:
     """The rows of the file (or of one row group) in blocks of bounded size."""
     if file.format == "parquet":
-        yield from _read_parquet(file, mapping, options, None if file.compression else row_group)
+        yield from _parquet_blocks(file, mapping, options, None if file.compression else row_group)
         return
     header = 0
     if file.format == "csv":
@@ -200,33 +193,11 @@ def _without_words(table: pl.DataFrame, options: FileFormat) -> pl.DataFrame:
     return table.with_columns(pl.when(is_value).then(pl.col(pl.String)).name.keep())
 
 
-def _read_parquet(file: Input, mapping: dict[str, str], options: FileFormat, row_group: int | None) -> Iterator[Block]:
-    with _open_parquet(file) as parquet:
-        groups = None if row_group is None else [row_group]
-        columns = list(dict.fromkeys(mapping.values()))
-        before = sum(parquet.metadata.row_group(group).num_rows for group in range(row_group or 0))
-        batches = parquet.iter_batches(batch_size=_BLOCK_ROWS, row_groups=groups, columns=columns)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"{file.name}: damaged Parquet data ({_one_line(error)}); copy it again") from error
-            if batch is None:
-                return
-            frame = pl.DataFrame(batch)
-            table = frame.select(pl.col(column).alias(name) for name, column in mapping.items())
-            yield Block(table=_without_words(table, options), malformed=[], before=before)
-            before += table.height
-
-
-def _open_parquet(file: Input) -> pq.ParquetFile:
-    stream = file.open()
-    try:
-        return pq.ParquetFile(stream, pre_buffer=False)
-    except (OSError, pa.ArrowException) as error:
-        stream.close()
-        raise DataError(f"{file.name}: not a complete Parquet file ({_one_line(error)}); copy it again") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+def _parquet_blocks(
+    file: Input, mapping: dict[str, str], options: FileFormat, row_group: int | None
+) -> Iterator[Block]:
+    before = 0
+    columns = list(dict.fromkeys(mapping.values()))
+    for before, table in parquet_tables(file, columns=columns, row_group=row_group):
+        renamed = table.select(pl.col(column).alias(name) for name, column in mapping.items())
+        yield Block(table=_without_words(renamed, options), malformed=[], before=before)

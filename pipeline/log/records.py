@@ -65,7 +65,7 @@ def first_record(text: bytes, *, separator: bytes | None, final: bool) -> tuple[
     found = pattern.match(text, start)
     if not found or (not found["end"] and not final) or not found["record"]:
         return None
-    return found["record"], found.end()
+    return found["record"].removesuffix(b"\r"), found.end()
 
 
 def _cut_plain(text: bytes, *, separator: bytes, final: bool) -> Cut | None:
@@ -201,7 +201,7 @@ def _patterns(separator: bytes) -> _Patterns:
 
 _BLANK_LINES = re.compile(rb"(?:[ \t]*+\r?\n)*+")
 _LINES = re.compile(rb"[^\n]*\n|[^\n]+")
-_LINE = re.compile(rb"(?P<record>[^\n]*?)(?:(?P<end>\r?\n)|\Z)")
+_LINE = re.compile(rb"(?P<record>[^\n]*+)(?:(?P<end>\n)|\Z)")
 
 
 def _without_end(line: bytes) -> bytes:

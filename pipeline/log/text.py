@@ -75,25 +75,24 @@ def _decoded(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
 
 def _with_lf(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Unchanged, except for files in which the first line ends with CR alone, as on old Macs: LF for each line end."""
-    start = b""
+    rest = b""
     for piece in pieces:
-        start += piece
-        if found := _FIRST_LINE_END.search(start):
+        rest += piece
+        if found := _FIRST_LINE_END.search(rest):
             break
-        if len(start) > LONGEST_LINE:
-            found = None
-            break
+        # Hold back no more than a CR that may be the first half of a CR LF.
+        whole = rest.removesuffix(b"\r")
+        yield whole
+        rest = rest[len(whole) :]
     else:
-        yield start.replace(b"\r", b"\n")
+        yield rest.replace(b"\r", b"\n")
         return
-    if found is None or found[0] != b"\r":
-        yield start
+    if found[0] != b"\r":
+        yield rest
         yield from pieces
         return
-    rest = start
     for piece in pieces:
-        # A CR at the end may be the first half of a CR LF.
-        whole = rest[: len(rest) - rest.endswith(b"\r")]
+        whole = rest.removesuffix(b"\r")
         yield whole.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         rest = rest[len(whole) :] + piece
     yield rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n")

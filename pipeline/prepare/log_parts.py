@@ -51,7 +51,6 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
     stones = Tombstones.of(plan.out, plan.parent)
     rows, valid = RowCounts(), 0
     fragments: list[Fragment] = []
-    rejected: list[pl.DataFrame] = []
     items: list[pl.Series] = []
     actions: set[str] = set()
     bounds: list[int] = []
@@ -65,7 +64,10 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
             if forgotten:
                 rows.rejected[Reason.FORGOTTEN_USER.value] += forgotten
             valid += checked.events.height
-            rejected.append(checked.rejected)
+            if checked.rejected.height:
+                # Into the quarantine of the data set.
+                named = checked.rejected.with_columns(pl.lit(file.name).alias("file"))
+                write_table(Store(plan.out), f"rejected/{plan.ingest}/part-{number:06d}-{count:04d}.parquet", named)
             if not checked.events.height:
                 continue
             events = checked.events
@@ -85,13 +87,10 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
         text = str(error)
         raise DataError(text if text.startswith(file.name) else f"{file.name}: {text}") from None
 
-    # The distinct items, for the vocabulary; the rejected rows, into the quarantine of the data set.
+    # The distinct items, for the vocabulary.
     items_file = f"items-{number:06d}.parquet" if items else None
     if items_file:
         write_table(store, items_file, pl.concat(items).unique().to_frame())
-    table = pl.concat(rejected).with_columns(pl.lit(file.name).alias("file")) if rejected else pl.DataFrame()
-    if table.height:
-        write_table(Store(plan.out), f"rejected/{plan.ingest}/part-{number:06d}.parquet", table)
     return StagedPart(
         number=number, rows=rows, valid=valid, actions=sorted(actions), items=items_file,
         time_range=[min(bounds), max(bounds)] if bounds else None, fragments=fragments, has_fine_times=has_fine_times,

@@ -214,8 +214,7 @@ def _refuse_bad_rows(rows: RowCounts, log: _Log, *, names: str) -> None:
         way = f"{other} and" if other else "set"
         raise DataError(f"{names}: {rows.in_unit(right, unit)}: {way} columns.timestamp_unit {right}")
     if (bad := rows.rejected.total()) > ratio * rows.read:
-        own = "check the rows, --columns and --files, or raise --max_rejected_ratio"
-        way = f"{other} and a mapping" if other else own
+        way = f"{other} and a mapping" if other else "check the rows, columns and files, or raise max_rejected_ratio"
         raise DataError(
             f"{names}: {bad} of {rows.read} rows are invalid ({rows.reasons()}), above max_rejected_ratio {ratio}; "
             f"{rows.first_of_each()}; {way}"

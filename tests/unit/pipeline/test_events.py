@@ -159,3 +159,15 @@ def test_nan_and_infinity_are_missing_in_a_column_of_floats(column):
     found = validate(block, columns=EventColumns(label="label"), id_types=INTEGERS, malformed=[])
     reason = Reason.MISSING_TIME if column == "timestamp" else Reason.MISSING_LABEL
     assert found.rejected["reason"].to_list() == [reason.value] * 3
+
+
+@pytest.mark.parametrize("name", ["user_id", "item_id", "request_id"])
+def test_an_id_of_more_than_4096_bytes_is_invalid_and_only_its_beginning_is_kept(name):
+    columns = EventColumns(request_id="request_id")
+    rows = pl.DataFrame([{"user_id": "u", "item_id": "i", "request_id": "r", "timestamp": 5}] * 3)
+    long = rows.with_columns(pl.Series(name, ["x" * 4_096, "é" * 2_049, "y" * 1_000_000]))
+    found = validate(long, columns=columns, id_types=dict.fromkeys(INTEGERS, "string"), malformed=[])
+    assert found.events[name].to_list() == ["x" * 4_096]
+    assert found.rejected["reason"].to_list() == [f"invalid {name.removesuffix('_id')}"] * 2
+    assert max(found.rejected["record"].str.len_bytes()) < 600
+    assert "(1000000 bytes)" in found.rejected["record"][1]

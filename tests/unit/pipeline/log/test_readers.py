@@ -245,3 +245,26 @@ def test_a_gzip_file_cut_short_is_refused_by_name(tmp_path):
 def test_a_wrong_format_is_refused(change):
     with pytest.raises(ValueError, match="must be"):
         FileFormat(**change)
+
+
+@pytest.mark.parametrize("name", ["log.csv.gz", "log.jsonl.gz"])
+def test_an_endless_line_in_a_small_file_is_one_malformed_row(tmp_path, name):
+    path = tmp_path / name
+    good = b'{"user_id": 1, "item_id": 2, "timestamp": 3}' if "jsonl" in name else b"1,2,3"
+    header = b"" if "jsonl" in name else b"user_id,item_id,timestamp\n"
+    with gzip.open(path, "wb", compresslevel=1) as stream:
+        stream.write(header + good + b"\n")
+        for _ in range(40):
+            stream.write(b"x" * (1 << 20))
+        stream.write(b"\n" + good)
+    assert path.stat().st_size < 400_000
+    rows, (malformed,) = read(path)
+    assert rows == [("1", "2", "3")] * 2
+    assert len(malformed) < 1_100
+
+
+def test_an_endless_first_line_is_refused(tmp_path):
+    path = tmp_path / "log.csv.gz"
+    path.write_bytes(gzip.compress(b"x" * (40 << 20), compresslevel=1))
+    with pytest.raises(DataError, match=r"log.csv.gz: the first line cannot be read"):
+        read(path)

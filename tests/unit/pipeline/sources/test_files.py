@@ -295,7 +295,7 @@ def test_times_in_another_unit_are_refused_by_the_key_and_unusual_ones_are_told(
 def test_a_data_error_shows_a_bad_value_and_a_way_out_that_the_command_has(tmp_path):
     path, out = tmp_path / "log.csv", str(tmp_path / "log")
     path.write_text("user_id,item_id,timestamp\nu,a,1709164800\nu,b,29.02.2024\n")
-    bad = rf"for example '29.02.2024' \(invalid time, row 2 of {tmp_path.name}/log.csv\); check the rows, --columns"
+    bad = rf"for example '29.02.2024' \(invalid time, row 2 of {tmp_path.name}/log.csv\); check the rows, columns"
     with pytest.raises(DataError, match=bad):
         import_files(str(path), out, config=ImportConfig())
     published = r"29.02.2024.*; get taobao again, or read it with `solar import files` and a mapping$"
