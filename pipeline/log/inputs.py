@@ -229,7 +229,9 @@ def _single(file: Listed, path: str, *, options: FileFormat) -> Input:
     if options.format != "auto":
         return dataclasses.replace(given, format=_form(options.format))
     if not given.format:
-        raise DataError(f"{path}: the name does not tell the format; set format to parquet, csv or jsonl")
+        raise DataError(
+            f"{path}: the name does not tell the format; set format to parquet, csv or jsonl (--files.format)"
+        )
     return given
 
 
