@@ -85,7 +85,7 @@ def log(tmp_path, monkeypatch):
     return Log(tmp_path, max_deltas=99)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(parts=ingests, compacted=st.sets(st.integers(0, 3)), late_days=st.sampled_from([0, 99]), data=st.data())
 def test_any_order_of_rows_ingests_and_compactions_gives_the_same(tmp_path_factory, parts, compacted, late_days, data):
     with pytest.MonkeyPatch.context() as patch:
@@ -119,7 +119,7 @@ def impression(item, *, request=1, label=0):
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-@pytest.mark.parametrize("labels", [*set(itertools.permutations([0, 1, 0])), (1, 1, 0), (0, 0, 1, 1)])
+@pytest.mark.parametrize("labels", [*sorted(set(itertools.permutations([0, 1, 0]))), (0, 0, 1, 1)])
 def test_one_row_an_ingest_counts_as_all_in_one(log, labels, compacted):
     for label in labels:
         log.add([impression(5, label=label, request=label)])
