@@ -6,17 +6,24 @@ tests/benchmarks/kill_and_resume.py does the same at random moments, many times.
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from jobs.tracking.mlflow_runs import mlflow_client
 from jobs.training.checkpoint import latest_checkpoint, read_state
+from pipeline import build
+from pipeline.shards.dataset import Shards
+from pipeline.shards.leases import current_leases
 from tests.support.commands import refused, solar
 from tests.support.held import Holds
 from tests.support.interruptions import Command, differences, learned, orphans, telemetry
+from tests.support.serial import without_ray
 from tests.support.tiny import prepare_tiny, write_tiny_log, write_tiny_recipe
 
 
@@ -65,6 +72,8 @@ def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the
     command = place.start("killed", "--cluster.max_failures", "2", holds=holds)
     holds.wait(17, command)
     assert f"process {command.pid} on " in place.refusal("killed")
+    (held,) = current_leases(str(place.directory / "shards"))
+    assert str(held).startswith(f"training of run killed (process {command.pid} on ")
     command.workers()[1].kill()
     holds.wait(33, command)
     assert sum(row["kind"] == "start" for row in telemetry(run_dir)) == 2
@@ -72,6 +81,7 @@ def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the
     command.send(signal.SIGKILL)
     assert command.finish()[0] == -signal.SIGKILL
     assert orphans(family) == []
+    assert current_leases(str(place.directory / "shards")) == []
 
     # A disk that damaged the latest checkpoint: refused, and what the line says helps.
     latest = latest_checkpoint(run_dir)
@@ -117,6 +127,22 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(pla
     assert latest is not None
     assert not read_state(latest)["train_state"]["finished"]
     assert "add --resume" in place.refusal("interrupted")
+
+
+def test_a_run_whose_data_were_removed_ends_with_the_command_that_did_it(place, tmp_path, monkeypatch):
+    shards = str(shutil.copytree(place.directory / "shards", tmp_path / "shards"))
+    holds = Holds(tmp_path / "holds", 3)
+    command = place.start("forgotten", "--data.shards", shards, "--parallel.num_workers", "1", holds=holds)
+    holds.wait(3, command)
+    without_ray(monkeypatch.setattr)
+    build.forget(shards, Shards.open(shards).index_table()["user_id"].cast(pl.String).head(1).to_list())
+    holds.release(3)
+    code, _, errors = command.finish(within=120)
+    assert code == 2, errors
+    (line,) = errors.strip().splitlines()
+    assert re.search(
+        r"manifest \d was removed: `solar forget` on .* removed it at .* UTC; it held users who were", line
+    )
 
 
 def test_sigterm_while_workers_start_ends_the_command_and_all_it_started(place, tmp_path):
