@@ -71,7 +71,7 @@ def test_out_below_a_file_is_one_line_and_leaves_nothing(arguments, tmp_path, ca
     file.write_text("mine")
     (tmp_path / "r.yaml").write_text("data: {name: shop, events: /logs, prepare: {daily: {folder: dt=%Y-%m-%d}}}\n")
     values = {"LOG": str(log), "FILE": str(file), "RECIPE": "r.yaml"}
-    words = ["/".join(values.get(part, part) for part in word.split("/")) for word in arguments]
+    words = ["/".join(str(values.get(part, part)) for part in word.split("/")) for word in arguments]
     before = sorted(tmp_path.rglob("*"))
     code = cli.run([*words, "--workspace", "/w" if words[0] == "schedule" else str(tmp_path / "ws"), "-v"])
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("solar:")]

@@ -38,11 +38,11 @@ def test_a_full_disk_is_one_line_that_names_the_log_and_leaves_nothing(tmp_path,
 
 def test_a_mistake_in_the_source_is_not_hidden_by_the_disk(tmp_path, monkeypatch):
     def mistaken(writer: EventLogWriter) -> None:
-        fill(writer)
+        writer.add_events(EVENTS)
         raise DataError("log.csv: no column user_id")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pq.ParquetWriter, "close", full)
+        patch.setattr(pq.ParquetWriter, "write_table", full)
         with pytest.raises(DataError, match=r"^log\.csv: no column user_id$"):
             write_event_log(str(tmp_path / "shop"), source={}, fill=mistaken)
     assert list(tmp_path.iterdir()) == []
