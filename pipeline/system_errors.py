@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -51,6 +52,19 @@ def as_data_error(error: BaseException, *, place: str | None = None) -> DataErro
     if line is None or found is None:
         return None
     return NotNow(line) if found[0] in _FULL else DataError(line)
+
+
+@contextlib.contextmanager
+def storing(place: str) -> Iterator[None]:
+    """In the block, what the system refuses is raised as by `as_data_error`; `place` is what the block writes."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if (told := as_data_error(error, place=place)) is None:
+            raise
+        raise told from error
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

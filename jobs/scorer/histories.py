@@ -217,7 +217,7 @@ def refuse_wrong_unit(
     wrong = np.flatnonzero((latest < time_range[0]) & (1000 * latest < LATEST_TIME))
     if len(wrong):
         raise RequestError(
-            f"row {first_row + owner[start[wrong[0]]]}: column {name!r} ends {_date(latest[wrong[0]])}, before the "
+            f"row {first_row + owner[start[wrong[0]]]}: column {name!r} ends {_date(int(latest[wrong[0]]))}, before the "
             f"model's first event, {_date(time_range[0])}: integers must be milliseconds since 1970 UTC"
         )
 

@@ -37,6 +37,7 @@ from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
 from pipeline.shards.sequences import UserEvents
 from pipeline.storage import Store, absolute
+from pipeline.system_errors import storing
 
 EVENTS_PER_CHUNK = 1 << 18
 """Events of the users whose states are computed together (16 M float32 at width 64)."""
@@ -92,7 +93,7 @@ def build_states(
         commit, reused = read_commit(directory), True
         if commit is None:
             built, elsewhere = [], dataclasses.replace(model, directory=model.directory.absolute())
-            with ray_session(cluster), staging_directory(directory) as staging:
+            with ray_session(cluster), storing(directory), staging_directory(directory) as staging:
                 opened = functools.partial(_opened, elsewhere, data, identity, directory, staging)
                 for answer in map_in_actors(opened, [{"bucket": b} for b in data.buckets], parallel=parallel):
                     built.append(answer)
@@ -171,7 +172,7 @@ def _opened(
         users = _users_of(store, name, identity)
         if users is None:
             scratch = staging if store.is_local else None
-            with tempfile.TemporaryDirectory(dir=scratch) as local:
+            with storing(directory), tempfile.TemporaryDirectory(dir=scratch) as local:
                 users = _write_bucket(f"{local}/{name}", row["bucket"], data, histories, scorer, identity)
                 store.adopt(f"{local}/{name}", name)
         return {

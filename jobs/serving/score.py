@@ -35,6 +35,7 @@ from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
 from pipeline.shards.dataset import Shards
 from pipeline.storage import absolute
+from pipeline.system_errors import storing
 
 ROWS_PER_PART = 4096
 """Requests per task: seconds to minutes of work."""
@@ -77,7 +78,7 @@ def score(
                 opened, parts, counts, stage, out=out, cluster=cluster or ClusterConfig(), parallel=parallel
             )
         # Write the result in input order, with the counts in its footer.
-        with contextlib.closing(batches):
+        with storing(str(out)), contextlib.closing(batches):
             first = next(batches)
             with ResultFile(out, first.schema.with_metadata(footer(facts))) as result:
                 result.write(first)

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 import polars as pl
 
 from pipeline.events import DataError, id_type
-from pipeline.log.readers import FileFormat, find_inputs, read_blocks, read_schema
+from pipeline.log.inputs import FileFormat, find_inputs
+from pipeline.log.readers import read_blocks, read_schema
 from pipeline.shards.dataset import Shards
 from pipeline.shards.tombstones import Tombstones
 from pipeline.storage import Store

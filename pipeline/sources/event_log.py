@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from pipeline.events import DataError, flatten
 from pipeline.log.inputs import summary
 from pipeline.storage import Store
-from pipeline.system_errors import as_data_error
+from pipeline.system_errors import storing
 
 FORMAT_VERSION = 1
 _FILE_EVENTS = 10_000_000
@@ -159,12 +159,8 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
 def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:
     """Let `fill` write the log, then publish it as `out`. When `fill` raises, all its files are removed. DataError: the
     system refuses to store it."""
-    try:
+    with storing(out):
         return _write_event_log(_local(out), source=source, fill=fill, out=out)
-    except OSError as error:
-        if (told := as_data_error(error, place=out)) is None:
-            raise
-        raise told from error
 
 
 def _write_event_log(

@@ -120,7 +120,9 @@ def test_evaluation_prints_its_tables(config, capsys):
     assert summary.ratios["mean_pooling"].value == pytest.approx(1.18747, abs=1e-5)
     assert summary.requests_config == settings_on(run_shards(config), config.data.requests)
     result = read_result(directory, "solar", task="next_item")
-    assert result.metrics() == pytest.approx(summary.metrics["solar"], nan_ok=True)
+    # Later versions count more than the stored one: the users behind each figure.
+    metrics, stored = result.metrics(), summary.metrics["solar"]
+    assert {name: metrics[name] for name in stored} == pytest.approx(stored, nan_ok=True)
     print_results(config, Console(), Evaluated(directory, summary, reused=True))
     shown = capsys.readouterr().out
     for cell in ("0.2633 (0.1645-0.3758)", "1.19 (0.75-2.03)", "0.0571 (0.0000-0.1327)"):

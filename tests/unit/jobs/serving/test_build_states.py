@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -19,7 +20,7 @@ from jobs.serving.ranking import ScoreConfig
 from jobs.serving.score import score
 from jobs.serving.stored_states import find_states
 from jobs.serving.user_histories import UserHistories
-from pipeline.events import DataError, EventColumns
+from pipeline.events import DataError, EventColumns, NotNow
 from pipeline.shards.dataset import Shards
 from tests.support.serial import command_without_ray
 
@@ -193,6 +194,20 @@ def test_states_of_another_model_are_refused_and_incomplete_ones_do_not_exist(lo
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     with pytest.raises(DataError, match="is damaged: build the states again"):
         ask(model, tmp_path, {"user_id": [1, 2, 3], "candidates": [[100]] * 3}, states=str(out))
+
+
+@pytest.mark.usefixtures("serial")
+def test_a_full_disk_leaves_no_states_and_the_next_run_builds_them(long_log, export, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+    model, out = export(long_log), tmp_path / "states"
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "write_table", full)
+        with pytest.raises(NotNow, match=rf"{out}/00000001: No space left on device: free some disk"):
+            built(model, long_log, out)
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+    assert built(model, long_log, out).users == 3
 
 
 def test_a_commit_that_names_files_elsewhere_is_refused(long_log, export, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from models.embeddings import EmbeddingCollections, look_up_ids, pool_features, 
 from models.zoo import build_tower
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.batches.requests import RequestConfig
-from pipeline.events import DataError, EventColumns
+from pipeline.events import DataError, EventColumns, NotNow
 
 MAX_HISTORY = 7
 
@@ -337,3 +338,18 @@ def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
     write_checksums(model.directory)
     with pytest.raises(UserError, match="cannot be read"):
         run(model, tmp_path, ask())
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_part_of_the_result(data, export, tmp_path, monkeypatch):
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left on device")
+
+    requests, out = tmp_path / "requests.parquet", tmp_path / "results" / "out.parquet"
+    columns = {"history": [[100]], "history_time": [[1_700_000_000_000]], "candidates": [[101, 102]]}
+    pq.write_table(pa.table(columns), requests)
+    model = export(data)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(NotNow) as raised:
+        score(model, ScoreConfig(requests=str(requests), out=str(out)), Console())
+    assert str(raised.value) == f"{out}: No space left on device: free some disk; what was committed is still there"
+    assert list(out.parent.iterdir()) == []

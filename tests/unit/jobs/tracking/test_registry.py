@@ -52,6 +52,11 @@ def test_alias_and_version_lead_to_the_same_files_and_the_rest_is_told_in_one_li
     assert "must have the form models:/NAME@ALIAS or models:/NAME/VERSION" in complaint("shop", workspace)
     assert "table-genre.safetensors is missing" in complaint("models:/shop/3", workspace)
     assert "no MLflow store there" in complaint("models:/shop/1", str(tmp_path / "elsewhere"))
+    damaged = Path(workspace) / "mlflow" / "m-3" / "artifacts" / "model" / "scorer.json"
+    damaged.write_text(damaged.read_text()[:100])
+    assert f"models:/shop/3: {damaged} is not valid JSON" in complaint("models:/shop/3", workspace)
+    damaged.write_text('{"features": 3}')
+    assert f"models:/shop/3: {damaged} has no key 'model'" in complaint("models:/shop/3", workspace)
 
     fetched = []
 

@@ -1,0 +1,94 @@
+"""How a command ends: one line and 2 for what the system refuses, one line and 75 for a locked database."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from jobs import cli
+from jobs.commands.arguments import Command, plain
+from jobs.commands.system import doctor_parser
+from jobs.tracking import registry
+from tests.support.tiny import write_tiny_log
+
+
+@pytest.fixture
+def ended_by(monkeypatch, capfd):
+    """A function: (exit code, lines on stderr) of a command that raises this error."""
+
+    def run(error: BaseException) -> tuple[int, list[str]]:
+        def fail(arguments, console, *, verbose):
+            raise error
+
+        command = Command(run=fail, parsers=plain(doctor_parser), usage="", does="fails")
+        monkeypatch.setattr(cli, "COMMANDS", {"fail": command})
+        code = cli.run(["fail"])
+        return code, capfd.readouterr().err.splitlines()
+
+    return run
+
+
+def test_a_full_disk_is_one_line(ended_by):
+    error = OSError(errno.ENOSPC, "No space left on device", "/w/runs/x")
+    line = "solar: /w/runs/x: No space left on device: free some disk; what was committed is still there"
+    assert ended_by(error) == (2, [line])
+
+
+def test_a_place_that_cannot_be_written_is_one_line_also_inside_of_another_error(ended_by):
+    error = RuntimeError("outer")
+    error.__cause__ = OSError(errno.EROFS, "x", "/media/cd/out")
+    line = "solar: /media/cd/out: Read-only file system: name a place that can be written"
+    assert ended_by(error) == (2, [line])
+
+
+def test_a_locked_database_is_one_line_and_worth_another_try(ended_by):
+    error = RuntimeError("(sqlite3.OperationalError) database is locked\n[SQL: ...]")
+    code, lines = ended_by(error)
+    assert (code, len(lines)) == (75, 1)
+    assert "locked by another program" in lines[0]
+
+
+def test_a_defect_keeps_its_traceback(ended_by):
+    code, lines = ended_by(FileNotFoundError(errno.ENOENT, "No such file or directory", "/w/x"))
+    assert code == 1
+    assert any(line.startswith("Traceback") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["import", "files", "LOG/events-00000.parquet", "--out", "FILE/log"],
+        ["import", "synthetic", "--users", "3", "--events_per_user", "5", "--out", "FILE/below/log"],
+        ["schedule", "RECIPE", "--cron", "0 3 * * *", "--emit", "cronjob", "--out", "FILE/manifests", "--image", "i:1",
+         "--head", "http://h:8265"],
+    ],
+)  # fmt: skip
+def test_out_below_a_file_is_one_line_and_leaves_nothing(arguments, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    log, file = write_tiny_log(tmp_path / "log"), tmp_path / "file"
+    file.write_text("mine")
+    (tmp_path / "r.yaml").write_text("data: {name: shop, events: /logs, prepare: {daily: {folder: dt=%Y-%m-%d}}}\n")
+    values = {"LOG": str(log), "FILE": str(file), "RECIPE": "r.yaml"}
+    words = ["/".join(str(values.get(part, part)) for part in word.split("/")) for word in arguments]
+    before = sorted(tmp_path.rglob("*"))
+    code = cli.run([*words, "--workspace", "/w" if words[0] == "schedule" else str(tmp_path / "ws"), "-v"])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("solar:")]
+    assert (code, len(lines)) == (2, 1), lines
+    assert str(file) in lines[0]
+    assert file.read_text() == "mine"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_registry_that_another_program_has_locked_is_said(tmp_path, capfd, monkeypatch):
+    def locked(uri: str) -> None:
+        raise MlflowException("(sqlite3.OperationalError) database is locked\n[SQL: SELECT 1]")
+
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "mlflow.db").touch()
+    monkeypatch.setattr(registry, "mlflow_client", locked)
+    code = cli.run(["history", "shop", "--workspace", str(tmp_path)])
+    lines = capfd.readouterr().err.splitlines()
+    assert (code, len(lines)) == (75, 1), lines
+    assert "locked by another program" in lines[0]
