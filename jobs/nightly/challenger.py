@@ -84,7 +84,7 @@ def night_requests(night: NightContext, before: ChampionBefore) -> RequestConfig
 def lacking(night: NightContext, requests: RequestConfig) -> str | None:
     """Which of the three parts of the requests is empty, as a sentence; None if none is."""
     counts = night.counts(requests)
-    if counts.positives is not None and not counts.positives.any():
+    if counts.labels is not None and not counts.labels.positives.any():
         return "no event has a positive label: nothing was trained; the data are kept for the next night"
     for part, what in (("train", "to train on"), ("valid", "for validation"), ("test", "to judge by")):
         if not getattr(counts, part).requests.any():

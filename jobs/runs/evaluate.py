@@ -31,7 +31,7 @@ from jobs.runs.weights import System
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from models.metrics import bootstrap_ratio_interval
-from pipeline.batches.request_index import RequestCounts, settings_on
+from pipeline.batches.request_index import RequestCounts, leaves_out, settings_on
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
@@ -157,8 +157,7 @@ def _warn(config: RunConfig, shards: Shards, counts: RequestCounts, main: System
     that the model may have trained on."""
     requests = config.data.requests
     tell_labels(requests, counts, console, command="evaluate")
-    is_whole = requests.task == "impressions" or counts.positives is None
-    lengths = shards.index.events if is_whole else counts.positives
+    lengths = counts.labels.positives if leaves_out(shards, requests) and counts.labels else shards.index.events
     longer = int((lengths > requests.max_history).sum())
     if longer:
         console.line(

@@ -31,18 +31,19 @@ def check_requests(config: RunConfig, shards: Shards, counts: RequestCounts, con
 
 def tell_labels(requests: RequestConfig, counts: RequestCounts, console: Console, *, command: str) -> None:
     """Tell how many events next_item reads of a log with labels, and how many it leaves out."""
-    if requests.task != "next_item" or counts.positives is None or counts.only_shown is None:
+    if requests.task != "next_item" or counts.labels is None:
         return
-    positives, shown = int(counts.positives.sum()), int(counts.only_shown.sum())
+    positives, shown = int(counts.labels.positives.sum()), int(counts.labels.only_shown.sum())
     left_out = f"{shown:,} only shown: not used by next_item" if shown else "none only shown: next_item uses all events"
     console.line(f"{command:<12} {positives:,} positives, {left_out}")
 
 
 def _refuse_equal_labels(config: RunConfig, counts: RequestCounts) -> None:
     """UserError if no event has a positive label, or if impressions have no other label."""
-    if counts.positives is None or counts.only_shown is None:
+    if counts.labels is None:
         return
-    positives, shown, task = int(counts.positives.sum()), int(counts.only_shown.sum()), config.data.requests.task
+    positives, shown = int(counts.labels.positives.sum()), int(counts.labels.only_shown.sum())
+    task = config.data.requests.task
     if not positives:
         fix = "" if task == "impressions" else ", or set data.requests.min_label to 0 to predict every event"
         raise UserError(

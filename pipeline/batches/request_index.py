@@ -42,16 +42,24 @@ class PartCounts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LabelCounts:
+    """Events by label, per user row."""
+
+    positives: np.ndarray
+    """[users] int64: events with a positive label."""
+    only_shown: np.ndarray
+    """[users] int64: the other events."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RequestCounts:
     """The counts of all parts, and of events by label."""
 
     train: PartCounts
     valid: PartCounts
     test: PartCounts
-    positives: np.ndarray | None
-    """[users] int64: events with a positive label; None where the task does not use labels, or the log has none."""
-    only_shown: np.ndarray | None
-    """[users] int64: the other events."""
+    labels: LabelCounts | None
+    """None where the task does not use labels, or the log has none."""
 
 
 def request_counts(data: Shards, config: RequestConfig) -> RequestCounts:
@@ -73,10 +81,9 @@ def load(data: Shards, config: RequestConfig) -> RequestCounts | None:
         table = pq.read_table(io.BytesIO(store.read(name)))
     except (OSError, pa.ArrowException):
         return None
-    if uses_labels(data, config) and not {*_LABELS} <= {*table.column_names}:
-        # From a version that did not count labels.
-        return None
-    return _from_columns({column: np.asarray(table[column]) for column in table.column_names})
+    counts = _from_columns({column: np.asarray(table[column]) for column in table.column_names})
+    # A version that did not count labels left the file.
+    return None if uses_labels(data, config) and counts.labels is None else counts
 
 
 def check_log(data: Shards, config: RequestConfig) -> None:
@@ -173,10 +180,9 @@ def _save(data: Shards, config: RequestConfig, parts: list[dict[str, np.ndarray]
 
 
 def _from_columns(columns: dict[str, np.ndarray]) -> RequestCounts:
-    return RequestCounts(
-        **{part: PartCounts(**{name: columns[f"{part}_{name}"] for name in _COLUMNS}) for part in PARTS},
-        **{name: columns.get(name) for name in _LABELS},
-    )
+    parts = {part: PartCounts(**{name: columns[f"{part}_{name}"] for name in _COLUMNS}) for part in PARTS}
+    labels = LabelCounts(**{name: columns[name] for name in _LABELS}) if {*_LABELS} <= {*columns} else None
+    return RequestCounts(**parts, labels=labels)
 
 
 def _name(data: Shards, config: RequestConfig) -> str:

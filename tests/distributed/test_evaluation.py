@@ -29,9 +29,14 @@ from tests.support.tiny import prepare_tiny, write_tiny_log
 
 FIRST, STEP = 1_000_000_000, 5_000_000
 """Milliseconds of the tiny log's first event, and between two events of a user."""
-LAST = RequestConfig()
+LAST = RequestConfig(min_label=0)
 BASKETS = RequestConfig(
-    split="temporal", valid_from=FIRST + 6 * STEP, test_from=FIRST + 9 * STEP, group="request", seen_items="kept"
+    split="temporal",
+    valid_from=FIRST + 6 * STEP,
+    test_from=FIRST + 9 * STEP,
+    group="request",
+    seen_items="kept",
+    min_label=0,
 )
 
 

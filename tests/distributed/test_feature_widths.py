@@ -111,7 +111,7 @@ def days(tmp_path_factory) -> tuple[Path, Shards]:
     directory = tmp_path_factory.mktemp("days")
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch.setattr)
-        first = first_day(directory, RequestConfig())
+        first = first_day(directory, RequestConfig(min_label=0))
     return directory, first
 
 
@@ -135,7 +135,7 @@ def test_run_with_narrow_tables_is_the_same_on_any_ranks_after_a_resume_and_grow
     assert {name: whole_table(checkpoint, name)["weight"].shape[1] for name in widths} == widths
 
     without_ray(monkeypatch.setattr)
-    second = second_day(directory, RequestConfig())
+    second = second_day(directory, RequestConfig(min_label=0))
     grown = grow(str(checkpoint), Console(), shards_dir=second.path, out=str(tmp_path / "grown"))
     starts = [(job_of(config, second, tmp_path / name, warm_start=path), [None]) for name, path in
               (("from-grown", grown), ("from-ungrown", checkpoint))]  # fmt: skip

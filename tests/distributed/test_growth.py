@@ -79,7 +79,7 @@ class Days:
 @pytest.fixture(scope="module")
 def days(tmp_path_factory) -> Days:
     directory = tmp_path_factory.mktemp("days")
-    requests = RequestConfig()
+    requests = RequestConfig(min_label=0)
     with pytest.MonkeyPatch.context() as patch:
         without_ray(patch.setattr)
         first = first_day(directory, requests)

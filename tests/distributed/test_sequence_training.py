@@ -21,7 +21,7 @@ from tests.distributed.test_training_loop import losses, run_each, tiny_shards, 
 from tests.support.ranks import run_ranks
 
 SEQUENCE_MODELS = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
-REQUESTS = RequestConfig(num_negatives=0)
+REQUESTS = RequestConfig(num_negatives=0, min_label=0)
 
 
 @pytest.fixture(scope="module")

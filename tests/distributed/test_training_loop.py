@@ -41,7 +41,7 @@ from pipeline.shards.dataset import Shards
 from tests.support.ranks import run_ranks
 from tests.support.tiny import prepare_tiny, write_tiny_log
 
-NEXT_ITEM = RequestConfig(num_negatives=8)
+NEXT_ITEM = RequestConfig(num_negatives=8, min_label=0)
 
 
 @pytest.fixture(scope="module")

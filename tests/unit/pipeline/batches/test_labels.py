@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.batches.loader import EvaluationLoader, LoaderConfig, TrainLoader, training_item_counts
-from pipeline.batches.request_index import load, request_counts
+from pipeline.batches.request_index import LabelCounts, load, request_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns
 from pipeline.shards.dataset import Shards
@@ -32,12 +32,18 @@ def open_log(prepare, write_log, tmp_path):
 
     def make(log: pl.DataFrame, name: str = "shown") -> Shards:
         write_log(log, f"{name}/events.parquet")
-        named = {column: column for column in ("label", "request_id") if column in log.columns}
-        columns = EventColumns(timestamp_unit="ms", **named)
+        label, request_id = (name if name in log.columns else None for name in ("label", "request_id"))
+        columns = EventColumns(timestamp_unit="ms", label=label, request_id=request_id)
         prepare(tmp_path / name, tmp_path / f"{name}-shards", columns=columns, buckets=3, row_group_events=60)
         return Shards.open(str(tmp_path / f"{name}-shards"))
 
     return make
+
+
+def labels_of(data: Shards, config: RequestConfig) -> LabelCounts:
+    labels = request_counts(data, config).labels
+    assert labels is not None
+    return labels
 
 
 def requests_of(data: Shards, config: RequestConfig, part: str) -> list[tuple]:
@@ -115,17 +121,17 @@ def test_requests_are_those_of_the_log_without_what_was_only_shown(open_log, con
 def test_each_users_events_are_counted_by_label(open_log):
     log = shown_log()
     data = open_log(log)
-    first, again = request_counts(data, LAST), load(data, LAST)
-    assert again is not None
+    first, again = labels_of(data, LAST), labels_of(data, LAST)
+    assert load(data, LAST) is not None
     by_user = log.to_pandas().groupby("user_id").label.agg(["sum", "count"])
     for counts in (first, again):
         found = {user: int(count) for user, count in zip(data.index.user_id.to_pylist(), counts.positives, strict=True)}
         assert found == by_user["sum"].to_dict()
         assert (counts.positives + counts.only_shown).sum() == len(log)
     assert first.positives.min() == 0
-    of_impressions = request_counts(data, dataclasses.replace(LAST, task="impressions"))
+    of_impressions = labels_of(data, dataclasses.replace(LAST, task="impressions"))
     assert of_impressions.positives.tolist() == first.positives.tolist()
-    assert request_counts(data, dataclasses.replace(LAST, min_label=0)).positives is None
+    assert request_counts(data, dataclasses.replace(LAST, min_label=0)).labels is None
 
 
 def test_min_label_0_reads_every_event(open_log):
@@ -178,11 +184,11 @@ def test_counts_of_an_earlier_version_are_used_only_where_they_mean_the_same(ope
     assert request_counts(labelled, LAST).test.requests.max() == 1
     # Impressions without counts of labels are counted again.
     config = dataclasses.replace(LAST, task="impressions")
-    counted = request_counts(labelled, config)
+    counted = labels_of(labelled, config)
     table = pq.read_table(earlier(labelled, config))
     pq.write_table(table.drop_columns(["positives", "only_shown"]), earlier(labelled, config))
     assert load(labelled, config) is None
-    assert request_counts(labelled, config).positives.tolist() == counted.positives.tolist()
+    assert labels_of(labelled, config).positives.tolist() == counted.positives.tolist()
     assert pq.read_table(earlier(labelled, config)).equals(table)
 
 
