@@ -178,10 +178,11 @@ class _Log:
 
 
 def _with_labels(table: pl.DataFrame, min_label: float) -> pl.DataFrame:
-    """Label 1 for numbers of at least `min_label`, else 0; other values are kept, so that validation rejects them."""
+    """Label 1 for numbers of at least `min_label`, else 0; other texts are kept, so that validation rejects them."""
     number = pl.col("label").cast(pl.Float64, strict=False)
     liked = (number >= min_label).cast(pl.Int8).cast(pl.String)
-    return table.with_columns(label=pl.when(number.is_finite()).then(liked).otherwise(pl.col("label").cast(pl.String)))
+    other = None if table.schema["label"].is_float() else pl.col("label").cast(pl.String)
+    return table.with_columns(label=pl.when(number.is_finite()).then(liked).otherwise(other))
 
 
 def _import_events(log: _Log, writer: EventLogWriter, *, report: Progress) -> None:

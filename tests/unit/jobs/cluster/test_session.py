@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants, services, worker
 
 from jobs.cluster.session import CLUSTERS_VARIABLE, TRIES_VARIABLE, WORKER_ENVIRONMENT, ClusterConfig, ray_session
 
@@ -147,7 +147,7 @@ def test_no_token_is_made_where_another_one_counts_or_none(starting, home, monke
 
 
 def test_a_local_ray_has_the_address_of_loopback_and_a_cluster_the_machines(starting, monkeypatch):
-    monkeypatch.setattr(ray._private.worker, "_global_node", None)
+    monkeypatch.setattr(worker, "_global_node", None)
     monkeypatch.delenv(CLUSTERS_VARIABLE, raising=False)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     seen = []

@@ -17,7 +17,7 @@ from jobs.scorer import histories as scorer_histories
 from jobs.scorer import packed_states
 from jobs.scorer.request_frame import Limits
 from jobs.scorer.scorer import LONGEST_MESSAGE, InvalidRequest
-from pipeline.events import LATEST_TIME
+from pipeline.times import LATEST_TIME
 
 NOW = 20_000_000
 """A time within the data's times, in milliseconds."""
@@ -178,7 +178,7 @@ def test_records_may_lack_optional_columns(data, export):
     short = {"history": [101, 100, 102], "candidates": [103, 104]}
     rows = [GOOD, short, short | {"history_time": [3, 2, 1]}, short | {"latest": [107]}, {"candidates": [103, 104]}]
     frame = pd.DataFrame(rows)
-    assert frame["history_time"].isna().sum() == 3
+    assert frame["history_time"].isna().to_list().count(True) == 3
     found = scorer.predict(None, frame)["scores"]
     for row, scores in zip(rows, found, strict=True):
         alone = row if "history" in row else row | {"history": []}

@@ -6,10 +6,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from jobs.training.catalogue import ALWAYS, catalogue_of
 from jobs.training.evaluation import EVEN_SHARE, evaluate
 from jobs.training.exported import LoadedRows
+from jobs.training.results import RankedTargets
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import index_requests
 from pipeline.events import EventColumns
@@ -27,7 +29,7 @@ SPLITS = {
 @pytest.fixture
 def one_rank():
     """A process group of this process alone: evaluation consists of collectives."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -79,6 +81,7 @@ def test_log_loss_of_evaluation_is_that_of_solar_score(plain, export, tmp_path, 
     scorer = model.scorer()
     catalogue = catalogue_of(plain, requests=requests, training_count=np.zeros(plain.vocabulary.capacity, np.int64))
     result = evaluate(scorer.tower, LoadedRows(scorer), plain, catalogue=catalogue, requests=requests, part="test")
+    assert isinstance(result, RankedTargets)
     asked = asked_again(result, catalogue, plain)
     assert len(asked) > 10
     assert len({len(row["candidates"]) for row in asked}) > (split == "temporal")

@@ -134,9 +134,9 @@ def test_words_for_nothing_are_missing_in_csv_only_without_quotes_and_elsewhere_
     rows, _ = read(path)
     assert [row[0] for row in rows] == kept
     assert [row[1] for row in rows] == words
-    named = FileFormat(missing=["NA"])
+    named = FileFormat(missing=("NA",))
     assert [row[0] for row in read(path, named)[0]] == [*words[:7], None, ""]
-    assert [row[0] for row in read(path, FileFormat(missing=[]))[0]] == words
+    assert [row[0] for row in read(path, FileFormat(missing=()))[0]] == words
 
     # Where fields cannot be quoted, also on the slower way.
     for separator in (";", "::"):
@@ -210,7 +210,7 @@ def test_any_block_size_reads_the_same_lines(tmp_path_factory, lines, block):
     path.write_text("user_id,item_id,timestamp\n" + "\n".join(texts), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_BLOCK_BYTES", block)
-        rows, malformed = read(path, FileFormat(missing=[]))
+        rows, malformed = read(path, FileFormat(missing=()))
     full = [tuple(text.split(",")) for text in texts if text]
     assert rows == [fields for fields in full if len(fields) == 3]
     assert malformed == [",".join(fields) for fields in full if len(fields) != 3]
@@ -252,11 +252,7 @@ def test_an_endless_line_in_a_small_file_is_one_malformed_row(tmp_path, name):
     path = tmp_path / name
     good = b'{"user_id": 1, "item_id": 2, "timestamp": 3}' if "jsonl" in name else b"1,2,3"
     header = b"" if "jsonl" in name else b"user_id,item_id,timestamp\n"
-    with gzip.open(path, "wb", compresslevel=1) as stream:
-        stream.write(header + good + b"\n")
-        for _ in range(40):
-            stream.write(b"x" * (1 << 20))
-        stream.write(b"\n" + good)
+    path.write_bytes(gzip.compress(header + good + b"\n" + b"x" * (40 << 20) + b"\n" + good, compresslevel=1))
     assert path.stat().st_size < 400_000
     rows, (malformed,) = read(path)
     assert rows == [("1", "2", "3")] * 2
@@ -268,3 +264,25 @@ def test_an_endless_first_line_is_refused(tmp_path):
     path.write_bytes(gzip.compress(b"x" * (40 << 20), compresslevel=1))
     with pytest.raises(DataError, match=r"log.csv.gz: the first line cannot be read"):
         read(path)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_times_in_many_forms_are_read_from_every_format(tmp_path, form):
+    from pipeline.events import validate
+
+    texts = ["2024-02-29", "2024-02-29 00:00", "2024-02-29T01:00:00.000+01:00", "1709164800", "1709164800.0", "soon"]
+    path = tmp_path / f"log.{form}"
+    if form == "csv":
+        path.write_text("user_id,item_id,timestamp\n" + "".join(f"u,i,{text}\n" for text in texts))
+    elif form == "jsonl":
+        values = [*texts[:3], 1709164800, 1709164800.0, "soon"]
+        rows = [{"user_id": "u", "item_id": "i", "timestamp": value} for value in values]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pl.DataFrame({"user_id": "u", "item_id": "i", "timestamp": texts}).write_parquet(path)
+    (file,) = find_inputs(str(path), options=FileFormat())
+    (block,) = read_blocks(file, mapping=MAPPING, options=FileFormat())
+    types = {"user_id": "string", "item_id": "string"}
+    found = validate(block.table, columns=EventColumns(), id_types=types, malformed=[])
+    assert found.events["timestamp"].to_list() == [1_709_164_800_000] * 5
+    assert found.rejected["reason"].to_list() == ["invalid time"]

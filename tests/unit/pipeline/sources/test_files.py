@@ -306,3 +306,13 @@ def test_a_data_error_shows_a_bad_value_and_a_way_out_that_the_command_has(tmp_p
         DataError, match=r"get x again, or read it with `solar import files` and columns.timestamp_unit ms"
     ):
         import_files(str(path), out, config=ImportConfig(), published="x")
+
+
+def test_a_rating_that_is_no_number_is_a_missing_label(tmp_path):
+    path = tmp_path / "log.parquet"
+    stars = [5.0, 1.0, float("nan"), float("inf"), None]
+    pl.DataFrame({"user_id": "u", "item_id": "abcde", "timestamp": range(5), "stars": stars}).write_parquet(path)
+    config = ImportConfig(columns=EventColumns(label="stars"), min_label=4, max_rejected_ratio=0.9)
+    import_files(str(path), str(tmp_path / "log"), config=config)
+    assert pl.read_parquet(tmp_path / "log/events-00000.parquet")["label"].to_list() == [1, 0]
+    assert pl.read_parquet(tmp_path / "log/rejected.parquet")["reason"].to_list() == ["missing label"] * 3
