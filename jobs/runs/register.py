@@ -106,9 +106,12 @@ def _refuse_unknown_metric(evaluated: Evaluated) -> None:
     """UserError if the metric that decides could not be computed: no model could be compared with this one."""
     summary = evaluated.summary
     if math.isnan(summary.metrics[summary.main][summary.primary]):
+        fix = "add more events"
+        if summary.primary == "ndcg@10":
+            fix += ", or set data.requests.seen_items to kept if people come back to items"
         raise UserError(
             f"{evaluated.directory}: {summary.primary} of {summary.main} is nan, no {summary.part} request counts for "
-            "it: not registered; add more events, or change data.requests"
+            f"it: not registered; {fix}"
         )
 
 

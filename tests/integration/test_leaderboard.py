@@ -17,7 +17,7 @@ source: {{name: files, path: {events}/events-00000.parquet}}
 data:
   name: tiny
   prepare: {{buckets: 3, row_group_events: 200}}
-  requests: {{num_negatives: 0}}
+  requests: {{num_negatives: 0, min_label: 0}}
   loader: {{batch_events: 1500, window_row_groups: 2}}
 training: {{epochs: 2, loss: catalogue}}
 parallel: {{num_workers: 1}}
