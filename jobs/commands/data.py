@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def import_parsers(arguments: Sequence[str]) -> Parsers:
 def _import_parser(source: str) -> tuple[ArgumentParser, Callable[[Any], SourceConfig]]:
     """(the parser of `solar import SOURCE`, the function from parsed arguments to the source's configuration)."""
     parser = new_parser(f"import {source}", description="A public format, or your own files -> event log.")
-    readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic}
+    readers = {"movielens-100k": _movielens, "files": _files, "git": _git, "synthetic": _synthetic, "recbole": _recbole}
     read_source = readers[source](parser) if source in readers else _published(parser, source)
     parser.add_argument("--out", type=Place | None, default=None, help="event log; default: WORKSPACE/events/SOURCE")
     parser.add_argument("--workspace", type=Place, default="workspace", help="directory for downloads and logs")
@@ -97,19 +98,42 @@ def _synthetic(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
     return lambda parsed: SourceConfig(name="synthetic", synthetic=_build(SyntheticConfig, parser, parsed))
 
 
+def _recbole(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
+    from pipeline.sources.recbole import RecBoleConfig
+
+    read_source = _published(parser, "recbole")
+    parser.add_class_arguments(RecBoleConfig)
+    return lambda parsed: dataclasses.replace(read_source(parsed), recbole=_build(RecBoleConfig, parser, parsed))
+
+
 def _published(parser: ArgumentParser, name: str) -> Callable[[Any], SourceConfig]:
     from jobs.config.run_config import SourceConfig
+    from pipeline.sources.files import ImportConfig
 
     parser.add_argument("path", type=Place, help="the unpacked data set, or its file of events")
-    return lambda parsed: SourceConfig(name=name, path=parsed.path)
+    parser.add_argument(
+        "--max_rejected_ratio",
+        type=float,
+        default=0.01,
+        help="largest share of invalid rows; above it nothing is written",
+    )
+    return lambda parsed: SourceConfig(
+        name=name,
+        path=parsed.path,
+        files=_of_options(ImportConfig, parser, max_rejected_ratio=parsed.max_rejected_ratio),
+    )
 
 
 def _build(options: type, parser: ArgumentParser, parsed: Any) -> Any:
     """The dataclass `options` from the command's top-level options, whose rules are checked here (`instantiate` checks
     those of sections)."""
     built = instantiate(parser, parsed)
+    return _of_options(options, parser, **{field: built[field] for field in options.__dataclass_fields__})
+
+
+def _of_options(options: type, parser: ArgumentParser, **fields: Any) -> Any:
     try:
-        return options(**{field: built[field] for field in options.__dataclass_fields__})
+        return options(**fields)
     except ValueError as error:
         raise usage_error(parser.prog.removeprefix("solar "), one_line(error)) from error
 

@@ -32,6 +32,7 @@ from pipeline.build import PrepareConfig
 from pipeline.sources.files import ImportConfig
 from pipeline.sources.git import GitConfig
 from pipeline.sources.published import PUBLISHED
+from pipeline.sources.recbole import RecBoleConfig
 from pipeline.sources.synthetic_world import SyntheticConfig
 
 SOURCES = ("movielens-100k", "files", "git", "synthetic", *PUBLISHED)
@@ -52,7 +53,9 @@ class SourceConfig:
     users_path: Place | None = None
     """files: a table of users and their features."""
     files: ImportConfig = dataclasses.field(default_factory=ImportConfig)
-    """files: how to read the files."""
+    """files: how to read the files; a public data set: max_rejected_ratio of these alone."""
+    recbole: RecBoleConfig = dataclasses.field(default_factory=RecBoleConfig)
+    """recbole: which columns have which role."""
     git: GitConfig = dataclasses.field(default_factory=GitConfig)
     """git: which commits become events."""
     synthetic: SyntheticConfig = dataclasses.field(default_factory=SyntheticConfig)

@@ -61,7 +61,10 @@ def _import(source: SourceConfig, out: str, *, downloads: Path, progress: Any) -
         return import_movielens_100k(out, from_file=path, downloads=str(downloads), progress=progress)
     assert path is not None, "needs_path says otherwise"
     if source.name in PUBLISHED:
-        return import_published(source.name, path, out, progress=progress)
+        return import_published(
+            source.name, path, out, atomic=source.recbole, max_rejected_ratio=source.files.max_rejected_ratio,
+            progress=progress,
+        )  # fmt: skip
     return import_files(
         path, out, config=source.files, items=source.items_path, users=source.users_path, progress=progress
     )

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import io
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from pipeline.events import DataError
@@ -36,6 +36,7 @@ EMPTY = "empty"
 AGAIN = "reached a second time, by a link"
 EQUAL = "equal to another file in content"
 """Why a file is left out."""
+UNKNOWN = "its name does not tell the format"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,14 +117,13 @@ class Found:
     """{name: why} of those that nobody has said to leave out."""
 
     def refuse_unread(self, path: str) -> None:
-        """DataError if there is a file that cannot be read and is not to be left out. Or nothing at all."""
+        """DataError if there is a file that cannot be read and is not to be left out."""
         if self.unread:
             listed = [f"{name} ({why})" for name, why in sorted(self.unread.items())]
             count = f"{len(listed):,} files are not read" if len(listed) > 1 else "1 file is not read"
-            raise DataError(
-                f"{path}: {count}: {_some(listed)}; give the format of unknown names with --files.format, or leave "
-                "files out with --files.ignore PATTERN"
-            )
+            nameless = "give their format with --files.format, or " if UNKNOWN in self.unread.values() else ""
+            them = "them" if len(listed) > 1 else "it"
+            raise DataError(f"{path}: {count}: {_some(listed)}; {nameless}leave {them} out with --files.ignore PATTERN")
 
 
 def find(path: str, *, options: FileFormat, tables: Collection[str] = ()) -> Found:
@@ -150,7 +150,8 @@ def find(path: str, *, options: FileFormat, tables: Collection[str] = ()) -> Fou
             found.append(_input(file, options=options))
         else:
             (left_out if why in (IGNORED, EMPTY, AGAIN) else unread)[file.name] = why
-    unread |= _packed_copies(found)
+    for name, other in packed_copies(file.name for file in found).items():
+        unread[name] = f"beside {other}: which of the two?"
     if not (found or unread):
         others = f" ({'; '.join(f'{n} {what}' for what, n in summary(left_out).items())})" if left_out else ""
         raise DataError(f"{path}: no event files there{others}; expected {', '.join(_SUFFIXES)} files")
@@ -172,15 +173,38 @@ def summary(left_out: Mapping[str, str]) -> dict[str, int]:
     return {f"file{'s' * (len(names) > 1)} {why}: {_some(names)}": len(names) for why, names in by_reason.items()}
 
 
-def equal_files(checksums: Mapping[str, str]) -> dict[str, str]:
-    """{name: EQUAL} for each file whose content an earlier one has. `checksums`: {name: checksum} in reading order."""
-    seen: set[str] = set()
-    equal = {}
-    for name, value in checksums.items():
+def without_equal(
+    files: Iterable[tuple[Input, str]], *, known: Iterable[str] = ()
+) -> tuple[list[tuple[Input, str]], dict[str, str]]:
+    """(the files with their checksums, of equal ones the first; {name: EQUAL} of the others). `known`: checksums of
+    content that is not wanted again."""
+    seen, first, equal = set(known), [], {}
+    for file, value in files:
         if value in seen:
-            equal[name] = EQUAL
+            equal[file.name] = EQUAL
+        else:
+            first.append((file, value))
         seen.add(value)
-    return equal
+    return first, equal
+
+
+def packed_copies(names: Iterable[str]) -> dict[str, str]:
+    """{name: earlier name} of files that differ from an earlier one in the compression alone: one is probably made from
+    the other."""
+    first: dict[str, str] = {}
+    copies = {}
+    for name in names:
+        plain = without_compression(name)
+        if plain in first:
+            copies[name] = first[plain]
+        first.setdefault(plain, name)
+    return copies
+
+
+def without_compression(name: str) -> str:
+    """day.csv of day.csv.gz."""
+    compression = _endings(name)[1]
+    return name[: -len(compression)] if compression else name
 
 
 def checksum(file: Input) -> str:
@@ -205,7 +229,9 @@ def _single(file: Listed, path: str, *, options: FileFormat) -> Input:
     if options.format != "auto":
         return dataclasses.replace(given, format=_form(options.format))
     if not given.format:
-        raise DataError(f"{path}: the name does not tell the format; set format to parquet, csv or jsonl")
+        raise DataError(
+            f"{path}: the name does not tell the format; set format to parquet, csv or jsonl (--files.format)"
+        )
     return given
 
 
@@ -238,20 +264,8 @@ def _why_unread(file: Listed, leaf: str, *, options: FileFormat) -> str | None:
     if leaf in _TABLES:
         return "named like a table of an event log, not like events"
     if options.format == "auto" and _endings(leaf)[0] not in _SUFFIXES:
-        return "its name does not tell the format"
+        return UNKNOWN
     return EMPTY if not file.bytes and _endings(leaf)[0] != ".parquet" else None
-
-
-def _packed_copies(found: Sequence[Input]) -> dict[str, str]:
-    """Files beside which lies a file of the same name with another compression: one is probably made from the other."""
-    first: dict[str, str] = {}
-    copies = {}
-    for file in found:
-        plain = file.name[: -len(file.compression)] if file.compression else file.name
-        if plain in first:
-            copies[file.name] = f"beside {first[plain]}: which of the two?"
-        first.setdefault(plain, file.name)
-    return copies
 
 
 def _is_ignored(name: str, patterns: Collection[str]) -> bool:

@@ -54,7 +54,7 @@ def open_content(url: str, *, name: str, form: str, compression: str | None) -> 
     DataError: the file cannot be opened, or its first bytes say that it holds something else. Damage in a compressed
     file is an OSError while it is read.
     """
-    stream = open_raw(url, name=name)
+    stream: Any = open_raw(url, name=name)
     head = stream.read(_HEAD_BYTES)
     stream.seek(0)
     _refuse_other(head, compression or (".parquet" if form == "parquet" else None), name=name)

@@ -15,7 +15,7 @@ import polars as pl
 from pipeline.events import DataError, EventColumns, NotNow, flatten
 from pipeline.log import inputs, readers
 from pipeline.log.daily import DailyLog, log_days, whole_days
-from pipeline.log.inputs import FileFormat, Input, equal_files, summary
+from pipeline.log.inputs import FileFormat, Input, summary, without_equal
 from pipeline.log.readers import Part
 from pipeline.prepare import users
 from pipeline.shards.dataset import Shards
@@ -214,11 +214,9 @@ def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> tupl
         known = pool.map(functools.partial(_is_ingested, ingested=ingested), found)
         unknown = [file for file, is_known in zip(found, known, strict=True) if not is_known]
         sums = list(pool.map(inputs.checksum, unknown))
-    before = {name: entry["checksum"] for name, entry in ingested.items()}
-    unknown_sums = {file.name: checksum for file, checksum in zip(unknown, sums, strict=True)}
-    equal = equal_files(before | unknown_sums)
-    new = [HashedInput(file=file, checksum=unknown_sums[file.name]) for file in unknown if file.name not in equal]
-    return new, {name: why for name, why in equal.items() if name in unknown_sums}
+    before = (entry["checksum"] for entry in ingested.values())
+    new, equal = without_equal(zip(unknown, sums, strict=True), known=before)
+    return [HashedInput(file=file, checksum=checksum) for file, checksum in new], equal
 
 
 def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:

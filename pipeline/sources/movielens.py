@@ -104,11 +104,11 @@ def _read_wheel(wheel: Path) -> dict[str, bytes]:
 
 def _read_local(path: Path) -> dict[str, bytes]:
     if path.is_dir():
-        found = {name: next(iter(sorted(path.rglob(name))), None) for name in _MEMBERS}
+        found = {name: next((file for file in sorted(path.rglob(name)) if file.is_file()), None) for name in _MEMBERS}
         if missing := [name for name, file in found.items() if file is None and name not in _OPTIONAL]:
             raise DataError(f"{path}: no {missing[0]} there; --from needs ml-100k.inter and ml-100k.item")
         return {name: file.read_bytes() for name, file in found.items() if file is not None}
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"{path}: no such file; --from needs the {_REQUIREMENT} wheel, or its ml-100k files")
     return _read_wheel(path) if path.suffix == ".whl" else _read_zip(path)
 

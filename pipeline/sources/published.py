@@ -1,52 +1,28 @@
 """Public data sets as their owners publish them -> event log: which files, which columns, which labels are positive.
 
 A layout is plain data that files.py interprets; each data set names the public page that documents its layout. Files
-are found inside a directory by their names, so that an unpacked download can be given unchanged.
+are found inside a directory by their names (published_files.py), so that an unpacked download can be given unchanged.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 
 import polars as pl
 
-from pipeline.events import DataError, EventColumns
-from pipeline.log import inputs, readers
+from pipeline.events import EventColumns
 from pipeline.log.inputs import FileFormat
+from pipeline.sources import recbole
 from pipeline.sources.event_log import Imported
-from pipeline.sources.files import ImportConfig, ItemColumns, Progress, Reshape, UserColumns, import_files
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One way in which a data set is published."""
-
-    events: tuple[str, ...]
-    """Patterns of file names; every one must match."""
-    config: ImportConfig
-    items: str | None = None
-    """Pattern of the items table, which is read if it exists."""
-    users: str | None = None
-    """Pattern of the users table, which is read if it exists."""
-    reshape: Reshape | None = None
-    """Rows as they are in the file -> one row per event, with a label."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Published:
-    """A public data set."""
-
-    source: str
-    """Where its layout is documented."""
-    layouts: tuple[Layout, ...]
-    """The first one whose files exist is read."""
-
+from pipeline.sources.files import ImportConfig, ItemColumns, Progress, UserColumns, import_files
+from pipeline.sources.published_files import Layout, Published, find_published
+from pipeline.sources.recbole import RecBoleConfig
 
 _CSV = FileFormat(format="csv")
 _DAT = FileFormat(format="csv", separator="::", encoding="latin-1")
 _TSV = FileFormat(format="csv", separator="\t", quoted=False)
+_ATOMIC = dataclasses.replace(_TSV, typed_header=True)
 
 
 def _explode_impressions(rows: pl.DataFrame) -> pl.DataFrame:
@@ -64,6 +40,8 @@ def _explode_impressions(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 _MOVIES = ItemColumns(item_id="movieId", list_features=("genres",), files=_CSV)
+_FOLDER = "(.*)/"
+"""A release has one file of events."""
 _LIKED = 4.0
 """Ratings of at least this many stars are positives."""
 
@@ -73,7 +51,7 @@ PUBLISHED: Mapping[str, Published] = {
         layouts=(
             # 20M, 25M, 32M, latest, latest-small.
             Layout(
-                events=("ratings.csv",),
+                events=("ratings.csv",), release=_FOLDER,
                 config=ImportConfig(
                     columns=EventColumns(user_id="userId", item_id="movieId", label="rating", integer_ids=True),
                     items=_MOVIES, files=_CSV, min_label=_LIKED,
@@ -82,7 +60,7 @@ PUBLISHED: Mapping[str, Published] = {
             ),
             # 1M, 10M.
             Layout(
-                events=("ratings.dat",),
+                events=("ratings.dat",), release=_FOLDER,
                 config=ImportConfig(
                     columns=EventColumns(label="rating", integer_ids=True),
                     files=dataclasses.replace(_DAT, header=("user_id", "item_id", "rating", "timestamp")),
@@ -100,7 +78,7 @@ PUBLISHED: Mapping[str, Published] = {
             ),
             # 100K.
             Layout(
-                events=("u.data",),
+                events=("u.data",), release=_FOLDER,
                 config=ImportConfig(
                     columns=EventColumns(label="rating", integer_ids=True),
                     files=dataclasses.replace(_TSV, header=("user_id", "item_id", "rating", "timestamp")),
@@ -120,7 +98,7 @@ PUBLISHED: Mapping[str, Published] = {
         source="https://github.com/chongminggao/KuaiRand (README: Pure, 1K and 27K differ in the suffix of file names)",
         layouts=(
             Layout(
-                events=("log_standard_*.csv",),
+                events=("log_standard_*.csv",), release="_(pure|1k|27k)[_.]",
                 config=ImportConfig(
                     columns=EventColumns(
                         item_id="video_id", timestamp="time_ms", timestamp_unit="ms", action="tab", label="is_click",
@@ -151,7 +129,7 @@ PUBLISHED: Mapping[str, Published] = {
                 ),
             ),
             Layout(
-                events=("*.jsonl*",),
+                events=("*.jsonl",), not_events=("meta_*",),
                 config=ImportConfig(
                     columns=EventColumns(item_id="parent_asin", timestamp_unit="ms", label="rating"), min_label=_LIKED
                 ),
@@ -162,7 +140,7 @@ PUBLISHED: Mapping[str, Published] = {
         source="https://learn.microsoft.com/azure/open-datasets/dataset-microsoft-news",
         layouts=(
             Layout(
-                events=("behaviors.tsv",),
+                events=("behaviors.tsv",), release="(?i)mind(small|large)", label_sign=r"-[01]\s*$",
                 config=ImportConfig(
                     columns=EventColumns(
                         user_id="user", item_id="shown", timestamp="time", request_id="impression", label="label"
@@ -188,7 +166,7 @@ PUBLISHED: Mapping[str, Published] = {
         source="https://tianchi.aliyun.com/dataset/649 (User Behavior Data from Taobao for Recommendation)",
         layouts=(
             Layout(
-                events=("UserBehavior.csv*",),
+                events=("UserBehavior.csv",), release=_FOLDER,
                 config=ImportConfig(
                     columns=EventColumns(action="behavior", integer_ids=True),
                     files=FileFormat(format="csv", header=("user_id", "item_id", "category", "behavior", "timestamp")),
@@ -198,21 +176,28 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "yambda": Published(
         source="https://huggingface.co/datasets/yandex/yambda (flat files; times count from the start of the log)",
+        is_ranked=True,
         layouts=(
             Layout(
-                events=("multi_event.parquet",),
+                events=("multi_event.parquet",), release=_FOLDER,
                 config=ImportConfig(columns=EventColumns(user_id="uid", action="event_type")),
             ),
-            Layout(events=("listens.parquet",), config=ImportConfig(columns=EventColumns(user_id="uid"))),
-            Layout(events=("likes.parquet",), config=ImportConfig(columns=EventColumns(user_id="uid"))),
+            Layout(
+                events=("listens.parquet",), release=_FOLDER, config=ImportConfig(columns=EventColumns(user_id="uid"))
+            ),
+            Layout(
+                events=("likes.parquet",), release=_FOLDER, config=ImportConfig(columns=EventColumns(user_id="uid"))
+            ),
         ),
     ),
     "recbole": Published(
         source="https://recbole.io/docs/user_guide/data/atomic_files.html",
         layouts=(
             Layout(
-                events=("*.inter",),
-                config=ImportConfig(files=dataclasses.replace(_TSV, typed_header=True)),
+                events=("*.inter",), release=r"([^/.]+)[^/]*$",
+                config=ImportConfig(
+                    files=_ATOMIC, items=ItemColumns(files=_ATOMIC), users=UserColumns(files=_ATOMIC)
+                ),
                 items="*.item", users="*.user",
             ),
         ),
@@ -220,66 +205,25 @@ PUBLISHED: Mapping[str, Published] = {
 }  # fmt: skip
 
 
-def import_published(name: str, path: str, out: str, *, progress: Progress | None = None) -> Imported:
-    """Write the event log `out` of a public data set, from its unpacked directory or its events file.
+def import_published(
+    name: str, path: str, out: str, *, atomic: RecBoleConfig = RecBoleConfig(), max_rejected_ratio: float = 0.01,
+    progress: Progress | None = None,
+) -> Imported:  # fmt: skip
+    """Write the event log `out` of a public data set, from its unpacked directory or its events file. `atomic`: how to
+    read RecBole's files; `max_rejected_ratio`: largest share of invalid rows.
 
-    DataError: a file is missing, or an error of import_files, which names the file.
+    DataError: a file is missing, there are several releases, or an error of import_files, which names the file.
     """
-    published = PUBLISHED[name]
-    for layout in published.layouts:
-        if all(_find(path, pattern) for pattern in layout.events):
-            break
-    else:
-        wanted = " or ".join(" and ".join(layout.events) for layout in published.layouts)
-        raise DataError(f"{path}: no {wanted} there; unpack {name} as published: {published.source}")
-    events = [file for pattern in layout.events for file in _find(path, pattern)]
-    config = layout.config
-    items, users = (_only(path, pattern) for pattern in (layout.items, layout.users))
+    found = find_published(name, PUBLISHED[name], path)
+    config, left_out = found.layout.config, found.left_out
+    items, users = found.items, found.users
     if name == "recbole":
-        config = _atomic_config(config, events[0], items, users)
-        items = items if config.items.features or config.items.list_features else None
-        users = users if config.users.features or config.users.list_features else None
+        config = recbole.atomic_config(config, found.events[0], items, users, atomic)
+        items = items if config.items.features or config.items.list_features else []
+        users = users if config.users.features or config.users.list_features else []
+    config = dataclasses.replace(config, max_rejected_ratio=max_rejected_ratio)
     return import_files(
-        events, out, config=config, items=items, users=users, reshape=layout.reshape, published=name, progress=progress,
+        [file.url for file in found.events], out, config=config, items=[file.url for file in items],
+        users=users[0].url if users else None, reshape=found.layout.reshape, left_out=left_out, published=name,
+        progress=progress,
     )  # fmt: skip
-
-
-def _find(path: str, pattern: str) -> list[str]:
-    """Files with this name pattern: the path itself if it is a file, else files inside it."""
-    root = Path(path)
-    found = sorted(root.rglob(pattern)) if root.is_dir() else [root] if root.match(pattern) else []
-    return [str(file) for file in found if file.is_file()]
-
-
-def _only(path: str, pattern: str | None) -> str | None:
-    """The table next to the events; the first one if each part of the data set has a copy."""
-    root = Path(path)
-    found = _find(str(root if root.is_dir() else root.parent), pattern) if pattern else []
-    return found[0] if found else None
-
-
-def _atomic_config(config: ImportConfig, events: str, items: str | None, users: str | None) -> ImportConfig:
-    """The columns by their type in the header: token = id or category, token_seq = list of categories."""
-    event_kinds = _kinds(events)
-    if "timestamp" not in event_kinds:
-        raise DataError(f"{events}: no column timestamp; without times use `solar import files` with an order")
-    columns = EventColumns(label="label" if "label" in event_kinds else None)
-    tables = {}
-    for file, kind, key in ((items, ItemColumns, "items"), (users, UserColumns, "users")):
-        kinds = _kinds(file) if file else {}
-        kinds.pop(f"{key[:-1]}_id", None)
-        tables[key] = kind(
-            features=tuple(name for name, found in kinds.items() if found == "token"),
-            list_features=tuple(name for name, found in kinds.items() if found == "token_seq"),
-            list_separator=" ", files=config.files,
-        )  # fmt: skip
-    return dataclasses.replace(config, columns=columns, **tables)
-
-
-def _kinds(path: str) -> dict[str, str]:
-    """{column: token, token_seq, float or float_seq} of an atomic file."""
-    (file,) = inputs.find_inputs(path, options=_TSV)
-    pairs = [name.split(":") for name in readers.read_schema(file, options=_TSV)]
-    if bad := [pair for pair in pairs if len(pair) != 2]:
-        raise DataError(f"{path}: column {':'.join(bad[0])!r} has no type; RecBole writes name:type")
-    return {name: kind for name, kind in pairs}

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -76,8 +77,9 @@ def test_an_element_without_end_is_refused_before_it_fills_the_memory(monkeypatc
             read += size
             return (b'[{"a": "' if read == size else b"").ljust(size, b"x")
 
+    stream: Any = Endless()
     with pytest.raises(DataError, match="more than 1 MiB in the element at byte 1"):
-        list(array_lines(Endless(), name="log.json"))
+        list(array_lines(stream, name="log.json"))
     assert read <= 4 << 20
 
 

@@ -143,6 +143,7 @@ def test_yambda_and_its_kinds_of_events(tmp_path):
 def test_recbole_files_say_what_their_columns_are(unpacked, tmp_path):
     imported = import_published("recbole", unpacked("ml.inter", "ml.item", "ml.user"), str(tmp_path / "log"))
     assert (imported.events, imported.items, imported.users) == (1, 1, 1)
+    assert events(tmp_path / "log")["label"].to_list() == [0]
     items = pl.read_parquet(tmp_path / "log/items.parquet").to_dicts()
     assert items == [{"item_id": "242", "year": "1996", "title": ["Kolya"], "class": ["Comedy", "X"]}]
     assert pl.read_parquet(tmp_path / "log/users.parquet").columns == ["user_id", "age", "gender"]
