@@ -117,7 +117,7 @@ class Found:
     """{name: why} of those that nobody has said to leave out."""
 
     def refuse_unread(self, path: str) -> None:
-        """DataError if there is a file that cannot be read and is not to be left out. Or nothing at all."""
+        """DataError if there is a file that cannot be read and is not to be left out."""
         if self.unread:
             listed = [f"{name} ({why})" for name, why in sorted(self.unread.items())]
             count = f"{len(listed):,} files are not read" if len(listed) > 1 else "1 file is not read"

@@ -210,15 +210,15 @@ def _refuse_bad_rows(rows: RowCounts, log: _Log, *, names: str) -> None:
     """DataError: the times fit another unit, or too many rows are invalid. It names a way out that the command has."""
     unit, ratio = log.config.columns.timestamp_unit, log.config.max_rejected_ratio
     # No option of the command changes the layout of a public data set.
-    other = log.published and f"get {log.published} again, or read it with `solar import files`"
+    again, elsewhere = f"get {log.published} again", "read it with `solar import files`"
     if right := rows.other_unit(unit):
-        way = f"{other} and" if other else "set"
+        way = f"{again}, or {elsewhere} and" if log.published else "set"
         raise DataError(f"{names}: {rows.in_unit(right, unit)}: {way} columns.timestamp_unit {right}")
     if (bad := rows.rejected.total()) > ratio * rows.read:
-        way = f"{other} and a mapping" if other else "check the rows, columns and files, or raise max_rejected_ratio"
+        way = f"{again}, {elsewhere} and a mapping" if log.published else "check the rows, columns and files"
         raise DataError(
             f"{names}: {bad} of {rows.read} rows are invalid ({rows.reasons()}), above max_rejected_ratio {ratio}; "
-            f"{rows.first_of_each()}; {way}"
+            f"{rows.first_of_each()}; {way}, or raise max_rejected_ratio"
         )
 
 

@@ -49,3 +49,14 @@ def test_absent_things_are_empty_or_raise(store):
     assert store.names("nowhere") == []
     with pytest.raises(FileNotFoundError):
         store.size("nowhere")
+
+
+@pytest.mark.parametrize("name", ["a::b", "s3::day", "[1]*", "a b#c%20", "日々"])
+def test_a_local_directory_may_have_any_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root in (name, str(tmp_path / name), f"file://{tmp_path}/{name}"):
+        store = Store(root)
+        store.write("day.json", b"1")
+        assert (store.is_local, store.path, store.names(), store.read("day.json")) == (
+            True, str(tmp_path / name), ["day.json"], b"1"
+        )  # fmt: skip

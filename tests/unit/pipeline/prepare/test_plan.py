@@ -1,11 +1,13 @@
 """What a run of prepare reads of the log, and what it leaves out."""
 
 import dataclasses
+import os
 
 import pytest
 
 from pipeline.events import DataError
 from pipeline.log.inputs import FileFormat
+from pipeline.shards.inspection import verify
 from pipeline.shards.manifest import current_manifest
 
 
@@ -33,3 +35,25 @@ def test_files_of_the_log_that_are_left_out_are_told_and_stand_in_the_manifest(p
     assert current_manifest(str(out)) == both.manifest
     # A state that leaves out nothing has the bytes that it had before there was such a list.
     assert b"left_out" not in dataclasses.replace(both.manifest, left_out={}).to_bytes()
+
+
+def test_a_log_a_table_and_a_data_set_may_have_any_name(prepare, write_log, tmp_path):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]}, "s3::log [1]/day*.parquet")
+    write_log({"item_id": [5], "kind": ["x"]}, "s3::log [1]/items.parquet")
+    write_log({"user_id": [1], "plan": ["y"]}, "table::of [users].parquet")
+    out = tmp_path / "out::[*]"
+    first = prepare(tmp_path / "s3::log [1]", out, users=str(tmp_path / "table::of [users].parquet"))
+    assert [entry["kind"] for entry in first.manifest.inputs] == ["events", "items", "users"]
+    assert prepare(tmp_path / "s3::log [1]/day*.parquet", out, users=None).reused
+    assert verify(str(out)) == []
+
+
+@pytest.mark.parametrize("table", ["items", "users"])
+def test_a_table_that_is_no_file_is_refused_by_its_kind(prepare, write_log, tmp_path, table):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    os.mkfifo(tmp_path / "fifo.parquet")
+    os.symlink("nowhere", tmp_path / "log" / f"{table}.parquet")
+    with pytest.raises(DataError, match=r"fifo.parquet: a FIFO; name a regular file"):
+        prepare(tmp_path / "log", tmp_path / "out", **{table: str(tmp_path / "fifo.parquet")})
+    with pytest.raises(DataError, match=rf"1 file is not read: log/{table}.parquet \(a link to nothing\)"):
+        prepare(tmp_path / "log", tmp_path / "out")

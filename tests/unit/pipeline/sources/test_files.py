@@ -298,7 +298,7 @@ def test_a_data_error_shows_a_bad_value_and_a_way_out_that_the_command_has(tmp_p
     bad = rf"for example '29.02.2024' \(invalid time, row 2 of {tmp_path.name}/log.csv\); check the rows, columns"
     with pytest.raises(DataError, match=bad):
         import_files(str(path), out, config=ImportConfig())
-    published = r"29.02.2024.*; get taobao again, or read it with `solar import files` and a mapping$"
+    published = r"29.02.2024.*; get taobao again, read it with `solar import files` and a mapping, or raise max_"
     with pytest.raises(DataError, match=published):
         import_files(str(path), out, config=ImportConfig(), published="taobao")
     path.write_text("user_id,item_id,timestamp\nu,a,1709164800000\n")
