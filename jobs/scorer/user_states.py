@@ -132,9 +132,9 @@ def read_states(states: Sequence[bytes | None], shape: StateShape, *, first_row:
     # Decode and check every state.
     known = np.array([state is not None for state in states], bool)
     found = []
-    for b in np.flatnonzero(known).tolist():
+    for b, state in ((b, state) for b, state in enumerate(states) if state is not None):
         try:
-            found.append(unpacked_state(states[b], shape))
+            found.append(unpacked_state(state, shape))
         except RequestError as error:
             raise RequestError(f"row {first_row + b}: column 'state' {error}") from error
     lengths = np.zeros(len(states), np.int64)

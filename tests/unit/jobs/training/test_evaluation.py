@@ -6,10 +6,12 @@ import numpy as np
 import polars as pl
 import pytest
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from jobs.training.catalogue import ALWAYS, catalogue_of
 from jobs.training.evaluation import EVEN_SHARE, evaluate
 from jobs.training.exported import LoadedRows
+from jobs.training.results import RankedTargets
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import index_requests
 from pipeline.events import EventColumns
@@ -27,7 +29,7 @@ SPLITS = {
 @pytest.fixture
 def one_rank():
     """A process group of this process alone: evaluation consists of collectives."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -79,20 +81,17 @@ def test_log_loss_of_evaluation_is_that_of_solar_score(plain, export, tmp_path, 
     scorer = model.scorer()
     catalogue = catalogue_of(plain, requests=requests, training_count=np.zeros(plain.vocabulary.capacity, np.int64))
     result = evaluate(scorer.tower, LoadedRows(scorer), plain, catalogue=catalogue, requests=requests, part="test")
+    assert isinstance(result, RankedTargets)
     asked = asked_again(result, catalogue, plain)
     assert len(asked) > 10
     assert len({len(row["candidates"]) for row in asked}) > (split == "temporal")
     schema = {"target": pl.Int64, "time": pl.Int64, "history_action": pl.List(pl.String)}
     scored, _ = run(model, tmp_path, pl.DataFrame(asked, schema_overrides=schema).to_arrow())
-    losses = []
+    shares = []
     for row in scored:
         share = np.exp(np.array(row["scores"], np.float64) - max(row["scores"]))
-        share = share / share.sum()
-        if row["target"] in row["candidates"]:
-            losses.append((1 - EVEN_SHARE) * share[row["candidates"].index(row["target"])])
-        else:
-            losses.append(0.0)
-    losses = -np.log(np.array(losses) + EVEN_SHARE / catalogue.num_data_items)
+        shares.append(share[row["candidates"].index(row["target"])] / share.sum())
+    losses = -np.log((1 - EVEN_SHARE) * np.array(shares) + EVEN_SHARE / catalogue.num_data_items)
     # Float32 sums in another order. The unknown row in a set, or a later item, changes a loss by 1e-2 and more.
     assert np.mean(losses) == pytest.approx(np.mean(result.log_loss), abs=1e-6)
     np.testing.assert_allclose(losses, result.log_loss, atol=1e-5)
