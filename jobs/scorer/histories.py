@@ -216,10 +216,10 @@ def refuse_wrong_unit(
     latest = np.maximum.reduceat(time, start)
     wrong = np.flatnonzero((latest < time_range[0]) & (1000 * latest < LATEST_TIME))
     if len(wrong):
-        end = int(latest[wrong[0]])
+        row, last = first_row + owner[start[wrong[0]]], _date(int(latest[wrong[0]]))
         raise RequestError(
-            f"row {first_row + owner[start[wrong[0]]]}: column {name!r} ends {_date(end)}, before the "
-            f"model's first event, {_date(time_range[0])}: integers must be milliseconds since 1970 UTC"
+            f"row {row}: column {name!r} ends {last}, before the model's first event, {_date(time_range[0])}: integers "
+            "must be milliseconds since 1970 UTC"
         )
 
 

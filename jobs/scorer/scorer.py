@@ -83,16 +83,18 @@ class Scorer(RequestReader, PythonModel):
                       (listed in scorer.json); null, [] or absent = none
     An unknown item or category has the untrained row 1, an unknown action counts as none. Lists of events must have no
     nulls, except in history_action and latest_action. A row may lack any column but candidates, and the model's times.
-    `limits` says how large requests may be.
+    `limits` says how large requests to `predict` may be.
     """
 
+    limits = Limits()
+
     def load_context(self, context: Any) -> None:
+        self.limits = Limits.from_environment()
         self.load(Path(context.artifacts["model"]))
 
     def load(self, directory: Path) -> None:
         """Read the files that jobs/runs/export.py wrote. DamagedModel: one of them is not what was written."""
-        # Limits, checksums, settings, item ids and action codes.
-        self.limits = Limits.from_environment()
+        # Checksums, settings, item ids and action codes.
         self.directory = directory
         if (digest := checked_digest(directory)) is not None:
             self.digest = digest

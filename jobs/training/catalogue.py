@@ -45,6 +45,14 @@ class Catalogue:
     """[I] int64: time of the item's first event, also one at which it was only shown; before that time the item is not
     ranked. None = all items are always ranked."""
 
+    def ranked(self, request_time_B: Tensor, *, all_times: bool = False) -> Tensor:
+        """[B, I] bool: the items that are ranked for requests of these times: not the reserved rows and, unless
+        `all_times`, no item that appears later."""
+        item_I = torch.arange(self.num_items) >= NUM_RESERVED
+        if self.first_time is None or all_times:
+            return item_I.expand(len(request_time_B), -1)
+        return item_I & (self.first_time <= request_time_B[:, None])
+
     def translate(self, batch: Batch) -> Batch:
         """The batch with the model's rows and codes instead of the data's."""
         if self.row_of_item is not None:

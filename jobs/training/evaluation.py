@@ -152,7 +152,9 @@ def _rank_targets(
     """Score the whole catalogue for every request and rank its targets. A collective: all ranks take part."""
     item_IC, features_IFC = _look_up_catalogue(tables, catalogue.num_items)
     refuse_bad_rows(item_IC, features_IFC)
-    candidates = SCORES_PER_FORWARD if _scores_by_vectors(model) else CANDIDATES_PER_FORWARD
+    tower = _tower(model)
+    scores_sets = isinstance(tower, Recommender) and tower.scores_sets
+    candidates = SCORES_PER_FORWARD if isinstance(tower, SequenceModel) else CANDIDATES_PER_FORWARD
     per_forward = max(1, candidates // catalogue.num_items)
     results = []
     for batch in batches:
@@ -161,7 +163,7 @@ def _rank_targets(
             # Keep only the users of these requests: a batch may hold a user with thousands of requests and events.
             last = min(first + per_forward, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
-            offered_BI = _offered(chunk, catalogue, all_times=not _scores_sets(model))
+            offered_BI = catalogue.ranked(chunk.request_time, all_times=not scores_sets)
             scores_BI = _catalogue_scores(model, transform(chunk), tables, item_IC, features_IFC, offered_BI)
             results.append(_ranks(chunk, scores_BI, catalogue, requests))
     return _collect_ranks(results, catalogue)
@@ -206,15 +208,6 @@ def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor
     return torch.cat([item for item, _ in parts]), torch.cat([features for _, features in parts])
 
 
-def _offered(batch: Batch, catalogue: Catalogue, *, all_times: bool = False) -> Tensor:
-    """[B, I] bool: the items that are ranked for each request: not the reserved rows and, unless `all_times`, no item
-    that appears later than the request."""
-    item_I = torch.arange(catalogue.num_items) >= NUM_RESERVED
-    if catalogue.first_time is None or all_times:
-        return item_I.expand(batch.num_requests, -1)
-    return item_I & (catalogue.first_time <= batch.request_time[:, None])
-
-
 def _catalogue_scores(
     model: nn.Module, batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor, offered_BI: Tensor
 ) -> Tensor:
@@ -222,7 +215,7 @@ def _catalogue_scores(
     collective."""
     _, _, user_features_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
     rows = (item_IC, features_IFC, user_features_UGC)
-    if _scores_by_vectors(model):
+    if isinstance(_tower(model), SequenceModel):
         inputs = catalogue_input(batch, *rows)
         state_BD, vector_ID, repeat_1 = model(inputs, vectors=True)
         scores_BI = state_BD @ vector_ID.mT
@@ -235,15 +228,9 @@ def _catalogue_scores(
     return scores_BI
 
 
-def _scores_sets(model: nn.Module) -> bool:
-    """Whether a logit depends on the other candidates; the model may be wrapped in a DeepSpeed engine."""
-    tower = getattr(model, "module", model)
-    return isinstance(tower, Recommender) and tower.scores_sets
-
-
-def _scores_by_vectors(model: nn.Module) -> bool:
-    """Whether a logit is an inner product of vectors; the model may be wrapped in a DeepSpeed engine."""
-    return isinstance(getattr(model, "module", model), SequenceModel)
+def _tower(model: nn.Module) -> nn.Module:
+    """The model, which may be wrapped in a DeepSpeed engine."""
+    return getattr(model, "module", model)
 
 
 def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: RequestConfig) -> _Ranked:
@@ -251,7 +238,7 @@ def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: Requ
     # Mask what is not ranked.
     request_T = torch.repeat_interleave(batch.candidate_offsets.diff())
     target_T = batch.candidate_item
-    scores_BI = scores_BI.masked_fill(~_offered(batch, catalogue), -torch.inf)
+    scores_BI = scores_BI.masked_fill(~catalogue.ranked(batch.request_time), -torch.inf)
     # [B, I]: the items that each request's user has seen, and the request's targets.
     first_UI = first_places(batch.event_item, batch.event_offsets, num_items=scores_BI.shape[1])
     seen = SeenItems(first_UI=first_UI, user_B=batch.request_user, position_B=batch.request_position)
