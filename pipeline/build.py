@@ -138,7 +138,10 @@ def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> tuple[Man
         if plan.inputs:
             counts, notes = log_parts.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
         if any(part.has_fine_times for part in staged):
-            plan = plan.with_order_from_times()
+            if plan.keeps_fine_times:
+                plan = plan.with_order_from_times()
+            else:
+                notes.append("what times have below the millisecond is left out, as in the data set so far")
         staged_users = _stage_users(plan, staging=staging, report=report)
         buckets = ingest.by_bucket(staged, staged_users, plan=plan)
         if plan.users and plan.users_are_new:

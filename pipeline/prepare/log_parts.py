@@ -37,7 +37,8 @@ class StagedPart:
     fragments: list[Fragment]
     """The valid events by bucket."""
     has_fine_times: bool
-    """Whether a time has a part below the millisecond and no order is mapped: the events then have an order."""
+    """Whether a time has a part below the millisecond, and no order is mapped. Where the plan keeps it
+    (`Plan.keeps_fine_times`), the events have an order."""
 
 
 def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
@@ -72,9 +73,8 @@ def stage_part(part: Part, *, plan: Plan, staging: str) -> StagedPart:
                 continue
             events = checked.events
             if "order" in events.columns and plan.columns.order is None:
-                # A data set that began without them goes on so.
-                has_fine_times = plan.parent is None or plan.takes_order_from_times
-                events = events if has_fine_times else events.drop("order")
+                has_fine_times = True
+                events = events if plan.keeps_fine_times else events.drop("order")
             items.append(checked.events["item_id"].unique())
             if "action" in mapping:
                 actions |= set(checked.events["action"].drop_nulls().unique())

@@ -93,6 +93,11 @@ class Plan:
         """Whether the events' order is what their times have below the millisecond."""
         return "order" in self.schema["columns"] and self.columns.order is None
 
+    @property
+    def keeps_fine_times(self) -> bool:
+        """Whether what times have below the millisecond becomes an order: a data set that began without goes on so."""
+        return self.columns.order is None and (self.parent is None or self.takes_order_from_times)
+
     def with_order_from_times(self) -> Plan:
         """The plan of a new data set in which what times have below the millisecond is the order."""
         return dataclasses.replace(self, schema=self.schema | {"columns": _with_order(self.schema["columns"])})

@@ -356,11 +356,12 @@ def test_times_below_a_millisecond_order_the_events_of_a_new_data_set_alone(prep
     assert grown.schema["columns"] == ["user_id", "item_id", "timestamp", "order", "action"]
     assert verify(str(tmp_path / "fine")) == []
 
-    # A data set that began with whole milliseconds has no order later either.
-    prepare(tmp_path / "log/whole.parquet", tmp_path / "whole")
-    later = prepare(tmp_path / "log/events.parquet", tmp_path / "whole").manifest
-    assert later.schema["columns"] == ["user_id", "item_id", "timestamp"]
-    assert later.counts["accepted"] == 5
+    # A data set that began with whole milliseconds has no order later either, and says so.
+    assert prepare(tmp_path / "log/whole.parquet", tmp_path / "whole").notes == []
+    later = prepare(tmp_path / "log/events.parquet", tmp_path / "whole")
+    assert later.manifest.schema["columns"] == ["user_id", "item_id", "timestamp"]
+    assert later.manifest.counts["accepted"] == 5
+    assert later.notes == ["what times have below the millisecond is left out, as in the data set so far"]
 
 
 def test_times_in_another_unit_are_refused_unless_the_data_set_has_such_times(prepare, write_log, tmp_path):
