@@ -106,11 +106,11 @@ print(json.dumps([list(map(float, row)) for row in model.predict(frame)["scores"
 
 
 def test_champion_scores_in_a_process_without_this_repository_as_training_does(first_run, workplace, tmp_path):
-    minute = 60_000
+    begin, minute = 1_000_000_000, 60_000
     requests = [
         {
             "history": [100, 104, 108, 112],
-            "history_time": [minute * k for k in range(4)],
+            "history_time": [begin + minute * k for k in range(4)],
             "candidates": [116, 101, 999],
             "taste": "new",
         },

@@ -58,6 +58,7 @@ def test_commands_of_a_workspace_register_one_after_the_other(tmp_path, monkeypa
         return "registered"
 
     monkeypatch.setattr(registering, "_register", registered)
+    monkeypatch.setattr(registering, "_refuse_unknown_metric", lambda _: None)
     unused: Any = SimpleNamespace()
     assert registering.register(config, unused, unused, Console()) == "registered"
     assert try_lock(registry_lock(str(tmp_path)), fcntl.LOCK_EX) is not None

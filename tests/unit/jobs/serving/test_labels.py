@@ -10,6 +10,7 @@ import pytest
 
 from jobs.cluster.session import ClusterConfig
 from jobs.host.console import Console
+from jobs.scorer.checksums import write_checksums
 from jobs.serving.build_states import build_states
 from jobs.serving.user_histories import UserHistories
 from pipeline.batches.requests import RequestConfig
@@ -95,6 +96,7 @@ def test_a_model_exported_before_labels_mattered_reads_every_event(data, export)
     settings = json.loads(file.read_text())
     del settings["min_label"]
     file.write_text(json.dumps(settings))
+    write_checksums(model.directory)
     histories = UserHistories(data, model.scorer())
     users = np.arange(data.manifest.users)
     assert histories.min_label == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +17,7 @@ from jobs.serving.build_states import build_states
 from jobs.serving.ranking import ScoreConfig
 from jobs.serving.score import score
 from pipeline.events import DataError
+from tests.support.serial import command_without_ray
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -30,16 +33,30 @@ def requests(num=23):
     )
 
 
+@pytest.fixture
+def serially(monkeypatch):
+    """with serially(): what actors of Ray would do is done in this process."""
+
+    @contextmanager
+    def replaced():
+        with monkeypatch.context() as patch:
+            command_without_ray(patch.setattr)
+            yield
+
+    return replaced
+
+
 def scored(model, tmp_path, asked, name, **config):
     out = tmp_path / name
     counts = score(model, ScoreConfig(requests=str(asked), out=str(out), **config), Console(), parallel=2)
     return pq.read_table(out), counts, pq.read_metadata(out).metadata
 
 
-def test_parts_are_joined_to_the_result_of_one_process(data, export, tmp_path, monkeypatch):
+def test_parts_are_joined_to_the_result_of_one_process(data, export, tmp_path, monkeypatch, serially):
     model, file = export(data), tmp_path / "requests.parquet"
     pq.write_table(requests(), file, row_group_size=8)
-    whole, counts, footer = scored(model, tmp_path, file, "whole.parquet", shards=data.path)
+    with serially():
+        whole, counts, footer = scored(model, tmp_path, file, "whole.parquet", shards=data.path)
     monkeypatch.setattr(score_module, "ROWS_PER_PART", 5)
     parts, same_counts, same_footer = scored(model, tmp_path, file, "parts.parquet", shards=data.path)
     assert (same_counts, same_footer) == (counts, footer)
@@ -57,13 +74,15 @@ def test_parts_are_joined_to_the_result_of_one_process(data, export, tmp_path, m
     pq.write_table(requests()[9:9], folder / "b.parquet")
     pq.write_table(requests()[9:], folder / "c.parquet")
     (folder / "_SUCCESS").touch()
-    joined, counts, _ = scored(model, tmp_path, folder, "joined.parquet", shards=data.path)
+    with serially():
+        joined, counts, _ = scored(model, tmp_path, folder, "joined.parquet", shards=data.path)
     assert joined.drop_columns("scores").equals(parts.drop_columns("scores"))
     assert counts == same_counts
-    build_states(
-        model, shards=data.path, manifest=None, out=tmp_path / "states", console=Console(), cluster=ClusterConfig()
-    )
-    stored, counts, _ = scored(model, tmp_path, folder, "stored.parquet", states=str(tmp_path / "states"))
+    with serially():
+        build_states(
+            model, shards=data.path, manifest=None, out=tmp_path / "states", console=Console(), cluster=ClusterConfig()
+        )
+        stored, counts, _ = scored(model, tmp_path, folder, "stored.parquet", states=str(tmp_path / "states"))
     assert stored["candidates"].to_pylist() == whole["candidates"].to_pylist()
     assert counts.from_states == 23 - counts.without_state > 15
     assert sorted(path.name for path in tmp_path.iterdir() if "stag" in path.name) == []

@@ -22,7 +22,9 @@ from tests.unit.jobs.serving.test_score import run
 MAX_HISTORY = 50
 SPLITS = {
     "last items": RequestConfig(max_history=MAX_HISTORY),
-    "temporal": RequestConfig(split="temporal", valid_from=6_000_000, test_from=12_000_000, max_history=MAX_HISTORY),
+    "temporal": RequestConfig(
+        split="temporal", valid_from="1970-01-01T01:40", test_from="1970-01-01T03:20", max_history=MAX_HISTORY
+    ),
 }
 
 
