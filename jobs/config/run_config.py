@@ -23,6 +23,7 @@ from jobs.host.places import Place
 from jobs.host.secrets import redacted
 from jobs.tracking.mlflow_runs import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
+from jobs.training.extent import EvaluationConfig
 from jobs.training.job import TrainingConfig
 from jobs.training.optimizers import OptimizerConfig
 from models.attention_tower import TowerConfig
@@ -123,6 +124,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig
     tracking: TrackingConfig
     cluster: ClusterConfig
     nightly: NightlyConfig
@@ -192,6 +194,7 @@ SECTIONS: Mapping[str, type] = {
     "optimizer": OptimizerConfig,
     "parallel": ParallelConfig,
     "checkpoint": CheckpointConfig,
+    "evaluation": EvaluationConfig,
     "tracking": TrackingConfig,
     "cluster": ClusterConfig,
     "nightly": NightlyConfig,

@@ -29,6 +29,7 @@ from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summa
 from jobs.runs.train import train_job
 from jobs.runs.weights import System
 from jobs.training.checkpoint import checkpoint_key
+from jobs.training.extent import Extent
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.request_index import RequestCounts, leaves_out, settings_on
@@ -80,6 +81,7 @@ def evaluate(
         systems_evaluated={system.name: system.key for system in systems},
         manifest_fingerprint=shards.manifest.fingerprint,
         requests_config=settings_on(shards, config.data.requests),
+        asked=config.evaluation.asked,
     )
     if (directory / SUMMARY).exists():
         summary = read_summary(directory)
@@ -103,6 +105,7 @@ def evaluate(
         "requests": config.data.requests,
         "parallel": config.parallel,
         "part": part,
+        "evaluation": config.evaluation,
         "directory": str(staging),
     }
     with (
@@ -113,13 +116,13 @@ def evaluate(
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
     ):  # fmt: skip
         _warn(config, shards, index_requests(shards, config=config.data.requests), systems[0], console)
-        _measure(config, arguments, console)
+        drawn_from = _measure(config, arguments, console)
 
     # Summarise, and move the files into place, the summary last: it marks a complete evaluation.
     names = [system.name for system in systems]
     if beside:
         names[1:1] = [f"{names[0]}, {EMPTIED}"]
-    summary = _summarise(key, staging, config, [*names, *arguments["baselines"]])
+    summary = _summarise(key, staging, config, [*names, *arguments["baselines"]], drawn_from=drawn_from)
     summary.write(staging)
     directory.mkdir(exist_ok=True)
     for file in sorted(staging.iterdir(), key=lambda file: file.name == SUMMARY):
@@ -128,16 +131,22 @@ def evaluate(
     return Evaluated(directory, summary, reused=False)
 
 
-def _measure(config: RunConfig, arguments: dict[str, Any], console: Console) -> None:
-    """Start the workers and follow them until they have measured every system."""
+def _measure(config: RunConfig, arguments: dict[str, Any], console: Console) -> int | None:
+    """Start the workers and follow them until they have measured every system. The requests of the whole part, if only
+    those of drawn users were evaluated."""
+    drawn_from = None
     with console.stage("evaluate") as stage:
         num_systems = len(arguments["systems"]) + arguments["beside"] + len(arguments["baselines"])
         finished = 0
 
         def follow(rows: list[dict[str, Any]]) -> None:
-            nonlocal finished
+            nonlocal finished, drawn_from
             for row in rows:
-                if row["kind"] == "progress":
+                if row["kind"] == "extent":
+                    extent = Extent(**row["extent"])
+                    drawn_from = extent.drawn_from
+                    stage.tell(extent.told(arguments["requests"]))
+                elif row["kind"] == "progress":
                     stage.update(finished + row["done"] / max(1, row["total"]), num_systems, row["stage"])
                 elif row["kind"] == "failure":
                     stage.tell(row["text"])
@@ -150,6 +159,7 @@ def _measure(config: RunConfig, arguments: dict[str, Any], console: Console) -> 
             name="evaluate", on_rows=follow,
         )  # fmt: skip
         stage.result = f"{num_systems} systems on the {arguments['part']} part"
+    return drawn_from
 
 
 def _warn(config: RunConfig, shards: Shards, counts: RequestCounts, main: System, console: Console) -> None:
@@ -182,11 +192,12 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
     from jobs.training.evaluation import evaluate as evaluate_part
     from jobs.training.evaluation import evaluate_counts
     from jobs.training.spectrum import energy_by_rank
+    from jobs.training.trial import extent_of
     from pipeline.batches.batch import Batch
 
     directory, reporter, done = Path(arguments["directory"]), arguments["reporter"], 0
     data = Shards.open(arguments["shards"], number=arguments["manifest"])
-    selection = {"requests": arguments["requests"], "part": arguments["part"]}
+    selection, limit = {"requests": arguments["requests"], "part": arguments["part"]}, None
 
     def progress(system: str) -> Any:
         return lambda count, total: reporter.row("progress", stage=system, done=count, total=total)
@@ -201,15 +212,20 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
     for index, system in enumerate(arguments["systems"]):
         tower, rows, catalogue = _load_system(system, data, arguments)
         common: dict[str, Any] = {"catalogue": catalogue, **selection}
-        record(system.name, evaluate_part(tower, rows, data, progress=progress(system.name), **common))
+        if index == 0:
+            extent = extent_of(tower, rows, data, config=arguments["evaluation"], **common)
+            reporter.row("extent", extent=dataclasses.asdict(extent))
+            limit = extent.limit
+        measured = evaluate_part(tower, rows, data, limit=limit, progress=progress(system.name), **common)
+        record(system.name, measured)
         if index == 0 and arguments["beside"]:
             name = f"{system.name}, {EMPTIED}"
             emptied = evaluate_part(
-                tower, rows, data, transform=Batch.without_history, progress=progress(name), **common
+                tower, rows, data, limit=limit, transform=Batch.without_history, progress=progress(name), **common
             )
             record(name, emptied)
             for baseline in arguments["baselines"]:
-                record(baseline, evaluate_counts(data, own_items=baseline == OWN_ITEMS, **common))
+                record(baseline, evaluate_counts(data, own_items=baseline == OWN_ITEMS, limit=limit, **common))
             spectrum = energy_by_rank(tower, rows, data, **common)
             if spectrum is not None and dist.get_rank() == 0:
                 write_json(directory / "spectrum.json", spectrum)
@@ -257,7 +273,9 @@ def read_result(directory: Path, system: str, *, task: str) -> RankedTargets | S
     return (ScoredImpressions if task == "impressions" else RankedTargets)(**columns, **counts)
 
 
-def _summarise(key: EvaluationKey, directory: Path, config: RunConfig, systems: list[str]) -> Summary:
+def _summarise(
+    key: EvaluationKey, directory: Path, config: RunConfig, systems: list[str], *, drawn_from: int | None
+) -> Summary:
     """Every system's metrics, and its primary metric with intervals over users: in all, by slice, and as a ratio."""
     main, requests = systems[0], config.data.requests
     results = {system: read_result(directory, system, task=requests.task) for system in systems}
@@ -291,6 +309,7 @@ def _summarise(key: EvaluationKey, directory: Path, config: RunConfig, systems: 
             for system, values in sums_of_all.items()
             if system != main and len(values)
         },
+        drawn_from=drawn_from,
     )
 
 

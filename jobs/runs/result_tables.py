@@ -47,7 +47,7 @@ def _print_ranking(console: Console, summary: Summary) -> None:
             )
         )
     console.table(
-        f"{summary.part} part, next_item, {summary.split}: {metrics['requests']:,.0f} requests, "
+        f"{summary.part} part, next_item, {summary.split}: {metrics['requests']:,.0f} requests{_drawn(summary)}, "
         f"{metrics['targets']:,.0f} targets, each ranked among the whole catalogue (seen items removed unless kept; in "
         "brackets 95 % bootstrap intervals over users)\n"
         f"no ties: the {metrics['requests_untied']:,.0f} requests whose target has a later time stamp than the event "
@@ -66,10 +66,10 @@ def _print_ranking(console: Console, summary: Summary) -> None:
 def _print_impressions(config: RunConfig, console: Console, summary: Summary) -> None:
     metrics = summary.metrics[summary.main]
     counted, skipped = metrics["requests"], metrics["requests_skipped"]
+    share = f"{counted / max(1, counted + skipped):.0%} of all"
     console.table(
-        f"{summary.part} part, impressions, {summary.split}: {counted:,.0f} requests with at least "
-        f"{config.data.requests.min_history} earlier events, {counted / max(1, counted + skipped):.0%} of all (in "
-        "brackets 95 % bootstrap intervals over users)",
+        f"{summary.part} part, impressions, {summary.split}: {counted:,.0f} requests{_drawn(summary)} with at least "
+        f"{config.data.requests.min_history} earlier events, {share} (in brackets 95 % bootstrap intervals over users)",
         (
             "model",
             _head("AUC", metrics, "users"),
@@ -117,6 +117,10 @@ def _print_slices(console: Console, summary: Summary) -> None:
 def _head(name: str, metrics: Mapping[str, float], users: str) -> str:
     """The head of a column: the metric, and how many users count in it (unknown in evaluations of earlier versions)."""
     return f"{name}\nusers: {metrics[users]:,.0f}" if users in metrics else name
+
+
+def _drawn(summary: Summary) -> str:
+    return f" of {summary.drawn_from:,} (drawn users)" if summary.drawn_from else ""
 
 
 def _interval(interval: Interval | None) -> str:

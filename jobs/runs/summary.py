@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.host.documents import as_json, from_json
+from jobs.host.documents import as_json, from_json, stored_with
 from jobs.host.json_files import read_json, write_json
+from jobs.training.extent import ALL
 from models.metrics import Interval
 
 SUMMARY = "summary.json"
@@ -26,6 +27,8 @@ class EvaluationKey:
     """Fingerprint of the manifest of the shards."""
     requests_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The RequestConfig as stored."""
+    asked: str = ALL
+    """How many of the part's requests (EvaluationConfig.asked)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,8 @@ class Summary(EvaluationKey):
     """The primary metric of each system; empty if no user was evaluated."""
     ratios: Mapping[str, Interval]
     """The primary metric of the main system divided by that of each other system."""
+    drawn_from: int | None = stored_with("drawn_from")
+    """Requests of the whole part, where only those of drawn users were evaluated; None = all were."""
 
     @property
     def main(self) -> str:
@@ -67,7 +72,9 @@ class Summary(EvaluationKey):
 
     def is_of(self, key: EvaluationKey) -> bool:
         """Whether this is the summary of the evaluation with that key."""
-        return all(getattr(self, name) == value for name, value in vars(key).items())
+        same = all(getattr(self, name) == value for name, value in vars(key).items() if name != "asked")
+        # An evaluation of all requests serves, whatever the bound.
+        return same and (self.asked == key.asked or self.drawn_from is None)
 
     def write(self, directory: Path) -> None:
         write_json(directory / SUMMARY, as_json(self))

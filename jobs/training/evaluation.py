@@ -98,14 +98,20 @@ def evaluation_loader(
 
 
 def evaluate_counts(
-    shards: Shards, *, catalogue: Catalogue, requests: RequestConfig, part: str, own_items: bool = False
+    shards: Shards,
+    *,
+    catalogue: Catalogue,
+    requests: RequestConfig,
+    part: str,
+    limit: int | None = None,
+    own_items: bool = False,
 ) -> RankedTargets | ScoredImpressions:
     """The baseline by popularity: an item's score is its number of training events, the same for all users.
 
     With `own_items` (next_item), items of the user's history rank above all others, by how often and how recently they
-    occur in it. A collective: all ranks take part.
+    occur in it. `limit` as in `evaluate`. A collective: all ranks take part.
     """
-    loader = evaluation_loader(shards, requests=requests, part=part)
+    loader = evaluation_loader(shards, requests=requests, part=part, limit=limit)
     scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
     share_I = scores_I / (scores_I.max() + 1)
     results = []

@@ -217,8 +217,8 @@ class EvaluationLoader:
         self.num_batches = self._plan.num_batches
         self.num_requests = int(counts.requests[users].sum())
         """Requests of the pass, over all ranks."""
-        self.num_skipped = int(counts.skipped.sum())
-        """Requests of the part that are left out because their history is too short, over all users."""
+        self.num_skipped = int(counts.skipped[users].sum() if limit is not None else counts.skipped.sum())
+        """Requests that are left out because their history is too short: of all users, or of those taken."""
 
     def __len__(self) -> int:
         return self.num_batches

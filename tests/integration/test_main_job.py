@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.tracking.mlflow_runs import mlflow_client
@@ -246,6 +247,19 @@ def test_a_checkpoint_and_its_registered_version_evaluate_alike_on_another_split
     line = refused("evaluate", checkpoint, *asked, "--out", workplace / "raw", cwd=workplace)
     assert "not empty and not an evaluation" in line
     assert "remove it" in refused("evaluate", checkpoint, *asked, "--model.rank", "2", cwd=workplace)
+
+
+def test_drawn_users_are_the_same_for_every_system_and_the_table_says_so(first_run, workplace):
+    checkpoint = next(path for path in read_lines(first_run.stdout) if path.startswith("checkpoint")).split()[1]
+    options = ["--workspace", "workspace", "--evaluation.requests", "9", "--out", "drawn"]
+    done = solar("evaluate", checkpoint, *options, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "9 of 40 requests; users are drawn" in done.stdout
+    assert "9 requests of 40 (drawn users)" in " ".join(done.stdout.split())
+    users = [pq.read_table(file)["user"].to_pylist() for file in (workplace / "drawn").glob("*.parquet")]
+    assert len(users) == 3
+    assert len(users[0]) == 9
+    assert all(each == users[0] for each in users)
 
 
 def read_lines(text: str) -> list[str]:
