@@ -109,12 +109,13 @@ def _recbole(parser: ArgumentParser) -> Callable[[Any], SourceConfig]:
 def _published(parser: ArgumentParser, name: str) -> Callable[[Any], SourceConfig]:
     from jobs.config.run_config import SourceConfig
     from pipeline.sources.files import ImportConfig
+    from pipeline.sources.published import REJECTED_RATIO
 
     parser.add_argument("path", type=Place, help="the unpacked data set, or its file of events")
     parser.add_argument(
         "--max_rejected_ratio",
         type=float,
-        default=0.01,
+        default=REJECTED_RATIO,
         help="largest share of invalid rows; above it nothing is written",
     )
     return lambda parsed: SourceConfig(

@@ -45,6 +45,10 @@ _FOLDER = "(.*)/"
 _LIKED = 4.0
 """Ratings of at least this many stars are positives."""
 
+REJECTED_RATIO = 0.05
+"""Largest share of invalid rows by default: published logs have some, such as times before 1970, and nobody can mend
+them."""
+
 PUBLISHED: Mapping[str, Published] = {
     "movielens": Published(
         source="https://files.grouplens.org/datasets/movielens/ (README of each data set)",
@@ -206,8 +210,8 @@ PUBLISHED: Mapping[str, Published] = {
 
 
 def import_published(
-    name: str, path: str, out: str, *, atomic: RecBoleConfig = RecBoleConfig(), max_rejected_ratio: float = 0.01,
-    progress: Progress | None = None,
+    name: str, path: str, out: str, *, atomic: RecBoleConfig = RecBoleConfig(),
+    max_rejected_ratio: float = REJECTED_RATIO, progress: Progress | None = None,
 ) -> Imported:  # fmt: skip
     """Write the event log `out` of a public data set, from its unpacked directory or its events file. `atomic`: how to
     read RecBole's files; `max_rejected_ratio`: largest share of invalid rows.
