@@ -59,13 +59,15 @@ def _refuse_equal_labels(config: RunConfig, counts: RequestCounts) -> None:
 
 def _refuse_empty_parts(config: RunConfig, counts: RequestCounts) -> None:
     requests = config.data.requests
-    fix = "move valid_from and test_from" if requests.split == "temporal" else "that split needs users with 3 requests"
+    split, fix = requests.split, "it needs users with 3 requests"
+    if split == "temporal":
+        split += f" (valid_from {requests.valid_from}, test_from {requests.test_from})"
+        fix = "move valid_from and test_from"
     if requests.task == "impressions":
         fix += ", lower min_history"
     for part in PARTS:
         if not getattr(counts, part).requests.any():
             raise UserError(
-                f"data.requests: task {requests.task} with split {requests.split} (valid_from {requests.valid_from}, "
-                f"test_from {requests.test_from}) leaves no {part} request in {config.shards_dir}: {fix}, or add more "
-                "events"
+                f"data.requests: task {requests.task} with split {split} leaves no {part} request in "
+                f"{config.shards_dir}: {fix}, or add more events"
             )

@@ -68,7 +68,7 @@ def test_labels_that_are_all_positive_are_told(check):
         (labelled(1).with_columns(item_id=pl.lit("b1")), {}, r"only one item: next_item has nothing to choose from"),
         (
             shown_log().filter(pl.col("label") == 1).group_by("user_id", maintain_order=True).head(2), {},
-            r"leaves no valid request in .*: that split needs users with 3 requests, or add more events",
+            r"leaves no valid request in .*: it needs users with 3 requests, or add more events",
         ),
     ],
     ids=["no positive", "impressions without positives", "impressions of positives", "one item", "two events each"],
