@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import free_ports, solar
+from tests.support.commands import free_ports, only_in_soak, solar
 from tests.support.held import Holds
 from tests.support.interruptions import Command, differences, learned, telemetry
 from tests.support.ray_nodes import Nodes
@@ -62,6 +62,7 @@ def place(tmp_path_factory) -> Place:
     return place
 
 
+@only_in_soak
 def test_stopped_worker_is_found_and_killed_and_the_run_ends_with_the_same_bits(place, tmp_path):
     run_dir, holds = place.run_dir("stalled"), Holds(tmp_path / "holds", 17)
     command = place.start(

@@ -10,10 +10,11 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.support.commands import free_ports, solar
+from tests.support.commands import free_ports, only_in_soak, solar
 from tests.support.daily_log import write_day, write_nightly_recipe
 from tests.support.ray_nodes import Nodes
 
+pytestmark = only_in_soak
 HEAD = "127.0.0.1"
 START_SECONDS = 180.0
 

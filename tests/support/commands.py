@@ -17,11 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from tests.support import ranks
 from tests.support.held import Holds, hold_nights
 from tests.support.serial import command_without_ray
 
 SOLAR = str(Path(sys.executable).parent / "solar")
+only_in_soak = pytest.mark.skipif(not os.environ.get("SOLAR_TEST_RAY"), reason="only in `make soak`")
+"""For tests of minutes whose parts other tests cover."""
 LIMIT_SECONDS = 600.0
 """For a command that ends; only a defect, or a machine that is far too busy, uses it up."""
 
