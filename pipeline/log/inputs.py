@@ -115,6 +115,8 @@ class Found:
     """{name: why} of those that are left out and told."""
     unread: dict[str, str]
     """{name: why} of those that nobody has said to leave out."""
+    unused: frozenset[str] = frozenset()
+    """Patterns of files.ignore that match nothing."""
 
     def refuse_unread(self, path: str) -> None:
         """DataError if there is a file that cannot be read and is not to be left out."""
@@ -131,13 +133,15 @@ def find(path: str, *, options: FileFormat, tables: Collection[str] = ()) -> Fou
     items or users, not as events. DataError: there is nothing, or a single file cannot be read."""
     listing = list_files(path)
     if listing.is_single:
-        return Found(inputs=[_single(listing.files[0], path, options=options)], left_out={}, unread={})
-    found, left_out, unread = [], {}, {}
+        single = _single(listing.files[0], path, options=options)
+        return Found(inputs=[single], left_out={}, unread={}, unused=frozenset(options.ignore))
+    found, left_out, unread, used = [], {}, {}, set()
     read_as_tables = {_place(table) for table in tables}
     logs: dict[str, bool] = {}
     for file in listing.files:
         folder, _, leaf = file.url.rpartition("/")
-        is_ignored = _is_ignored(file.name, options.ignore)
+        is_ignored = bool(ignoring := _ignoring(file.name, options.ignore))
+        used |= ignoring
         if _place(file.url) in read_as_tables and not file.problem:
             continue
         if not (is_ignored or file.problem) and leaf in (*_TABLES, _SOURCE):
@@ -155,7 +159,8 @@ def find(path: str, *, options: FileFormat, tables: Collection[str] = ()) -> Fou
     if not (found or unread):
         others = f" ({'; '.join(f'{n} {what}' for what, n in summary(left_out).items())})" if left_out else ""
         raise DataError(f"{path}: no event files there{others}; expected {', '.join(_SUFFIXES)} files")
-    return Found(inputs=found, left_out=left_out, unread=unread)
+    unused = frozenset(options.ignore) - used
+    return Found(inputs=found, left_out=left_out, unread=unread, unused=unused)
 
 
 def find_inputs(path: str, *, options: FileFormat) -> list[Input]:
@@ -268,13 +273,15 @@ def _why_unread(file: Listed, leaf: str, *, options: FileFormat) -> str | None:
     return EMPTY if not file.bytes and _endings(leaf)[0] != ".parquet" else None
 
 
-def _is_ignored(name: str, patterns: Collection[str]) -> bool:
+def _ignoring(name: str, patterns: Collection[str]) -> set[str]:
+    """The patterns that match a file: its name as messages give it, its path in the directory, or a part of that."""
     inside = name.split("/", 1)[-1]
-    return any(
-        pattern == text or fnmatch.fnmatchcase(text, pattern)
+    texts = (name, inside, *inside.split("/"))
+    return {
+        pattern
         for pattern in patterns
-        for text in (inside, *inside.split("/"))
-    )
+        if any(text == pattern or fnmatch.fnmatchcase(text, pattern.removeprefix("./")) for text in texts)
+    }
 
 
 def _is_event_log(folder: str) -> bool:

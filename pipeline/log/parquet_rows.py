@@ -32,9 +32,15 @@ def parquet_schema(file: Input) -> dict[str, pl.DataType]:
     with open_parquet(file) as parquet:
         try:
             empty = parquet.schema_arrow.empty_table()
-            return {name: pl.Series(empty[name]).dtype for name in empty.column_names}
+            return {name: pl.Series(empty[at]).dtype for at, name in enumerate(empty.column_names)}
         except (pa.ArrowException, pl.exceptions.PolarsError) as error:
             raise DataError(f"{file.name}: unsupported column type ({_one_line(error)}); cast it") from error
+
+
+def parquet_names(file: Input) -> list[str]:
+    """The names of all columns; a name may occur several times."""
+    with open_parquet(file) as parquet:
+        return parquet.schema_arrow.names
 
 
 def parquet_tables(file: Input, *, columns: Sequence[str], row_group: int | None) -> Iterator[tuple[int, pl.DataFrame]]:

@@ -16,7 +16,7 @@ import polars as pl
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
 from pipeline.log.inputs import MISSING_WORDS, FileFormat, Input
-from pipeline.log.parquet_rows import open_parquet, parquet_schema, parquet_tables
+from pipeline.log.parquet_rows import open_parquet, parquet_names, parquet_schema, parquet_tables
 from pipeline.log.records import first_record
 from pipeline.log.text import LONGEST_LINE, text_pieces
 from pipeline.log.text_rows import csv_format, json_format, split_record
@@ -63,7 +63,9 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
     schema = read_schema(file, options=options)
     if not schema:
         return {}
-    names = _csv_names(file, options) if file.format == "csv" else list(schema)
+    names = list(schema)
+    if file.format != "jsonl":
+        names = _csv_names(file, options) if file.format == "csv" else parquet_names(file)
     for canonical, column in mapping.items():
         if column not in schema and file.format != "jsonl":
             raise DataError(

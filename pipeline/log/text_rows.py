@@ -14,9 +14,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv
 
+from pipeline.events import ID_COLUMNS
 from pipeline.log.records import Cut, cut_lines, cut_records
 from pipeline.log.text import UNREADABLE, decode
 
+_EXACT = 1 << 53
+"""Up to here a float64 tells all integers apart."""
 LONGEST_MALFORMED = 1_000
 """Characters of a malformed record that are kept."""
 
@@ -88,7 +91,11 @@ def csv_format(
 
 
 def json_format(mapping: dict[str, str]) -> TextFormat:
-    """Lines that are one JSON object each: missing keys become null, unmapped keys are ignored."""
+    """Lines that are one JSON object each: missing keys become null, unmapped keys are ignored.
+
+    An id that is written as 1.0 is the integer 1; other fractions, true and false are no ids, and cost their row.
+    """
+    readers = [(column, _id_as_text if name in ID_COLUMNS else _as_text) for name, column in mapping.items()]
 
     def parse(records: bytes) -> Rows:
         rows, malformed, malformed_at, count = [], [], [], 0
@@ -98,7 +105,7 @@ def json_format(mapping: dict[str, str]) -> TextFormat:
             try:
                 # Bytes and escapes that are no text become lone surrogates, which only a used column refuses.
                 row = json.loads(line.decode("utf-8", "surrogateescape"))
-                rows.append([_as_text(row.get(column)) for column in mapping.values()])
+                rows.append([read(row.get(column)) for column, read in readers])
             except (ValueError, AttributeError, TypeError, RecursionError):
                 malformed.append(_shortened(line))
                 malformed_at.append(count)
@@ -205,6 +212,16 @@ def _as_text(value: object) -> str | None:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return json.dumps(value)
+
+
+def _id_as_text(value: object) -> str | None:
+    if isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value) and not value.is_integer()):
+        raise TypeError("an id is an integer or a string")
+    if isinstance(value, float) and math.isfinite(value):
+        if abs(value) > _EXACT:
+            raise ValueError("a float of this size is no exact integer")
+        return str(int(value))
+    return _as_text(value)
 
 
 def _shortened(record: bytes) -> str:

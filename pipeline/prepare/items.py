@@ -28,6 +28,9 @@ def read_items(file: Input, vocabulary: Vocabulary) -> pl.DataFrame:
         inner = dtype.inner if isinstance(dtype, pl.List) else dtype
         if name != "item_id" and not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Boolean))):
             raise DataError(f"{file.name}: feature {name!r} is {dtype}; features are categories: cast it to strings")
+    table = table.unique(maintain_order=True)
+    if twice := table.height - table["item_id"].n_unique():
+        raise DataError(f"{file.name}: {twice} rows are of an item that has another row; keep one row per item")
     if not (vocabulary.rows(table["item_id"]) >= NUM_RESERVED).any():
         raise DataError(f"{file.name}: none of its item ids is in the log; check that both name items the same way")
     return table.with_columns(

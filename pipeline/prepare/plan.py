@@ -211,6 +211,8 @@ def _table(path: str | None, events: str, name: str) -> HashedInput | None:
     found = inputs.find_inputs(path, options=FileFormat(format="parquet"))
     if len(found) > 1:
         raise DataError(f"{path}: {len(found)} files; a table of items or users is one Parquet file")
+    if path.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson")):
+        raise DataError(f"{path}: must be a Parquet file here; `solar import files` reads tables of other formats")
     return HashedInput(file=found[0], checksum=inputs.checksum(found[0]))
 
 

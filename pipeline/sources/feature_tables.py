@@ -71,14 +71,37 @@ class UserColumns(FeatureColumns):
         return "user_id"
 
 
-def read_items(files: list[Input], columns: ItemColumns, *, id_type: str) -> pl.DataFrame:
-    """The table of all items. An item in several files has the features of the first one."""
-    tables = [pl.concat(read_features(file, columns, id_type=id_type)) for file in files]
-    return tables[0] if len(tables) == 1 else pl.concat(tables).unique("item_id", keep="first", maintain_order=True)
+def read_items(files: list[Input], columns: ItemColumns, *, id_type: str) -> tuple[pl.DataFrame, int]:
+    """(the table of all items, number of rows without an id of the log's type). Several rows of an item in one file are
+    joined: its lists together. An item in several files has the features of the first one. DataError: rows of an item
+    differ in a feature."""
+    tables, nameless = [], 0
+    for file in files:
+        blocks = list(read_features(file, columns, id_type=id_type))
+        nameless += sum(omitted for _, omitted in blocks)
+        tables.append(_one_row_each(pl.concat([block for block, _ in blocks]), columns, file=file))
+    return pl.concat(tables).unique("item_id", keep="first", maintain_order=True), nameless
 
 
-def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[pl.DataFrame]:
-    """The id and features of each row; rows whose id does not have the log's id type are omitted."""
+def _one_row_each(table: pl.DataFrame, columns: ItemColumns, *, file: Input) -> pl.DataFrame:
+    if table["item_id"].n_unique() == table.height:
+        return table
+    by_item = table.group_by("item_id", maintain_order=True)
+    for name in columns.features:
+        clashing = by_item.agg(pl.col(name).n_unique() > 1).filter(pl.col(name))
+        if clashing.height:
+            raise DataError(
+                f"{file.name}: {clashing.height} items are in several rows with different {name}, such as "
+                f"{clashing['item_id'][0]!r}; keep one row an item, or make it one of list_features"
+            )
+    return by_item.agg(
+        *(pl.col(name).first() for name in columns.features),
+        *(pl.col(name).explode().drop_nulls().unique(maintain_order=True) for name in columns.list_features),
+    )
+
+
+def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[tuple[pl.DataFrame, int]]:
+    """The id and features of each row, and how many rows are omitted: their id is missing or not of the log's type."""
     name, mapping = columns.id_name, columns.mapping
     readers.describe(file, mapping=mapping, options=columns.files)
     wanted = pl.Int64 if id_type == "int64" else pl.String
@@ -89,12 +112,14 @@ def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iter
                 f"{file.name}: {len(block.malformed)} malformed lines, such as {block.malformed[0][:60]!r}; check "
                 "separator, header and quotes"
             )
-        table = block.table.with_columns(pl.col(name).cast(wanted, strict=False)).filter(pl.col(name).is_not_null())
+        has_id = pl.col(name).is_not_null() & (pl.col(name).cast(pl.String) != "")
+        table = block.table.with_columns(pl.col(name).cast(wanted, strict=False)).filter(has_id)
         known += table.height
-        yield table.with_columns(
+        rows = table.with_columns(
             [pl.col(feature).cast(pl.String) for feature in columns.features]
             + [_as_list(table[feature], columns.list_separator).alias(feature) for feature in columns.list_features]
         )
+        yield rows, block.table.height - table.height
     if not known:
         raise DataError(f"{file.name}: no id in {mapping[name]!r} is {id_type}, the log's type; map another column")
 

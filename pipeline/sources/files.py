@@ -104,10 +104,13 @@ def import_files(
         )  # fmt: skip
         _import_events(log, writer, report=report)
         if item_files:
-            writer.add_items(read_items(item_files, config.items, id_type=schema["id_types"]["item_id"]))
+            table, nameless = read_items(item_files, config.items, id_type=schema["id_types"]["item_id"])
+            writer.add_items(table)
+            if nameless:
+                writer.leave_out({"rows of the items table whose id is missing or of another type": nameless})
         for file in user_files:
             # Block by block: the users table may not fit into memory.
-            for block in read_features(file, config.users, id_type=schema["id_types"]["user_id"]):
+            for block, _ in read_features(file, config.users, id_type=schema["id_types"]["user_id"]):
                 writer.add_users(block)
 
     return write_event_log(out, source=source, fill=fill)
@@ -115,12 +118,15 @@ def import_files(
 
 def _find_events(paths: Sequence[str], config: ImportConfig, tables: list[str]) -> tuple[list[Input], dict[str, str]]:
     """The event files behind the paths, and {name: why} of the files that are left out."""
-    found, left_out = [], {}
+    found, left_out, unused = [], {}, set(config.files.ignore)
     for path in paths:
         here = inputs.find(path, options=config.files, tables=tables)
         here.refuse_unread(path)
         found += here.inputs
         left_out |= here.left_out
+        unused &= here.unused
+    if unused:
+        raise DataError(f"{paths[0]}: files.ignore {min(unused)!r} matches no file there; correct or omit it")
     return found, left_out
 
 
@@ -178,10 +184,11 @@ class _Log:
 
 
 def _with_labels(table: pl.DataFrame, min_label: float) -> pl.DataFrame:
-    """Label 1 for numbers of at least `min_label`, else 0; other texts are kept, so that validation rejects them."""
-    number = pl.col("label").cast(pl.Float64, strict=False)
+    """Label 1 for numbers of at least `min_label`, else 0; other texts, also true and false, become invalid labels."""
+    text = pl.col("label").cast(pl.String).str.strip_chars()
+    number = text.cast(pl.Float64, strict=False)
     liked = (number >= min_label).cast(pl.Int8).cast(pl.String)
-    other = None if table.schema["label"].is_float() else pl.col("label").cast(pl.String)
+    other = None if table.schema["label"].is_float() else pl.when(text != "").then(text + " (no number)")
     return table.with_columns(label=pl.when(number.is_finite()).then(liked).otherwise(other))
 
 
@@ -214,8 +221,11 @@ def _refuse_bad_rows(rows: RowCounts, log: _Log, *, names: str) -> None:
     if right := rows.other_unit(unit):
         way = f"{again}, or {elsewhere} and" if log.published else "set"
         raise DataError(f"{names}: {rows.in_unit(right, unit)}: {way} columns.timestamp_unit {right}")
-    if (bad := rows.rejected.total()) > ratio * rows.read:
-        way = f"{again}, {elsewhere} and a mapping" if log.published else "check the rows, columns and files"
+    bad, way = rows.rejected.total(), f"{again}, {elsewhere} and a mapping"
+    way = way if log.published else "check the rows, columns and files"
+    if bad and bad == rows.read:
+        raise DataError(f"{names}: all {bad} rows are invalid ({rows.reasons()}); {rows.first_of_each()}; {way}")
+    if bad > ratio * rows.read:
         raise DataError(
             f"{names}: {bad} of {rows.read} rows are invalid ({rows.reasons()}), above max_rejected_ratio {ratio}; "
             f"{rows.first_of_each()}; {way}, or raise max_rejected_ratio"

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.events import DataError, EventColumns
@@ -316,3 +318,68 @@ def test_a_rating_that_is_no_number_is_a_missing_label(tmp_path):
     import_files(str(path), str(tmp_path / "log"), config=config)
     assert pl.read_parquet(tmp_path / "log/events-00000.parquet")["label"].to_list() == [1, 0]
     assert pl.read_parquet(tmp_path / "log/rejected.parquet")["reason"].to_list() == ["missing label"] * 3
+
+
+def test_a_word_is_no_rating_and_blanks_around_a_number_do_not_matter(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("user_id,item_id,timestamp,r\nu,a,1,true\nu,b,1,1\nu,c,1,4 \nu,d,1, 5\n")
+    config = ImportConfig(columns=EventColumns(label="r"), min_label=4, max_rejected_ratio=0.9)
+    done = import_files(str(path), str(tmp_path / "log"), config=config)
+    events = pl.read_parquet(tmp_path / "log/events-00000.parquet")
+    assert dict(zip(events["item_id"], events["label"], strict=True)) == {"b": 0, "c": 1, "d": 1}
+    assert done.rejected == 1
+
+
+def test_ids_in_json_are_integers_however_they_are_written_or_strings(tmp_path):
+    path = tmp_path / "log.jsonl"
+    ids = ["1", "1.0", "1e0", '"1"', "true", "1.5", "1e300"]
+    path.write_text("".join(f'{{"user_id": {value}, "item_id": 5, "timestamp": 9}}\n' for value in ids))
+    done = import_files(str(path), str(tmp_path / "log"), config=ImportConfig(max_rejected_ratio=0.9))
+    assert pl.read_parquet(tmp_path / "log/events-00000.parquet")["user_id"].to_list() == ["1"] * 4
+    assert done.rejected == 3
+
+
+def test_rows_of_one_item_are_joined_and_rows_that_differ_are_refused(tmp_path):
+    log, items, out = tmp_path / "log.csv", tmp_path / "items.csv", str(tmp_path / "out")
+    log.write_text("user_id,item_id,timestamp\nu,1,5\n")
+    items.write_text("item_id,kind,tags\n1,a,red\n1,a,blue\n1,a,red\n2,b,big\n,c,lost\n")
+    columns = ItemColumns(features=("kind",), list_features=("tags",))
+    done = import_files(str(log), out, config=ImportConfig(items=columns), items=str(items))
+    table = pl.read_parquet(tmp_path / "out/items.parquet")
+    assert table.rows() == [("1", "a", ["red", "blue"]), ("2", "b", ["big"])]
+    assert (done.items, done.left_out) == (2, {"rows of the items table whose id is missing or of another type": 1})
+    items.write_text("item_id,kind,tags\n1,a,red\n1,b,blue\n")
+    with pytest.raises(DataError, match=r"items.csv: 1 items are in several rows with different kind, such as '1'"):
+        import_files(str(log), str(tmp_path / "other"), config=ImportConfig(items=columns), items=str(items))
+
+
+def test_a_pattern_that_matches_nothing_is_refused_and_names_in_messages_are_patterns(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "a.csv").write_text("user_id,item_id,timestamp\nu,1,5\n")
+    (logs / "b.csv").write_text("user_id,item_id,timestamp\nu,2,5\n")
+    for number, pattern in enumerate(("logs/b.csv", "./b.csv", "b.*")):
+        config = ImportConfig(files=FileFormat(ignore=pattern))
+        assert import_files(str(logs), str(tmp_path / f"log-{number}"), config=config).events == 1
+    for path in (logs, logs / "a.csv"):
+        with pytest.raises(DataError, match=r"files.ignore '\*.CSV' matches no file there; correct or omit it"):
+            import_files(str(path), str(tmp_path / "log"), config=ImportConfig(files=FileFormat(ignore="*.CSV")))
+
+
+@pytest.mark.parametrize(("name", "is_used"), [("item_id", True), ("x", False)])
+def test_parquet_columns_of_one_name_matter_where_they_are_used(tmp_path, name, is_used):
+    values = [pa.array(["u"]), pa.array(["i"]), pa.array([9]), pa.array(["a"]), pa.array(["b"])]
+    names = ["user_id", "item_id", "timestamp", "x" if name == "x" else name, "x" if name == "x" else "y"]
+    pq.write_table(pa.Table.from_arrays(values, names=names), tmp_path / "log.parquet")
+    if is_used:
+        with pytest.raises(DataError, match=r"log.parquet: 2 columns are called 'item_id' .* rename all but one"):
+            import_files(str(tmp_path / "log.parquet"), str(tmp_path / "log"), config=ImportConfig())
+    else:
+        assert import_files(str(tmp_path / "log.parquet"), str(tmp_path / "log"), config=ImportConfig()).events == 1
+
+
+def test_a_log_without_a_valid_row_says_why(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\nu,i,yesterday\n")
+    with pytest.raises(DataError, match=r"all 1 rows are invalid \(invalid time: 1\); for example 'yesterday'"):
+        import_files(str(path), str(tmp_path / "log"), config=ImportConfig(max_rejected_ratio=1))
