@@ -9,7 +9,6 @@ from typing import Any
 
 from jobs.host.documents import as_json, from_json, stored_with
 from jobs.host.json_files import read_json, write_json
-from jobs.training.extent import ALL
 from models.metrics import Interval
 
 SUMMARY = "summary.json"
@@ -27,8 +26,8 @@ class EvaluationKey:
     """Fingerprint of the manifest of the shards."""
     requests_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The RequestConfig as stored."""
-    asked: str = ALL
-    """How many of the part's requests (EvaluationConfig.asked)."""
+    asked: str | None = stored_with("asked")
+    """How many of the part's requests (EvaluationConfig.asked); None = all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,6 @@ import dataclasses
 
 from pipeline.batches.requests import RequestConfig
 
-ALL = "all requests"
-"""`EvaluationConfig.asked` of an evaluation without a bound."""
 STEPS = (200, 500, 1_000, 2_000, 5_000, 10_000, 20_000)
 """Numbers of requests to choose from, so that machines of about the same speed choose the same one."""
 SPREAD = 0.25
@@ -35,11 +33,11 @@ class EvaluationConfig:
             raise ValueError(f"minutes is {self.minutes}: it must be above 0")
 
     @property
-    def asked(self) -> str:
-        """The bound in words."""
+    def asked(self) -> str | None:
+        """The bound in words; None = all requests."""
         if self.requests is None:
             return f"{self.minutes:g} minutes"
-        return f"{self.requests} requests" if self.requests else ALL
+        return f"{self.requests} requests" if self.requests else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.training import trial
-from jobs.training.extent import ALL, EvaluationConfig, Extent, fitting
+from jobs.training.extent import EvaluationConfig, Extent, fitting
 from pipeline.batches.requests import RequestConfig
 
 REQUESTS = RequestConfig()
@@ -23,7 +23,7 @@ def test_unset_bound_is_the_largest_step_that_fits(each, expected):
 
 def test_words_of_a_bound():
     assert EvaluationConfig().asked == "2 minutes"
-    assert EvaluationConfig(requests=0).asked == ALL
+    assert EvaluationConfig(requests=0).asked is None
     assert EvaluationConfig(requests=7, minutes=9).asked == "7 requests"
 
 
