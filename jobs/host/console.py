@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -69,6 +69,10 @@ class Console:
     def line(self, text: str = "") -> None:
         """One line of text, without interpretation of markup."""
         self._rich.print(printable(text), markup=False)
+
+    def teller(self, title: str) -> Callable[[str], None]:
+        """A function that prints a line which begins with the title, as those of a stage do."""
+        return lambda text: self.line(f"{title:<12} {text}")
 
     def table(
         self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, text: Sequence[str] = ()

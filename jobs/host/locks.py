@@ -42,12 +42,10 @@ def sole_command(run_dir: Path, *, otherwise: str = "choose another --name") -> 
     descriptor = try_lock(path, fcntl.LOCK_EX)
     if descriptor is None:
         raise RunInUse(f"{run_dir}: {holder(path)} is working there: wait for it, or {otherwise}")
-    sign(descriptor)
     try:
-        yield
+        with _signed(path, descriptor):
+            yield
     finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
         with contextlib.suppress(OSError):
             run_dir.rmdir()
 
@@ -68,6 +66,13 @@ def in_turn(path: Path, *, tell: Callable[[str], None]) -> Iterator[None]:
         tell(f"waiting for {holder(path)}")
         while (descriptor := try_lock(path, fcntl.LOCK_EX)) is None:
             time.sleep(POLL_SECONDS)
+    with _signed(path, descriptor):
+        yield
+
+
+@contextlib.contextmanager
+def _signed(path: Path, descriptor: int) -> Iterator[None]:
+    """The locked file names this process during the block; then it is removed and unlocked."""
     sign(descriptor)
     try:
         yield

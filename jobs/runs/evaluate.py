@@ -111,7 +111,7 @@ def evaluate(
     with (
         lease(
             shards.path, number=shards.manifest.number, command=f"evaluation of {config.name}",
-            tell=lambda text: console.line(f"{'evaluate':<12} {text}"),
+            tell=console.teller("evaluate"),
         ),
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
     ):  # fmt: skip

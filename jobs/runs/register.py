@@ -62,7 +62,7 @@ def register(
     _refuse_unknown_metric(evaluated)
     # One command after the other: the second one finds the version that the first one made.
     lock = registry_lock(config.workspace)
-    with in_turn(lock, tell=lambda text: console.line(f"{'register':<12} {text}")):
+    with in_turn(lock, tell=console.teller("register")):
         return _register(config, trained, evaluated, console, set_alias or _first_is_champion, tags, exported)
 
 

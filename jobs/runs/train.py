@@ -78,13 +78,13 @@ def train(
         # Prepare: the checkpoint to begin from, disk space, and the end of an earlier command's workers.
         begun = _begin(config, shards, console) if latest is None else None
         _require_disk(config, shards)
-        wait_for_workers(config.run_dir, tell=lambda text: console.line(f"{'train':<12} {text}"))
+        wait_for_workers(config.run_dir, tell=console.teller("train"))
 
         # Check the requests, then train. Meanwhile `solar gc` keeps what is read.
         with (
             lease(
                 shards.path, number=shards.manifest.number, command=f"training of run {config.name}",
-                tell=lambda text: console.line(f"{'train':<12} {text}"),
+                tell=console.teller("train"),
             ),
             ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
         ):  # fmt: skip

@@ -56,7 +56,7 @@ def run_nights(
             stopped=stopped,
             night=lambda: run_night(command, errors=errors, environment=here, stopped=stopped, echo=_echo),
             failed=lambda outcome: _notify_failed(config, outcome.reason, errors, console),
-            tell=lambda text: console.line(f"{'schedule':<12} {text}"),
+            tell=console.teller("schedule"),
         )
         scheduler = Scheduler(
             cron,

@@ -86,7 +86,7 @@ def build_states(
     directory = str(manifest_directory(Path(absolute(str(out))), data.manifest.number))
     held = lease(
         data.path, number=data.manifest.number, command=f"building of states of {model.uri}",
-        tell=lambda text: console.line(f"{'states':<12} {text}"),
+        tell=console.teller("states"),
     )  # fmt: skip
     # Build them, one task per bucket, unless they are complete already.
     with held, console.stage("states") as stage:

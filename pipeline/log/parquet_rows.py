@@ -27,20 +27,14 @@ def open_parquet(file: Input) -> pq.ParquetFile:
     return _opened(file, file.open())
 
 
-def parquet_schema(file: Input) -> dict[str, pl.DataType]:
-    """{column: type}."""
+def parquet_columns(file: Input) -> list[tuple[str, pl.DataType]]:
+    """(name, type) of every column; a name may occur several times."""
     with open_parquet(file) as parquet:
         try:
             empty = parquet.schema_arrow.empty_table()
-            return {name: pl.Series(empty[at]).dtype for at, name in enumerate(empty.column_names)}
+            return [(name, pl.Series(empty[at]).dtype) for at, name in enumerate(empty.column_names)]
         except (pa.ArrowException, pl.exceptions.PolarsError) as error:
             raise DataError(f"{file.name}: unsupported column type ({_one_line(error)}); cast it") from error
-
-
-def parquet_names(file: Input) -> list[str]:
-    """The names of all columns; a name may occur several times."""
-    with open_parquet(file) as parquet:
-        return parquet.schema_arrow.names
 
 
 def parquet_tables(file: Input, *, columns: Sequence[str], row_group: int | None) -> Iterator[tuple[int, pl.DataFrame]]:

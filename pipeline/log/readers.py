@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import polars as pl
 
 from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
 from pipeline.log.inputs import MISSING_WORDS, FileFormat, Input
-from pipeline.log.parquet_rows import open_parquet, parquet_names, parquet_schema, parquet_tables
+from pipeline.log.parquet_rows import open_parquet, parquet_columns, parquet_tables
 from pipeline.log.records import first_record
 from pipeline.log.text import LONGEST_LINE, text_pieces
 from pipeline.log.text_rows import csv_format, json_format, split_record
@@ -60,12 +60,10 @@ class Block:
 
 def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> dict[str, pl.DataType]:
     """{canonical name: type in the file}; empty for an empty text file. DataError names a column that is missing."""
-    schema = read_schema(file, options=options)
-    if not schema:
+    found = _columns(file, options)
+    if not found:
         return {}
-    names = list(schema)
-    if file.format != "jsonl":
-        names = _csv_names(file, options) if file.format == "csv" else parquet_names(file)
+    schema, names = dict(found), [name for name, _ in found]
     for canonical, column in mapping.items():
         if column not in schema and file.format != "jsonl":
             raise DataError(
@@ -82,15 +80,20 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
 
 def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
     """{column: type} of the file: all strings for text files; the keys of the first row for JSON lines."""
+    return dict(_columns(file, options))
+
+
+def _columns(file: Input, options: FileFormat) -> Sequence[tuple[str, pl.DataType]]:
+    """(name, type) of every column; a name may occur several times."""
     if file.format == "parquet":
-        return parquet_schema(file)
+        return parquet_columns(file)
     if file.format == "csv":
-        return dict.fromkeys(_csv_names(file, options), pl.String())
+        return [(name, pl.String()) for name in _csv_names(file, options)]
     try:
         row = json.loads(_first_record(file, options)[0])
     except ValueError:
         row = None
-    return {str(key): pl.String() for key in row} if isinstance(row, dict) else {}
+    return [(str(key), pl.String()) for key in row] if isinstance(row, dict) else []
 
 
 def log_schema(files: list[Input], *, columns: EventColumns, options: FileFormat) -> dict[str, Any]:

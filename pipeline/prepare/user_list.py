@@ -112,7 +112,7 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _cells(path: str, column: str) -> Iterator[str | None]:
-    options = FileFormat(separator="\t" if ".tsv" in path.lower() else ",")
+    options = FileFormat()
     for file in find_inputs(path, options=options):
         schema = read_schema(file, options=options)
         if column not in schema and file.format != "jsonl":

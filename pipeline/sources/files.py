@@ -221,8 +221,8 @@ def _refuse_bad_rows(rows: RowCounts, log: _Log, *, names: str) -> None:
     if right := rows.other_unit(unit):
         way = f"{again}, or {elsewhere} and" if log.published else "set"
         raise DataError(f"{names}: {rows.in_unit(right, unit)}: {way} columns.timestamp_unit {right}")
-    bad, way = rows.rejected.total(), f"{again}, {elsewhere} and a mapping"
-    way = way if log.published else "check the rows, columns and files"
+    bad = rows.rejected.total()
+    way = f"{again}, {elsewhere} and a mapping" if log.published else "check the rows, columns and files"
     if bad and bad == rows.read:
         raise DataError(f"{names}: all {bad} rows are invalid ({rows.reasons()}); {rows.first_of_each()}; {way}")
     if bad > ratio * rows.read:
