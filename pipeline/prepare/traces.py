@@ -3,7 +3,8 @@
     listed_users    reads the file that names the users
     traces          finds them in a data set
 
-It shares no reading with user_list.py and no searching with forgetting.py and compaction.py, whose work it checks.
+It parses the list by other code than user_list.py, and shares no searching with forgetting.py and compaction.py, whose
+work it checks.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import re
 from collections.abc import Collection, Iterator
 from typing import IO, Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.events import DataError, Reason
+from pipeline.log.inputs import FileFormat, find_inputs
+from pipeline.log.streams import open_raw
 from pipeline.prepare.staging import STAGING
 from pipeline.prepare.user_list import COLUMN, is_table
 from pipeline.shards.manifest import Manifest, current_manifest, manifest_numbers, read_manifest
@@ -85,15 +87,17 @@ def _texts(stream: IO[bytes], path: str, column: str) -> Iterator[str | None]:
     else:
         for line in stream.read().removeprefix(b"\xef\xbb\xbf").split(b"\n"):
             value = json.loads(line).get(column) if line.strip() else None
+            # 1.0 is the integer 1, as in a log.
+            value = int(value) if isinstance(value, float) and value.is_integer() else value
             yield None if value is None else str(value)
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
+def _opened(path: str) -> IO[bytes]:
     """The bytes of a file, decompressed."""
-    fs, name = fsspec.core.url_to_fs(path)
-    with fs.open(name, "rb", compression="infer" if is_table(path) else None) as stream:
-        yield stream
+    if not is_table(path):
+        return open_raw(path, name=path)
+    [file] = find_inputs(path, options=FileFormat())
+    return file.open()
 
 
 def _ids(store: Store, name: str) -> set[str]:

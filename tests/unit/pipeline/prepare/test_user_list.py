@@ -115,3 +115,20 @@ def test_users_are_sorted_out_by_what_a_data_set_knows_of_them(prepare, write_lo
     stones = Tombstones.empty(data.path).with_users(["x"]).write(data.path)
     known = sort_out(["a", "x", "y"], data=Shards(data.path, dataclasses.replace(data.manifest, tombstones=stones)))
     assert (known.found, known.forgotten, known.unknown) == (["a"], ["x"], ["y"])
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_both_readers_take_json_numbers_as_a_log_does(tmp_path, integers):
+    path = tmp_path / "left.jsonl"
+    path.write_text('{"user_id": 1.0}\n{"user_id": 2}\n{"user_id": "3"}\n')
+    assert both(path, integers=integers) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("name", ["left.csv.zst", "left.csv.gz", "a::b.csv", "a::b"])
+def test_both_readers_open_every_name_and_compression(tmp_path, name):
+    path, text = tmp_path / name, b"7\n8\n" if name == "a::b" else b"user_id\n7\n8\n"
+    with pa.CompressedOutputStream(str(path), "zstd" if name.endswith("zst") else "gzip") as stream:
+        stream.write(text)
+    if "::" in name:
+        path.write_bytes(text)
+    assert both(path) == ["7", "8"]
