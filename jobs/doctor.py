@@ -137,7 +137,7 @@ def _all_reduce(rank: int, store: str) -> None:
 
 
 def _deepspeed() -> str:
-    from jobs.cluster.worker_group import quiet_libraries
+    from jobs.cluster.worker import quiet_libraries
 
     quiet_libraries()
     import deepspeed

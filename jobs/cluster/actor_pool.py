@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jobs.cluster.worker_group import make_room_for_tasks
 from jobs.host.errors import UserError
 from pipeline.build import quiet_ray_data
 from pipeline.events import DataError, NotNow
@@ -31,6 +32,7 @@ def map_in_actors(
     import ray
     import ray.data
 
+    make_room_for_tasks()
     actors = min(parallel or max(1, int(ray.cluster_resources().get("CPU", 1))), len(rows))
     if not actors:
         return

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -64,6 +64,10 @@ DEFAULT_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
 }
 
+LOCAL_WORKERS = "solar_worker"
+"""The resource that workers of a training reserve in a local Ray, instead of CPUs: a command keeps them between its
+jobs, and runs tasks then."""
+
 WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
 """For Ray workers only: Ray runs one task per core, and if each task had a thread for every core, the work would take a
 quarter more time (prepare, 2 cores)."""
@@ -87,14 +91,52 @@ def quiet_environment() -> None:
 def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = False) -> Iterator[None]:
     """A Ray session for the duration of the block; an existing session is used and not ended.
 
-    A local Ray has at least `num_cpus` CPUs, so that a training group of that size also fits on a smaller machine.
+    A local Ray has room for training workers that need `num_cpus` CPUs, also on a smaller machine.
     """
-    import ray
-
-    if ray.is_initialized():
+    global _open
+    if _open:
         yield
         return
-    level = logging.INFO if verbose else logging.ERROR
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(config, num_cpus=num_cpus, level=logging.INFO if verbose else logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    _open = True
+    try:
+        yield
+    except Exception:
+        _end(shutdown=ours)
+        raise
+    finally:
+        _open = False
+    # No shutdown after an interruption: another thread (of Ray Train or Ray Data) may wait in Ray's C++ code, and a
+    # shutdown then crashes (observed: SIGSEGV). The process is about to end, and a local Ray ends with it.
+    _end(shutdown=ours)
+
+
+_open = False
+_at_end = ExitStack()
+
+
+def at_end_of_session(call: Callable[[], None]) -> None:
+    """Call this before this process's session ends, unless it is interrupted."""
+    _at_end.callback(call)
+
+
+def _end(*, shutdown: bool) -> None:
+    import ray
+
+    try:
+        _at_end.close()
+    finally:
+        if shutdown:
+            ray.shutdown()
+
+
+def _connect(config: ClusterConfig, *, num_cpus: int, level: int) -> None:
+    """Start a local Ray or join the cluster; KeyboardInterrupt if a signal came meanwhile."""
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     # Record signals while Ray starts: an exception there makes destructors of its C++ code wait for ever (observed with
     # Ctrl-C).
@@ -105,15 +147,6 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
             _join(address, named=f"{'cluster.address' if config.address else 'RAY_ADDRESS'}={address}", level=level)
     if signalled():
         raise KeyboardInterrupt
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    try:
-        yield
-    except Exception:
-        ray.shutdown()
-        raise
-    # No shutdown after an interruption: another thread (of Ray Train or Ray Data) may wait in Ray's C++ code, and a
-    # shutdown then crashes (observed: SIGSEGV). The process is about to end, and a local Ray ends with it.
-    ray.shutdown()
 
 
 def _start(*, num_cpus: int, level: int) -> None:
@@ -129,7 +162,8 @@ def _start(*, num_cpus: int, level: int) -> None:
         with environment(inherited), _loopback():
             ray.init(
                 address="local",
-                num_cpus=max(num_cpus, psutil.cpu_count() or 1),
+                num_cpus=psutil.cpu_count() or 1,
+                resources={LOCAL_WORKERS: max(num_cpus, psutil.cpu_count() or 1)},
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 logging_level=level,

@@ -1,34 +1,78 @@
-"""Communication between driver and workers during training: rows from rank 0 to the driver, a stop flag to all ranks.
+"""Communication between driver and workers: jobs and a stop flag to all ranks, rows from rank 0 to the driver.
 
-Rank 0 pushes rows into an actor; the driver polls them for its progress bar and for MLflow. The driver sets the stop
-flag in the same actor; it reaches all ranks in the same step.
+The driver hands one job after the other to an actor, of which every rank asks for the next one. Rank 0 pushes rows into
+the same actor; the driver polls them for its progress bar and for MLflow. The driver sets the stop flag there, too; it
+reaches all ranks in the same step.
 """
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all workers of a group do next: call `function` with `arguments` and a reporter."""
+
+    function: Callable[[dict[str, Any]], None]
+    arguments: dict[str, Any]
+
+
 class Telemetry:
-    """The actor: rows from rank 0, a stop flag from the driver."""
+    """The actor: jobs and a stop flag from the driver, rows from rank 0. A job is given out again, to a restarted
+    group, until it is finished."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
-        self._stop = self._started = False
+        self._job: Job | None = None
+        self._closed = self._stop = self._started = False
+        self._changed = asyncio.Condition()
 
-    def push(self, rows: list[dict[str, Any]]) -> bool:
+    async def give(self, job: Job) -> None:
+        """The next job, once the one before is finished."""
+        async with self._changed:
+            self._job, self._stop, self._started = job, False, False
+            self._changed.notify_all()
+
+    async def next_job(self) -> Job | None:
+        """Waits for a job that is not finished; None = there are no more."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._job is not None or self._closed)
+        return self._job
+
+    async def finish(self) -> None:
+        """All ranks have done the job; called by rank 0 before any rank asks for the next one."""
+        async with self._changed:
+            self._job = None
+            self._changed.notify_all()
+
+    async def close(self) -> None:
+        """There are no more jobs: the workers end."""
+        async with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    async def push(self, rows: list[dict[str, Any]]) -> bool:
         """Append rows; returns the stop flag."""
         self._rows.extend(rows)
         self._started = self._started or any(row["kind"] == "start" for row in rows)
         return self._stop
 
-    def drain(self) -> list[dict[str, Any]]:
-        """All rows since the last call."""
+    async def drain(self, seconds: float = 0.0) -> tuple[list[dict[str, Any]], bool]:
+        """(all rows since the last call, whether the job is finished), after `seconds` or once it is."""
+        try:
+            async with self._changed:
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._job is None), seconds)
+        except TimeoutError:
+            pass
         rows, self._rows = self._rows, []
-        return rows
+        return rows, self._job is None
 
-    def stop(self) -> bool:
+    async def stop(self) -> bool:
         """Request that all ranks write a checkpoint at the same step and end; returns whether training has begun (row
         `start`)."""
         self._stop = True

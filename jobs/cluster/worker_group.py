@@ -1,19 +1,22 @@
-"""The driver's side of a group of Ray Train workers: start it, receive its rows, stop it."""
+"""The driver's side of a group of Ray Train workers: start it, give it jobs, receive its rows, end it.
+
+A command starts one group, which does all its jobs: a group costs seconds of imports in every worker.
+"""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jobs.cluster.failures import Interrupted, WorkerFailure, explained
 from jobs.cluster.parallel import ParallelConfig
-from jobs.cluster.session import ClusterConfig
+from jobs.cluster.session import LOCAL_WORKERS, ClusterConfig, at_end_of_session
+from jobs.cluster.telemetry import Job, Telemetry
 from jobs.host.errors import UserError
 from jobs.host.process import environment, noted_signals
 
@@ -25,6 +28,8 @@ RESERVE_SECONDS = 10.0
 """If the number of workers is a range: a group that cannot be placed for this long is resized. Ray counts the resources
 of a dead node for some 15 s more, and would wait a minute for them; resources that exist are reserved within a second.
 """
+CLOSE_SECONDS = 60.0
+"""Idle workers end within Ray's 2 s between two polls; after this time they are left to the end of the Ray session."""
 LATER_SECONDS = 10.0
 """Ranks wait so much longer for each other in a step than Ray waits for an answer: a stopped process is then found by
 Ray first, which knows its rank."""
@@ -41,80 +46,156 @@ def run_workers(
     on_rows: Callable[[list[dict[str, Any]]], None],
     stoppable: bool = False,
 ) -> None:
-    """Run `function` on every worker of a Ray Train group and pass rank 0's rows to `on_rows`. Ray stores its own files
-    in `run_dir`/ray.
+    """Run `function` on every worker of a group and pass rank 0's rows to `on_rows`. Ray stores its own files in
+    `run_dir`/ray.
 
-    `fit` runs in another thread, because only the main thread receives signals. If `stoppable`, the first SIGINT or
-    SIGTERM makes all ranks write a checkpoint and stop, and Interrupted is raised afterwards; the second one raises at
-    once.
+    The group of the job before is used if it was started alike and nothing happened to it; the Ray session keeps it
+    for the next job. If `stoppable`, the first SIGINT or SIGTERM makes all ranks write a checkpoint and stop, and
+    Interrupted is raised afterwards; the second one raises at once.
     """
+    group = _Group.kept
+    if group is None or not group.is_fit_for(parallel, cluster):
+        release_workers()
+        group = _Group.kept = _Group(parallel, cluster, run_dir=run_dir)
+        at_end_of_session(release_workers)
+    group.run(Job(function, arguments), name=name, on_rows=on_rows, stoppable=stoppable)
+
+
+def release_workers() -> None:
+    """End the idle workers that the session keeps, if there are any; their CPUs and GPUs are free afterwards."""
+    group, _Group.kept = _Group.kept, None
+    if group is not None:
+        group.close()
+
+
+def make_room_for_tasks() -> None:
+    """Before Ray tasks are started: end the idle workers if they leave no CPU for tasks."""
     import ray
-    import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from jobs.cluster.failure_callback import FailureCallback
-    from jobs.cluster.telemetry import Telemetry
+    if _Group.kept is not None and ray.available_resources().get("CPU", 0) < 1:
+        release_workers()
 
-    # Describe the group: resources, process group, restarts.
-    _check_resources(parallel)
-    restarts = cluster.restarts(elastic=parallel.elastic)
-    # The actor must run on the node of the driver and of Ray Train's controller, to survive the loss of other nodes.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    telemetry = ray.remote(num_cpus=0)(Telemetry).options(scheduling_strategy=here).remote()
-    trainer = TorchTrainer(
-        _start_worker,
-        train_loop_config={**arguments, "function": function, "telemetry": telemetry, "parallel": parallel},
-        torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if parallel.device == "cuda" else "gloo",
-            timeout_s=math.ceil(parallel.stall_seconds + LATER_SECONDS),
-        ),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(parallel.min_workers, parallel.max_workers) if parallel.elastic else parallel.min_workers,
-            use_gpu=parallel.device == "cuda",
-            resources_per_worker={
-                "CPU": parallel.threads_per_worker,
-                **({"GPU": 1} if parallel.device == "cuda" else {}),
-            },
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"{name}-{int(time.time())}",
-            storage_path=str((run_dir / "ray").absolute()),
-            failure_config=ray.train.FailureConfig(max_failures=restarts),
-            callbacks=[FailureCallback(telemetry, parallel)],
-        ),
-    )
-    failure: list[BaseException] = []
 
-    def fit() -> None:
+class _Group:
+    """A group of Ray Train workers that does one job after the other, each from the state of a fresh process.
+
+    `fit` runs in another thread for as long as the group lives, because only the main thread receives signals.
+    """
+
+    kept: ClassVar[_Group | None] = None
+    """The group of this process's Ray session."""
+
+    def __init__(self, parallel: ParallelConfig, cluster: ClusterConfig, *, run_dir: Path) -> None:
+        import ray
+        import ray.train
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from jobs.cluster.failure_callback import FailureCallback
+        from jobs.cluster.worker import work
+
+        self._parallel, self._cluster = parallel, cluster
+        self._restarts = cluster.restarts(elastic=parallel.elastic)
+        self._failures: list[BaseException] = []
+        self._worn = False
+        reserved = _reserved(parallel)
+        # The actor must run on the node of the driver and of Ray Train's controller, to survive the loss of other
+        # nodes.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._telemetry: Any = ray.remote(num_cpus=0)(Telemetry).options(scheduling_strategy=here).remote()
+        self._trainer = TorchTrainer(
+            work,
+            train_loop_config={"telemetry": self._telemetry, "parallel": parallel},
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if parallel.device == "cuda" else "gloo",
+                timeout_s=math.ceil(parallel.stall_seconds + LATER_SECONDS),
+            ),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=(parallel.min_workers, parallel.max_workers) if parallel.elastic else parallel.min_workers,
+                use_gpu=parallel.device == "cuda",
+                resources_per_worker=reserved,
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"workers-{time.time_ns()}",
+                storage_path=str((run_dir / "ray").absolute()),
+                failure_config=ray.train.FailureConfig(max_failures=self._restarts),
+                callbacks=[FailureCallback(self._telemetry, parallel)],
+            ),
+        )
+        self._thread = threading.Thread(target=self._fit, daemon=True)
+        self._settings = ExitStack()
+        self._settings.enter_context(environment(_controller_settings(parallel)))
+        self._thread.start()
+
+    def _fit(self) -> None:
         try:
-            trainer.fit()
-        except BaseException as error:  # handed to the main thread
-            failure.append(error)
+            self._trainer.fit()
+        except BaseException as error:  # raised by the main thread
+            self._failures.append(error)
 
-    # Run the group, pass on its rows, and handle signals.
-    thread = threading.Thread(target=fit, daemon=True)
-    stop_requested: float | None = None
-    with environment(_controller_settings(parallel)), noted_signals() as signalled:
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            on_rows(_answer(telemetry.drain.remote()))
-            if stop_requested is None and signalled():
-                stop_requested = time.monotonic()
-                # Before training has begun there is nothing to store in a checkpoint.
-                if not stoppable or not _answer(telemetry.stop.remote()):
+    def is_fit_for(self, parallel: ParallelConfig, cluster: ClusterConfig) -> bool:
+        """Whether a job of these settings may run here: started alike, alive, and never restarted, because every job
+        has all its restarts."""
+        return (parallel, cluster) == (self._parallel, self._cluster) and self._thread.is_alive() and not self._worn
+
+    def run(self, job: Job, *, name: str, on_rows: Callable[[list[dict[str, Any]]], None], stoppable: bool) -> None:
+        """Have the job done, pass on its rows, and handle signals."""
+        finished, stop_requested = False, None
+        with noted_signals() as signalled:
+            _answer(self._telemetry.give.remote(job))
+            while self._thread.is_alive() and not finished:
+                finished = self._pass_on(on_rows, seconds=POLL_SECONDS)
+                if stop_requested is None and signalled():
+                    stop_requested = time.monotonic()
+                    # Before training has begun there is nothing to store in a checkpoint.
+                    if not stoppable or not _answer(self._telemetry.stop.remote()):
+                        raise Interrupted(name)
+                if stop_requested is not None and time.monotonic() - stop_requested > STOP_SECONDS:
                     raise Interrupted(name)
-            if stop_requested is not None and time.monotonic() - stop_requested > STOP_SECONDS:
-                raise Interrupted(name)
-    # The group has ended: pass on its last rows and report its outcome.
-    on_rows(_answer(telemetry.drain.remote()))
-    if failure:
-        raise explained(
-            failure[0], asked_to_stop=stop_requested is not None, parallel=parallel, restarts=restarts, name=name
-        ) from failure[0]
-    if stop_requested is not None:
-        raise Interrupted(name)
+        # The group has ended without an answer: pass on its last rows and say why.
+        if not finished and not self._pass_on(on_rows):
+            failure = self._failures[0] if self._failures else RuntimeError("the workers ended before their job")
+            raise explained(
+                failure, asked_to_stop=stop_requested is not None, parallel=self._parallel, restarts=self._restarts,
+                name=name,
+            ) from failure  # fmt: skip
+        if stop_requested is not None:
+            raise Interrupted(name)
+
+    def _pass_on(self, on_rows: Callable[[list[dict[str, Any]]], None], *, seconds: float = 0.0) -> bool:
+        """Pass on what rank 0 pushed within `seconds`; returns whether the job is finished."""
+        rows, finished = _answer(self._telemetry.drain.remote(seconds))
+        self._worn = self._worn or any(row["kind"] == "failure" for row in rows)
+        on_rows(rows)
+        return finished
+
+    def close(self) -> None:
+        """End the idle workers."""
+        if self._thread.is_alive():
+            _answer(self._telemetry.close.remote())
+            self._thread.join(CLOSE_SECONDS)
+        self._settings.close()
+
+
+def _reserved(parallel: ParallelConfig) -> dict[str, float]:
+    """What each worker reserves in Ray; UserError if the cluster is too small for the group, which would otherwise wait
+    for ever."""
+    import ray
+
+    there = ray.cluster_resources()
+    # A local Ray has a resource for workers alone: kept while tasks run, they are idle and need no CPU.
+    kind = LOCAL_WORKERS if LOCAL_WORKERS in there else "CPU"
+    reserved: dict[str, float] = {kind: parallel.threads_per_worker}
+    if parallel.device == "cuda":
+        reserved["GPU"] = 1
+    for kind, count in reserved.items():
+        if there.get(kind, 0) < parallel.min_workers * count:
+            workers = [parallel.min_workers, parallel.max_workers] if parallel.elastic else parallel.num_workers
+            raise UserError(
+                f"parallel.num_workers={workers}, device={parallel.device}: needs {parallel.min_workers * count:g} "
+                f"{kind}, this Ray has {there.get(kind, 0):.0f}: lower parallel.num_workers or set parallel.device"
+            )
+    return reserved
 
 
 def _controller_settings(parallel: ParallelConfig) -> dict[str, str]:
@@ -143,43 +224,3 @@ def _answer(reference: Any) -> Any:
         return ray.get(reference)
     except RayActorError as error:
         raise WorkerFailure("the actor that collects telemetry died: run the same command again") from error
-
-
-def _start_worker(arguments: dict[str, Any]) -> None:
-    """Runs in every worker: sets the number of threads, silences libraries, then runs the job's function."""
-    import torch
-
-    from jobs.cluster.telemetry import Reporter
-    from jobs.cluster.worker_group import quiet_libraries
-
-    parallel = arguments["parallel"]
-    torch.set_num_threads(parallel.threads_per_worker)
-    quiet_libraries()
-    arguments["function"](arguments | {"reporter": Reporter(arguments["telemetry"])})
-
-
-def _check_resources(parallel: ParallelConfig) -> None:
-    """UserError if the cluster is too small for the group, which would otherwise wait for ever."""
-    import ray
-
-    there = ray.cluster_resources()
-    needed = {
-        "CPU": parallel.min_workers * parallel.threads_per_worker,
-        "GPU": parallel.min_workers if parallel.device == "cuda" else 0,
-    }
-    for kind, count in needed.items():
-        if there.get(kind, 0) < count:
-            workers = [parallel.min_workers, parallel.max_workers] if parallel.elastic else parallel.num_workers
-            raise UserError(
-                f"parallel.num_workers={workers}, device={parallel.device}: needs {count} {kind}, "
-                f"this Ray has {there.get(kind, 0):.0f}: lower parallel.num_workers or set parallel.device"
-            )
-
-
-def quiet_libraries() -> None:
-    """Silence start-up messages of libraries; our own warnings, and all errors, are still shown."""
-    import torch
-
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("deepspeed", "DeepSpeed", "torchrec", "torch.distributed", "fbgemm_gpu"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cluster.session import ClusterConfig, ray_session
+from jobs.cluster.worker_group import make_room_for_tasks
 from jobs.config.run_config import RunConfig, SourceConfig
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError
@@ -84,6 +85,7 @@ def prepare_shards(
     """Event log -> sequence shards, with Ray Data. Paths become absolute: its tasks may run in another directory."""
     places = {"items": items and absolute(items), "users": users and absolute(users)}
     with ray_session(cluster, verbose=verbose), console.stage("prepare") as stage:
+        make_room_for_tasks()
         prepared = prepare(absolute(events), absolute(out), config=options, **places, progress=progress_of(stage))
         counts, manifest = prepared.manifest.counts, prepared.manifest
         stage.result = (

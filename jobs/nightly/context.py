@@ -11,13 +11,13 @@ from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.nightly.journal import Journal
 from jobs.nightly.steps import TrainedChallenger
+from jobs.runs.request_checks import count_requests
 from jobs.runs.run_dir import open_shards, settled
 from jobs.tracking.mlflow_runs import mlflow_client, tracking_uri
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.training.job import TrainingConfig
 from pipeline.batches.request_index import RequestCounts
 from pipeline.batches.requests import RequestConfig
-from pipeline.build import index_requests
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -72,7 +72,7 @@ class NightContext:
         return dataclasses.replace(self.config.data.requests, **(defaults | bounds))
 
     def counts(self, requests: RequestConfig) -> RequestCounts:
-        return index_requests(open_shards(self.config), config=requests)
+        return count_requests(open_shards(self.config), requests)
 
     def config_with(self, requests: RequestConfig, *, name: str) -> RunConfig:
         data = dataclasses.replace(self.config.data, requests=requests)

@@ -23,7 +23,7 @@ from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.json_files import read_json, write_json
-from jobs.runs.request_checks import tell_labels
+from jobs.runs.request_checks import count_requests, tell_labels
 from jobs.runs.run_dir import Trained, run_shards, settled
 from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summary
 from jobs.runs.train import train_job
@@ -34,7 +34,6 @@ from jobs.training.results import RankedTargets, ScoredImpressions, primary_metr
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.request_index import RequestCounts, leaves_out, settings_on
 from pipeline.batches.requests import RequestConfig
-from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
 
@@ -115,7 +114,7 @@ def evaluate(
         ),
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
     ):  # fmt: skip
-        _warn(config, shards, index_requests(shards, config=config.data.requests), systems[0], console)
+        _warn(config, shards, count_requests(shards, config.data.requests), systems[0], console)
         drawn_from = _measure(config, arguments, console)
 
     # Summarise, and move the files into place, the summary last: it marks a complete evaluation.

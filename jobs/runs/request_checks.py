@@ -3,13 +3,25 @@ learned, and a split with an empty part."""
 
 from __future__ import annotations
 
+from jobs.cluster.worker_group import make_room_for_tasks
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from pipeline.batches.request_index import RequestCounts
 from pipeline.batches.requests import PARTS, RequestConfig
+from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED
+
+
+def count_requests(shards: Shards, requests: RequestConfig) -> RequestCounts:
+    """The number of every user's requests: stored beside the shards, or counted now by Ray tasks."""
+
+    def before_tasks(_stage: str, done: int, _total: int) -> None:
+        if done == 0:
+            make_room_for_tasks()
+
+    return index_requests(shards, config=requests, progress=before_tasks)
 
 
 def check_requests(config: RunConfig, shards: Shards, counts: RequestCounts, console: Console) -> None:

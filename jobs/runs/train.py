@@ -19,7 +19,7 @@ from jobs.host.errors import UserError
 from jobs.host.locks import sole_command, wait_for_workers
 from jobs.runs.progress import Follower
 from jobs.runs.record import RunRecord, close_tracked_run, open_tracked_run, previous_run, run_facts
-from jobs.runs.request_checks import check_requests
+from jobs.runs.request_checks import check_requests, count_requests
 from jobs.runs.run_dir import Trained, best_checkpoint, open_shards, run_shards, settled
 from jobs.tracking.unsent import NAME as SPOOL
 from jobs.training.checkpoint import (
@@ -36,7 +36,6 @@ from jobs.training.model import model_settings, model_tables
 from jobs.training.results import primary_metric
 from jobs.training.warm_start import Begun, begin_from
 from models.zoo import build_tower
-from pipeline.build import index_requests
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
 from pipeline.shards.vocabulary_growth import beginnings_of
@@ -88,7 +87,7 @@ def train(
             ),
             ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
         ):  # fmt: skip
-            check_requests(config, shards, index_requests(shards, config=config.data.requests), console)
+            check_requests(config, shards, count_requests(shards, config.data.requests), console)
             run_id = _train(config, shards, console, previous, begun=begun)
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 

@@ -100,6 +100,7 @@ class CheckpointWriter:
         # This group of workers must hold the run directory's lock until its threads have finished.
         if self._thread is not None:
             self._thread.join()
+        dist.destroy_process_group(self._group)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step by `every_steps` or, on rank 0's clock, by `every_minutes`. A

@@ -137,6 +137,8 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     if asked is not None:
         asked.rows.receive()
     reporter.row("cost", step=state.step, **_cost())
+    # Its hooks hold it from C++: without this it would stay in memory after the job.
+    engine.destroy()
     return state
 
 

@@ -180,7 +180,7 @@ def run_one(task: tuple) -> str:
     import torch
     import torch.distributed as dist
 
-    from jobs.cluster.worker_group import quiet_libraries
+    from jobs.cluster.worker import quiet_libraries
     from jobs.runs.run_dir import open_shards, settled
     from jobs.runs.train import train_job
     from jobs.training.catalogue import catalogue_of, training_counts

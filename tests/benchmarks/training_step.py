@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.cluster.parallel import ParallelConfig
-from jobs.cluster.worker_group import quiet_libraries
+from jobs.cluster.worker import quiet_libraries
 from jobs.training.clock import StepClock
 from jobs.training.dense_engine import dense_engine
 from jobs.training.job import TrainingConfig, TrainJob

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,9 +14,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.config.reader import load_config
+from jobs.host.console import Console
+from jobs.runs.run_dir import settled
+from jobs.runs.train import train
 from jobs.tracking.mlflow_runs import mlflow_client
 from tests.support.commands import refused, solar
+from tests.support.interruptions import differences, learned
 from tests.support.listening import run_and_look
+from tests.support.serial import command_without_ray
 from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
 
@@ -61,6 +68,23 @@ def test_a_local_ray_listens_on_loopback_alone(watched_run):
     assert {"gcs_server", "raylet"} <= {name for name, _ in listened}
     elsewhere = {name for name, address in listened if address != "127.0.0.1"}
     assert [name for name in elsewhere if not re.search(r"TrainWorker|^ray::execute\.", name)] == []
+
+
+def test_one_group_of_workers_did_every_job_of_the_command(first_run, workplace):
+    # Two trainings and an evaluation; Ray Train makes a directory for each group that it starts.
+    assert first_run.returncode == 0, first_run.stderr
+    runs = workplace / "workspace" / "runs"
+    assert len(list(runs.glob("*/ray/workers-*"))) == 1
+    assert {path.name for path in runs.iterdir()} == {"tiny", "tiny-mean_pooling"}
+
+
+def test_a_job_leaves_nothing_to_the_next_one_in_its_group(first_run, recipe, workplace, monkeypatch):
+    assert first_run.returncode == 0, first_run.stderr
+    # The second training of the command, and the same in a process of its own.
+    second = settled(load_config("train", str(recipe), [])).with_model("mean_pooling")
+    command_without_ray(monkeypatch.setattr)
+    alone = train(dataclasses.replace(second, name="alone"), Console(), resume=False)
+    assert differences(learned(alone.run_dir), learned(second.run_dir)) == []
 
 
 def test_libraries_stay_silent(first_run):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from jobs.cluster.session import quiet_environment
-from jobs.cluster.worker_group import quiet_libraries
+from jobs.cluster.worker import quiet_libraries
 
 # Libraries read these settings when they are imported.
 quiet_environment()

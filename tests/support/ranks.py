@@ -57,7 +57,7 @@ def _enter(
 ) -> None:
     import torch.distributed as dist
 
-    from jobs.cluster.worker_group import quiet_libraries
+    from jobs.cluster.worker import quiet_libraries
 
     take_environment(environment)
     os.environ.update(
