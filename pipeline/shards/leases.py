@@ -5,8 +5,8 @@
 A command holds a lease while it reads one state for long; a thread renews it. A lease ends when its command ends, when
 its process is found dead on this machine, or at `expires`. Forgetting users does not wait for leases.
 
-A lease that cannot be read (half a file, or one of another version) counts as held for as long as a new one would; other
-files in the folder mean nothing and stay.
+A lease that cannot be read (half a file, or one of another version) counts as held for as long as a new one would;
+other files in the folder mean nothing and stay.
 """
 
 from __future__ import annotations
