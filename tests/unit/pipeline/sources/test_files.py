@@ -294,6 +294,17 @@ def test_times_in_another_unit_are_refused_by_the_key_and_unusual_ones_are_told(
     assert notes == ("1 of 1 times lie before 1990 or after tomorrow",)
 
 
+def test_a_json_time_keeps_every_nanosecond(tmp_path):
+    path, out = tmp_path / "log.jsonl", str(tmp_path / "log")
+    path.write_text('{"user_id": "u", "item_id": "a", "timestamp": 1706700000.123456789}\n')
+    import_files(str(path), out, config=ImportConfig())
+    whole = [1_706_700_000_123_456_789]
+    assert pl.read_parquet(f"{out}/events-00000.parquet")["timestamp"].to_physical().to_list() == whole
+    path.write_text('{"user_id": "u", "item_id": "a", "timestamp": 1706700000123456789}\n')
+    import_files(str(path), f"{out}2", config=ImportConfig(columns=EventColumns(timestamp_unit="ns")))
+    assert pl.read_parquet(f"{out}2/events-00000.parquet")["timestamp"].to_physical().to_list() == whole
+
+
 @pytest.mark.parametrize(("day", "read"), [("20240131", "2024-01-31"), ("20240131123456", "2024-01-31 12:34:56")])
 @pytest.mark.parametrize("form", ["csv", "jsonl", "floats"])
 def test_dates_written_as_numbers_are_refused_by_column_and_value_until_they_are_read_as_dates(
