@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import polars as pl
@@ -24,6 +24,7 @@ LONGEST_ACTION = 128
 """Characters in the name of an action; a longer one is free text, not a category."""
 
 _KEPT_CHARACTERS = 200
+_NAMED, _LONGEST_NAME = 30, 60
 ID_COLUMNS = ("user_id", "item_id", "request_id")
 
 
@@ -302,6 +303,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The names of columns for a message, each in quotes, so that a blank or a character without a shape is seen."""
+    found = [repr(name) if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}..." for name in names]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(found[:_NAMED]) + more if found else "no columns"
 
 
 RESERVED_NAMES = ("history", "history_time", "history_action", "candidates", "time", "scores", "user_id", "item_id")

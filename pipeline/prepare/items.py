@@ -6,7 +6,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.events import DataError
+from pipeline.events import DataError, quoted
 from pipeline.log.inputs import Input
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
@@ -23,7 +23,7 @@ def read_items(file: Input, vocabulary: Vocabulary) -> pl.DataFrame:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file.name}: not a complete Parquet file; copy it again") from error
     if "item_id" not in table.columns:
-        raise DataError(f"{file.name}: no column 'item_id'; it has {', '.join(table.columns)}; rename the id column")
+        raise DataError(f"{file.name}: no column 'item_id'; it has {quoted(table.columns)}; rename the id column")
     for name, dtype in table.schema.items():
         inner = dtype.inner if isinstance(dtype, pl.List) else dtype
         if name != "item_id" and not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Boolean))):

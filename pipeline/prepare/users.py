@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import polars as pl
 
-from pipeline.events import DataError, refuse_bad_feature
+from pipeline.events import DataError, quoted, refuse_bad_feature
 from pipeline.log import readers
 from pipeline.log.inputs import FileFormat, Input
 from pipeline.log.readers import Part
@@ -49,7 +49,7 @@ def feature_names(file: Input) -> list[str]:
     """The features of a users table, sorted. DataError: no user_id, no feature, or one with a wrong type or name."""
     schema = readers.read_schema(file, options=FileFormat(format="parquet"))
     if "user_id" not in schema:
-        raise DataError(f"{file.name}: no column 'user_id'; it has {', '.join(schema)}; rename the id column")
+        raise DataError(f"{file.name}: no column 'user_id'; it has {quoted(schema)}; rename the id column")
     for name, dtype in schema.items():
         if name != "user_id":
             refuse_bad_feature(name, dtype, file=file.name)

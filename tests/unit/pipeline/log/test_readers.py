@@ -203,6 +203,20 @@ def test_numbers_of_json_without_a_value_are_missing_and_large_ones_stay_texts(t
     assert [line[-13:] for line in malformed] == [" (5043 bytes)"]
 
 
+def test_names_of_columns_are_quoted_so_that_blanks_and_characters_without_a_shape_are_seen(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(" user_id,user_id\t,user\u200b_id,\u00e9,it's,\x1b[1m,,item_id,timestamp\n1,2,3,4,5,6,7,8,9\n")
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value) == (
+        f"{tmp_path.name}/log.csv: no column 'user_id' (mapped to user_id); it has ' user_id', 'user_id\\t', "
+        "'user\\u200b_id', '\u00e9', \"it's\", '\\x1b[1m', '', 'item_id', 'timestamp'; fix the mapping"
+    )
+    path.write_text(",".join(f"c{number}{'x' * 100}" for number in range(1_000)) + "\n")
+    with pytest.raises(DataError, match=r"it has 'c0x{58}'\.\.\., .* and 970 more; fix the mapping"):
+        read(path)
+
+
 def test_of_equal_keys_the_last_counts_and_deep_nesting_costs_its_row(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"user_id": 1, "user_id": 2}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
@@ -243,7 +257,7 @@ def test_any_block_size_reads_the_same_lines(tmp_path_factory, lines, block):
 def test_a_missing_column_is_refused_with_those_that_exist(tmp_path):
     path = tmp_path / "log.parquet"
     pl.DataFrame({"user": [1], "item_id": [2], "timestamp": [3]}).write_parquet(path)
-    with pytest.raises(DataError, match=r"log.parquet: no column 'user_id'.*it has user, item_id, timestamp"):
+    with pytest.raises(DataError, match=r"log.parquet: no column 'user_id'.*it has 'user', 'item_id', 'timestamp'"):
         read(path)
 
 

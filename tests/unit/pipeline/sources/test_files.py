@@ -89,7 +89,7 @@ def test_rejected_rows_are_kept_with_their_reason(files, tmp_path):
     ("text", "words"),
     [
         ("uid;movie;when\n", "the log is empty"),
-        ("user;movie;when\n1;2;3\n", "no column 'uid'.*it has user, movie, when"),
+        ("user;movie;when\n1;2;3\n", "no column 'uid'.*it has 'user', 'movie', 'when'"),
     ],
 )
 def test_a_bad_file_leaves_nothing_behind(files, tmp_path, text, words):
