@@ -11,12 +11,12 @@ import dataclasses
 import enum
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import polars as pl
 
-from pipeline.times import NANOSECONDS, can_be_times, nanoseconds, units_that_fit
+from pipeline.times import NANOSECONDS, UNITS, can_be_times, first_that_fits, nanoseconds, units_that_fit
 
 LONGEST_ID = 4_096
 """Bytes; a longer id is invalid."""
@@ -24,6 +24,7 @@ LONGEST_ACTION = 128
 """Characters in the name of an action; a longer one is free text, not a category."""
 
 _KEPT_CHARACTERS = 200
+_NAMED, _LONGEST_NAME = 30, 60
 ID_COLUMNS = ("user_id", "item_id", "request_id")
 
 
@@ -76,15 +77,16 @@ class EventColumns:
     request_id: str | None = None
     """Events with the same value were shown together; an empty value means that the event belongs to no request."""
     timestamp_unit: str = "s"
-    """s, ms, us or ns: the unit of numeric timestamps since 1970."""
+    """s, ms, us or ns: the unit of numeric timestamps since 1970. date: they are the digits of a date in UTC, such as
+    20240229, perhaps with hour, minute and second (20240229013000)."""
     integer_ids: bool = False
     """Text files only: ids are whole numbers. Otherwise they are strings, so 007 and 7 are different ids."""
 
     def __post_init__(self) -> None:
         if self.timestamp is None and self.order is None:
             raise ValueError("columns.timestamp and columns.order are both absent: name at least one of them")
-        if self.timestamp_unit not in NANOSECONDS:
-            raise ValueError(f"columns.timestamp_unit is {self.timestamp_unit!r}: it must be s, ms, us or ns")
+        if self.timestamp_unit not in UNITS:
+            raise ValueError(f"columns.timestamp_unit is {self.timestamp_unit!r}: it must be s, ms, us, ns or date")
         names = list(self.mapping().values())
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"column {twice[0]!r} is mapped twice: map each column to one of user_id, item_id, ...")
@@ -108,6 +110,8 @@ class Validated:
     """The places of the rejected rows in the block, without the malformed ones."""
     units: Counter[str]
     """{unit: how many numeric times fit it}, as from times.units_that_fit."""
+    unit_examples: Mapping[str, str]
+    """{unit: the first time that fits it}, for other units than that of the columns."""
 
 
 def validate(
@@ -124,9 +128,11 @@ def validate(
         value, found = _READ[name](block, name, columns, id_types)
         values.append(value.alias(name))
         checks.extend(found)
-    units = Counter[str]()
+    units, examples = Counter[str](), {}
     if columns.timestamp is not None:
         units = units_that_fit(block["timestamp"], unit=columns.timestamp_unit)
+        others = [unit for unit, count in units.items() if count and unit not in ("", columns.timestamp_unit)]
+        examples = {unit: first_that_fits(block["timestamp"], unit=unit) for unit in others}
     checks.sort(key=lambda check: list(Reason).index(check[0]))
     reason = pl.coalesce(
         *(pl.when(failed).then(pl.lit(reason.value)) for reason, failed in checks),
@@ -144,7 +150,9 @@ def validate(
     if columns.timestamp is not None:
         events = _in_milliseconds(events)
     rejected = pl.concat([lines, rejected])
-    return Validated(events=events, rejected=rejected, rejected_rows=is_rejected.arg_true(), units=units)
+    return Validated(
+        events=events, rejected=rejected, rejected_rows=is_rejected.arg_true(), units=units, unit_examples=examples
+    )
 
 
 def total_order(columns: list[str]) -> list[str]:
@@ -295,6 +303,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The names of columns for a message, each in quotes, so that a blank or a character without a shape is seen."""
+    found = [repr(name) if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]!r}..." for name in names]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(found[:_NAMED]) + more if found else "no columns"
 
 
 RESERVED_NAMES = ("history", "history_time", "history_action", "candidates", "time", "scores", "user_id", "item_id")

@@ -6,6 +6,7 @@ half-written, and a create operation that exactly one of several racing writers 
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 import socket
@@ -42,6 +43,15 @@ class Store:
         """Bytes; FileNotFoundError when absent."""
         self.fs.invalidate_cache()
         return int(self.fs.info(self.join(name))["size"])
+
+    def modified(self, name: str) -> datetime.datetime | None:
+        """When the file was last written, in UTC; None where the store does not tell. FileNotFoundError when absent."""
+        self.fs.invalidate_cache()
+        try:
+            found = self.fs.modified(self.join(name))
+        except NotImplementedError:
+            return None
+        return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
     def names(self, folder: str = "") -> list[str]:
         """Sorted names of the files and folders directly in `folder`; empty when `folder` does not exist."""

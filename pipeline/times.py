@@ -1,6 +1,7 @@
 """Times in any form -> nanoseconds since 1970 UTC: numbers of a unit, Arrow timestamps and dates, ISO 8601 texts.
 
     1709164800, 1709164800.25, "1.7091648e9"             a number, also as text: of the unit
+    20240229, 2024022901, 202402290130, 20240229013000   in the unit "date": the digits of a date, UTC
     2024-02-29, 2024-02-29 01:30, 2024-02-29T01:30:00.5Z,
     2024-02-29T01:30:00,123456789+02:00, 20240229T013000+02    ISO 8601; UTC unless it has a zone
 
@@ -18,6 +19,9 @@ LATEST_TIME = 4_102_444_800_000
 """2100-01-01 in milliseconds: a later time is invalid."""
 NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 """{unit: nanoseconds}."""
+DATE = "date"
+UNITS = (*NANOSECONDS, DATE)
+"""What a number can be: a count of units since 1970, or the digits of a date, perhaps with hour, minute and second."""
 
 _LATEST = LATEST_TIME * NANOSECONDS["ms"]
 _DAY = 86_400 * NANOSECONDS["s"]
@@ -35,6 +39,8 @@ _BASIC = (
     rf"^([0-9]{{4}})([0-9]{{2}})([0-9]{{2}})T([0-9]{{2}})([0-9]{{2}})([0-9]{{2}})((?:[.,][0-9]{{1,9}})?(?:{_ZONE})?)$"
 )
 _EXTENDED = "${1}-${2}-${3}T${4}:${5}:${6}${7}"
+_CALENDAR = r"^([0-9]{8}(?:[0-9]{2}){0,3})(?:\.([0-9]*))?$"
+_DIGITS = r"^([0-9]{4})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})([0-9]{2})()$"
 
 
 def can_be_times(dtype: pl.DataType) -> bool:
@@ -46,14 +52,16 @@ def can_be_times(dtype: pl.DataType) -> bool:
 def nanoseconds(values: pl.Series, *, unit: str) -> pl.Series:
     """[n] int64 nanoseconds since 1970 UTC; null where there is no time from 1970 until 2099. `unit`: of numbers.
 
-    Integers and decimal texts are exact (what is below a nanosecond is left out); floats are rounded to microseconds,
-    because a float64 of seconds is no more precise.
+    Integers and decimal texts are exact (what is below a nanosecond is left out); floats and texts with an exponent are
+    rounded to microseconds, because a float64 of seconds is no more precise.
     """
     dtype = values.dtype
     if isinstance(dtype, pl.Datetime):
         return _of_integers(values.to_physical(), NANOSECONDS[dtype.time_unit])
     if isinstance(dtype, pl.Date):
         return _of_integers(values.to_physical(), _DAY)
+    if unit == DATE and dtype.is_numeric():
+        return _of_calendar_numbers(values)
     if dtype.is_integer():
         return _of_integers(values, NANOSECONDS[unit])
     if dtype.is_float():
@@ -63,22 +71,44 @@ def nanoseconds(values: pl.Series, *, unit: str) -> pl.Series:
 
 def units_that_fit(values: pl.Series, *, unit: str) -> Counter[str]:
     """{unit: how many of the numbers lie between 1990 and tomorrow if they are of that unit}; "" counts those that lie
-    there in no unit. Values that are no numbers do not count. No number fits two units, because 2^63 is too small."""
+    there in no unit. Values that are no numbers do not count. No number fits two units, because 2^63 is too small, and
+    the digits of no date from 1990 on are a count since 1970 of a time before 2033."""
     if not (values.dtype.is_numeric() or isinstance(values.dtype, (pl.String, pl.Categorical, pl.Enum))):
         return Counter()
-    numbers = values.cast(pl.String) if isinstance(values.dtype, (pl.Categorical, pl.Enum)) else values
-    if isinstance(numbers.dtype, pl.String):
-        numbers = numbers.str.strip_chars()
-    numbers = numbers.cast(pl.Float64, strict=False).drop_nulls()
-    numbers = numbers.filter(numbers.is_finite())
-    tomorrow, counts, left = time.time() + 86_400, Counter[str](), len(numbers)
-    for each in (unit, *(other for other in NANOSECONDS if other != unit)):
+    numbers = _numbers(values).drop_nulls()
+    counts, left = Counter[str](), len(numbers)
+    for each in (unit, *(other for other in UNITS if other != unit)):
         if left:
-            per_second = NANOSECONDS["s"] // NANOSECONDS[each]
-            counts[each] = int(numbers.is_between(_1990 * per_second, tomorrow * per_second).sum())
+            counts[each] = int(_fits(numbers, each).sum())
             left -= counts[each]
     counts[""] = left
     return counts
+
+
+def first_that_fits(values: pl.Series, *, unit: str) -> str:
+    """The first of the numbers that `units_that_fit` counts for this unit, of which there is one, as text."""
+    place = _fits(_numbers(values), unit).index_of(True)
+    assert place is not None
+    return str(values[place]).strip()
+
+
+def _numbers(values: pl.Series) -> pl.Series:
+    """[n] float64: the numbers, also those that are texts; null for everything else."""
+    texts = values.cast(pl.String) if isinstance(values.dtype, (pl.Categorical, pl.Enum)) else values
+    if isinstance(texts.dtype, pl.String):
+        texts = texts.str.strip_chars()
+    numbers = texts.cast(pl.Float64, strict=False)
+    return pl.select(pl.when(numbers.is_finite()).then(numbers)).to_series()
+
+
+def _fits(numbers: pl.Series, unit: str) -> pl.Series:
+    """[n] bool: whether the number is a time between 1990 and tomorrow in this unit."""
+    tomorrow = time.time() + 86_400
+    if unit == DATE:
+        times = _of_calendar_numbers(numbers.floor())
+        return times.is_between(_1990 * NANOSECONDS["s"], int(tomorrow) * NANOSECONDS["s"]).fill_null(False)
+    per_second = NANOSECONDS["s"] // NANOSECONDS[unit]
+    return numbers.is_between(_1990 * per_second, tomorrow * per_second).fill_null(False)
 
 
 def is_usual(milliseconds: int) -> bool:
@@ -99,7 +129,29 @@ def _of_floats(values: pl.Series, unit: str) -> pl.Series:
     return _of_integers(rounded, NANOSECONDS["us"])
 
 
+def _of_calendar_numbers(values: pl.Series) -> pl.Series:
+    """Times of numbers such as 20240229; a float with a fraction is none."""
+    if values.dtype.is_decimal():
+        return _of_calendar(values.cast(pl.String))
+    whole = values.cast(pl.Int64, strict=False)
+    if values.dtype.is_float():
+        whole = pl.select(pl.when(whole.cast(pl.Float64) == values).then(whole)).to_series()
+    return _of_calendar(whole.cast(pl.String))
+
+
+def _of_calendar(texts: pl.Series) -> pl.Series:
+    whole, fraction = (texts.str.extract(_CALENDAR, group) for group in (1, 2))
+    times = _of_iso(whole.str.pad_end(14, "0").str.replace(_DIGITS, _EXTENDED))
+    below = (fraction.fill_null("") + "0" * 9).str.slice(0, 9).cast(pl.Int64)
+    # Only a second has a fraction.
+    is_possible = (whole.str.len_chars() == 14) | (below == 0)
+    return _of_integers(pl.select(pl.when(is_possible).then(times + below)).to_series(), 1)
+
+
 def _of_texts(texts: pl.Series, unit: str) -> pl.Series:
+    if unit == DATE:
+        read = pl.DataFrame({"digits": _of_calendar(texts), "iso": _of_iso(texts)})
+        return read.select(pl.coalesce(pl.all())).to_series()
     # Nearly all logs have integers, for which the quick conversion suffices.
     integers = texts.cast(pl.Int64, strict=False)
     found = _of_integers(integers, NANOSECONDS[unit])

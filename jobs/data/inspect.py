@@ -11,6 +11,7 @@ from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.training.checkpoint import verify_checkpoint
 from pipeline.shards.inspection import digest, verify
+from pipeline.shards.leases import lease
 from pipeline.shards.manifest import current_manifest
 
 
@@ -25,9 +26,13 @@ def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> 
         if manifest is None:
             raise UserError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
         _print_manifest(path, manifest, console)
-        if with_digest:
-            console.line(f"digest        {digest(str(path))}")
-        problems = verify(str(path)) if check else []
+        problems, number = [], manifest.number
+        if check or with_digest:
+            # Reads every file: `solar gc` keeps them meanwhile.
+            with lease(str(path), number=number, command="solar inspect", tell=console.teller("shards ")):
+                if with_digest:
+                    console.line(f"digest        {digest(str(path), number=number)}")
+                problems = verify(str(path), number=number) if check else []
     for problem in problems:
         console.line(f"damaged: {problem}")
     if check and not problems:

@@ -25,6 +25,7 @@ WAIT_SECONDS = 60.0
 """How long to wait for the workers of a dead command; Ray ends them about two seconds after their driver (measured on
 one machine)."""
 POLL_SECONDS = 0.2
+_LONGEST_SIGNATURE = 400
 
 
 class RunInUse(UserError):
@@ -125,7 +126,10 @@ def sign(descriptor: int) -> None:
 
 
 def holder(path: Path) -> str:
-    """The text of `sign` in a lock file, for messages."""
-    with contextlib.suppress(OSError):
-        return path.read_text() or "another process"
+    """The text of `sign` in a lock file, for messages; another text there is of no use to anybody."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        with path.open(encoding="utf-8") as stream:
+            text = stream.read(_LONGEST_SIGNATURE)
+        if text.startswith("process ") and text.isprintable():
+            return text
     return "another process"

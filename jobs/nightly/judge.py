@@ -118,7 +118,7 @@ def challenger_export(night: NightContext, trained: TrainedChallenger) -> Path:
     # The checksums are written last: an export without them was cut short by a kill.
     if not (directory / CHECKSUMS).exists():
         remove_committed(directory)
-        export_model(night.trained_config(trained), trained.checkpoint, directory)
+        export_model(night.trained_config(trained), trained.checkpoint, directory, tell=night.tell)
     return directory
 
 

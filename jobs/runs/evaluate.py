@@ -8,8 +8,10 @@ DIR/summary.json (jobs/runs/result_tables.py prints it).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +110,9 @@ def evaluate(
         "directory": str(staging),
     }
     with (
-        lease(
-            shards.path, number=shards.manifest.number, command=f"evaluation of {config.name}",
-            tell=console.teller("evaluate"),
-        ),
+        _leases(config, systems, shards, console),
         ray_session(config.cluster, num_cpus=config.parallel.num_cpus, verbose=verbose),
-    ):  # fmt: skip
+    ):
         _warn(config, shards, count_requests(shards, config.data.requests), systems[0], console)
         drawn_from = _measure(config, arguments, console)
 
@@ -128,6 +127,18 @@ def evaluate(
         file.replace(directory / file.name)
     staging.rmdir()
     return Evaluated(directory, summary, reused=False)
+
+
+@contextlib.contextmanager
+def _leases(config: RunConfig, systems: list[System], shards: Shards, console: Console) -> Iterator[None]:
+    """Hold a lease on the state that is evaluated, and on those on which the systems were trained."""
+    states = [(shards.path, shards.manifest.number)]
+    states += [(system.job.shards, system.job.manifest) for system in systems if system.job]
+    with contextlib.ExitStack() as stack:
+        for path, number in dict.fromkeys(states):
+            command = f"evaluation of {config.name}"
+            stack.enter_context(lease(path, number=number, command=command, tell=console.teller("evaluate")))
+        yield
 
 
 def _measure(config: RunConfig, arguments: dict[str, Any], console: Console) -> int | None:

@@ -29,6 +29,7 @@ from models.zoo import MODELS
 from pipeline.batches.loader import training_item_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
+from pipeline.shards.leases import lease
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 SCORER_FILES = (
@@ -40,18 +41,19 @@ RUNTIME_PACKAGES = ("mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torc
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def export_model(config: RunConfig, checkpoint: Path, directory: Path) -> None:
-    """Write the export of a checkpoint, as `write_export` does."""
-    dense = load_file(checkpoint / "dense.safetensors")
-    write_export(
-        directory,
-        shards=training_shards(config, checkpoint),
-        config=config.as_dict(),
-        model=config.model,
-        requests=config.data.requests,
-        table=lambda name: _whole_table(checkpoint, name),
-        tower={key: value for key, value in dense.items() if "/" not in key},
-    )
+def export_model(config: RunConfig, checkpoint: Path, directory: Path, *, tell: Callable[[str], None]) -> None:
+    """Write the export of a checkpoint, as `write_export` does. `tell` gets the line of a lease that is refused."""
+    dense, shards = load_file(checkpoint / "dense.safetensors"), training_shards(config, checkpoint)
+    with lease(shards.path, number=shards.manifest.number, command=f"export of {checkpoint}", tell=tell):
+        write_export(
+            directory,
+            shards=shards,
+            config=config.as_dict(),
+            model=config.model,
+            requests=config.data.requests,
+            table=lambda name: _whole_table(checkpoint, name),
+            tower={key: value for key, value in dense.items() if "/" not in key},
+        )
 
 
 def write_export(

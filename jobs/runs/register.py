@@ -85,7 +85,7 @@ def _register(
     with console.stage("register") as stage, tempfile.TemporaryDirectory() as scratch:
         if exported is None:
             exported = Path(scratch) / EXPORT
-            export_model(config, trained.checkpoint, exported)
+            export_model(config, trained.checkpoint, exported, tell=console.teller("register"))
         vocabulary = training_shards(config, trained.checkpoint).vocabulary
         stage.update(1, 3, "log")
         # Sets where MLflow's functions log to, for the rest of this process and for the processes that it starts.

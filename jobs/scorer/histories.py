@@ -173,7 +173,9 @@ def time_column(batch: pa.RecordBatch, name: str) -> np.ndarray:
 def required_column(batch: pa.RecordBatch, name: str) -> pa.Array:
     """The column of this name. RequestError: it is missing."""
     if name not in batch.schema.names:
-        raise RequestError(f"column {name!r} is missing: the columns are {', '.join(batch.schema.names) or 'none'}")
+        raise RequestError(
+            f"column {name!r} is missing: the columns are {', '.join(map(repr, batch.schema.names)) or 'none'}"
+        )
     return batch.column(batch.schema.get_field_index(name))
 
 

@@ -34,6 +34,7 @@ from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
 from pipeline.shards.dataset import Shards
+from pipeline.shards.leases import lease
 from pipeline.storage import absolute
 from pipeline.system_errors import storing
 
@@ -59,21 +60,23 @@ def score(
     if out.exists() and not config.overwrite:
         raise UserError(f"{out}: exists already: name another --out, or add --overwrite")
     counts = ScoreCounts()
-    with contextlib.closing(Requests(Path(config.requests))) as requests, console.stage("score") as stage:
+    with contextlib.ExitStack() as stack:
+        requests = stack.enter_context(contextlib.closing(Requests(Path(config.requests))))
+        stage = stack.enter_context(console.stage("score"))
         requests.refuse_as_result(out)
         _check_options(requests, config)
         states = _states(model, config, console)
+        data = stack.enter_context(_shards(model, config, console))
         parts = requests.parts(ROWS_PER_PART)
         # Score one part here, several parts in actors.
         facts = {"model": model.name, "version": model.version, "digest": model.digest}
         started = time.monotonic()
         if len(parts) == 1:
-            batches = PartScorer(model, config, states).batches(parts[0], counts)
+            batches = PartScorer(model, config, states, data).batches(parts[0], counts)
         else:
             # Absolute paths: actors may run in another directory.
-            shards = None if config.shards is None else absolute(config.shards)
             elsewhere = dataclasses.replace(model, directory=model.directory.absolute())
-            opened = functools.partial(PartScorer, elsewhere, dataclasses.replace(config, shards=shards), states)
+            opened = functools.partial(PartScorer, elsewhere, config, states, data)
             batches = _scored_in_actors(
                 opened, parts, counts, stage, out=out, cluster=cluster or ClusterConfig(), parallel=parallel
             )
@@ -153,6 +156,19 @@ def _states(model: RegisteredModel, config: ScoreConfig, console: Console) -> St
     return states
 
 
+@contextlib.contextmanager
+def _shards(model: RegisteredModel, config: ScoreConfig, console: Console) -> Iterator[Shards | None]:
+    """The data set that the config names, at the state that is the latest now: all parts read that one, and during the
+    block `solar gc` keeps it. None if the config names none."""
+    if config.shards is None:
+        yield None
+        return
+    data = Shards.open(absolute(config.shards))
+    command = f"scoring of {config.requests} with {model.uri}"
+    with lease(data.path, number=data.manifest.number, command=command, tell=console.teller("score")):
+        yield data
+
+
 def _check_options(requests: Requests, config: ScoreConfig) -> None:
     given = "candidates" in requests.schema.names
     if not given and config.top_k is None:
@@ -171,14 +187,16 @@ def _check_options(requests: Requests, config: ScoreConfig) -> None:
 class PartScorer:
     """Scores parts: `batches` yields the result's rows of a part, a call writes them to a file."""
 
-    def __init__(self, model: RegisteredModel, config: ScoreConfig, states: StoredUsers | None) -> None:
+    def __init__(
+        self, model: RegisteredModel, config: ScoreConfig, states: StoredUsers | None, data: Shards | None
+    ) -> None:
         self._config = config
         self._scorer = model.scorer()
         # The driver has computed the digest: do not read every byte of the model again.
         self._scorer.digest = model.digest
         self._sources = Sources(
             states=states,
-            shards=UserHistories(Shards.open(config.shards), self._scorer) if config.shards else None,
+            shards=UserHistories(data, self._scorer) if data else None,
             states_asked=config.states is not None,
         )
 

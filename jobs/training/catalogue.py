@@ -145,9 +145,10 @@ def _first_times(shards: Shards, row_of_item: Tensor | None, num_items: int) -> 
     first_I = torch.full((num_items,), latest)
     for group in _my_groups(shards):
         events = shards.read(group)
-        item = torch.from_numpy(events.item)
+        # Copies: the arrays are Arrow's, which nobody may write to and PyTorch cannot mark as such.
+        item, time = torch.tensor(events.item), torch.tensor(events.time)
         rows = item if row_of_item is None else row_of_item[item]
-        first_I.scatter_reduce_(0, rows, torch.from_numpy(events.time), "amin")
+        first_I.scatter_reduce_(0, rows, time, "amin")
     dist.all_reduce(first_I, op=dist.ReduceOp.MIN)
     return torch.where(first_I == latest, ALWAYS, first_I)
 

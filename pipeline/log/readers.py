@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type
+from pipeline.events import ID_COLUMNS, DataError, EventColumns, id_type, quoted
 from pipeline.log.inputs import MISSING_WORDS, FileFormat, Input
 from pipeline.log.parquet_rows import open_parquet, parquet_columns, parquet_tables
 from pipeline.log.records import first_record
@@ -67,8 +67,7 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
     for canonical, column in mapping.items():
         if column not in schema and file.format != "jsonl":
             raise DataError(
-                f"{file.name}: no column {column!r} (mapped to {canonical}); it has {', '.join(schema)}; "
-                "fix the mapping"
+                f"{file.name}: no column {column!r} (mapped to {canonical}); it has {quoted(schema)}; fix the mapping"
             )
         if names.count(column) > 1:
             raise DataError(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from pipeline.events import Reason, Validated
 from pipeline.log.readers import Block
+from pipeline.times import DATE
 
 _LONGEST_EXAMPLE = 60
 _COLUMNS = {
@@ -17,6 +18,8 @@ _COLUMNS = {
     "request": "request_id",
 }  # fmt: skip
 """{last word of a reason: the column that it is about}."""
+_NAMES = {DATE: "dates (YYYYMMDD)"}
+"""{unit: how it is called}, where a message needs another word than the setting."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -31,6 +34,8 @@ class RowCounts:
     """The first rejected row of each reason: its value, place and file."""
     units: Counter[str] = dataclasses.field(default_factory=Counter)
     """{unit: how many numeric times fit it}, as from times.units_that_fit."""
+    unit_examples: dict[str, str] = dataclasses.field(default_factory=dict)
+    """{unit: the first time that fits it}, for other units than that in which times are read."""
 
     def add(self, checked: Validated, *, num_rows: int, file: str, block: Block | None) -> None:
         """Count the validated rows of a block. `block`: the rows as they are in the file; None if they were reshaped,
@@ -39,6 +44,7 @@ class RowCounts:
         counts = dict(checked.rejected["reason"].value_counts().iter_rows())
         self.rejected.update(counts)
         self.units += checked.units
+        self.unit_examples = {**checked.unit_examples, **self.unit_examples}
         # Malformed rows come first, then the others in the order of the block.
         for reason in counts.keys() - self.examples.keys():
             place = checked.rejected["reason"].index_of(reason)
@@ -54,6 +60,7 @@ class RowCounts:
             total.read += part.read
             total.rejected += part.rejected
             total.units += part.units
+            total.unit_examples = part.unit_examples | total.unit_examples
             total.examples = part.examples | total.examples
         return total
 
@@ -70,10 +77,12 @@ class RowCounts:
         best, count = max(self.units.items(), key=lambda found: found[1], default=("", 0))
         return best if best not in ("", unit) and 2 * count > self.units.total() else None
 
-    def in_unit(self, right: str, unit: str) -> str:
-        """How many times fit the unit `right` and not `unit`."""
+    def in_unit(self, right: str, unit: str, *, column: str | None) -> str:
+        """How many times fit the unit `right` and not `unit`. `column`: the times' name in the file."""
+        there, here, example = _NAMES.get(right, right), _NAMES.get(unit, unit), _short_text(self.unit_examples[right])
         return (
-            f"{self.units[right]} of {self.units.total()} times lie between 1990 and tomorrow as {right}, not as {unit}"
+            f"{self.units[right]} of {self.units.total()} times in column {column!r}, such as {example}, lie between "
+            f"1990 and tomorrow as {there}, not as {here}"
         )
 
     def note_on_times(self, unit: str) -> str | None:
@@ -81,7 +90,10 @@ class RowCounts:
         outside = self.units.total() - self.units[unit]
         if 2 * outside <= self.units.total():
             return None
-        return f"{outside:,} of {self.units.total():,} times lie before 1990 or after tomorrow"
+        note = f"{outside:,} of {self.units.total():,} times lie before 1990 or after tomorrow"
+        if right := self.other_unit(unit):
+            note += f"; {_short_text(self.unit_examples[right])} would not as {_NAMES.get(right, right)}"
+        return note
 
 
 def _value(reason: str, record: str) -> str:
@@ -91,7 +103,10 @@ def _value(reason: str, record: str) -> str:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    return _short_text(repr(value))
+
+
+def _short_text(text: str) -> str:
     return text if len(text) <= _LONGEST_EXAMPLE else f"{text[: _LONGEST_EXAMPLE - 3]}..."
 
 

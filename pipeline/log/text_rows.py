@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import decimal
 import io
 import json
 import math
@@ -93,9 +94,11 @@ def csv_format(
 def json_format(mapping: dict[str, str]) -> TextFormat:
     """Lines that are one JSON object each: missing keys become null, unmapped keys are ignored.
 
-    An id that is written as 1.0 is the integer 1; other fractions, true and false are no ids, and cost their row.
+    An id that is written as 1.0 is the integer 1; other fractions, true and false are no ids, and cost their row. A
+    time is the number as it is written: a float64 of seconds would lose what is below a microsecond.
     """
-    readers = [(column, _id_as_text if name in ID_COLUMNS else _as_text) for name, column in mapping.items()]
+    special = dict.fromkeys(ID_COLUMNS, _id_as_text) | {"timestamp": _time_as_text}
+    readers = [(column, special.get(name, _as_text)) for name, column in mapping.items()]
 
     def parse(records: bytes) -> Rows:
         rows, malformed, malformed_at, count = [], [], [], 0
@@ -104,7 +107,7 @@ def json_format(mapping: dict[str, str]) -> TextFormat:
                 continue
             try:
                 # Bytes and escapes that are no text become lone surrogates, which only a used column refuses.
-                row = json.loads(line.decode("utf-8", "surrogateescape"))
+                row = _JSON.decode(line.decode("utf-8", "surrogateescape"))
                 rows.append([read(row.get(column)) for column, read in readers])
             except (ValueError, AttributeError, TypeError, RecursionError):
                 malformed.append(_shortened(line))
@@ -200,8 +203,17 @@ def _table(rows: list[list[str | None]], names: dict[str, int]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=dict.fromkeys(names, pl.String), orient="row")
 
 
+class _Fraction(str):
+    """A JSON number with a fraction or an exponent, as it is written."""
+
+
+_JSON = json.JSONDecoder(parse_float=_Fraction)
+
+
 def _as_text(value: object) -> str | None:
     """A JSON value as the text of a CSV field; null, NaN and infinity as None. UnicodeEncodeError: it is no text."""
+    if isinstance(value, _Fraction):
+        value = float(value)
     if isinstance(value, str):
         value.encode()
         if UNREADABLE in value:
@@ -214,14 +226,22 @@ def _as_text(value: object) -> str | None:
     return json.dumps(value)
 
 
+def _time_as_text(value: object) -> str | None:
+    # What no float64 can hold is infinite, also for Python's own reader.
+    return str(value) if isinstance(value, _Fraction) and math.isfinite(float(value)) else _as_text(value)
+
+
 def _id_as_text(value: object) -> str | None:
-    if isinstance(value, bool) or (isinstance(value, float) and math.isfinite(value) and not value.is_integer()):
+    if isinstance(value, bool):
         raise TypeError("an id is an integer or a string")
-    if isinstance(value, float) and math.isfinite(value):
-        if abs(value) > _EXACT:
-            raise ValueError("a float of this size is no exact integer")
-        return str(int(value))
-    return _as_text(value)
+    if not isinstance(value, _Fraction) or not math.isfinite(float(value)):
+        return _as_text(value)
+    number = decimal.Decimal(value)
+    if number != number.to_integral_value():
+        raise TypeError("an id is an integer or a string")
+    if abs(number) > _EXACT:
+        raise ValueError("a float of this size is no exact integer")
+    return str(int(float(value)))
 
 
 def _shortened(record: bytes) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
-from pipeline.events import DataError
+import polars as pl
+
+from pipeline.events import DataError, quoted
 from pipeline.log.inputs import Input
+from pipeline.log.parquet_rows import parquet_columns, parquet_tables
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 
@@ -17,20 +18,24 @@ def read_items(file: Input, vocabulary: Vocabulary) -> pl.DataFrame:
     DataError: the file is damaged, has no item_id or a feature that is not a category, or shares no item with the
     vocabulary.
     """
-    try:
-        with file.open() as stream:
-            table = pl.DataFrame(pq.read_table(stream))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.name}: not a complete Parquet file; copy it again") from error
-    if "item_id" not in table.columns:
-        raise DataError(f"{file.name}: no column 'item_id'; it has {', '.join(table.columns)}; rename the id column")
-    for name, dtype in table.schema.items():
-        inner = dtype.inner if isinstance(dtype, pl.List) else dtype
+    # Check the columns, then read them in parts.
+    columns = parquet_columns(file)
+    names = [name for name, _ in columns]
+    if "item_id" not in names:
+        raise DataError(f"{file.name}: no column 'item_id'; it has {quoted(names)}; rename the id column")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{file.name}: several columns are called {twice!r}; rename all but one")
+    for name, dtype in columns:
+        inner: Any = dtype.inner if isinstance(dtype, pl.List) else dtype
         if name != "item_id" and not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Boolean))):
             raise DataError(f"{file.name}: feature {name!r} is {dtype}; features are categories: cast it to strings")
-    table = table.unique(maintain_order=True)
-    if twice := table.height - table["item_id"].n_unique():
+    parts = [part for _, part in parquet_tables(file, columns=names, row_group=None)]
+    table = pl.concat(parts or [pl.DataFrame(schema=dict(columns))])
+    # Equal rows are one. Only rows of items in several rows are compared: that takes a copy of all their strings.
+    repeated = table.filter(pl.col("item_id").is_duplicated()).unique()
+    if twice := repeated.height - repeated["item_id"].n_unique():
         raise DataError(f"{file.name}: {twice} rows are of an item that has another row; keep one row per item")
+    table = table.unique("item_id", keep="first", maintain_order=True)
     if not (vocabulary.rows(table["item_id"]) >= NUM_RESERVED).any():
         raise DataError(f"{file.name}: none of its item ids is in the log; check that both name items the same way")
     return table.with_columns(

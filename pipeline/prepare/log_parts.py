@@ -147,4 +147,5 @@ def _refuse_other_unit(rows: RowCounts, plan: Plan, *, names: str) -> None:
         # A data set whose times were unusual before goes on as it began.
         return
     way = f"write them as {unit}, as the data set's, or prepare a new directory with" if before else "set"
-    raise DataError(f"{names}: {rows.in_unit(right, unit)}: {way} columns.timestamp_unit {right}")
+    told = rows.in_unit(right, unit, column=plan.columns.timestamp)
+    raise DataError(f"{names}: {told}: {way} columns.timestamp_unit {right}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.events import DataError, EventColumns, NotNow, flatten
+from pipeline.events import DataError, EventColumns, NotNow, flatten, quoted
 from pipeline.log import inputs, readers
 from pipeline.log.daily import DailyLog, log_days, whole_days
 from pipeline.log.inputs import FileFormat, Input, summary, without_equal
@@ -303,8 +303,7 @@ def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
     present = readers.read_schema(file, options=files)
     if "timestamp" not in present and "order" not in present:
         raise DataError(
-            f"{file.name}: no column 'timestamp' or 'order'; it has {', '.join(present) or 'no columns'}; "
-            "set columns.timestamp"
+            f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; set columns.timestamp"
         )
     names = ("timestamp", "order", "action", "label", "request_id")
     found: dict[str, Any] = {name: name if name in present else None for name in names}

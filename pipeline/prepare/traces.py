@@ -60,8 +60,7 @@ def traces(path: str, users: Collection[str]) -> list[str]:
             found.append(f"{leaf}: unfinished files of another run, which may hold their events")
     folders = [f"rejected/{folder}" for folder in store.names("rejected")]
     for name in [f"{folder}/{leaf}" for folder in folders for leaf in store.names(folder)]:
-        rows = pq.read_table(io.BytesIO(store.read(name)), columns=["reason", "record"]).to_pylist()
-        if left := _about(rows, wanted):
+        if left := _about(_rejected(store, name), wanted):
             found.append(f"{name}: {left} rejected rows")
 
     # Tombstones: the promise that later logs cannot bring them back.
@@ -103,11 +102,20 @@ def _opened(path: str) -> IO[bytes]:
 def _ids(store: Store, name: str) -> set[str]:
     """The ids in column user_id of a file; none if it is not a complete Parquet file."""
     found: set[str] = set()
-    with store.open(name) as stream, contextlib.suppress(pa.ArrowInvalid):
+    # Not found: another command has removed it since it was listed.
+    with contextlib.suppress(pa.ArrowInvalid, FileNotFoundError), store.open(name) as stream:
         parquet = pq.ParquetFile(stream, pre_buffer=False)
         for group in range(parquet.num_row_groups):
             found |= {str(user) for user in parquet.read_row_group(group, columns=["user_id"])["user_id"].to_pylist()}
     return found
+
+
+def _rejected(store: Store, name: str) -> list[dict[str, str]]:
+    """The rows of a file of the quarantine; none if it has been removed since it was listed."""
+    try:
+        return pq.read_table(io.BytesIO(store.read(name)), columns=["reason", "record"]).to_pylist()
+    except FileNotFoundError:
+        return []
 
 
 def _named_by(name: str, states: list[Manifest]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 import polars as pl
 
-from pipeline.events import DataError, id_type
+from pipeline.events import DataError, id_type, quoted
 from pipeline.log.inputs import FileFormat, find_inputs
 from pipeline.log.readers import read_blocks, read_schema
 from pipeline.shards.dataset import Shards
@@ -116,7 +116,7 @@ def _cells(path: str, column: str) -> Iterator[str | None]:
     for file in find_inputs(path, options=options):
         schema = read_schema(file, options=options)
         if column not in schema and file.format != "jsonl":
-            raise DataError(f"{path}: no column {column!r}; it has {', '.join(schema)}; name one with --users_column")
+            raise DataError(f"{path}: no column {column!r}; it has {quoted(schema)}; name one with --users_column")
         if column in schema and id_type(schema[column], integer_ids=False, is_text=file.format != "parquet") is None:
             raise DataError(
                 f"{path}: column {column!r} has type {schema[column]}; ids are integers or strings: cast it"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import polars as pl
 
-from pipeline.events import DataError, refuse_bad_feature
+from pipeline.events import DataError, quoted, refuse_bad_feature
 from pipeline.log import readers
 from pipeline.log.inputs import FileFormat, Input
 from pipeline.log.readers import Part
@@ -49,7 +49,7 @@ def feature_names(file: Input) -> list[str]:
     """The features of a users table, sorted. DataError: no user_id, no feature, or one with a wrong type or name."""
     schema = readers.read_schema(file, options=FileFormat(format="parquet"))
     if "user_id" not in schema:
-        raise DataError(f"{file.name}: no column 'user_id'; it has {', '.join(schema)}; rename the id column")
+        raise DataError(f"{file.name}: no column 'user_id'; it has {quoted(schema)}; rename the id column")
     for name, dtype in schema.items():
         if name != "user_id":
             refuse_bad_feature(name, dtype, file=file.name)
@@ -66,19 +66,21 @@ def stage_users(part: Part, *, id_type: str, buckets: int, staging: str) -> Stag
     file, store, number = part.input, Store(staging), part.number
     names = [name for name in readers.read_schema(file, options=FileFormat(format="parquet")) if name != "user_id"]
     mapping = {name: name for name in ("user_id", *names)}
-    blocks = readers.read_blocks(file, mapping=mapping, options=FileFormat(), row_group=part.row_group)
-    table = pl.concat([block.table for block in blocks])
     wanted = pl.Int64 if id_type == "int64" else pl.String
-    table = table.select(
-        pl.col("user_id").cast(wanted, strict=False), *(as_values(table[name]).alias(name) for name in names)
-    ).filter(pl.col("user_id").is_not_null())
-    values = [table[name].explode().drop_nulls().unique().alias("value") for name in names]
-    listed = [v.to_frame().with_columns(pl.lit(name).alias("feature")) for name, v in zip(names, values, strict=True)]
+    fragments: list[Fragment] = []
+    listed = [pl.DataFrame(schema={"value": pl.String, "feature": pl.String})]
+    blocks = readers.read_blocks(file, mapping=mapping, options=FileFormat(), row_group=part.row_group)
+    for count, block in enumerate(blocks):
+        table = block.table.select(
+            pl.col("user_id").cast(wanted, strict=False), *(as_values(block.table[name]).alias(name) for name in names)
+        ).filter(pl.col("user_id").is_not_null())
+        for name in names:
+            values = table[name].explode().drop_nulls().unique().alias("value")
+            listed.append(values.to_frame().with_columns(pl.lit(name).alias("feature")))
+        if table.height:
+            fragments += write_fragments(store, f"users-{number:06d}-{count:04d}.arrow", table, buckets=buckets)
     values_file = f"user-values-{number:06d}.parquet"
-    write_table(store, values_file, pl.concat(listed))
-    fragments = []
-    if table.height:
-        fragments = write_fragments(store, f"users-{number:06d}.arrow", table, buckets=buckets)
+    write_table(store, values_file, pl.concat(listed).unique(maintain_order=True))
     return StagedUsers(number=number, fragments=fragments, values=values_file)
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import re
 import socket
 from collections.abc import Mapping
 
+from pipeline.events import DataError
 from pipeline.storage import Store
 
 _FOLDER = "removals"
+_NAME = re.compile(r"[0-9]{8}\.json")
 _KEPT = 200
 """Latest records that are kept."""
 
@@ -45,20 +48,40 @@ def record_removal(path: str, manifests: Mapping[int, str], *, command: str) -> 
     )  # fmt: skip
     content = (json.dumps(dataclasses.asdict(removal), indent=1) + "\n").encode()
     store.write(f"{_FOLDER}/{max(manifests):08d}.json", content)
-    for name in store.names(_FOLDER)[:-_KEPT]:
+    for name in _records(store)[:-_KEPT]:
         store.remove(f"{_FOLDER}/{name}")
 
 
 def removals(path: str) -> list[Removal]:
-    """The recorded removals, by the largest number that each removed."""
+    """The recorded removals, by the largest number that each removed. DataError: a record cannot be read."""
     store, found = Store(path), []
-    for name in store.names(_FOLDER):
-        document = json.loads(store.read(f"{_FOLDER}/{name}"))
-        manifests = {int(number): fingerprint for number, fingerprint in document["manifests"].items()}
-        found.append(Removal(**document | {"manifests": manifests}))
+    for name in _records(store):
+        if (removal := _read(store, name)) is None:
+            raise DataError(
+                f"{path}: {_FOLDER}/{name} is damaged: it says which states were removed; restore it from a copy, or "
+                "remove it and the states in WORKSPACE/states"
+            )
+        found.append(removal)
     return found
 
 
 def removal_of(path: str, number: int) -> Removal | None:
-    """The latest recorded removal of the manifest with this number; None if there is none."""
-    return next((removal for removal in reversed(removals(path)) if number in removal.manifests), None)
+    """The latest recorded removal of the manifest with this number; None if no record that can be read has it."""
+    store = Store(path)
+    found = (_read(store, name) for name in reversed(_records(store)))
+    return next((removal for removal in found if removal and number in removal.manifests), None)
+
+
+def _records(store: Store) -> list[str]:
+    """The names of the records, without the unfinished files of killed commands."""
+    return [name for name in store.names(_FOLDER) if _NAME.fullmatch(name)]
+
+
+def _read(store: Store, name: str) -> Removal | None:
+    """The record in a file; None if it is damaged."""
+    try:
+        document = json.loads(store.read(f"{_FOLDER}/{name}"))
+        manifests = {int(number): str(fingerprint) for number, fingerprint in document["manifests"].items()}
+        return Removal(manifests=manifests, **{field: str(document[field]) for field in ("command", "host", "at")})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from pipeline.events import DataError, flatten
 from pipeline.log.inputs import summary
+from pipeline.log.parquet_rows import bounded
 from pipeline.storage import Store
 from pipeline.system_errors import storing
 
@@ -125,6 +126,11 @@ class EventLogWriter:
             self._pending = []
 
     def _write(self, name: str, table: pl.DataFrame) -> None:
+        # In parts, because Arrow's own form has a copy of a string for each of its uses.
+        for part in bounded(table):
+            self._write_part(name, part)
+
+    def _write_part(self, name: str, table: pl.DataFrame) -> None:
         arrow = table.to_arrow(compat_level=pl.CompatLevel.oldest())
         if name not in self._writers:
             self._writers[name] = pq.ParquetWriter(self.folder / name, arrow.schema, compression="zstd")

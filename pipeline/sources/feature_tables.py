@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import polars as pl
 
@@ -103,7 +104,10 @@ def _one_row_each(table: pl.DataFrame, columns: ItemColumns, *, file: Input) -> 
 def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[tuple[pl.DataFrame, int]]:
     """The id and features of each row, and how many rows are omitted: their id is missing or not of the log's type."""
     name, mapping = columns.id_name, columns.mapping
-    readers.describe(file, mapping=mapping, options=columns.files)
+    types = readers.describe(file, mapping=mapping, options=columns.files)
+    for feature in (*columns.features, *columns.list_features):
+        if feature in types:
+            _refuse_other_values(types[feature], feature, is_list=feature in columns.list_features, file=file)
     wanted = pl.Int64 if id_type == "int64" else pl.String
     known = 0
     for block in readers.read_blocks(file, mapping=mapping, options=columns.files):
@@ -130,6 +134,15 @@ def refuse_bad_features(file: Input, columns: FeatureColumns) -> None:
     for name, dtype in types.items():
         if name != columns.id_name:
             refuse_bad_feature(name, dtype, file=file.name)
+
+
+def _refuse_other_values(dtype: pl.DataType, name: str, *, is_list: bool, file: Input) -> None:
+    """DataError unless a column of this type has categories, or lists of them where `is_list`."""
+    if isinstance(dtype, pl.List) and not is_list:
+        raise DataError(f"{file.name}: feature {name!r} has lists: name it in list_features instead of features")
+    inner: Any = dtype.inner if isinstance(dtype, pl.List) else dtype
+    if inner.is_nested() or isinstance(inner, (pl.Binary, pl.Object, pl.BaseExtension)):
+        raise DataError(f"{file.name}: feature {name!r} is {dtype}; features are categories: cast it to strings")
 
 
 def _as_list(values: pl.Series, separator: str) -> pl.Series:

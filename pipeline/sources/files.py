@@ -215,12 +215,13 @@ def _import_events(log: _Log, writer: EventLogWriter, *, report: Progress) -> No
 
 def _refuse_bad_rows(rows: RowCounts, log: _Log, *, names: str) -> None:
     """DataError: the times fit another unit, or too many rows are invalid. It names a way out that the command has."""
-    unit, ratio = log.config.columns.timestamp_unit, log.config.max_rejected_ratio
+    columns, ratio = log.config.columns, log.config.max_rejected_ratio
     # No option of the command changes the layout of a public data set.
     again, elsewhere = f"get {log.published} again", "read it with `solar import files`"
-    if right := rows.other_unit(unit):
+    if right := rows.other_unit(columns.timestamp_unit):
         way = f"{again}, or {elsewhere} and" if log.published else "set"
-        raise DataError(f"{names}: {rows.in_unit(right, unit)}: {way} columns.timestamp_unit {right}")
+        told = rows.in_unit(right, columns.timestamp_unit, column=columns.timestamp)
+        raise DataError(f"{names}: {told}: {way} columns.timestamp_unit {right}")
     bad = rows.rejected.total()
     way = f"{again}, {elsewhere} and a mapping" if log.published else "check the rows, columns and files"
     if bad and bad == rows.read:

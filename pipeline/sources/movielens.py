@@ -18,7 +18,7 @@ from pathlib import Path
 
 import polars as pl
 
-from pipeline.events import DataError
+from pipeline.events import DataError, quoted
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
 
 _REQUIREMENT = "recbole==1.2.1"
@@ -130,7 +130,7 @@ def _parse(name: str, data: bytes) -> pl.DataFrame:
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{name}: not a tab-separated table; pass another copy with --from FILE") from error
     if missing := [column for column in _COLUMNS[name] if column not in table.columns]:
-        raise DataError(f"{name}: no column {missing[0]!r}; it has {', '.join(table.columns)}; pass RecBole's file")
+        raise DataError(f"{name}: no column {missing[0]!r}; it has {quoted(table.columns)}; pass RecBole's file")
     return table
 
 

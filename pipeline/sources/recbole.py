@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.events import DataError, EventColumns
+from pipeline.events import DataError, EventColumns, quoted
 from pipeline.log import readers
 from pipeline.log.inputs import FileFormat, Input
 from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns
@@ -43,7 +43,7 @@ def atomic_config(
     if columns.label is None and wanted.rating in kinds and wanted.rating not in columns.mapping().values():
         columns, min_label = dataclasses.replace(columns, label=wanted.rating), wanted.min_label
     elif wanted.rating not in kinds and wanted.rating != "rating":
-        raise DataError(f"{events.name}: no column {wanted.rating!r} (rating); it has {', '.join(kinds)}; see --rating")
+        raise DataError(f"{events.name}: no column {wanted.rating!r} (rating); it has {quoted(kinds)}; see --rating")
     return dataclasses.replace(
         config, columns=columns, min_label=min_label,
         items=_table(config, items, ItemColumns, id_column=columns.item_id),
@@ -56,7 +56,7 @@ def _table(config: ImportConfig, files: Sequence[Input], kind: Any, *, id_column
     kinds = _kinds(files[0]) if files else {}
     if files and id_column not in kinds:
         raise DataError(
-            f"{files[0].name}: no column {id_column!r}, as the events have it; it has {', '.join(kinds)}; rename its "
+            f"{files[0].name}: no column {id_column!r}, as the events have it; it has {quoted(kinds)}; rename its "
             "column of ids, or move the file away"
         )
     kinds.pop(id_column, None)
@@ -84,7 +84,7 @@ def _refuse_missing(events: Input, kinds: dict[str, str], columns: EventColumns)
     if "--columns.timestamp COLUMN" in options:
         orders = " (without times: --columns.timestamp null, and --columns.order COLUMN for integers that order events)"
     raise DataError(
-        f"{events.name}: no column {', '.join(map(repr, missing.values()))}; it has {', '.join(kinds)}; name the right "
+        f"{events.name}: no column {', '.join(map(repr, missing.values()))}; it has {quoted(kinds)}; name the right "
         f"ones with {' '.join(options)}{orders}"
     )
 

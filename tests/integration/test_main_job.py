@@ -173,7 +173,7 @@ def scores_of_training(workplace: Path, requests: list[dict]) -> list[list[float
 
     config = load_config("register", str(workplace / "tiny.yaml"), [])
     directory = workplace / "exported"
-    export_model(config, trained_run(config).checkpoint, directory)
+    export_model(config, trained_run(config).checkpoint, directory, tell=pytest.fail)
     scorer = Scorer()
     scorer.load(directory)
     return [list(row) for row in scorer.predict(None, pd.DataFrame(requests))["scores"]]

@@ -375,12 +375,26 @@ def test_times_in_another_unit_are_refused_unless_the_data_set_has_such_times(pr
     write_log({"user_id": [3], "item_id": [5], "timestamp": [now]}, "log/later.parquet")
     with pytest.raises(DataError, match=r"as s, not as ms: write them as ms, as the data set's, or prepare a new dir"):
         prepare(tmp_path / "log", tmp_path / "out")
+    # Later files with dates.
+    write_log({"user_id": [3], "item_id": [5], "timestamp": [20240229]}, "dates/a.parquet")
+    with pytest.raises(
+        DataError, match=r"in column 'timestamp', such as 20240229, lie .* prepare a new directory with"
+    ):
+        prepare(tmp_path / "dates", tmp_path / "out")
+    dated = prepare(tmp_path / "dates", tmp_path / "dated", columns=EventColumns(timestamp_unit="date")).manifest
+    assert dated.time_range == [now * 1_000] * 2
     # A data set that counts its milliseconds from the start of the log.
     write_log({"user_id": [3], "item_id": [5], "timestamp": [12]}, "own/first.parquet")
     first = prepare(tmp_path / "own", tmp_path / "counted", columns=columns)
     assert first.notes == ["1 of 1 times lie before 1990 or after tomorrow"]
     write_log({"user_id": [3], "item_id": [5], "timestamp": [now]}, "own/second.parquet")
     assert prepare(tmp_path / "own", tmp_path / "counted").manifest.counts["accepted"] == 2
+    # One that an earlier version began with dates that were read as counts goes on as it began, and says so.
+    write_log({"user_id": [3], "item_id": [5], "timestamp": [20240229]}, "own/third.parquet")
+    third = prepare(tmp_path / "own", tmp_path / "counted")
+    assert third.manifest.counts["accepted"] == 3
+    told = "1 of 1 times lie before 1990 or after tomorrow; 20240229 would not as dates (YYYYMMDD)"
+    assert third.notes == [told]
 
 
 def test_a_refused_log_shows_a_value_by_its_row_also_beside_forgotten_users(prepare, tmp_path):

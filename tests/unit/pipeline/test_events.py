@@ -125,7 +125,7 @@ def test_a_column_of_the_wrong_type_is_refused_by_name(column, values):
     ("change", "words"),
     [
         ({"timestamp": None}, "both absent"),
-        ({"timestamp_unit": "h"}, "must be s, ms, us or ns"),
+        ({"timestamp_unit": "h"}, "must be s, ms, us, ns or date"),
         ({"user_id": "x", "item_id": "x"}, "'x' is mapped twice"),
     ],
 )

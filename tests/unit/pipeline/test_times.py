@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.times import LATEST_TIME, NANOSECONDS, can_be_times, nanoseconds, units_that_fit
+from pipeline.times import (
+    DATE,
+    LATEST_TIME,
+    NANOSECONDS,
+    UNITS,
+    can_be_times,
+    first_that_fits,
+    nanoseconds,
+    units_that_fit,
+)
 
 SECOND = NANOSECONDS["s"]
 
@@ -112,9 +121,48 @@ def test_arrow_timestamps_dates_and_categories():
 
 def test_every_number_fits_the_unit_in_which_it_is_a_time_of_today():
     now = 1_709_164_800
-    numbers = [now, now * 1_000, now * 10**6, now * 10**9, 5, -now]
-    for unit in NANOSECONDS:
-        wanted = dict.fromkeys(NANOSECONDS, 1) | {"": 2}
+    numbers = [now, now * 1_000, now * 10**6, now * 10**9, 20240229, 5, -now]
+    for unit in UNITS:
+        wanted = dict.fromkeys(UNITS, 1) | {"": 2}
         assert units_that_fit(pl.Series(numbers), unit=unit) == wanted
         assert units_that_fit(pl.Series([*map(str, numbers), "2024-01-01", None, "nan"]), unit=unit) == wanted
     assert not units_that_fit(pl.Series([datetime.date(2024, 1, 1)]), unit="s")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (20240229, "2024-02-29"), (20240229.0, "2024-02-29"), ("20240229", "2024-02-29"), (" 20240229 ", "2024-02-29"),
+        ("20240229.0", "2024-02-29"), (2024022913, "2024-02-29T13:00"), (202402291305, "2024-02-29T13:05"),
+        (20240229130507, "2024-02-29T13:05:07"), (20240229130507.0, "2024-02-29T13:05:07"),
+        ("20240229130507.25", "2024-02-29T13:05:07.25"), ("20240229130507.000", "2024-02-29T13:05:07"),
+        (decimal.Decimal("20240229130507.250"), "2024-02-29T13:05:07.25"), ("2024-02-29", "2024-02-29"),
+        ("20240229T020000+02", "2024-02-29"), (19700102, "1970-01-02"),
+    ],
+)  # fmt: skip
+def test_digits_of_a_date_are_read_in_the_unit_of_dates(value, wanted):
+    assert read([value], unit=DATE) == read([wanted]) != [None]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        20240230, 20241301, 20240001, 2024022924, 202402291360, 20240229235960, 2024, 202402, 202402291, 2024022913050,
+        202402291305071, 19691231, 21000101, -20240229, 0, 20240229.5, "20240229.5", "+20240229", "2.0240229e7", "x",
+        1709164800, 1709164800000, 1e300, float("inf"), float("nan"), 2**63 - 1,
+    ],
+)  # fmt: skip
+def test_numbers_that_are_no_dates_are_null_in_the_unit_of_dates(value):
+    assert read([value], unit=DATE) == [None]
+
+
+def test_the_first_number_of_a_unit_is_shown_as_it_stands_in_the_file():
+    assert first_that_fits(pl.Series(["x", "5", " 20240229 ", "20240301"]), unit=DATE) == "20240229"
+    assert first_that_fits(pl.Series([None, 20240230.0, 20240229.0]), unit=DATE) == "20240229.0"
+    assert first_that_fits(pl.Series([5, 1_709_164_800_123]), unit="ms") == "1709164800123"
+
+
+def test_numbers_that_only_look_like_dates_by_chance_are_few():
+    # Times that are counted from the start of a log: one in 27 of such numbers is a date.
+    counted = pl.Series(range(20_000_000, 20_270_000))
+    assert units_that_fit(counted, unit="s")[DATE] < len(counted) / 20

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs.data import inspect as inspecting
 from jobs.data.inspect import inspect
 from jobs.host.console import Console
 from pipeline import build
+from pipeline.shards.leases import current_leases
 from pipeline.shards.manifest import Manifest, manifest_name
 from tests.support.serial import without_ray
 
@@ -61,3 +63,18 @@ def test_an_earlier_data_set_says_where_it_may_have_kept_label_0(prepared, shown
     older = dataclasses.replace(manifest, number=2, counts=counts, schema=schema, files=files)
     (tmp_path / "out" / manifest_name(2)).write_bytes(older.to_bytes())
     assert ("kept 0 and counted a duplicate (2 in all)" in shown()) == is_said
+
+
+@pytest.mark.parametrize("what", ["verify", "digest"])
+def test_what_is_being_checked_is_kept_by_gc(prepared, shown, tmp_path, monkeypatch, what):
+    prepared(*LABELLED)
+    original, held = getattr(inspecting, what), []
+
+    def meanwhile(path, *, number):
+        held.extend(current_leases(path))
+        return original(path, number=number)
+
+    monkeypatch.setattr(inspecting, what, meanwhile)
+    shown()
+    assert [(each.command, each.manifest) for each in held] == [("solar inspect", 1)]
+    assert current_leases(str(tmp_path / "out")) == []

@@ -77,7 +77,7 @@ def test_ids_that_are_not_there_are_named_and_do_not_block_the_others(solar, nam
     assert solar("forget", "shards", "--users", "left.txt", "--missing", "ok")[0] == 0
     code, _, errors = solar("forget", "shards", "--users", "left.csv")
     assert code == 2
-    assert "left.csv: no column 'user_id'; it has who" in errors
+    assert "left.csv: no column 'user_id'; it has 'who'" in errors
 
 
 def test_text_that_is_no_integer_is_refused_before_any_work(solar, data, tmp_path):

@@ -52,6 +52,15 @@ def test_second_command_on_a_run_is_told_which_process_holds_it(run_dir):
         pass
 
 
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00", b"process 7\x1b[2J\nand more", b"x" * 1_000_000])
+def test_a_lock_file_with_another_text_names_nobody(run_dir, text):
+    with sole_command(run_dir):
+        (run_dir / "lock").write_bytes(text)
+        with pytest.raises(RunInUse, match=r"runs/mine: another process is working there: wait for it"):
+            with sole_command(run_dir):
+                pass
+
+
 def test_directory_in_which_nothing_was_written_is_removed_again(run_dir):
     with sole_command(run_dir):
         pass

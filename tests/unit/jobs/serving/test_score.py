@@ -18,6 +18,7 @@ from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.scorer.checksums import write_checksums
 from jobs.serving import request_files as score_input
+from jobs.serving import score as scoring
 from jobs.serving.ranking import ScoreConfig, best_first
 from jobs.serving.score import score
 from jobs.training.model import item_features, model_tables, training_input, user_tables
@@ -26,6 +27,8 @@ from models.zoo import build_tower
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns, NotNow
+from pipeline.prepare.garbage import collect
+from tests.support.serial import command_without_ray
 
 MAX_HISTORY = 7
 
@@ -286,6 +289,33 @@ def test_times_before_the_first_known_event_are_taken_for_seconds(data, export, 
             run(model, tmp_path, ask(**mixed))
     # Events that are older than the model's data are history.
     run(model, tmp_path, ask(history_time=[[now, now], [1_300_000_000_000]]))
+
+
+@pytest.mark.parametrize("rows_per_part", [100, 2])
+def test_all_parts_read_the_state_of_the_beginning_which_gc_keeps_meanwhile(
+    data, export, tmp_path, monkeypatch, prepare, write_log, random_log, rows_per_part
+):
+    command_without_ray(monkeypatch.setattr)
+    monkeypatch.setattr(scoring, "ROWS_PER_PART", rows_per_part)
+    model, original, collected = export(data), scoring.PartScorer.batches, []
+    asked = pa.table({"user_id": [1, 2, 3, 4, 5], "candidates": [[100, 101, 102]] * 5})
+    expected, _ = run(model, tmp_path, asked, shards=data.path)
+
+    def meanwhile(self, part, counts):
+        if not collected:
+            write_log(random_log(seed=5), "log/later.parquet")
+            columns = EventColumns(action="action", label="label", request_id="request_id")
+            prepare(tmp_path / "log", data.path, columns=columns, row_group_events=60, max_deltas=0)
+            collected.append(collect(data.path, keep=1))
+        return original(self, part, counts)
+
+    monkeypatch.setattr(scoring.PartScorer, "batches", meanwhile)
+    rows, _ = run(model, tmp_path, asked, shards=data.path)
+    assert rows == expected
+    assert [str(held).partition(" (")[0] for held in collected[0].held] == [
+        f"scoring of {tmp_path}/requests.parquet with {model.uri}"
+    ]
+    assert collect(data.path, keep=1).manifests == [1]
 
 
 def test_requests_that_fail_late_leave_the_earlier_result_as_it_was(data, export, tmp_path, monkeypatch):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
 import torch
+import torch.distributed as dist
 
-from jobs.training.catalogue import UserValues
+from jobs.training import catalogue
+from jobs.training.catalogue import ALWAYS, UserValues, catalogue_of
 from jobs.training.model import select_requests
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.batches.requests import RequestConfig
-from pipeline.shards.vocabulary import Vocabulary
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 
 def values_of(batch, vocabulary):
@@ -62,3 +69,34 @@ def test_selected_requests_bring_the_values_of_their_users(data):
         batch, user_feature_lengths=batch.user_feature_lengths[:, :0], user_feature_values=batch.user_feature_values[:0]
     )
     assert select_requests(without, 1, 3).user_feature_lengths.shape == (2, 0)
+
+
+@pytest.fixture
+def always_warned():
+    """PyTorch gives its warnings each time, not once per process; any is an error."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    torch.set_warn_always(before)
+
+
+def test_first_times_of_items_are_read_from_arrays_that_nobody_may_write_to(data, monkeypatch, always_warned):
+    alone = SimpleNamespace(
+        get_rank=lambda: 0, get_world_size=lambda: 1, all_reduce=lambda *_, **__: None, ReduceOp=dist.ReduceOp
+    )
+    monkeypatch.setattr(catalogue, "dist", alone)
+    events = [data.read(group) for group in range(data.num_groups)]
+    assert not events[0].time.flags.writeable
+    size, wanted = data.vocabulary.size, {}
+    for group in events:
+        for item, time in zip(group.item.tolist(), group.time.tolist(), strict=True):
+            wanted[item] = min(time, wanted.get(item, time))
+    found = catalogue_of(
+        Shards.open(data.path), requests=RequestConfig(split="temporal", valid_from=1, test_from=2),
+        training_count=np.zeros(size, np.int64),
+    ).first_time  # fmt: skip
+    assert found is not None
+    assert found.tolist() == [wanted.get(row, ALWAYS) for row in range(size)]
+    assert wanted.keys() >= {NUM_RESERVED, size - 1}

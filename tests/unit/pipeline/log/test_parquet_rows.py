@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -64,3 +66,83 @@ def test_any_limit_gives_the_same_rows(tmp_path, monkeypatch, limit, kind):
     assert found.equals(log.select(columns).with_columns(pl.col("user_id").cast(pl.String)))
     (before, _), *_ = tables(path, columns, row_group=2)
     assert before == 140
+
+
+def lists_of(text, *, rows, length):
+    """Rows of one long string, `length` times each: few bytes in a file."""
+    offsets = np.arange(rows + 1) * length
+    return pa.LargeListArray.from_arrays(pa.array(offsets), repeated([text], [rows * length]))
+
+
+def test_lists_that_repeat_a_long_string_come_in_small_tables(tmp_path):
+    path = tmp_path / "items.parquet"
+    tags = lists_of("x" * 20_000, rows=100, length=1_000)
+    # Without Arrow's schema, so that only the pages tell of the repetition.
+    pq.write_table(pa.table({"item_id": range(100), "tags": tags}), path, store_schema=False)
+    assert path.stat().st_size < 50_000
+    assert pq.read_metadata(path).num_row_groups == 1
+    found = tables(path, ["item_id", "tags"])
+    # 2 GB of text, at most 256 MiB of it at a time.
+    assert [before for before, _ in found] == np.cumsum([0, *(part.height for _, part in found[:-1])]).tolist()
+    assert pl.concat(part.select("item_id") for _, part in found)["item_id"].to_list() == list(range(100))
+    for _, part in found:
+        assert part["tags"].dtype == pl.List(pl.String)
+        assert part["tags"].list.len().to_list() == [1_000] * part.height
+        assert part.height * 20_000 * 1_000 <= parquet_rows.BLOCK_BYTES + 20_016_000
+    assert found[3][1]["tags"][0][999] == "x" * 20_000
+
+
+def test_lists_of_too_many_values_are_refused_before_any_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "items.parquet"
+    pq.write_table(pa.table({"item_id": ["a", "b"], "my.tags": lists_of("", rows=2, length=500)}), path)
+    assert tables(path, ["my.tags"])[0][1]["my.tags"].list.len().to_list() == [500, 500]
+    monkeypatch.setattr(parquet_rows, "_COLUMN_VALUES", 10)
+    with pytest.raises(DataError) as error:
+        tables(path, ["item_id", "my.tags"])
+    assert str(error.value) == (
+        f"{tmp_path.name}/items.parquet: the lists of column 'my.tags' have 1,000 values in 2 rows; lists of this "
+        "length are not read: shorten them, or write the file with smaller row groups"
+    )
+    assert tables(path, ["item_id"])[0][1].height == 2
+
+
+def test_the_size_of_a_column_of_lists_counts_as_that_of_any_other(tmp_path, monkeypatch):
+    path = tmp_path / "items.parquet"
+    pl.DataFrame({"tags": [["x" * 50_000]]}).write_parquet(path)
+    monkeypatch.setattr(parquet_rows, "_COLUMN_BYTES", 10_000)
+    with pytest.raises(DataError, match=r"items.parquet: column 'tags' has 50,\d+ bytes in 1 rows; .* shorten them"):
+        tables(path, ["tags"])
+
+
+def test_one_list_that_is_longer_than_a_block_is_refused(tmp_path):
+    path = tmp_path / "items.parquet"
+    rows = [[["a"]] * 5, lists_of("x" * 100_000, rows=1, length=3_000).to_pylist(), [["b"], None, []]]
+    pq.write_table(pa.table({"tags": pa.array([value for part in rows for value in part])}), path)
+    with pytest.raises(DataError, match=r"a list in column 'tags' has 300,048,000 bytes; .* are not read: shorten it"):
+        tables(path, ["tags"])
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1_000_000])
+@pytest.mark.parametrize("values", [5, 1_000])
+@pytest.mark.parametrize("kind", ["strings", "large", "plain", "categories", "integers"])
+def test_any_limit_gives_the_same_lists(tmp_path, monkeypatch, limit, values, kind):
+    rng = np.random.default_rng(0)
+    names = [None, "", "\u00e9", *map(str, range(40))]
+    if kind == "integers":
+        names = [None, *range(42)]
+    lists: list[Any] = [[names[n] for n in rng.integers(0, 43, rng.integers(0, 9))] for _ in range(300)]
+    for place in (0, 1, 69, 70, 71, 299):
+        lists[place] = None
+    item = pa.int64() if kind == "integers" else pa.string()
+    dtype = pa.large_list(pa.large_string()) if kind == "large" else pa.list_(item)
+    if kind == "categories":
+        dtype = pa.list_(pa.dictionary(pa.int32(), pa.string()))
+    path = tmp_path / "items.parquet"
+    table = pa.table({"item_id": range(300), "tags": pa.array(lists, dtype)})
+    pq.write_table(table, path, row_group_size=70, use_dictionary=kind != "plain")
+    monkeypatch.setattr(parquet_rows, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(parquet_rows, "BLOCK_VALUES", values)
+    monkeypatch.setattr(parquet_rows, "BLOCK_ROWS", 50)
+    found = tables(path, ["item_id", "tags"])
+    assert [row for _, part in found for row in part["tags"].to_list()] == lists
+    assert [row for _, part in found for row in part["item_id"]] == list(range(300))

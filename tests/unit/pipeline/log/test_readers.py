@@ -126,6 +126,30 @@ def test_json_lines_become_text_and_bad_lines_are_handed_back(tmp_path):
     assert read(path) == ([("1", "a", "1.5"), (None, None, None)], lines[1:4])
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json"])
+def test_a_json_number_is_a_time_as_it_is_written_and_any_other_value_as_python_reads_it(tmp_path, name):
+    written = [
+        "1706700000123456789", "1706700000.123456789", "1.706700000123456789e9", "-0.0", "1e400", "-1E+400", "NaN",
+        "5.000", "1706700000.1234567890123456789012345678901234567890", '"1706700000.120"', "1E2", "null",
+    ]  # fmt: skip
+    path, mapping = tmp_path / name, EventColumns(action="action", label="label").mapping()
+    rows = [
+        f'{{"user_id": 7.00, "item_id": 1e1, "timestamp": {time}, "action": 1.50, "label": 1.0}}' for time in written
+    ]
+    path.write_text(f"[{','.join(rows)}]" if name == "log.json" else "\n".join(rows))
+    found, malformed = read(path, mapping=mapping)
+    assert malformed == []
+    infinite = {"1e400", "-1E+400", "NaN", "null"}
+    assert [row[2] for row in found] == [None if text in infinite else text.strip('"') for text in written]
+    assert {(row[0], row[1], *row[3:]) for row in found} == {("7", "10", "1.5", "1.0")}
+    # Ids that are no integers, or that a float64 could not tell apart.
+    for number in ("9007199254740993.0", "7.25", "1e-5", "7.00000000000000000000000000001"):
+        path.write_text(f'{{"user_id": {number}, "item_id": 1, "timestamp": 1}}\n')
+        assert read(path) == ([], [path.read_text().strip()])
+    path.write_text('{"user_id": 0e999999999, "item_id": -9007199254740992.0, "timestamp": 1}\n')
+    assert read(path)[0] == [("0", "-9007199254740992", "1")]
+
+
 def test_words_for_nothing_are_missing_in_csv_only_without_quotes_and_elsewhere_only_if_named(tmp_path):
     words = ["NULL", "\\N", "nan", "None", "null", "NaN", "<NA>", "NA", ""]
     kept = [None] * 7 + ["NA", ""]
@@ -174,9 +198,23 @@ def test_numbers_of_json_without_a_value_are_missing_and_large_ones_stay_texts(t
     numbers = ["NaN", "Infinity", "-Infinity", "1e400", "null", "1" * 30, "1.50", "1e22", "9" * 5_000]
     path.write_text("".join(f'{{"user_id": 1, "item_id": 2, "timestamp": {n}}}\n' for n in numbers))
     rows, malformed = read(path)
-    assert [row[2] for row in rows] == [None] * 5 + ["1" * 30, "1.5", "1e+22"]
+    assert [row[2] for row in rows] == [None] * 5 + ["1" * 30, "1.50", "1e22"]
     # Python refuses to convert so many digits.
     assert [line[-13:] for line in malformed] == [" (5043 bytes)"]
+
+
+def test_names_of_columns_are_quoted_so_that_blanks_and_characters_without_a_shape_are_seen(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(" user_id,user_id\t,user\u200b_id,\u00e9,it's,\x1b[1m,,item_id,timestamp\n1,2,3,4,5,6,7,8,9\n")
+    with pytest.raises(DataError) as error:
+        read(path)
+    assert str(error.value) == (
+        f"{tmp_path.name}/log.csv: no column 'user_id' (mapped to user_id); it has ' user_id', 'user_id\\t', "
+        "'user\\u200b_id', '\u00e9', \"it's\", '\\x1b[1m', '', 'item_id', 'timestamp'; fix the mapping"
+    )
+    path.write_text(",".join(f"c{number}{'x' * 100}" for number in range(1_000)) + "\n")
+    with pytest.raises(DataError, match=r"it has 'c0x{58}'\.\.\., .* and 970 more; fix the mapping"):
+        read(path)
 
 
 def test_of_equal_keys_the_last_counts_and_deep_nesting_costs_its_row(tmp_path):
@@ -199,7 +237,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
     assert read(path) == ([("1", "2", "3")], [])
 
 
-field = st.text(st.characters(codec="utf-8", exclude_characters='\n\r\x00"'), max_size=4)
+field = st.text(st.characters(codec="utf-8", exclude_characters='\n\r\x00"\ufdd0'), max_size=4)
 
 
 @settings(max_examples=60, deadline=None)
@@ -219,7 +257,7 @@ def test_any_block_size_reads_the_same_lines(tmp_path_factory, lines, block):
 def test_a_missing_column_is_refused_with_those_that_exist(tmp_path):
     path = tmp_path / "log.parquet"
     pl.DataFrame({"user": [1], "item_id": [2], "timestamp": [3]}).write_parquet(path)
-    with pytest.raises(DataError, match=r"log.parquet: no column 'user_id'.*it has user, item_id, timestamp"):
+    with pytest.raises(DataError, match=r"log.parquet: no column 'user_id'.*it has 'user', 'item_id', 'timestamp'"):
         read(path)
 
 

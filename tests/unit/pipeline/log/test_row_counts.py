@@ -57,6 +57,13 @@ def test_the_first_parts_give_the_examples_and_long_values_are_cut(tmp_path):
         ("s", [5, 6], None, "2 of 2 times lie before 1990 or after tomorrow"),
         ("s", ["2024-01-01", "1980-01-01"], None, None),
         ("s", [str(NOW * 10**9)] * 2, "ns", "2 of 2 times lie"),
+        ("s", [20240131, 20240201, None], "date", "2 of 2 times lie before 1990 or after tomorrow; 20240131 would not"),
+        ("s", [20240131, 5, 6], None, "3 of 3 times lie before 1990 or after tomorrow"),
+        ("ms", ["20240131123456", " 20240201000000 "], "date", "2 of 2 times lie"),
+        ("ns", [20240131.0, float("nan")], "date", "1 of 1 times lie"),
+        ("s", [20240230, 20241301], None, "2 of 2 times lie"),
+        ("date", [20240131, 20240230], None, None),
+        ("date", [NOW, NOW], "s", "2 of 2 times lie"),
         ("s", [], None, None),
     ],
 )

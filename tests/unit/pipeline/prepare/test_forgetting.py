@@ -220,3 +220,20 @@ def test_results_are_cleaned_too(tmp_path):
     (tmp_path / "other.parquet").write_text("x")
     with pytest.raises(DataError, match="not a Parquet file with a column user_id"):
         clean_output(str(tmp_path / "other.parquet"), ["1"])
+
+
+def test_files_that_another_command_removes_during_the_search_hold_nothing(grown, monkeypatch):
+    path, prefix = grown
+    everyone = [f"{prefix}{number}" for number in range(20)]
+    listed, names = traces(path, everyone), Store.names
+    gone = next(file for file in sorted(Path(path).glob("rejected/*/*")))
+    extra = ["shards/bucket-00000-gone.parquet", "index/gone.parquet", str(gone.relative_to(path))]
+
+    def with_removed(self, folder=""):
+        return [*names(self, folder), *(name.rpartition("/")[2] for name in extra[:2] if name.startswith(folder + "/"))]
+
+    monkeypatch.setattr(Store, "names", with_removed)
+    assert traces(path, everyone) == listed
+    read = Store.read
+    monkeypatch.setattr(Store, "read", lambda self, name: read(self, "gone" if name == extra[2] else name))
+    assert traces(path, everyone) == [line for line in listed if not line.startswith(extra[2])]

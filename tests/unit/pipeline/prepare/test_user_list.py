@@ -79,7 +79,7 @@ def test_mistakes_in_a_list_are_named(tmp_path):
         "latin.txt": (b"ada\nb\xe9a\n", "line 2 is not UTF-8 (b'b\\xe9a')"),
         "wide.txt": ("ada\n".encode("utf-16"), "line 1 is not UTF-8"),
         "odd.parquet": (b"x", "not a complete Parquet file"),
-        "other.csv": (b"name\nada\n", "no column 'user_id'; it has name"),
+        "other.csv": (b"name\nada\n", "no column 'user_id'; it has 'name'"),
         "wide.csv": (b"user_id\nada,1\n", "'ada,1' cannot be read as a row"),
     }
     for name, (content, _) in files.items():

@@ -122,7 +122,7 @@ def test_the_digest_follows_the_values_and_not_how_they_came(log, write_log, pre
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"id": [1], "sex": ["m"]}, r"users.parquet: no column 'user_id'; it has id, sex"),
+        ({"id": [1], "sex": ["m"]}, r"users.parquet: no column 'user_id'; it has 'id', 'sex'"),
         ({"user_id": [1]}, r"users.parquet: no column besides user_id"),
         ({"user_id": [1], "age": [1.5]}, r"feature 'age' is Float64; features are categories: cast it to strings"),
         ({"user_id": [1], "scores": [[0.5]]}, r"feature 'scores' is List\(Float64\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import socket
@@ -73,6 +74,59 @@ def test_leases_that_expired_and_those_of_dead_processes_are_removed(grown):
     valid.unlink()
 
 
+BROKEN = {
+    "empty": b"",
+    "half": b'{"manifest": 1, "host": "elsewhe',
+    "no text": b"\xff\x00\xfe",
+    "a list": b"[1, 2]",
+    "deep": b"[" * 100_000,
+    "fields missing": b'{"manifest": 1, "expires": "2999-01-01T00:00:00+00:00"}',
+    "no number": b'{"manifest": "1", "host": "h", "pid": 7, "command": "c", "expires": "2999-01-01T00:00:00+00:00"}',
+    "no zone": b'{"manifest": 1, "host": "h", "pid": 7, "command": "c", "expires": "2999-01-01T00:00:00"}',
+    "no time": b'{"manifest": 1, "host": "h", "pid": 7, "command": "c", "expires": 5}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_lease_that_cannot_be_read_holds_its_state_for_the_life_of_a_lease(grown, content):
+    file = Path(grown, "leases", "00000001-else-where-7-aa.json")
+    file.parent.mkdir()
+    file.write_bytes(content)
+    (held_by,) = collect(grown, keep=1).held
+    assert manifest_numbers(Store(grown)) == [1, 3]
+    told = "a lease of manifest 1 that cannot be read (remove it if process 7 on else-where has ended)"
+    assert str(held_by) == f"leases/{file.name}, {told}"
+    written = datetime.datetime.now().timestamp() - leases.LEASE_SECONDS - 1
+    os.utime(file, (written, written))
+    assert collect(grown, keep=1).manifests == [1]
+    assert not file.exists()
+
+
+def test_a_lease_of_a_dead_process_is_removed_even_if_it_cannot_be_read(grown):
+    file = Path(grown, "leases", f"00000001-{socket.gethostname()}-999999999-aa.json")
+    file.parent.mkdir()
+    file.write_text("")
+    assert collect(grown, keep=1).manifests == [1, 2]
+    assert not file.exists()
+
+
+def test_a_lease_of_a_later_version_with_more_fields_is_read(grown):
+    stored(grown, purpose="x")
+    assert [each.command for each in current_leases(grown)] == ["training of run big"]
+
+
+def test_files_that_are_no_leases_hold_nothing_and_stay(grown):
+    folder = Path(grown, "leases")
+    folder.mkdir()
+    # Others may be of an editor, of a file server, or a lease that is being written.
+    names = (".00000001-elsewhere-7-aa.json-x1", ".nfs0001", "notes.txt", "1-elsewhere-7-aa.json", "00000001.json")
+    for name in names:
+        (folder / name).write_text("{")
+    (folder / "directory").mkdir()
+    assert collect(grown, keep=1).manifests == [1, 2]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "directory"])
+
+
 def test_a_lease_is_renewed_while_its_command_runs(grown, monkeypatch):
     written = []
     write = leases._write
@@ -110,12 +164,23 @@ def test_forgetting_waits_for_no_lease(grown):
         Shards.open(grown, number=1)
 
 
-def test_a_data_set_that_may_not_be_written_to_is_read_without_a_lease(grown, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        # As s3fs words a refusal: without a number.
+        PermissionError("Access Denied"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+    ids=str,
+)
+def test_a_data_set_that_may_not_be_written_to_is_read_without_a_lease(grown, monkeypatch, error):
     def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise error
 
     told: list[str] = []
     monkeypatch.setattr(leases, "_write", refuse)
     with lease(grown, number=1, command="x", tell=told.append):
         pass
-    assert told == [f"{grown}: no lease (Permission denied): `solar gc` may remove what is read here"]
+    why = error.strerror or str(error)
+    assert told == [f"{grown}: no lease ({why}): `solar gc` may remove what is read here"]

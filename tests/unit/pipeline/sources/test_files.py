@@ -89,7 +89,7 @@ def test_rejected_rows_are_kept_with_their_reason(files, tmp_path):
     ("text", "words"),
     [
         ("uid;movie;when\n", "the log is empty"),
-        ("user;movie;when\n1;2;3\n", "no column 'uid'.*it has user, movie, when"),
+        ("user;movie;when\n1;2;3\n", "no column 'uid'.*it has 'user', 'movie', 'when'"),
     ],
 )
 def test_a_bad_file_leaves_nothing_behind(files, tmp_path, text, words):
@@ -292,6 +292,50 @@ def test_times_in_another_unit_are_refused_by_the_key_and_unusual_ones_are_told(
     path.write_text("user_id,item_id,timestamp\nu,a,12\n")
     notes = import_files(str(path), f"{out}3", config=ImportConfig()).notes
     assert notes == ("1 of 1 times lie before 1990 or after tomorrow",)
+
+
+def test_a_json_time_keeps_every_nanosecond(tmp_path):
+    path, out = tmp_path / "log.jsonl", str(tmp_path / "log")
+    path.write_text('{"user_id": "u", "item_id": "a", "timestamp": 1706700000.123456789}\n')
+    import_files(str(path), out, config=ImportConfig())
+    whole = [1_706_700_000_123_456_789]
+    assert pl.read_parquet(f"{out}/events-00000.parquet")["timestamp"].to_physical().to_list() == whole
+    path.write_text('{"user_id": "u", "item_id": "a", "timestamp": 1706700000123456789}\n')
+    import_files(str(path), f"{out}2", config=ImportConfig(columns=EventColumns(timestamp_unit="ns")))
+    assert pl.read_parquet(f"{out}2/events-00000.parquet")["timestamp"].to_physical().to_list() == whole
+
+
+@pytest.mark.parametrize(("day", "read"), [("20240131", "2024-01-31"), ("20240131123456", "2024-01-31 12:34:56")])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "floats"])
+def test_dates_written_as_numbers_are_refused_by_column_and_value_until_they_are_read_as_dates(
+    tmp_path, day, read, form
+):
+    path, out = tmp_path / f"log.{'parquet' if form == 'floats' else form}", str(tmp_path / "log")
+    rows = [("u", "a", day), ("u", "b", day), ("v", "b", "20240230")]
+    if form == "csv":
+        path.write_text("user_id,item_id, day \n" + "".join(f"{','.join(row)}\n" for row in rows))
+    elif form == "jsonl":
+        lines = [json.dumps({"user_id": u, "item_id": i, " day ": int(d)}) for u, i, d in rows]
+        path.write_text("\n".join(lines))
+    else:
+        table = pl.DataFrame(rows, schema=["user_id", "item_id", " day "], orient="row")
+        table.with_columns(pl.col(" day ").cast(pl.Float64)).write_parquet(path)
+    shown = f"{day}.0" if form == "floats" else day
+    for unit in ("s", "ms", "us", "ns"):
+        config = ImportConfig(columns=EventColumns(timestamp=" day ", timestamp_unit=unit), max_rejected_ratio=1)
+        with pytest.raises(DataError) as error:
+            import_files(str(path), out, config=config)
+        assert str(error.value) == (
+            f"{tmp_path.name}/{path.name}: 2 of 3 times in column ' day ', such as {shown}, lie between 1990 and "
+            f"tomorrow as dates (YYYYMMDD), not as {unit}: set columns.timestamp_unit date"
+        )
+    columns = EventColumns(timestamp=" day ", timestamp_unit="date")
+    with pytest.raises(DataError, match=r"20240230.* \(invalid time, row 3"):
+        import_files(str(path), out, config=ImportConfig(columns=columns))
+    result = import_files(str(path), out, config=ImportConfig(columns=columns, max_rejected_ratio=0.5))
+    assert (result.events, result.rejected, result.notes) == (2, 1, ())
+    times = pl.read_parquet(f"{out}/events-00000.parquet")["timestamp"]
+    assert {str(time) for time in times} == {str(pl.Series([read]).str.to_datetime(time_zone="UTC", time_unit="ms")[0])}
 
 
 def test_a_data_error_shows_a_bad_value_and_a_way_out_that_the_command_has(tmp_path):

@@ -159,7 +159,9 @@ def test_a_damaged_download_is_named_by_file_and_column(unpacked, tmp_path):
     folder = unpacked("ratings.csv", "movies.csv")
     file = tmp_path / "download/data/ratings.csv"
     file.write_text(LINES["ratings.csv"].replace("userId", "user"))
-    with pytest.raises(DataError, match=r"ratings.csv: no column 'userId' \(mapped to user_id\); it has user, movieId"):
+    with pytest.raises(
+        DataError, match=r"ratings.csv: no column 'userId' \(mapped to user_id\); it has 'user', 'movieId'"
+    ):
         import_published("movielens", folder, str(tmp_path / "log"))
     file.write_text(LINES["ratings.csv"].replace(",2.5,", ",good,").replace("4.0", ""))
     with pytest.raises(DataError, match=r"2 of 3 rows are invalid \(missing label: 1, invalid label: 1\)"):

@@ -36,7 +36,7 @@ def test_ratings_become_labels_at_a_threshold(load):
     assert "label" not in load(stars).columns
     assert load(stars, RecBoleConfig(rating="stars"))["label"].to_list() == [1, 0, 0]
     with pytest.raises(
-        DataError, match=r"set/set.inter: no column 'points' \(rating\); it has user_id, item_id, stars"
+        DataError, match=r"set/set.inter: no column 'points' \(rating\); it has 'user_id', 'item_id', 'stars'"
     ):
         load(stars, RecBoleConfig(rating="points"))
 
@@ -78,6 +78,6 @@ def test_tables_have_their_ids_under_the_name_that_events_use(load, tmp_path):
     (table,) = tmp_path.glob("log-*/items.parquet")
     assert pl.read_parquet(table).rows() == [("p", ["RPG", "Indie"])]
     with pytest.raises(
-        DataError, match=r"set/set.item: no column 'product_id', as the events have it; it has id, genre"
+        DataError, match=r"set/set.item: no column 'product_id', as the events have it; it has 'id', 'genre'"
     ):
         load(STEAM, config, item="id:token\tgenre:token_seq\np\tRPG Indie\n")
