@@ -70,11 +70,12 @@ def evaluate_run(
 
 def evaluate(
     config: RunConfig, systems: list[System], console: Console, *, shards: Shards, part: str, directory: Path,
-    beside: bool = True, verbose: bool = False,
+    beside: bool = True, enough: int | None = None, verbose: bool = False,
 ) -> Evaluated:  # fmt: skip
     """Evaluate the systems (the main one first) on one part of the shards, or reuse the same evaluation made before.
 
-    `beside`: also evaluate the main system with emptied histories, its spectrum, and the baselines.
+    `beside`: also evaluate the main system with emptied histories, its spectrum, and the baselines. `enough`: where
+    evaluation.requests is unset, so many requests are enough, even if more fit its minutes.
     """
     # Reuse the results if the same was evaluated before.
     key = EvaluationKey(
@@ -107,6 +108,7 @@ def evaluate(
         "parallel": config.parallel,
         "part": part,
         "evaluation": config.evaluation,
+        "enough": enough,
         "directory": str(staging),
     }
     with (
@@ -223,7 +225,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
         tower, rows, catalogue = _load_system(system, data, arguments)
         common: dict[str, Any] = {"catalogue": catalogue, **selection}
         if index == 0:
-            extent = extent_of(tower, rows, data, config=arguments["evaluation"], **common)
+            extent = extent_of(tower, rows, data, config=arguments["evaluation"], enough=arguments["enough"], **common)
             reporter.row("extent", extent=dataclasses.asdict(extent))
             limit = extent.limit
         measured = evaluate_part(tower, rows, data, limit=limit, progress=progress(system.name), **common)

@@ -24,9 +24,10 @@ SMALL = 1_000
 
 def extent_of(
     model: nn.Module, tables: ItemRows, shards: Shards, *, config: EvaluationConfig, catalogue: Catalogue,
-    requests: RequestConfig, part: str,
+    requests: RequestConfig, part: str, enough: int | None = None,
 ) -> Extent:  # fmt: skip
-    """Decide how many requests are measured; `model` is the first one. A collective: all ranks take part."""
+    """Decide how many requests are measured; `model` is the first one. `enough`: as many as the decision needs that is
+    taken from them; None = not known. A collective: all ranks take part."""
     whole = evaluation_loader(shards, requests=requests, part=part).num_requests
     if whole <= SMALL:
         small = config.requests if config.requests and config.requests < whole else None
@@ -42,6 +43,7 @@ def extent_of(
     limit = config.requests
     if limit is None:
         limit = fitting(config.minutes * 60, each)
+        limit = min(limit, enough or limit)
     if not limit or limit >= whole:
         return Extent(limit=None, requests=whole, seconds=whole * each)
     return Extent(limit=limit, requests=whole, seconds=limit * each)

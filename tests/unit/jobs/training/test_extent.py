@@ -51,7 +51,7 @@ def test_what_is_drawn_is_told_with_its_time_and_the_intervals_that_it_gives():
 def extent(monkeypatch):
     """extent(requests of the part, seconds of a request, config): the trial runs on a clock of its own."""
 
-    def run(whole: int, each: float, config: EvaluationConfig) -> Extent:
+    def run(whole: int, each: float, config: EvaluationConfig, enough: int | None = None) -> Extent:
         clock = [0.0]
 
         def evaluate(*_: Any, limit: int, **__: Any) -> None:
@@ -62,7 +62,9 @@ def extent(monkeypatch):
         monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
         monkeypatch.setattr(trial.dist, "broadcast", lambda *_, **__: None)
         unused: Any = None
-        return trial.extent_of(unused, unused, unused, config=config, catalogue=unused, requests=REQUESTS, part="test")
+        return trial.extent_of(
+            unused, unused, unused, config=config, catalogue=unused, requests=REQUESTS, part="test", enough=enough
+        )
 
     return run
 
@@ -83,3 +85,9 @@ def test_a_large_part_is_bounded_by_time_or_by_what_the_user_asks(extent):
     assert whole.seconds == pytest.approx(10**6)
     # What fits is more than the part has.
     assert extent(6_040, 0.001, EvaluationConfig()).limit is None
+
+
+def test_no_more_is_measured_than_the_decision_needs_and_no_more_than_fits(extent):
+    assert extent(10**7, 0.1, EvaluationConfig(), 700).limit == 700
+    assert extent(10**7, 0.1, EvaluationConfig(), 70_000).limit == 1_000
+    assert extent(10**7, 0.1, EvaluationConfig(requests=300), 70).limit == 300
