@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,40 @@ class TowerConfig:
             raise ValueError(f"{name} = {getattr(self, name)} {rule}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadRows:
+    """What the head reads of each of I items."""
+
+    target_ID: Tensor
+    """[I, D] the direction in which a candidate's state raises its logit."""
+    hidden_IX: Tensor
+    """[I, head_width] the item's part of the small network's hidden layer."""
+    popularity_I1: Tensor
+    """[I, 1] the score that depends on the item alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodedItems:
+    """What a tower computes of each of I items, whatever the request."""
+
+    item_ID: Tensor
+    """[I, D] vectors of the items."""
+    query_ID: Tensor
+    """[I, D] their queries to a history."""
+    head: HeadRows
+    """What the head reads of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What a forward computes before it looks at any candidate: further forwards for the same items, or the same
+    requests, can be given it."""
+
+    items: EncodedItems
+    history: Any
+    """What the tower reads of the requests' histories."""
+
+
 class HistoryTower(Recommender):
     """Encoders, head and request features. `num_features` is F, the number of item features of the tables."""
 
@@ -124,11 +159,19 @@ class HistoryTower(Recommender):
         self.shift = RequestShift(config.width) if config.reads_request else None
         self.repeats = RepeatScore(time_features=config.time_features, latest=config.latest) if config.repeats else None
 
+    def queries(self, item_ID: Tensor) -> Tensor:
+        """query_ID: every item's query to a history."""
+        raise NotImplementedError
+
+    def histories(self, item_ID: Tensor, inputs: ModelInput) -> Any:
+        """What candidates read of the histories, whatever the candidate: here the vectors of all events."""
+        return self.events(item_ID, inputs)
+
     def states(
         self,
-        item_ID: Tensor,
+        items: EncodedItems,
         *,
-        event_ND: Tensor,
+        history: Any,
         query_shift_MD: Tensor | None,
         inputs: ModelInput,
         candidates: CandidateSets,
@@ -136,27 +179,33 @@ class HistoryTower(Recommender):
         """state_MD: every candidate after it has read its request's history."""
         raise NotImplementedError
 
-    def forward(self, inputs: ModelInput) -> Tensor:
+    def forward(
+        self, inputs: ModelInput, *, items: EncodedItems | None = None, history: Any = None, encode: bool = False
+    ) -> Any:
+        """logits_M, or with `encode` what is computed before any candidate. `items` and `history`: from a forward that
+        encoded these items and these requests; None = computed here."""
+        if items is None:
+            item_ID = self.items(inputs.item_IC, inputs.features_IFC)
+            items = EncodedItems(item_ID=item_ID, query_ID=self.queries(item_ID), head=self.head.of_items(item_ID))
+        if history is None:
+            history = self.histories(items.item_ID, inputs)
+        if encode:
+            return Encoded(items=items, history=history)
         candidates = CandidateSets.from_offsets(
             inputs.candidate_offsets_B1,
             device=inputs.candidate_item_M.device,
             member_M=inputs.candidate_item_M >= inputs.num_reserved if inputs.num_reserved else None,
             num_members_B=inputs.known_candidates_B,
         )
-        item_ID = self.items(inputs.item_IC, inputs.features_IFC)
         query_shift_MD = state_shift_MD = None
         if self.request is not None and self.shift is not None:
             query_shift_MD, state_shift_MD = self.shift(self.request(inputs), request_M=candidates.request_M)
         state_MD = self.states(
-            item_ID,
-            event_ND=self.events(item_ID, inputs),
-            query_shift_MD=query_shift_MD,
-            inputs=inputs,
-            candidates=candidates,
+            items, history=history, query_shift_MD=query_shift_MD, inputs=inputs, candidates=candidates
         )
         if state_shift_MD is not None:
             state_MD = state_MD + state_shift_MD
-        logit_M = self.head(state_MD, item_ID=item_ID, item_M=inputs.candidate_item_M)
+        logit_M = self.head(state_MD, items=items, item_M=inputs.candidate_item_M)
         if self.repeats is not None:
             logit_M = logit_M + self.repeats(inputs, candidates=candidates)
         return logit_M.float()
@@ -179,25 +228,28 @@ class AttentionTower(HistoryTower):
         """out_MD: the result of reading the whole history for each candidate; None = only the recent window is read."""
         raise NotImplementedError
 
+    def queries(self, item_ID: Tensor) -> Tensor:
+        return self.query(self.norm(item_ID))
+
     def states(
         self,
-        item_ID: Tensor,
+        items: EncodedItems,
         *,
-        event_ND: Tensor,
+        history: Tensor,
         query_shift_MD: Tensor | None,
         inputs: ModelInput,
         candidates: CandidateSets,
     ) -> Tensor:
         item_M = inputs.candidate_item_M
-        query_MD = gather_rows(self.query(self.norm(item_ID)), item_M)
+        query_MD = gather_rows(items.query_ID, item_M)
         if query_shift_MD is not None:
             query_MD = query_MD + query_shift_MD
-        found_MD = self.read_history(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
+        found_MD = self.read_history(query_MD, event_ND=history, inputs=inputs, candidates=candidates)
         if self.recent is not None:
-            recent_MD = self.recent(query_MD, event_ND=event_ND, inputs=inputs, candidates=candidates)
+            recent_MD = self.recent(query_MD, event_ND=history, inputs=inputs, candidates=candidates)
             found_MD = recent_MD if found_MD is None else found_MD + recent_MD
         assert found_MD is not None, "the config must keep the whole history or the recent window"
-        return gather_rows(item_ID, item_M) + self.output(found_MD)
+        return gather_rows(items.item_ID, item_M) + self.output(found_MD)
 
 
 def request_encoder(config: TowerConfig) -> RequestEncoder | None:
@@ -265,12 +317,19 @@ class Head(nn.Module):
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
 
-    def forward(self, state_MD: Tensor, *, item_ID: Tensor, item_M: Tensor) -> Tensor:
-        target_ID, hidden_IX, popularity_I = self.item(item_ID).split([self.width, self.hidden, 1], -1)
+    def of_items(self, item_ID: Tensor) -> HeadRows:
+        """What the head reads of each item."""
+        target_ID, hidden_IX, popularity_I1 = self.item(item_ID).split([self.width, self.hidden, 1], -1)
+        return HeadRows(target_ID=target_ID, hidden_IX=hidden_IX, popularity_I1=popularity_I1)
+
+    def forward(self, state_MD: Tensor, *, items: EncodedItems, item_M: Tensor) -> Tensor:
+        rows = items.head
         # Remove the candidate's own vector: its inner product with itself says nothing about the history.
-        found_MD = state_MD - gather_rows(item_ID, item_M)
-        logit_M = (found_MD * gather_rows(target_ID, item_M)).sum(-1) / math.sqrt(self.width)
-        logit_M = logit_M + gather_rows(popularity_I, item_M).squeeze(-1)
+        found_MD = state_MD - gather_rows(items.item_ID, item_M)
+        logit_M = (found_MD * gather_rows(rows.target_ID, item_M)).sum(-1) / math.sqrt(self.width)
+        logit_M = logit_M + gather_rows(rows.popularity_I1, item_M).squeeze(-1)
         if self.state is not None and self.last is not None:
-            logit_M = logit_M + self.last(F.relu(self.state(state_MD) + gather_rows(hidden_IX, item_M))).squeeze(-1)
+            logit_M = logit_M + self.last(F.relu(self.state(state_MD) + gather_rows(rows.hidden_IX, item_M))).squeeze(
+                -1
+            )
         return logit_M

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from models.attention_tower import HistoryTower, RecentAttention, TowerConfig
+from models.attention_tower import EncodedItems, HistoryTower, RecentAttention, TowerConfig
 from models.candidate_sets import CandidateSets, gather_rows, start_as_similarity
 from models.interest_checkpoints import checkpoint_interests, history_sums, joined_interests, stored_interests
 from models.interface import HistorySums, ModelInput
@@ -98,30 +98,31 @@ class Solar(HistoryTower):
     def __init__(self, config: SolarConfig, *, num_features: int) -> None:
         super().__init__(config, num_features=num_features)
         self.config = config
-        self.blocks = nn.ModuleList(SolarBlock(config) for _ in range(config.num_layers))
+        self.blocks: Any = nn.ModuleList(SolarBlock(config) for _ in range(config.num_layers))
+
+    def queries(self, item_ID: Tensor) -> Tensor:
+        return self.blocks[0].queries(item_ID)
+
+    def histories(self, item_ID: Tensor, inputs: ModelInput) -> History:
+        return self._history(self.events(item_ID, inputs), inputs)
 
     def states(
         self,
-        item_ID: Tensor,
+        items: EncodedItems,
         *,
-        event_ND: Tensor,
+        history: History,
         query_shift_MD: Tensor | None,
         inputs: ModelInput,
         candidates: CandidateSets,
     ) -> Tensor:
-        history = self._history(event_ND, inputs)
-        # The first block reads items, not candidates: what does not depend on the request is computed once per distinct
-        # item.
-        state = item_ID
+        # The first block reads items, not candidates: their queries are computed once per distinct item.
+        state_MD, query_MD = (gather_rows(rows, inputs.candidate_item_M) for rows in (items.item_ID, items.query_ID))
+        if query_shift_MD is not None:
+            query_MD = query_MD + query_shift_MD
         for i, block in enumerate(self.blocks):
-            state = block(
-                state,
-                item_M=inputs.candidate_item_M if i == 0 else None,
-                query_shift_MD=query_shift_MD if i == 0 else None,
-                history=history,
-                candidates=candidates,
-            )
-        return state
+            query_MD = block.queries(state_MD) if i else query_MD
+            state_MD = block(state_MD, query_MD=query_MD, history=history, candidates=candidates)
+        return state_MD
 
     @property
     def scores_sets(self) -> bool:
@@ -222,22 +223,11 @@ class SolarBlock(nn.Module):
             else None
         )
 
-    def forward(
-        self,
-        state: Tensor,
-        *,
-        item_M: Tensor | None,
-        query_shift_MD: Tensor | None,
-        history: History,
-        candidates: CandidateSets,
-    ) -> Tensor:
-        """`state` is [M, D]; in the first block it is [I, D], with `item_M`, and the request shifts the query."""
-        # Make the queries, in the first block once per distinct item.
-        query_MD = self.query(self.norm(state))
-        if item_M is not None:
-            state, query_MD = gather_rows(state, item_M), gather_rows(query_MD, item_M)
-        if query_shift_MD is not None:
-            query_MD = query_MD + query_shift_MD
+    def queries(self, state_XD: Tensor) -> Tensor:
+        """query_XD: what each item or candidate asks of a history."""
+        return self.query(self.norm(state_XD))
+
+    def forward(self, state_MD: Tensor, *, query_MD: Tensor, history: History, candidates: CandidateSets) -> Tensor:
         # Attend to the interests and to the recent events.
         found = []
         if self.lifelong is not None and history.interests is not None and history.checkpoint_B is not None:
@@ -248,10 +238,10 @@ class SolarBlock(nn.Module):
             )
         if self.recent is not None:
             found.append(self.recent(query_MD, event_ND=history.event_ND, inputs=history.inputs, candidates=candidates))
-        state = state + self.output(found[0] if len(found) == 1 else found[0] + found[1])
+        state_MD = state_MD + self.output(found[0] if len(found) == 1 else found[0] + found[1])
         # Attend to the other candidates of the set.
         if self.set is not None and self.set_norm is not None:
-            state = state + self.set(self.set_norm(state), candidates=candidates)
+            state_MD = state_MD + self.set(self.set_norm(state_MD), candidates=candidates)
         if self.ffn is not None and self.ffn_norm is not None:
-            state = state + self.ffn(self.ffn_norm(state))
-        return state
+            state_MD = state_MD + self.ffn(self.ffn_norm(state_MD))
+        return state_MD

@@ -43,7 +43,7 @@ class UserHistories:
 
     @functools.cached_property
     def _users(self) -> pd.Index:
-        return pd.Index(self._data.index.user_id.to_numpy(zero_copy_only=False))
+        return pd.Index(self._data.user_ids.to_numpy(zero_copy_only=False))
 
     def users(self, rows: pa.RecordBatch, *, first_row: int) -> np.ndarray:
         """[B] int64 user rows, -1 for users that are not in the shards."""

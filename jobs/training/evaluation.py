@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from jobs.training.catalogue import Catalogue
 from jobs.training.model import ItemRows, catalogue_input, select_requests, training_input, user_codes
 from jobs.training.results import RankedTargets, ScoredImpressions
+from models.attention_tower import EncodedItems, HistoryTower
 from models.interface import Recommender, refuse_bad_rows
 from models.metrics import rank_of_target
 from models.repeats import SeenItems, first_places
@@ -34,6 +35,8 @@ from pipeline.shards.vocabulary import NUM_RESERVED
 
 CANDIDATES_PER_FORWARD = 1 << 17
 """Limits the memory of one forward: about 1 KB per candidate at width 64."""
+BLOCK_ITEMS, BLOCK_CANDIDATES = 1 << 10, 1 << 14
+"""Where each candidate is scored by itself: items of a block, and candidates of a forward."""
 SCORES_PER_FORWARD = 1 << 21
 """The same limit for models whose score is an inner product."""
 EVENTS_PER_BATCH = 1 << 14
@@ -71,13 +74,16 @@ def evaluate(
     `limit`: score only about so many requests, always the same ones.
     """
     loader = evaluation_loader(shards, requests=requests, part=part, limit=limit)
-    batches = _translated(loader, catalogue, progress)
+    batches = _translated(loader, catalogue)
     model.eval()
     with torch.no_grad():
         if requests.task == "next_item":
-            result = _rank_targets(model, tables, batches, catalogue=catalogue, requests=requests, transform=transform)
+            result = _rank_targets(
+                model, tables, batches, catalogue=catalogue, requests=requests, transform=transform,
+                progress=lambda done: progress(done, loader.num_requests),
+            )  # fmt: skip
         else:
-            result = _score_impressions(model, tables, batches, loader, transform=transform)
+            result = _score_impressions(model, tables, batches, loader, transform=transform, progress=progress)
     model.train()
     return result
 
@@ -115,7 +121,7 @@ def evaluate_counts(
     scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
     share_I = scores_I / (scores_I.max() + 1)
     results = []
-    for batch in _translated(loader, catalogue, lambda done, total: None):
+    for batch in _translated(loader, catalogue):
         if requests.task == "impressions":
             results.append(_impressions(batch, scores_I[batch.candidate_item]))
             continue
@@ -142,43 +148,40 @@ def _own_items(batch: Batch, *, else_I: Tensor) -> Tensor:
     return scores_BI
 
 
-def _translated(loader: EvaluationLoader, catalogue: Catalogue, progress: Progress) -> Iterator[Batch]:
-    """The loader's batches with the model's rows; reports progress after each."""
-    done = 0
+def _translated(loader: EvaluationLoader, catalogue: Catalogue) -> Iterator[Batch]:
+    """The loader's batches with the model's rows."""
     for batch in loader:
         yield catalogue.translate(batch)
-        done += batch.num_global_requests
-        progress(done, loader.num_requests)
 
 
 def _rank_targets(
     model: nn.Module, tables: ItemRows, batches: Iterator[Batch], *, catalogue: Catalogue, requests: RequestConfig,
-    transform: Transform,
+    transform: Transform, progress: Callable[[int], None],
 ) -> RankedTargets:  # fmt: skip
     """Score the whole catalogue for every request and rank its targets. A collective: all ranks take part."""
-    item_IC, features_IFC = _look_up_catalogue(tables, catalogue.num_items)
-    refuse_bad_rows(item_IC, features_IFC)
-    tower = _tower(model)
-    scores_sets = isinstance(tower, Recommender) and tower.scores_sets
-    candidates = SCORES_PER_FORWARD if isinstance(tower, SequenceModel) else CANDIDATES_PER_FORWARD
-    per_forward = max(1, candidates // catalogue.num_items)
-    results = []
+    scorer = _CatalogueScorer(model, tables, catalogue)
+    results, before = [], 0
     for batch in batches:
         # All ranks run the same number of forwards; a rank without requests left joins with an empty chunk.
-        for first in range(0, _max_over_ranks(batch.num_requests), per_forward):
+        for first in range(0, _max_over_ranks(batch.num_requests), scorer.requests_at_once):
             # Keep only the users of these requests: a batch may hold a user with thousands of requests and events.
-            last = min(first + per_forward, batch.num_requests)
+            last = min(first + scorer.requests_at_once, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
-            offered_BI = catalogue.ranked(chunk.request_time, all_times=not scores_sets)
-            scores_BI = _catalogue_scores(model, transform(chunk), tables, item_IC, features_IFC, offered_BI)
-            results.append(_ranks(chunk, scores_BI, catalogue, requests))
+            results.append(_ranks(chunk, scorer.scores(transform(chunk)), catalogue, requests))
+            progress(before + batch.num_global_requests * last // max(1, batch.num_requests))
+        before += batch.num_global_requests
     return _collect_ranks(results, catalogue)
 
 
 def _score_impressions(
-    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], loader: EvaluationLoader, *, transform: Transform
-) -> ScoredImpressions:
-    results = [_impressions(batch, model(training_input(transform(batch), tables))) for batch in batches]
+    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], loader: EvaluationLoader, *, transform: Transform,
+    progress: Progress,
+) -> ScoredImpressions:  # fmt: skip
+    results, done = [], 0
+    for batch in batches:
+        results.append(_impressions(batch, model(training_input(transform(batch), tables))))
+        done += batch.num_global_requests
+        progress(done, loader.num_requests)
     return _collect_impressions(results, loader)
 
 
@@ -214,24 +217,62 @@ def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor
     return torch.cat([item for item, _ in parts]), torch.cat([features for _, features in parts])
 
 
-def _catalogue_scores(
-    model: nn.Module, batch: Batch, tables: ItemRows, item_IC: Tensor, features_IFC: Tensor, offered_BI: Tensor
-) -> Tensor:
-    """[B, I] on the CPU: the score of every offered item for every request. Looks up the users' rows only. A
-    collective."""
-    _, _, user_features_UGC = tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
-    rows = (item_IC, features_IFC, user_features_UGC)
-    if isinstance(_tower(model), SequenceModel):
+class _CatalogueScorer:
+    """Scores every item of a catalogue for requests. What does not depend on the request is computed once, what does
+    not depend on the candidate once per request. All methods are collectives."""
+
+    def __init__(self, model: nn.Module, tables: ItemRows, catalogue: Catalogue) -> None:
+        self._model, self._tables, self._catalogue = model, tables, catalogue
+        self._item_IC, self._features_IFC = _look_up_catalogue(tables, catalogue.num_items)
+        refuse_bad_rows(self._item_IC, self._features_IFC)
+        self._items: EncodedItems | None = None
+        tower = _tower(model)
+        if isinstance(tower, SequenceModel):
+            self._score, candidates = self._by_vectors, SCORES_PER_FORWARD // catalogue.num_items
+        elif isinstance(tower, HistoryTower) and not tower.scores_sets:
+            self._score, candidates = self._by_blocks, BLOCK_CANDIDATES // BLOCK_ITEMS
+        else:
+            self._score, candidates = self._at_once, CANDIDATES_PER_FORWARD // catalogue.num_items
+        self.requests_at_once = max(1, candidates)
+        """Number of requests whose scores fit the memory of one forward."""
+
+    def scores(self, batch: Batch) -> Tensor:
+        """[B, I] on the CPU: the score of every item for every request; of items that are not ranked any number. Looks
+        up the users' rows only."""
+        _, _, user_features_UGC = self._tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
+        return self._score(batch, (self._item_IC, self._features_IFC, user_features_UGC)).cpu()
+
+    def _by_vectors(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Of models whose score is an inner product."""
         inputs = catalogue_input(batch, *rows)
-        state_BD, vector_ID, repeat_1 = model(inputs, vectors=True)
+        state_BD, vector_ID, repeat_1 = self._model(inputs, vectors=True)
         scores_BI = state_BD @ vector_ID.mT
         if repeat_1 is not None:
             scores_BI += repeat_1 * SeenItems.of_requests(inputs).before(slice(None))
-        return scores_BI.cpu()
-    # Where candidates attend to each other, the set is exactly what is ranked, as in `solar score`.
-    scores_BI = torch.full(offered_BI.shape, -torch.inf)
-    scores_BI[offered_BI] = model(catalogue_input(batch, *rows, candidates_BI=offered_BI)).cpu()
-    return scores_BI
+        return scores_BI
+
+    def _by_blocks(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Of towers that score each candidate by itself: all requests with one block of items after the other, which
+        stays in the processor's cache."""
+        encoded = self._model(catalogue_input(batch, *rows), items=self._items, encode=True)
+        self._items = encoded.items
+        scores_BI = encoded.items.item_ID.new_zeros(batch.num_requests, self._catalogue.num_items, dtype=torch.float32)
+        for first in range(NUM_RESERVED, self._catalogue.num_items, BLOCK_ITEMS):
+            last = min(first + BLOCK_ITEMS, self._catalogue.num_items)
+            inputs = catalogue_input(batch, *rows, candidates=range(first, last))
+            logit_M = self._model(inputs, items=encoded.items, history=encoded.history)
+            scores_BI[:, first:last] = logit_M.view(batch.num_requests, last - first)
+        return scores_BI
+
+    def _at_once(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Of all other towers. Where candidates attend to each other, the set is exactly what is ranked, as in `solar
+        score`."""
+        tower = _tower(self._model)
+        sets = isinstance(tower, Recommender) and tower.scores_sets
+        offered_BI = self._catalogue.ranked(batch.request_time, all_times=not sets)
+        scores_BI = torch.full(offered_BI.shape, -torch.inf)
+        scores_BI[offered_BI] = self._model(catalogue_input(batch, *rows, candidates=offered_BI)).cpu()
+        return scores_BI
 
 
 def _tower(model: nn.Module) -> nn.Module:

@@ -145,13 +145,15 @@ def catalogue_input(
     features_IFC: Tensor,
     user_features_UGC: Tensor,
     *,
-    candidates_BI: Tensor | None = None,
+    candidates: Tensor | range = range(0),
 ) -> ModelInput:
-    """The tower's input from a batch and the rows of the whole vocabulary, in its order. `candidates_BI` [B, I] bool:
-    the candidates of each request; None = none (a `SequenceModel` then computes vectors)."""
-    size_B, item_M = torch.zeros(batch.num_requests, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    if candidates_BI is not None:
-        size_B, item_M = candidates_BI.sum(1), torch.nonzero(candidates_BI)[:, 1]
+    """The tower's input from a batch and the rows of the whole vocabulary, in its order. `candidates`: items that are
+    the candidates of every request, or [B, I] bool: those of each."""
+    if isinstance(candidates, range):
+        size_B = torch.full((batch.num_requests,), len(candidates))
+        item_M = torch.arange(candidates.start, candidates.stop).repeat(batch.num_requests)
+    else:
+        size_B, item_M = candidates.sum(1), torch.nonzero(candidates)[:, 1]
     return model_input(
         dataclasses.replace(batch, candidate_offsets=torch.cat([size_B.new_zeros(1), size_B.cumsum(0)])),
         item_IC=item_IC,

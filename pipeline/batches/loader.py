@@ -30,7 +30,7 @@ from pipeline.batches.negatives import (
     log_of_draws,
     with_negatives,
 )
-from pipeline.batches.request_index import PartCounts, check_log, request_counts, settings_on
+from pipeline.batches.request_index import PartCounts, check_log, part_counts, settings_on
 from pipeline.batches.requests import RequestConfig, Requests, carried, list_requests, of_part
 from pipeline.batches.sampling import evaluated, sample
 from pipeline.events import DataError
@@ -70,7 +70,7 @@ class TrainLoader:
         `pin`: put batches into page-locked memory, for a GPU."""
         self._data, self._requests, self._loader, self._pin = data, requests, loader, pin
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._counts = request_counts(data, requests).train
+        self._counts = part_counts(data, requests, "train")
         self._cost = _training_cost(self._counts, requests)
         self._epoch, self._batch = 0, 0
         self._plans: dict[int, _EpochPlan] = {}
@@ -211,7 +211,7 @@ class EvaluationLoader:
             raise ValueError(f"part is {part!r}: it must be valid or test")
         self._data, self._requests, self._part = data, requests, part
         self._rank, self._world_size = rank, world_size
-        counts: PartCounts = getattr(request_counts(data, requests), part)
+        counts = part_counts(data, requests, part)
         users = _evaluated_users(data, counts, limit)
         self._plan = _EpochPlan(users, counts.events + counts.candidates, counts.requests, batch_events)
         self.num_batches = self._plan.num_batches
@@ -277,6 +277,10 @@ def _evaluated_users(data: Shards, counts: PartCounts, limit: int | None) -> np.
     index = data.index
     users = np.flatnonzero(counts.requests)
     if limit is not None:
+        if limit < len(users):
+            # Each has a request, so the first `limit` users suffice: the others need no sorting.
+            drawn = hash64(users)
+            users = users[drawn <= np.partition(drawn, limit)[limit]]
         users = users[np.argsort(hash64(users), kind="stable")]
         users = users[: int(np.searchsorted(np.cumsum(counts.requests[users]), limit)) + 1]
     return users[np.lexsort((index.row[users], index.group[users]))]

@@ -60,8 +60,6 @@ class Index:
     """[users] int64: row within the group."""
     events: np.ndarray
     """[users] int64: length of the user's sequence; an upper bound until compaction has removed unchecked repeats."""
-    user_id: pa.Array
-    """[users] raw ids."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,16 +138,22 @@ class Shards:
 
     @functools.cached_property
     def index(self) -> Index:
-        table = self.index_table()
+        table = self.index_table("bucket", "group", "row", "events")
         bucket, group, row, events = (table[name].to_numpy() for name in ("bucket", "group", "row", "events"))
         first = np.zeros(max(self._buckets, default=-1) + 1, np.int64)
         first[self.buckets] = [found.first_group for found in self._buckets.values()]
-        user_id = to_arrow(table["user_id"])
-        return Index(bucket=bucket, group=first[bucket] + group, row=row, events=events, user_id=user_id)
+        return Index(bucket=bucket, group=first[bucket] + group, row=row, events=events)
 
-    def index_table(self) -> pl.DataFrame:
-        """user_id, bucket, group (counted within the bucket), row, events: one line per user, in user-row order."""
-        return pl.DataFrame(pq.read_table(io.BytesIO(self._read(self.manifest.index))))
+    @functools.cached_property
+    def user_ids(self) -> pa.Array:
+        """[users] raw ids, in the order of `index`."""
+        return to_arrow(self.index_table("user_id")["user_id"])
+
+    def index_table(self, *columns: str) -> pl.DataFrame:
+        """user_id, bucket, group (counted within the bucket), row, events, or only these columns: one line per user, in
+        user-row order."""
+        content = io.BytesIO(self._read(self.manifest.index))
+        return pl.DataFrame(pq.read_table(content, columns=list(columns) or None))
 
     def read_table(self, group: int) -> pa.Table:
         """A group's users, one row each, merged from all files of their bucket. `group` counts over all buckets."""

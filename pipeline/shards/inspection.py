@@ -101,7 +101,7 @@ def _problems_of_bucket(data: Shards, bucket: int) -> list[str]:
     mine = np.flatnonzero(index.bucket == bucket)
     stored = mine[np.lexsort((index.row[mine], index.group[mine]))]
     users = events.group_by("user_id", maintain_order=True).len()
-    ids = pl.Series("user_id", index.user_id.take(pa.array(stored)))
+    ids = pl.Series("user_id", data.user_ids.take(pa.array(stored)))
     longer = index.events[stored] - users["len"].to_numpy() if users["user_id"].equals(ids) else np.array([-1])
     if longer.min(initial=0) < 0 or longer.sum() != accepted - events.height:
         problems.append(f"{data.manifest.index['name']}: does not describe {names}")

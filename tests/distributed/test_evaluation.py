@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jobs.training import evaluation
 from jobs.training.catalogue import catalogue_of, training_counts
 from jobs.training.evaluation import evaluate, evaluate_counts
 from jobs.training.model import item_features, table_specs
@@ -18,6 +19,7 @@ from jobs.training.optimizers import OptimizerConfig
 from jobs.training.results import RankedTargets
 from jobs.training.tables import ShardedTables
 from models.interface import ModelInput
+from models.zoo import MODELS
 from pipeline.batches.batch import Batch
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
@@ -125,7 +127,7 @@ def test_ranks_equal_brute_force_on_every_rank(prepared, last_items, system):
     for items in by_user.values():
         for item in items[:-2]:
             popularity[item] += 1
-    user_ids = shards.index.user_id.to_pylist()
+    user_ids = shards.user_ids.to_pylist()
     for results in last_items:
         result = results[system]
         assert sorted(user_ids[user] for user in result.user) == sorted(by_user)
@@ -153,7 +155,7 @@ def test_ranks_equal_brute_force_on_every_rank(prepared, last_items, system):
 
 def test_targets_of_one_request_share_it_and_do_not_compete(prepared, baskets):
     log, shards = prepared
-    row, user_ids = rows_of(shards), shards.index.user_id.to_pylist()
+    row, user_ids = rows_of(shards), shards.user_ids.to_pylist()
     events = read_log(log).with_columns(pl.col("timestamp").dt.epoch("ms"))
     first_time = dict(events.group_by("item_id").agg(pl.col("timestamp").min()).iter_rows())
     trained = events.group_by("user_id", "request_id").agg(pl.col("item_id").unique(), pl.col("timestamp").min())
@@ -209,7 +211,7 @@ def test_items_that_the_model_does_not_know_are_misses_and_others_are_found_by_r
         index_requests(data, config=LAST)
     result = run_ranks(evaluate_here, 1, shards.path, LAST, trained_on.path)[0]["model"]
     row = {int(item): place for item, place in rows_of(trained_on).items()}
-    by_user, user_ids = histories(log), shards.index.user_id.to_pylist()
+    by_user, user_ids = histories(log), shards.user_ids.to_pylist()
     for place, user in enumerate(result.user):
         *history, target = by_user[user_ids[user]]
         if target % 3 == 0:
@@ -243,3 +245,48 @@ def test_loss_and_coverage_equal_brute_force(prepared, last_items):
     assert np.isnan(last_items[0]["popularity"].log_loss).all()
     assert last_items[0]["popularity"].recommended_items < 60
     assert last_items[0]["model"].recommended_items == last_items[1]["model"].recommended_items
+
+
+TOWERS = ("solar", "din", "light_sans", "linear_attention")
+
+
+def rank_both_ways(shards_dir: str) -> dict[str, list[RankedTargets]]:
+    """Each tower's results: in small blocks of items, and with the whole catalogue in one forward."""
+    shards, found = Shards.open(shards_dir), {}
+    tables = ShardedTables(
+        table_specs(shards.vocabulary, width=16), item_features(shards.vocabulary), optimizer=OptimizerConfig(),
+        device="cpu",
+    )  # fmt: skip
+    tables.initialize(seed=1, std=1.0)
+    counts = training_counts(shards, requests=LAST)
+    catalogue = catalogue_of(shards, requests=LAST, training_count=counts)
+    evaluation.BLOCK_ITEMS, evaluation.BLOCK_CANDIDATES = 7, 21
+    in_blocks = evaluation._CatalogueScorer._by_blocks
+    for name in TOWERS:
+        config_class, tower_class = MODELS[name]
+        sets: dict[str, Any] = {"set_attention": False} if name == "solar" else {}
+        torch.manual_seed(5)
+        tower = tower_class(
+            config_class(width=16, repeats=True, context_features=True, time_features=True, **sets),
+            num_features=len(shards.vocabulary.features),
+        )  # fmt: skip
+        # What starts at zero would hide which item it is read for.
+        for parameter in tower.parameters():
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        results = []
+        for way in (in_blocks, evaluation._CatalogueScorer._at_once):
+            evaluation._CatalogueScorer._by_blocks = way
+            results.append(evaluate(tower, tables, shards, catalogue=catalogue, requests=LAST, part="test"))
+        found[name] = results
+    return found
+
+
+def test_a_catalogue_scored_in_blocks_ranks_as_in_one_forward(prepared):
+    found = run_ranks(rank_both_ways, 2, prepared[1].path)[0]
+    for name in TOWERS:
+        blocks, whole = found[name]
+        assert len(blocks.user) == 40
+        np.testing.assert_array_equal(blocks.rank_kept, whole.rank_kept, err_msg=name)
+        np.testing.assert_array_equal(blocks.rank_removed, whole.rank_removed, err_msg=name)
+        np.testing.assert_allclose(blocks.log_loss, whole.log_loss, rtol=1e-5, err_msg=name)
+        assert blocks.log_loss.std() > 0.01, name

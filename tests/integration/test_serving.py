@@ -173,7 +173,7 @@ def test_scores_over_http_are_those_of_solar_score(server, model, data, place):
 def test_states_with_the_latest_events_are_served_too(server, model, data, place):
     scorer = model.scorer()
     whole = UserHistories(data, scorer).read(np.arange(3))
-    users = data.index.user_id.to_pylist()
+    users = data.user_ids.to_pylist()
     states = dict(zip(users, scorer.build_states(whole), strict=True))
     histories = raw_histories(data)
     rows, same = [], []

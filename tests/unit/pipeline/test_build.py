@@ -90,7 +90,7 @@ def test_any_split_into_ingests_in_any_order_has_the_same_digest(
             build.prepare(str(root / "parts"), parts, config=config)
             data = Shards.open(parts)
             now = {raw: row for row, raw in enumerate(data.vocabulary.items.to_pylist())}
-            users = {raw: row for row, raw in enumerate(data.index.user_id.to_pylist())}
+            users = {raw: row for row, raw in enumerate(data.user_ids.to_pylist())}
             assert rows.items() <= (now | {("user", u): r for u, r in users.items()}).items()
             rows = now | {("user", u): r for u, r in users.items()}
             assert verify(parts) == []

@@ -84,7 +84,7 @@ def test_a_state_with_what_came_since_scores_as_the_history(long_log, export, si
 
 
 def scorer_users(data, user):
-    return data.index.user_id.to_pylist().index(user)
+    return data.user_ids.to_pylist().index(user)
 
 
 @pytest.fixture

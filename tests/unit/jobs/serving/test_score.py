@@ -75,7 +75,7 @@ def evaluated(model, data, requests, *, catalogue=False):
             last = int(batch.event_offsets[batch.request_user[b]]) + position - 1
             tied = position > 0 and int(batch.event_time[last]) == time
             scores = dict(zip(raw[part], logits[part].tolist(), strict=True))
-            found[data.index.user_id[user].as_py()] = (time, tied, scores)
+            found[data.user_ids[user].as_py()] = (time, tied, scores)
     return found
 
 

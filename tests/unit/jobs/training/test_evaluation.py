@@ -52,7 +52,7 @@ def plain(prepare, write_log, random_log, tmp_path):
 def asked_again(result, catalogue, data):
     """The requests of an evaluation as those of `solar score`, with the items that were ranked as candidates."""
     events = {user[0]: part for user, part in data.raw_events(range(data.num_groups)).group_by("user_id")}
-    users, items = data.index.user_id.to_pylist(), data.vocabulary.items.to_pylist()
+    users, items = data.user_ids.to_pylist(), data.vocabulary.items.to_pylist()
     first = [ALWAYS] * len(items) if catalogue.first_time is None else catalogue.first_time[NUM_RESERVED:].tolist()
     rows = []
     for user, length in zip(result.user, result.history_length, strict=True):
@@ -102,7 +102,7 @@ def test_log_loss_of_evaluation_is_that_of_solar_score(plain, export, tmp_path, 
 @pytest.mark.usefixtures("one_rank")
 def test_seen_items_belong_to_the_set_although_they_are_not_ranked(plain, export, tmp_path):
     model = export(plain, max_history=MAX_HISTORY, set_attention=True)
-    users = pl.DataFrame({"user_id": plain.index.user_id.to_pylist()}).to_arrow()
+    users = pl.DataFrame({"user_id": plain.user_ids.to_pylist()}).to_arrow()
     every, _ = run(model, tmp_path, users, shards=plain.path, top_k=1000, keep_seen=True)
     ranked, counts = run(model, tmp_path, users, shards=plain.path, top_k=1000)
     assert counts.candidates < sum(len(row["candidates"]) for row in every)

@@ -59,7 +59,7 @@ def requests_of(data: Shards, config: RequestConfig, part: str) -> list[tuple]:
             history = batch.event_item[start : start + int(batch.request_position[b])].tolist()
             part_of = slice(*batch.candidate_offsets[b : b + 2].tolist())
             shown = zip(batch.candidate_item[part_of].tolist(), batch.candidate_label[part_of].tolist(), strict=True)
-            user = data.index.user_id[int(batch.user[place])].as_py()
+            user = data.user_ids[int(batch.user[place])].as_py()
             candidates = {items[item]: label for item, label in shown}
             found.append((user, [items[item] for item in history], candidates, int(batch.request_time[b])))
     return sorted(found, key=lambda request: (request[0], request[3]))
@@ -125,7 +125,7 @@ def test_each_users_events_are_counted_by_label(open_log):
     assert load(data, LAST) is not None
     by_user = log.to_pandas().groupby("user_id").label.agg(["sum", "count"])
     for counts in (first, again):
-        found = {user: int(count) for user, count in zip(data.index.user_id.to_pylist(), counts.positives, strict=True)}
+        found = {user: int(count) for user, count in zip(data.user_ids.to_pylist(), counts.positives, strict=True)}
         assert found == by_user["sum"].to_dict()
         assert (counts.positives + counts.only_shown).sum() == len(log)
     assert first.positives.min() == 0
@@ -211,7 +211,7 @@ def test_a_loader_of_other_events_cannot_go_on(open_log):
 
 def test_a_user_who_chose_nothing_is_in_no_batch_and_has_an_empty_history(open_log):
     data = open_log(shown_log())
-    user = data.index.user_id.to_pylist().index("u4")
+    user = data.user_ids.to_pylist().index("u4")
     group = int(data.index.group[user])
     events = data.read(group, min_label=1)
     assert events.num_users == data.read(group).num_users

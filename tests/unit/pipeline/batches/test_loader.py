@@ -84,7 +84,7 @@ def test_requests_equal_those_read_off_the_raw_log(data, random_log):
     asked = 0
     for batch in train(data, requests=RequestConfig(num_negatives=0, min_label=0)).epoch(0):
         for user, (events, requests) in by_user(batch).items():
-            history = raw[str(data.index.user_id[user])]
+            history = raw[str(data.user_ids[user])]
             for position, time, (positive,), _ in requests:
                 asked += 1
                 assert data.vocabulary.raw(np.array([positive])).to_pylist() == [history["item_id"][position]]
@@ -179,7 +179,7 @@ def test_what_later_ingests_brought_is_read_in_its_place(data, prepare, write_lo
     prepare(tmp_path / "log", tmp_path / "at-once", columns=FULL, buckets=4, row_group_events=40)
     raw = [
         {
-            shards.index.user_id[user].as_py(): shards.vocabulary.raw(np.array(items[0])).to_pylist()
+            shards.user_ids[user].as_py(): shards.vocabulary.raw(np.array(items[0])).to_pylist()
             for batch in train(shards).epoch(0)
             for user, (items, _) in by_user(batch).items()
         }

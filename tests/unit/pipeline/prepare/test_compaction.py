@@ -35,12 +35,12 @@ def test_compaction_leaves_one_file_a_bucket_and_the_same_content(grown):
     before = Shards.open(grown)
     groups = [before.num_groups, [e["groups"] for e in before.manifest.files]]
     assert max(len(before.files_of(bucket)) for bucket in before.buckets) == 3, groups
-    ids, content = before.index.user_id, digest(grown)
+    ids, content = before.user_ids, digest(grown)
     build.compact(grown)
     after = Shards.open(grown)
     assert [len(after.files_of(bucket)) for bucket in after.buckets] == [1, 1, 1]
     assert after.manifest.parent == before.manifest.fingerprint
-    assert after.index.user_id == ids
+    assert after.user_ids == ids
     assert (digest(grown), verify(grown)) == (content, [])
     sizes = [after.read(group) for group in range(after.num_groups)]
     assert all(len(events.item) <= 60 or events.num_users == 1 for events in sizes)

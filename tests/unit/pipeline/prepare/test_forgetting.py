@@ -57,7 +57,7 @@ def test_nothing_is_left_of_forgotten_users(grown):
     path, prefix = grown
     users = [f"{prefix}3", f"{prefix}4"]
     before = Shards.open(path)
-    ids = pl.Series(before.index.user_id).cast(pl.String)
+    ids = pl.Series(before.user_ids).cast(pl.String)
     gone = int(before.index.events[ids.is_in(users).to_numpy()].sum())
     found = traces(path, users)
     assert found[0].startswith("index/")
@@ -69,7 +69,7 @@ def test_nothing_is_left_of_forgotten_users(grown):
     # Their events with both labels were a second row each.
     conflicting = before.manifest.conflicting - after.conflicting
     assert counts["rejected"][Reason.FORGOTTEN_USER] == gone + conflicting
-    left = pl.Series(Shards.open(path).index.user_id).cast(pl.String).to_list()
+    left = pl.Series(Shards.open(path).user_ids).cast(pl.String).to_list()
     assert left == [user for user in ids.to_list() if user not in users]
     assert manifest_numbers(Store(path)) == [3]
     if prefix:
@@ -110,7 +110,7 @@ def test_rows_that_come_again_are_dropped_and_kept_nowhere(grown, prepare, write
 def test_a_run_that_reads_an_older_state_ends_with_the_reason(grown):
     path, prefix = grown
     running, later = Shards.open(path), Shards.open(path)
-    group = int(running.index.group[pl.Series(running.index.user_id).cast(pl.String).to_list().index(f"{prefix}3")])
+    group = int(running.index.group[pl.Series(running.user_ids).cast(pl.String).to_list().index(f"{prefix}3")])
     running.read(group)
     build.forget(path, [f"{prefix}3"])
     reads = (lambda: running.read(group), lambda: later.index, lambda: Shards.open(path, number=2))

@@ -49,7 +49,7 @@ def test_codes_reach_the_batches_of_every_loader_user_by_user(log, write_log, kn
     write_log({"user_id": [3, 1], "sex": ["f", None], "likes": [["b", "a"], ["c"]]}, "log/users.parquet")
     _, values = known(log)
     data = Shards.open(str(tmp_path / "out"))
-    vocabulary, raw = data.vocabulary.user_features, data.index.user_id.to_pylist()
+    vocabulary, raw = data.vocabulary.user_features, data.user_ids.to_pylist()
     requests = RequestConfig(min_history=0)
     train = TrainLoader(data, requests=requests, loader=LoaderConfig(), seed=1)
     batches = [*train.epoch(0)]

@@ -58,7 +58,7 @@ def test_flat_events_agree_with_the_table(data):
 
 
 def test_index_rows_find_their_users(data):
-    for user, raw in enumerate(data.index.user_id.to_pylist()):
+    for user, raw in enumerate(data.user_ids.to_pylist()):
         table = data.read_table(int(data.index.group[user]))
         assert table["user_id"][int(data.index.row[user])].as_py() == raw
 
