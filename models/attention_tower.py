@@ -279,7 +279,10 @@ class RecentAttention(nn.Module):
 
     def forward(self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets) -> Tensor:
         head_width = query_MD.shape[1] // self.num_heads
-        event_BW, gap_BW = recent_events(inputs, window=self.window)
+        # No wider than the longest history of the batch: where all are short, most of the window would be masked.
+        longest = int(inputs.request_position_B.max()) if inputs.request_position_B.numel() else 0
+        window = max(1, min(self.window, longest))
+        event_BW, gap_BW = recent_events(inputs, window=window)
         if event_BW.numel() < event_ND.shape[0]:
             # Long histories and few requests: project only the events that some request sees.
             seen_BWD = gather_rows(event_ND, (event_BW - 1).clamp_min(0))
@@ -290,7 +293,7 @@ class RecentAttention(nn.Module):
             key_BWD, value_BWD = (
                 gather_rows(F.pad(project(event_ND), (0, 0, 1, 0)), event_BW) for project in (self.key, self.value)
             )
-        bias_BWH = self.position_WH.expand(event_BW.shape[0], -1, -1)
+        bias_BWH = self.position_WH[-window:].expand(event_BW.shape[0], -1, -1)
         if self.gap_GH is not None:
             bias_BWH = bias_BWH + gather_rows(self.gap_GH, gap_BW)
         bias_BWH = bias_BWH.masked_fill((event_BW == 0)[:, :, None], MASKED_SCORE)
