@@ -85,7 +85,9 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         console.error("solar: interrupted; what was committed is still there")
         return INTERRUPTED
     except WorkerFailure as error:
-        console.error(f"solar: a worker failed: {one_line(error)}" + ("" if verbose else f" (details: {console.log})"))
+        # The report of Ray, which is the cause of this error, has many lines.
+        log = console.note(traceback.format_exc())
+        console.error(f"solar: a worker failed: {one_line(error)}" + (f" (details: {log})" if log else ""))
         return 1
     except SystemExit as end:
         # Ray replaces the handler of SIGTERM with one that exits with the signal's number.
@@ -95,6 +97,8 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         return INTERRUPTED
     except Exception as error:
         return _ended_by(error, console)
+    finally:
+        console.drop_empty_log()
 
 
 def _ended_by(error: Exception, console: Console) -> int:

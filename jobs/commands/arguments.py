@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -136,10 +137,10 @@ def usage_error(command: str, text: str) -> UserError:
 
 
 def capture(console: Console, workspace: str, command: str, *, verbose: bool) -> None:
-    """Send the output of libraries to a file in WORKSPACE/logs, unless `verbose`."""
+    """Send the output of libraries to a file in WORKSPACE/logs, unless `verbose`; no other command writes to it."""
     if verbose:
         return
-    log = Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    log = Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:
         console.capture_libraries(log)
     except OSError as error:
