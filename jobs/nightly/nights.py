@@ -35,6 +35,7 @@ from jobs.training.checkpoint import CheckpointNotWritten
 from pipeline.events import DataError, NotNow
 from pipeline.log.daily import days_told
 from pipeline.prepare.plan import pending_days
+from pipeline.sources.files import ImportConfig
 from pipeline.storage import absolute
 
 _TEMPORARY = (RunInUse, NotNow, StoreAway, ChampionChanged, CheckpointNotWritten)
@@ -110,8 +111,14 @@ def _patience() -> dict[str, str]:
 
 
 def night_of(config: RunConfig, options: NightlyOptions) -> datetime.date:
-    """The day of the night. UserError: the log does not have one folder per day."""
+    """The day of the night. UserError: the log does not have one folder per day, or its columns are named where a night
+    does not look."""
     daily = config.data.prepare.daily
+    if config.source.files.columns != ImportConfig().columns and config.data.prepare.columns is None:
+        raise UserError(
+            "source.files.columns: has no effect in a night, which reads the log of data.events without an import: name "
+            "the columns of the log in data.prepare.columns"
+        )
     if daily.folder is None:
         raise UserError(
             "data.prepare.daily.folder is not set: a night needs a log with one folder per day: set it, for example to "

@@ -303,7 +303,8 @@ def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
     present = readers.read_schema(file, options=files)
     if "timestamp" not in present and "order" not in present:
         raise DataError(
-            f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; set columns.timestamp"
+            f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; set columns.timestamp, in "
+            "a recipe data.prepare.columns.timestamp"
         )
     names = ("timestamp", "order", "action", "label", "request_id")
     found: dict[str, Any] = {name: name if name in present else None for name in names}

@@ -12,7 +12,7 @@ from jobs.host.errors import UserError
 from jobs.nightly import nights as nightly_module
 from jobs.nightly.context import nights_directory
 from jobs.nightly.journal import Journal, TryLater
-from jobs.nightly.nights import NightlyOptions, nightly
+from jobs.nightly.nights import NightlyOptions, night_of, nightly
 from jobs.nightly.steps import Outcome
 from jobs.training.checkpoint import CheckpointError, CheckpointNotWritten
 from pipeline.events import NotNow
@@ -60,6 +60,16 @@ def test_missed_night_with_a_damaged_checkpoint_is_given_up_and_the_last_one_say
     ended = Journal(nights_directory(config), missed).ended
     assert ended is not None
     assert (ended.verdict, ended.reasons) == ("failed", ("run: damaged",))
+
+
+def test_names_of_columns_that_a_night_does_not_read_are_refused(tmp_path):
+    recipe, daily = tmp_path / "shop.yaml", "daily: {folder: dt=%Y-%m-%d}"
+    columns = "columns: {user_id: customer, item_id: sku, timestamp: at}"
+    recipe.write_text(f"source: {{files: {{{columns}}}}}\ndata: {{events: /logs, prepare: {{{daily}}}}}\n")
+    with pytest.raises(UserError, match=r"^source.files.columns: has no effect in a night, .* data.prepare.columns$"):
+        night_of(load_config("nightly", str(recipe), []), NightlyOptions(date=DAY, catch_up=False))
+    recipe.write_text(f"data: {{events: /logs, prepare: {{{daily}, {columns}}}}}\n")
+    assert night_of(load_config("nightly", str(recipe), []), NightlyOptions(date=DAY, catch_up=False)) == DAY
 
 
 def test_night_before_the_last_one_is_refused(config):
