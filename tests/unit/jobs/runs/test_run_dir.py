@@ -13,8 +13,9 @@ from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.json_files import write_json
 from jobs.runs.record import run_facts
-from jobs.runs.run_dir import settled
+from jobs.runs.run_dir import run_shards, settled
 from jobs.runs.train import train
+from pipeline import build
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
 from tests.unit.jobs.training.test_checkpoint_damage import write_checkpoint
@@ -83,6 +84,18 @@ def test_a_run_keeps_the_settings_that_it_began_with(shards, config):
     assert switches(settled(config)) == (True, True)
     explicit = dataclasses.replace(config, model=config.model | {"set_attention": False})
     assert switches(settled(explicit)) == (True, False)
+
+
+def test_a_run_whose_users_were_forgotten_names_how_to_start_a_new_one(shards, config):
+    data = shards(timed=True)
+    config.run_dir.mkdir(parents=True)
+    write_json(config.run_dir / "run.json", as_json(run_facts(settled(config), data, warm_start=None)))
+    build.forget(data.path, ["2"])
+    with pytest.raises(UserError) as caught:
+        run_shards(config)
+    assert str(caught.value).endswith(
+        f"it held users who were forgotten with manifest 2; start a new run with --name NEW, or remove {config.run_dir}"
+    )
 
 
 def test_a_new_run_takes_the_settings_of_the_checkpoint_that_it_begins_from(shards, config, tmp_path):
