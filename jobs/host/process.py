@@ -58,8 +58,8 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def largest_other_process() -> str | None:
-    """ "NAME (pid N) with 18.0 GB" for the process with the most memory of this machine; None if it is this process, one
-    that it started, or a worker of Ray."""
+    """The process with the most memory of this machine, such as `python (pid 7) with 18.0 GB`; None if it is this
+    process, one that it started, or a worker of Ray."""
     sizes: list[tuple[int, psutil.Process]] = []
     for process in psutil.process_iter(["memory_info"]):
         if memory := process.info["memory_info"]:

@@ -116,8 +116,8 @@ def night_of(config: RunConfig, options: NightlyOptions) -> datetime.date:
     daily = config.data.prepare.daily
     if config.source.files.columns != ImportConfig().columns and config.data.prepare.columns is None:
         raise UserError(
-            "source.files.columns: has no effect in a night, which reads the log of data.events without an import: name "
-            "the columns of the log in data.prepare.columns"
+            "source.files.columns: has no effect in a night, which reads the log of data.events without an import: "
+            "name the columns of the log in data.prepare.columns"
         )
     if daily.folder is None:
         raise UserError(
