@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlflow.models.utils import _enforce_schema
 from jobs.runs.export import scorer_source, signature
 from jobs.scorer import scorer as scorer_module
 from jobs.scorer.histories import NO_TIME, RequestError
+from jobs.scorer.scorer import UNKNOWN_SCORE
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
 from pipeline.shards.sequences import build_sequences
@@ -121,6 +123,19 @@ def test_history_is_what_is_strictly_before_the_request_and_of_that_the_latest(s
 def test_unknown_items_have_row_1_and_unknown_actions_are_none(scorer):
     assert scorer.rows(pa.array([100, 99999, None, 100])).tolist() == [2, 1, 1, 2]
     assert scorer.codes(pa.array(["view", "other", None, ""])).tolist() == [2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("set_attention", [False, True])
+def test_unknown_candidates_come_last_and_change_no_other_score(data, export, set_attention):
+    scorer = export(data, set_attention=set_attention).scorer()
+    request = {"history": [[100, 101]], "history_time": [[600_000, 1_200_000]]}
+    [known] = scorer.predict(None, pd.DataFrame(request | {"candidates": [[102, 103]]}))["scores"]
+    [mixed] = scorer.predict(None, pd.DataFrame(request | {"candidates": [[99999, 102, 77777, 103]]}))["scores"]
+    assert (mixed[0], mixed[2]) == (UNKNOWN_SCORE, UNKNOWN_SCORE)
+    assert min(known) > UNKNOWN_SCORE
+    # float32 sums of another length in matrix products.
+    np.testing.assert_allclose([mixed[1], mixed[3]], known, atol=2e-5)
+    assert json.loads(json.dumps(mixed)) == mixed
 
 
 @pytest.mark.parametrize("set_attention", [False, True])

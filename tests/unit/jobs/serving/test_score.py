@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.scorer.checksums import write_checksums
+from jobs.scorer.scorer import UNKNOWN_SCORE
 from jobs.serving import request_files as score_input
 from jobs.serving import score as scoring
 from jobs.serving.ranking import ScoreConfig, best_first
@@ -226,6 +227,15 @@ def test_rows_keep_their_order_and_columns_and_the_footer_says_what_was_done(dat
     assert pq.read_schema(tmp_path / "out.parquet").field("scores").type.value_type == pa.float32()
 
 
+def test_unknown_candidates_are_ranked_last_in_the_order_of_the_request(data, export, tmp_path):
+    asked = pa.table({"user_id": [5], "candidates": [[31, 100, 7, 101]]})
+    [row], counts = run(export(data), tmp_path, asked, shards=data.path)
+    assert sorted(row["candidates"][:2]) == [100, 101]
+    assert row["candidates"][2:] == [31, 7]
+    assert row["scores"][2:] == [UNKNOWN_SCORE] * 2
+    assert counts.unknown_candidates == 2
+
+
 def test_equal_scores_keep_the_order_of_the_request():
     scores, offsets = np.array([1, 3, 3, 2, 5, 5, 5], np.float32), np.array([0, 4, 4, 7])
     places, kept = best_first(scores, offsets, top_k=None)
@@ -363,7 +373,7 @@ def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
     save_file({"weight": table * float("nan")}, model.directory / "table-item.safetensors")
     write_checksums(model.directory)
     with pytest.raises(UserError, match="computes NaN or infinite scores"):
-        run(model, tmp_path, ask())
+        run(model, tmp_path, ask(candidates=[[100], [101]]))
     (model.directory / "model.safetensors").write_bytes(b"broken")
     write_checksums(model.directory)
     with pytest.raises(UserError, match="cannot be read"):
