@@ -24,6 +24,21 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
     else:
         _print_ranking(console, summary)
     _print_slices(console, summary)
+    for line in unbeaten(summary):
+        console.line(f"{'note':<12} {line}")
+
+
+def unbeaten(summary: Summary) -> list[str]:
+    """One line for each other system that the main one does not beat with 95 % confidence."""
+    lines = []
+    for system, ratio in summary.ratios.items():
+        if ratio.low <= 1:
+            how = "is worse than" if ratio.high < 1 else "is not clearly better than"
+            lines.append(
+                f"{summary.main} {how} {system}: {ratio.value:.2f} times its {METRIC_NAMES[summary.primary]}, 95 % "
+                f"interval {ratio.low:.2f} to {ratio.high:.2f}"
+            )
+    return lines
 
 
 def _print_ranking(console: Console, summary: Summary) -> None:

@@ -11,9 +11,10 @@ from jobs.config.reader import load_config
 from jobs.host.console import Console
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.leaderboard import BoardResult, markdown
-from jobs.runs.result_tables import print_results
+from jobs.runs.result_tables import print_results, unbeaten
 from jobs.runs.summary import Summary
 from jobs.training.results import RankedTargets, ScoredImpressions
+from models.metrics import Interval
 
 
 def ranked() -> RankedTargets:
@@ -67,6 +68,23 @@ def test_gauc_counts_users_with_both_labels(capsys):
 def test_evaluations_of_earlier_versions_are_shown_without_counts(capsys):
     metrics = {name: value for name, value in ranked().metrics().items() if not name.startswith("users")}
     assert shown(metrics, capsys, recipe="movielens-100k")[:2] == ["model", "HR@10"]
+
+
+def between(value: float, low: float, high: float) -> Interval:
+    return Interval(value=value, low=low, high=high)
+
+
+def test_a_system_that_the_main_one_does_not_beat_is_told():
+    ratios = {"popularity": between(2.0, 1.5, 2.5), "own items": between(1.1, 0.9, 1.3),
+              "mean_pooling": between(0.5, 0.4, 0.6), "emptied": between(np.nan, np.nan, np.nan)}  # fmt: skip
+    summary = Summary(
+        task="next_item", split="leave_one_out", primary="ndcg@10", systems=["solar", *ratios], metrics={}, slices=[],
+        intervals={}, ratios=ratios,
+    )  # fmt: skip
+    assert unbeaten(summary) == [
+        "solar is not clearly better than own items: 1.10 times its NDCG@10, seen removed, 95 % interval 0.90 to 1.30",
+        "solar is worse than mean_pooling: 0.50 times its NDCG@10, seen removed, 95 % interval 0.40 to 0.60",
+    ]
 
 
 def test_a_leaderboard_heads_its_columns_in_the_same_way():
