@@ -40,7 +40,6 @@ from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
 from pipeline.shards.vocabulary_growth import beginnings_of
 
-
 FEW_STEPS = 100
 """A run from scratch with fewer steps is told to be short: at 18 steps of a log of 10,000 events SOLAR is worse than
 mean pooling."""
