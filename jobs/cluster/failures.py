@@ -12,7 +12,12 @@ from pipeline.system_errors import as_data_error
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was stopped by Ctrl-C or SIGTERM, after a checkpoint if it had made a step."""
+    """The workers' job was stopped by Ctrl-C or SIGTERM; training stops after a checkpoint if it had made a step."""
+
+    def __init__(self, name: str, *, has_checkpoint: bool | None = None) -> None:
+        """`has_checkpoint`: whether the training that was stopped has one; None = no training was stopped."""
+        super().__init__(name)
+        self.has_checkpoint = has_checkpoint
 
 
 class WorkerFailure(Exception):

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jobs.cluster.failures import Interrupted
 from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
 from jobs.config.run_config import RunConfig
@@ -135,9 +136,12 @@ def _train(
                 name="train", on_rows=follow, stoppable=True,
             )  # fmt: skip
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         status = "KILLED"
         raise
+    except KeyboardInterrupt as error:
+        status = "KILLED"
+        raise Interrupted(config.name, has_checkpoint=latest_checkpoint(config.run_dir) is not None) from error
     finally:
         if not close_tracked_run(config, run, status=status):
             console.line(

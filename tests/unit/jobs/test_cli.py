@@ -10,7 +10,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from jobs import cli
-from jobs.cluster.failures import WorkerFailure
+from jobs.cluster.failures import Interrupted, WorkerFailure
 from jobs.commands.arguments import Command, capture, plain
 from jobs.commands.system import doctor_parser
 from jobs.host.errors import UserError
@@ -86,6 +86,21 @@ def test_an_empty_log_does_not_stay(ended_by, tmp_path):
     assert list((tmp_path / "logs").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (Interrupted("run", has_checkpoint=True), "the same command continues from the last checkpoint"),
+        (Interrupted("run", has_checkpoint=False), "the training had no checkpoint yet: the same command begins it"),
+        (Interrupted("evaluate"), "what was committed is still there"),
+        (KeyboardInterrupt(), "what was committed is still there"),
+    ],
+)
+def test_an_interruption_says_whether_there_is_a_checkpoint(ended_by, error, says):
+    code, lines = ended_by(error)
+    assert (code, len(lines)) == (130, 1)
+    assert lines[0].startswith(f"solar: interrupted; {says}")
+
+
 def test_a_defect_keeps_its_traceback(ended_by):
     code, lines = ended_by(FileNotFoundError(errno.ENOENT, "No such file or directory", "/w/x"))
     assert code == 1
@@ -115,6 +130,22 @@ def test_out_below_a_file_is_one_line_and_leaves_nothing(arguments, tmp_path, ca
     assert str(file) in lines[0]
     assert file.read_text() == "mine"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["rollback", "shop"], "rollback: --why TEXT is missing: the reason, stored with the model"),
+        (["promote", "shop", "--why", "x"], "promote: --version N is missing: number of the version"),
+        (["history"], "history: MODEL is missing: the registered model's name, such as solar-shop"),
+        (["prepare"], "prepare: --events EVENTS, --out OUT are missing"),
+    ],
+)
+def test_a_missing_argument_is_named_as_it_is_written(capfd, arguments, says):
+    code = cli.run(arguments)
+    [line] = capfd.readouterr().err.splitlines()
+    assert code == 2
+    assert line.startswith(f"solar: {says}"), line
 
 
 def test_a_registry_that_another_program_has_locked_is_said(tmp_path, capfd, monkeypatch):
