@@ -63,8 +63,8 @@ def _print_ranking(console: Console, summary: Summary) -> None:
         )
     console.table(
         f"{summary.part} part, next_item, {summary.split}: {metrics['requests']:,.0f} requests{_drawn(summary)}, "
-        f"{metrics['targets']:,.0f} targets, each ranked among the whole catalogue (seen items removed unless kept; in "
-        "brackets 95 % bootstrap intervals over users)\n"
+        f"{metrics['targets']:,.0f} targets, each ranked among the whole catalogue (seen items removed unless kept"
+        f"{_repeats(metrics)}; in brackets 95 % bootstrap intervals over users)\n"
         f"no ties: the {metrics['requests_untied']:,.0f} requests whose target has a later time stamp than the event "
         "before it",
         (
@@ -132,6 +132,12 @@ def _print_slices(console: Console, summary: Summary) -> None:
 def _head(name: str, metrics: Mapping[str, float], users: str) -> str:
     """The head of a column: the metric, and how many users count in it (unknown in evaluations of earlier versions)."""
     return f"{name}\nusers: {metrics[users]:,.0f}" if users in metrics else name
+
+
+def _repeats(metrics: Mapping[str, float]) -> str:
+    """How many requests are left out of the columns without seen items, where there are any."""
+    repeats = round(metrics.get("share_repeats", 0.0) * metrics["requests"])
+    return f": {repeats:,} repeats of such items count there alone" if repeats else ""
 
 
 def _drawn(summary: Summary) -> str:

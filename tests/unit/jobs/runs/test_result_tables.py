@@ -28,15 +28,20 @@ def ranked() -> RankedTargets:
     )  # fmt: skip
 
 
-def shown(metrics: dict[str, float], capsys: pytest.CaptureFixture[str], *, recipe: str) -> list[str]:
-    """The heads of the table of one system."""
+def printed(metrics: dict[str, float], capsys: pytest.CaptureFixture[str], *, recipe: str) -> list[str]:
+    """The lines of the table of one system."""
     config = load_config("evaluate", recipe, [])
     summary = Summary(
         task=config.data.requests.task, split="leave_one_out", primary="gauc" if "gauc" in metrics else "ndcg@10",
         part="test", systems=["solar"], metrics={"solar": metrics}, slices=[], intervals={}, ratios={},
     )  # fmt: skip
     print_results(config, Console(), Evaluated(Path("evaluation"), summary, reused=False))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "┃" in line]
+    return capsys.readouterr().out.splitlines()
+
+
+def shown(metrics: dict[str, float], capsys: pytest.CaptureFixture[str], *, recipe: str) -> list[str]:
+    """The heads of that table."""
+    lines = [line for line in printed(metrics, capsys, recipe=recipe) if "┃" in line]
     cells = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines]
     return [" ".join(filter(None, column)) for column in zip(*cells, strict=True)]
 
@@ -52,6 +57,11 @@ def test_ranking_columns_count_users_with_new_with_any_and_with_untied_targets(c
         "NDCG@10, no ties users: 1",
         "NDCG@10, seen removed: solar / this",
     ]
+
+
+def test_repeats_that_count_in_some_columns_alone_are_told(capsys):
+    told = "seen items removed unless kept: 1 repeats of such items count there alone; in brackets"
+    assert told in " ".join(" ".join(printed(ranked().metrics(), capsys, recipe="movielens-100k")).split())
 
 
 def test_gauc_counts_users_with_both_labels(capsys):
