@@ -181,7 +181,8 @@ def test_a_users_category_may_be_a_value_a_list_or_a_number_beside_none(scorer):
     ("change", "words"),
     [
         ({"history": None}, "column 'history' is missing"),
-        ({"history_time": None}, "column 'history_time' is missing"),
+        ({"history": None, "user_id": [1, 2]}, "column 'history' is missing: this model has no users' histories"),
+        ({"history_time": None}, "column 'history_time' is missing: give a list of times, milliseconds since 1970"),
         ({"candidates": None}, "column 'candidates' is missing"),
         ({"history": [["a", "b"], ["c"]]}, "column 'history' holds string: it must hold integers"),
         ({"history": [1, 2]}, "row 0: column 'history' is int: it must hold a list"),

@@ -254,7 +254,8 @@ def ask(**columns):
     [
         (ask(candidates=None), "column 'candidates' is missing: add it, or rank the whole catalogue with --top_k"),
         (ask(history=None), "column 'history' is missing"),
-        (ask(history_time=None), "column 'history_time' is missing"),
+        (ask(history=None, user_id=[1, 2]), "column 'history' is missing: with user_id, give --shards DIR, or --st"),
+        (ask(history_time=None), "column 'history_time' is missing: give a list of times, milliseconds since 1970"),
         (ask(candidates=[["x"], ["y"]]), "column 'candidates' holds string: it must hold integers"),
         (ask(history=[3, 4]), "column 'history' is int64: it must hold a list for each request"),
         (ask(history_time=[[1], [2]]), "row 0: history_time and history differ in length (1 and 2)"),
@@ -350,7 +351,7 @@ def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(d
     whole = file.read_bytes()
     for content in (b"", b"user_id,item_id\n1,2\n", whole[:-20]):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="not a complete Parquet file"):
+        with pytest.raises(UserError, match="not a complete Parquet file|must be Parquet, which this file is not"):
             score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
     file.unlink()
     with pytest.raises(UserError, match="no such file"):
@@ -365,6 +366,16 @@ def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(d
         run(model, tmp_path, pa.table({"user_id": [1, None], "candidates": [[1], [1]]}), shards=data.path)
     with pytest.raises(ValueError, match="top_k=0"):
         ScoreConfig(requests="a", out="b", top_k=0)
+
+
+def test_requests_and_results_of_other_formats_are_refused(data, export, tmp_path):
+    (tmp_path / "clicks.csv").write_text("user_id,history\n1,2\n")
+    config = ScoreConfig(requests=str(tmp_path / "clicks.csv"), out=str(tmp_path / "out.parquet"))
+    with pytest.raises(UserError, match=r"clicks.csv: requests must be Parquet, which this file is not: write the"):
+        score(export(data), config, Console())
+    config = ScoreConfig(requests=str(tmp_path / "requests.parquet"), out=str(tmp_path / "top.csv"))
+    with pytest.raises(UserError, match=r"top.csv: the result is Parquet: name it .*top.parquet$"):
+        score(export(data, name="again"), config, Console())
 
 
 def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
