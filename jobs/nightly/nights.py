@@ -24,6 +24,7 @@ from jobs.host.notify import notify
 from jobs.host.process import environment
 from jobs.host.secrets import refuse_open_directory
 from jobs.nightly.context import NightContext, nights_directory
+from jobs.nightly.ingest_day import no_input
 from jobs.nightly.journal import Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import REASON_LENGTH, run_night
 from jobs.nightly.steps import Notified, Outcome
@@ -159,13 +160,16 @@ def plan_lines(config: RunConfig, options: NightlyOptions) -> list[str]:
     lines.append(f"log          {config.events_dir} -> {config.shards_dir}")
     lines.append(f"new days     {', '.join(map(str, pending)) or 'none'}")
     lines += [f"left out     {line}" for line in days_told(left_out)]
+    if date in left_out:
+        lines.append(f"this night   {no_input(config, date, left_out[date], root=root)}")
     lines.append(
         f"champion     {f'{name} version {found.version}' if found else f'{name} has none: training from scratch'}"
     )
-    lines.append(
-        f"trained on   requests before {valid:%Y-%m-%d %H:%M %Z}, validated on those from then to {gate:%H:%M}"
-    )
-    lines.append(f"judged by    requests from {gate:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M %Z}")
+    if date not in left_out:
+        lines.append(
+            f"trained on   requests before {valid:%Y-%m-%d %H:%M %Z}, validated on those from then to {gate:%H:%M}"
+        )
+        lines.append(f"judged by    requests from {gate:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M %Z}")
     lines.append(f"journal      {root}")
     return lines
 

@@ -186,6 +186,12 @@ def pending_days(
     return pending, log.left_out
 
 
+def latest_day(events: str, *, files: FileFormat, daily: DailyLog) -> datetime.date | None:
+    """The latest complete day of a daily log that has files; None if there is none."""
+    found = inputs.find(events, options=files).inputs
+    return max(log_days(found, events=events, daily=daily).files, default=None) if found else None
+
+
 def require_disk(plan: Plan) -> None:
     """NotNow if the disk has too little free space for what the plan writes."""
     free = Store(plan.out).free_bytes()
