@@ -351,7 +351,7 @@ def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(d
     whole = file.read_bytes()
     for content in (b"", b"user_id,item_id\n1,2\n", whole[:-20]):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="not a complete Parquet file|must be Parquet, which this file is not"):
+        with pytest.raises(UserError, match=r"not a complete Parquet file|must be Parquet, which this file is not"):
             score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
     file.unlink()
     with pytest.raises(UserError, match="no such file"):
