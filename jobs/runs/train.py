@@ -42,8 +42,8 @@ from pipeline.shards.leases import lease
 from pipeline.shards.vocabulary_growth import beginnings_of
 
 FEW_STEPS = 100
-"""A run from scratch with fewer steps is told to be short: at 18 steps of a log of 10,000 events SOLAR is worse than
-mean pooling."""
+"""A run from scratch with fewer steps is told to be short: 9,497 events of 300 users of MovieLens-1M have a validation
+NDCG@10 of .016 after 15 steps and of .039 after 750."""
 
 
 def train(
