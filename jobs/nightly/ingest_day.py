@@ -32,11 +32,11 @@ def _no_input(night: NightContext, why: str) -> NoInput:
 
 
 def no_input(config: RunConfig, date: datetime.date, why: str, *, root: Path) -> str:
-    """That a night has no input, and why; with the latest day of the log if no night has been there: a log that ended
-    long ago does not come later. `root`: the directory of the journals of all nights."""
+    """That a night has no input, and why; with the latest day of the log if that is earlier and no night has been
+    there: a log that ended long ago does not come later. `root`: the directory of the journals of all nights."""
     daily = dataclasses.replace(config.data.prepare.daily, until=None, days=None)
     past, latest = past_nights(root), latest_day(config.events_dir, files=config.data.prepare.files, daily=daily)
-    if latest in (None, date) or (past and latest <= past[-1].date):
+    if latest is None or latest >= date or (past and latest <= past[-1].date):
         return f"no input ({why})"
     return f"no input ({why}); the latest complete day of the log is {latest}: --date {latest} runs its night"
 
