@@ -1,36 +1,40 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first where it is missing or out of date.
+# Two commands: `make demo` and `make test`. Both set up .venv first where it is missing or out of date. `make` alone lists
+# the targets: each is a line `target: what it needs  ## what it does`.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test soak setup lint format clean
+.PHONY: help demo test soak setup lint format clean
 
-demo: $(READY)
+help:
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+demo: $(READY)  ## MovieLens-100K from the raw ratings to a registered model
 	$(BIN)/solar run movielens-100k
 
 # Three at a time on two cores: tests that start processes wait for them a quarter of the time.
-test: $(READY) lint
+test: $(READY) lint  ## lint, types, import rules and all tests
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Before a release, an hour or two on two cores: every command of the integration tests with Ray, as a user starts it,
 # and then runs, ingests and a month of nights that are killed at random moments.
-soak: $(READY)
+soak: $(READY)  ## before a release: long tests, an hour or two
 	SOLAR_TEST_RAY=1 $(BIN)/python -m pytest tests/integration
 	$(BIN)/python tests/benchmarks/kill_and_resume.py --kills 12
 	$(BIN)/python tests/benchmarks/kill_and_prepare.py --kills 12
 	$(BIN)/python tests/benchmarks/simulated_month.py --nights 30
 
-lint: $(READY)
+lint: $(READY)  ## style, types and import rules alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-format: $(READY)
+format: $(READY)  ## source files in the style of the project
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-setup: $(READY)
+setup: $(READY)  ## .venv with all packages; EXTRA=gpu for a GPU, PYTHON=python3.11 for another Python
 
 # torchrec last and without its dependencies: it asks for the CUDA build of fbgemm. EXTRA=gpu installs that build.
 EXTRA ?= cpu
@@ -42,5 +46,5 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --group torchrec
 	touch $@
 
-clean:
+clean:  ## removes .venv and workspace
 	rm -rf .venv workspace

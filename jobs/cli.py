@@ -66,7 +66,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     """Run a command; its exceptions become messages and exit codes."""
     from jsonargparse import ArgumentError
 
-    from jobs.cluster.failures import Interrupted, WorkerFailure
+    from jobs.cluster.failures import WorkerFailure
     from jobs.host.errors import UserError
     from pipeline.events import DataError
 
@@ -76,25 +76,34 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     except (UserError, DataError, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {one_line(error)}")
         return MISTAKE
-    except Interrupted:
-        console.error(
-            "solar: interrupted; the same command continues from the last checkpoint (`solar train` with --resume)"
-        )
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        console.error("solar: interrupted; what was committed is still there")
+    except KeyboardInterrupt as error:
+        console.error(f"solar: interrupted; {_what_is_left(error)}")
         return INTERRUPTED
     except WorkerFailure as error:
-        console.error(f"solar: a worker failed: {one_line(error)}" + ("" if verbose else f" (details: {console.log})"))
+        # The report of Ray, which is the cause of this error, has many lines.
+        log = console.note(traceback.format_exc())
+        console.error(f"solar: a worker failed: {one_line(error)}" + (f" (details: {log})" if log else ""))
         return 1
     except SystemExit as end:
         # Ray replaces the handler of SIGTERM with one that exits with the signal's number.
         if end.code != signal.SIGTERM:
             raise
-        console.error("solar: interrupted; what was committed is still there")
+        console.error(f"solar: interrupted; {_what_is_left(end)}")
         return INTERRUPTED
     except Exception as error:
         return _ended_by(error, console)
+    finally:
+        console.drop_empty_log()
+
+
+def _what_is_left(end: BaseException) -> str:
+    """With what the same command begins after an interruption."""
+    has_checkpoint = getattr(end, "has_checkpoint", None)
+    if has_checkpoint is None:
+        return "what was committed is still there"
+    if has_checkpoint:
+        return "the same command continues from the last checkpoint (`solar train` with --resume)"
+    return "the training had no checkpoint yet: the same command begins it again, with the data that is there"
 
 
 def _ended_by(error: Exception, console: Console) -> int:

@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jobs.cluster.failures import Interrupted, WorkerFailure, explained
+from jobs.cluster.failures import Interrupted, death, explained
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import LOCAL_WORKERS, ClusterConfig, at_end_of_session
 from jobs.cluster.telemetry import Job, Telemetry
 from jobs.host.errors import UserError
-from jobs.host.process import environment, noted_signals
+from jobs.host.process import environment, largest_other_process, noted_signals
 
 POLL_SECONDS = 0.5
 STOP_SECONDS = 300.0
@@ -157,7 +157,7 @@ class _Group:
             failure = self._failures[0] if self._failures else RuntimeError("the workers ended before their job")
             raise explained(
                 failure, asked_to_stop=stop_requested is not None, parallel=self._parallel, restarts=self._restarts,
-                name=name,
+                name=name, other=_largest_other(),
             ) from failure  # fmt: skip
         if stop_requested is not None:
             raise Interrupted(name)
@@ -216,11 +216,19 @@ def _controller_settings(parallel: ParallelConfig) -> dict[str, str]:
 
 
 def _answer(reference: Any) -> Any:
-    """The answer of the telemetry actor; WorkerFailure if the actor has died."""
+    """The answer of the telemetry actor; WorkerFailure if the actor has died, also if Ray ended it for memory."""
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
     try:
         return ray.get(reference)
-    except RayActorError as error:
-        raise WorkerFailure("the actor that collects telemetry died: run the same command again") from error
+    except (RayActorError, OutOfMemoryError) as error:
+        raise death("the actor that collects telemetry", error, other=_largest_other()) from error
+
+
+def _largest_other() -> str | None:
+    """The largest process of this machine if it is not Solar's; None in a cluster of several machines, where it need
+    not be the one that matters."""
+    import ray
+
+    return largest_other_process() if len(ray.nodes()) == 1 else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,7 +121,19 @@ def parse(parser: Any, arguments: list[str]) -> Any:
     try:
         return parser.parse_args(arguments)
     except (ArgumentError, ValueError) as error:
+        if missing := re.search(r"arguments? (?:is|are) required: (.*)", one_line(error)):
+            raise usage_error(parser.prog.removeprefix("solar "), _missing(parser, missing[1])) from error
         raise UserError(f"{parser.prog.removeprefix('solar ')}: {explain(error, parser)}") from error
+
+
+def _missing(parser: Any, names: str) -> str:
+    """`--why TEXT is missing: the reason`, for names of required arguments as argparse lists them."""
+    wanted = {name.strip(" -\"'") for name in names.split(",")}
+    actions = [action for action in parser._actions if action.dest in wanted]
+    shown = [" ".join([*action.option_strings[-1:], action.metavar or action.dest.upper()]) for action in actions]
+    if len(actions) != 1:
+        return f"{', '.join(shown) or names} are missing"
+    return f"{shown[0]} is missing: {actions[0].help}"
 
 
 def instantiate(parser: Any, parsed: Any) -> Any:
@@ -136,10 +150,10 @@ def usage_error(command: str, text: str) -> UserError:
 
 
 def capture(console: Console, workspace: str, command: str, *, verbose: bool) -> None:
-    """Send the output of libraries to a file in WORKSPACE/logs, unless `verbose`."""
+    """Send the output of libraries to a file in WORKSPACE/logs, unless `verbose`; no other command writes to it."""
     if verbose:
         return
-    log = Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    log = Path(workspace) / "logs" / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     try:
         console.capture_libraries(log)
     except OSError as error:

@@ -81,8 +81,10 @@ def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def promote_parser() -> ArgumentParser:
     parser = _model_parser("promote", "Make any version of a registered model its champion.")
-    parser.add_argument("--version", type=int, required=True, help="number of the version to make the champion")
-    parser.add_argument("--why", type=str, required=True, help="the reason, stored with the model")
+    parser.add_argument(
+        "--version", type=int, required=True, metavar="N", help="number of the version to make the champion"
+    )
+    parser.add_argument("--why", type=str, required=True, metavar="TEXT", help="the reason, stored with the model")
     return parser
 
 
@@ -98,7 +100,7 @@ def rollback(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 def rollback_parser() -> ArgumentParser:
     parser = _model_parser("rollback", "Make the previous champion the champion again.")
-    parser.add_argument("--why", type=str, required=True, help="the reason, stored with the model")
+    parser.add_argument("--why", type=str, required=True, metavar="TEXT", help="the reason, stored with the model")
     return parser
 
 
@@ -114,8 +116,11 @@ def history(arguments: list[str], console: Console, *, verbose: bool) -> int:
          _percent(night.get("low")), str(night.get("users", "-")), "; ".join(night["reasons"]))
         for date, night in decided.items()
     ]  # fmt: skip
-    columns = ("night", "verdict", "champion", "difference", "bound", "users", "reasons")
-    console.table(f"nights of {parsed.model}", columns, rows, text=("verdict", "reasons"))
+    if rows:
+        columns = ("night", "verdict", "champion", "difference", "bound", "users", "reasons")
+        console.table(f"nights of {parsed.model}", columns, rows, text=("verdict", "reasons"))
+    else:
+        console.line(f"nights of {parsed.model}: none yet")
     rows = [(change.at[:19], change.version, change.before or "-", change.why) for change in changed]
     console.table(f"champions of {parsed.model}", ("since (UTC)", "version", "before", "why"), rows, text=("why",))
     return 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from jobs.data.prepare import events_line
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.training.checkpoint import verify_checkpoint
+from jobs.training.results import primary_metric
+from pipeline.batches.requests import RequestConfig
 from pipeline.shards.inspection import digest, verify
 from pipeline.shards.leases import lease
 from pipeline.shards.manifest import current_manifest
@@ -23,6 +27,11 @@ def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> 
             _print_checkpoint(path, console)
     else:
         manifest = current_manifest(str(path)) if path.exists() else None
+        if manifest is None and (path / "source.json").exists():
+            raise UserError(
+                f"{path}: an event log: prepare it first: solar prepare --events {shlex.quote(str(path))} --out DIR, "
+                "and inspect that DIR"
+            )
         if manifest is None:
             raise UserError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
         _print_manifest(path, manifest, console)
@@ -55,7 +64,7 @@ def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
     console.line(f"users, items  {manifest.users:,}, {manifest.items:,}")
     if names := manifest.schema.get("user_features"):
         console.line(f"user features {', '.join(names)}")
-    console.line(f"time range    {manifest.time_range if manifest.has_time else 'order only'}")
+    console.line(f"time range    {_times(manifest.time_range) if manifest.has_time else 'order only'}")
     buckets = len({file["bucket"] for file in manifest.files})
     console.line(f"files         {len(manifest.files)} for {buckets} buckets")
     for entry in manifest.inputs:
@@ -64,11 +73,27 @@ def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
         console.line(f"left out      {name}: {why}")
 
 
+def _times(time_range: list[int] | None) -> str:
+    """The first and the last time, which are stored in milliseconds; Python's dates end with year 9999."""
+    if not time_range:
+        return "no events"
+    try:
+        ends = [datetime.datetime.fromtimestamp(time / 1000, datetime.UTC) for time in time_range]
+    except (ValueError, OverflowError, OSError):
+        return f"{time_range[0]} to {time_range[1]} ms since 1970 UTC"
+    return " to ".join(f"{end:%Y-%m-%dT%H:%M:%S}Z" for end in ends)
+
+
 def _print_checkpoint(path: Path, console: Console) -> None:
     document = json.loads((path / "state.json").read_text())
     state = document["train_state"]
     console.line(f"checkpoint    {path}")
-    console.line(f"step          {state['step']} (best {state['best_step']}: {state['best_metric']})")
+    stored = document["config"]["data"]["requests"]
+    metric = primary_metric(RequestConfig(**{key: stored[key] for key in ("task", "seen_items") if key in stored}))
+    best = "not validated yet"
+    if state["best_metric"] is not None:
+        best = f"best: step {state['best_step']}, validation {metric} {state['best_metric']:.4f}"
+    console.line(f"step          {state['step']} ({best})")
     console.line(f"trained on    {document['world_size']} ranks, manifest {document['manifest']}")
     console.line(f"tables        {', '.join('{name} {capacity} x {width}'.format(**t) for t in document['tables'])}")
     if grown := document.get("grown_from"):

@@ -89,7 +89,7 @@ def check_forgotten(
     integers = has_integer_users(Shards.open(path))
     removal = read_users(users, column=column, integers=integers).ids
     ids = listed_users(users, column=column, integers=integers)
-    found = [*traces(path, ids), *remains(workspace, ids)]
+    found = [*traces(path, ids), *remains(workspace, ids, data=path, users=users)]
     found += [f"{output}: some rows" for output in outputs if rows_of_users(output, ids).any()]
     if others := sorted(ids.symmetric_difference(removal)):
         found.append(f"{users}: the removal reads other ids there: {few_of(others)}")
@@ -118,8 +118,16 @@ def _tell_what_is_left(manifest: Manifest, console: Console) -> None:
     logs = [entry["name"] for entry in manifest.inputs]
     shown = ", ".join(logs[:3]) + (f" and {len(logs) - 3} more" if len(logs) > 3 else "")
     for what, text in (
-        ("not covered", f"the raw logs ({shown}) and their event logs; later ingests drop these users' events"),
-        ("", "weights learned from these users, in checkpoints and registered models: train and register again"),
+        (
+            "not covered",
+            f"the log from which the shards were prepared ({shown}), and what it was imported from; later ingests drop "
+            "these users' events",
+        ),
+        (
+            "",
+            "weights learned from these users, in checkpoints and registered models: `solar run RECIPE --name NEW`, "
+            "then `solar promote MODEL --version N --why TEXT`, or the next nights",
+        ),
         (
             "",
             "results of `solar score` that --outputs did not name (--verify finds those in the workspace), and backups",

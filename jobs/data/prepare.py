@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.cluster.worker_group import make_room_for_tasks
 from jobs.config.run_config import RunConfig, SourceConfig
@@ -26,6 +28,11 @@ def import_events(source: SourceConfig, out: str, console: Console, *, downloads
         imported = _import(source, out, downloads=downloads, progress=progress_of(stage))
         tables = [f"{n:,} {what}" for what, n in (("items", imported.items), ("users", imported.users)) if n]
         stage.result = f"{_found(imported.reused)}{', '.join([f'{imported.events:,} events', *tables])} in {out}"
+    for table in ("items", "users"):
+        if (file := Path(out) / f"{table}.parquet").is_file():
+            features = [name for name in pq.read_schema(file).names if not name.endswith("_id")]
+            unread = "; other columns of the table are not read" if source.name == "files" else ""
+            console.line(f"{'':<12} features of {table}: {', '.join(features) or 'none'}{unread}")
     for what, count in imported.left_out.items():
         console.line(f"{'':<12} left out: {count:,} {what}")
     for note in imported.notes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,18 +58,37 @@ def clean_states(workspace: str, users: Collection[str], *, data: str) -> int:
     return removed
 
 
-def remains(workspace: str, users: Collection[str]) -> list[str]:
-    """What a workspace still holds of these users, one line per place; whichever data set it is from."""
-    wanted, found = set(users), []
+def remains(workspace: str, ids: Collection[str], *, data: str, users: str) -> list[str]:
+    """What a workspace still holds of these users, one line per place; whichever data set it is from.
+
+    `data` and `users`: the data set and the list as the command names them.
+    """
+    wanted, found = set(ids), []
     for directory, files in _states(workspace):
         if left := sum(_count(file, wanted) for file in files):
-            found.append(f"{directory}: states of {left} of them; remove it, and build states again")
+            advice = _advice(directory, files, workspace=workspace, data=data, users=users)
+            found.append(f"{directory}: states of {left} of them{advice}")
     for path in _files(Path(workspace)):
         if path.name.endswith(".partial") or path.parent.name.startswith(STAGING):
             found.append(f"{path}: left by a killed `solar score`; remove it if no command is running")
         elif _is_result(path) and (left := _count(path, wanted)):
             found.append(f"{path}: {left} rows of them; clean it with --outputs")
     return found
+
+
+def _advice(directory: Path, files: list[Path], *, workspace: str, data: str, users: str) -> str:
+    """From which data set states were built, and how users go from them; `forget` cleans those of its own alone."""
+    built_from = {_fingerprint(file) for file in files}
+    if built_from & _fingerprints(data):
+        return "; remove it, and build states again"
+    for other in sorted(Path(workspace).glob("shards/*")):
+        if built_from & _fingerprints(str(other)):
+            command = shlex.join(["solar", "forget", str(other), "--users", users])
+            return f", built from {other}: remove them with `{command}`"
+    return (
+        f", built from another data set, which is not in {workspace}/shards: remove them with `solar forget` on that, "
+        f"or remove {directory}"
+    )
 
 
 def _states(workspace: str) -> Iterator[tuple[Path, list[Path]]]:

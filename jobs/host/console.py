@@ -62,6 +62,18 @@ class Console:
         os.close(descriptor)
         self.log = log
 
+    def note(self, text: str) -> Path | None:
+        """Write the text to the file of the libraries' output; the file's name, None if they write to the terminal."""
+        if self.log is not None:
+            with self.log.open("a", encoding="utf-8") as stream:
+                stream.write(text)
+        return self.log
+
+    def drop_empty_log(self) -> None:
+        """At the end of a command: remove the file of the libraries' output if they wrote nothing."""
+        if self.log is not None and self.log.exists() and not self.log.stat().st_size:
+            self.log.unlink()
+
     def error(self, text: str) -> None:
         """One line on the error stream."""
         print(printable(text), file=self._err, flush=True)

@@ -1,4 +1,5 @@
-"""The environment of a process: signals recorded instead of raised, and environment variables set temporarily."""
+"""A process and its surroundings: signals recorded instead of raised, environment variables set temporarily, and who
+else uses the machine's memory."""
 
 from __future__ import annotations
 
@@ -8,6 +9,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import psutil
+
+RAY_PREFIX = "ray::"
+"""Ray renames its workers so, whichever cluster they belong to."""
 
 
 def interrupt() -> None:
@@ -49,3 +55,21 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def largest_other_process() -> str | None:
+    """The process with the most memory of this machine, such as `python (pid 7) with 18.0 GB`; None if it is this
+    process, one that it started, or a worker of Ray."""
+    sizes: list[tuple[int, psutil.Process]] = []
+    for process in psutil.process_iter(["memory_info"]):
+        if memory := process.info["memory_info"]:
+            sizes.append((memory.rss, process))
+    bytes_used, largest = max(sizes, key=lambda size: size[0])
+    try:
+        name = largest.name()
+        ours = os.getpid() in (largest.pid, *(parent.pid for parent in largest.parents()))
+        if ours or name.startswith(RAY_PREFIX):
+            return None
+    except psutil.Error:  # it has ended meanwhile
+        return None
+    return f"{name} (pid {largest.pid}) with {bytes_used / 1e9:.1f} GB"

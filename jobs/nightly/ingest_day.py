@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+from pathlib import Path
 
+from jobs.config.run_config import RunConfig
 from jobs.data.prepare import prepare_shards
 from jobs.nightly.context import NightContext
-from jobs.nightly.journal import NoInput
+from jobs.nightly.journal import NoInput, past_nights
 from jobs.nightly.steps import Prepared
 from jobs.runs.run_dir import open_shards
 from pipeline.events import DataError, NotNow
 from pipeline.prepare.ingested_days import day_counts
-from pipeline.prepare.plan import pending_days
+from pipeline.prepare.plan import latest_day, pending_days
 from pipeline.shards.manifest import current_manifest
 
 
@@ -25,7 +28,17 @@ def require_input(night: NightContext) -> None:
 
 
 def _no_input(night: NightContext, why: str) -> NoInput:
-    return NoInput(f"{night.date}: no input ({why})")
+    return NoInput(f"{night.date}: {no_input(night.config, night.date, why, root=night.root)}")
+
+
+def no_input(config: RunConfig, date: datetime.date, why: str, *, root: Path) -> str:
+    """That a night has no input, and why; with the latest day of the log if that is earlier and no night has been
+    there: a log that ended long ago does not come later. `root`: the directory of the journals of all nights."""
+    daily = dataclasses.replace(config.data.prepare.daily, until=None, days=None)
+    past, latest = past_nights(root), latest_day(config.events_dir, files=config.data.prepare.files, daily=daily)
+    if latest is None or latest >= date or (past and latest <= past[-1].date):
+        return f"no input ({why})"
+    return f"no input ({why}); the latest complete day of the log is {latest}: --date {latest} runs its night"
 
 
 def take_in(night: NightContext) -> Prepared:

@@ -24,6 +24,7 @@ from jobs.host.notify import notify
 from jobs.host.process import environment
 from jobs.host.secrets import refuse_open_directory
 from jobs.nightly.context import NightContext, nights_directory
+from jobs.nightly.ingest_day import no_input
 from jobs.nightly.journal import Journal, NoInput, TryLater, past_nights
 from jobs.nightly.night import REASON_LENGTH, run_night
 from jobs.nightly.steps import Notified, Outcome
@@ -35,6 +36,7 @@ from jobs.training.checkpoint import CheckpointNotWritten
 from pipeline.events import DataError, NotNow
 from pipeline.log.daily import days_told
 from pipeline.prepare.plan import pending_days
+from pipeline.sources.files import ImportConfig
 from pipeline.storage import absolute
 
 _TEMPORARY = (RunInUse, NotNow, StoreAway, ChampionChanged, CheckpointNotWritten)
@@ -110,8 +112,14 @@ def _patience() -> dict[str, str]:
 
 
 def night_of(config: RunConfig, options: NightlyOptions) -> datetime.date:
-    """The day of the night. UserError: the log does not have one folder per day."""
+    """The day of the night. UserError: the log does not have one folder per day, or its columns are named where a night
+    does not look."""
     daily = config.data.prepare.daily
+    if config.source.files.columns != ImportConfig().columns and config.data.prepare.columns is None:
+        raise UserError(
+            "source.files.columns: has no effect in a night, which reads the log of data.events without an import: "
+            "name the columns of the log in data.prepare.columns"
+        )
     if daily.folder is None:
         raise UserError(
             "data.prepare.daily.folder is not set: a night needs a log with one folder per day: set it, for example to "
@@ -152,13 +160,16 @@ def plan_lines(config: RunConfig, options: NightlyOptions) -> list[str]:
     lines.append(f"log          {config.events_dir} -> {config.shards_dir}")
     lines.append(f"new days     {', '.join(map(str, pending)) or 'none'}")
     lines += [f"left out     {line}" for line in days_told(left_out)]
+    if date in left_out:
+        lines.append(f"this night   {no_input(config, date, left_out[date], root=root)}")
     lines.append(
         f"champion     {f'{name} version {found.version}' if found else f'{name} has none: training from scratch'}"
     )
-    lines.append(
-        f"trained on   requests before {valid:%Y-%m-%d %H:%M %Z}, validated on those from then to {gate:%H:%M}"
-    )
-    lines.append(f"judged by    requests from {gate:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M %Z}")
+    if date not in left_out:
+        lines.append(
+            f"trained on   requests before {valid:%Y-%m-%d %H:%M %Z}, validated on those from then to {gate:%H:%M}"
+        )
+        lines.append(f"judged by    requests from {gate:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M %Z}")
     lines.append(f"journal      {root}")
     return lines
 

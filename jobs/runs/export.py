@@ -97,6 +97,7 @@ def write_export(
         "first_item_row": NUM_RESERVED,
         "max_history": requests.max_history,
         "min_label": requests.least_label,
+        "unknown_last": True,
         "log_columns": shards.manifest.schema["columns"],
         "time_range": shards.manifest.time_range,
         "vocabulary_fingerprint": vocabulary.fingerprint,

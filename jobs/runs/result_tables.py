@@ -24,6 +24,21 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
     else:
         _print_ranking(console, summary)
     _print_slices(console, summary)
+    for line in unbeaten(summary):
+        console.line(f"{'note':<12} {line}")
+
+
+def unbeaten(summary: Summary) -> list[str]:
+    """One line for each other system that the main one does not beat with 95 % confidence."""
+    lines = []
+    for system, ratio in summary.ratios.items():
+        if ratio.low <= 1:
+            how = "is worse than" if ratio.high < 1 else "is not clearly better than"
+            lines.append(
+                f"{summary.main} {how} {system}: {ratio.value:.2f} times its {METRIC_NAMES[summary.primary]}, 95 % "
+                f"interval {ratio.low:.2f} to {ratio.high:.2f}"
+            )
+    return lines
 
 
 def _print_ranking(console: Console, summary: Summary) -> None:
@@ -48,8 +63,8 @@ def _print_ranking(console: Console, summary: Summary) -> None:
         )
     console.table(
         f"{summary.part} part, next_item, {summary.split}: {metrics['requests']:,.0f} requests{_drawn(summary)}, "
-        f"{metrics['targets']:,.0f} targets, each ranked among the whole catalogue (seen items removed unless kept; in "
-        "brackets 95 % bootstrap intervals over users)\n"
+        f"{metrics['targets']:,.0f} targets, each ranked among the whole catalogue (seen items removed unless kept"
+        f"{_repeats(metrics)}; in brackets 95 % bootstrap intervals over users)\n"
         f"no ties: the {metrics['requests_untied']:,.0f} requests whose target has a later time stamp than the event "
         "before it",
         (
@@ -117,6 +132,12 @@ def _print_slices(console: Console, summary: Summary) -> None:
 def _head(name: str, metrics: Mapping[str, float], users: str) -> str:
     """The head of a column: the metric, and how many users count in it (unknown in evaluations of earlier versions)."""
     return f"{name}\nusers: {metrics[users]:,.0f}" if users in metrics else name
+
+
+def _repeats(metrics: Mapping[str, float]) -> str:
+    """How many requests are left out of the columns without seen items, where there are any."""
+    repeats = round(metrics.get("share_repeats", 0.0) * metrics["requests"])
+    return f": {repeats:,} repeats of such items count there alone" if repeats else ""
 
 
 def _drawn(summary: Summary) -> str:

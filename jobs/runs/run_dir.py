@@ -13,8 +13,9 @@ from jobs.host.errors import UserError
 from jobs.runs.record import previous_run, read_record, record_of
 from jobs.training.checkpoint import CheckpointError, latest_checkpoint, read_state, read_train_state
 from jobs.training.warm_start import best_of, find_checkpoint
+from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
-from pipeline.shards.manifest import current_manifest
+from pipeline.shards.manifest import current_manifest, why_removed
 from pipeline.storage import absolute
 
 
@@ -78,7 +79,12 @@ def _settled_before(config: RunConfig) -> Mapping[str, Any]:
 def run_shards(config: RunConfig) -> Shards:
     """The data set of the config's run: at the manifest that the run began with; the current one if there is no run."""
     record = read_record(config.run_dir)
-    return open_shards(config, number=record.manifest if record else None)
+    try:
+        return open_shards(config, number=record.manifest if record else None)
+    except DataError as error:
+        if record is None or why_removed(absolute(config.shards_dir), number=record.manifest) is None:
+            raise
+        raise UserError(f"{error} with --name NEW, or remove {config.run_dir}") from error
 
 
 def open_shards(config: RunConfig, *, number: int | None = None) -> Shards:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jobs.cluster.failures import Interrupted
 from jobs.cluster.session import ray_session
 from jobs.cluster.worker_group import run_workers
 from jobs.config.run_config import RunConfig
@@ -39,6 +40,10 @@ from models.zoo import build_tower
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
 from pipeline.shards.vocabulary_growth import beginnings_of
+
+FEW_STEPS = 100
+"""A run from scratch with fewer steps is told to be short: 9,497 events of 300 users of MovieLens-1M have a validation
+NDCG@10 of .016 after 15 steps and of .039 after 750."""
 
 
 def train(
@@ -89,6 +94,7 @@ def train(
         ):  # fmt: skip
             check_requests(config, shards, count_requests(shards, config.data.requests), console)
             run_id = _train(config, shards, console, previous, begun=begun)
+        _tell_few_steps(config, console)
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 
 
@@ -130,9 +136,12 @@ def _train(
                 name="train", on_rows=follow, stoppable=True,
             )  # fmt: skip
         status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         status = "KILLED"
         raise
+    except KeyboardInterrupt as error:
+        status = "KILLED"
+        raise Interrupted(config.name, has_checkpoint=latest_checkpoint(config.run_dir) is not None) from error
     finally:
         if not close_tracked_run(config, run, status=status):
             console.line(
@@ -140,6 +149,21 @@ def _train(
                 "command again to send them"
             )
     return run.run_id
+
+
+def _tell_few_steps(config: RunConfig, console: Console) -> None:
+    """Say so if the run was too short to learn much; one that begins from a checkpoint goes on from what that knows."""
+    latest = latest_checkpoint(config.run_dir)
+    steps = read_train_state(latest).step if latest else 0
+    if steps >= FEW_STEPS or config.training.warm_start is not None:
+        return
+    longer = f"training.epochs ({config.training.epochs})"
+    if config.training.max_seconds:
+        longer = f"training.max_seconds ({config.training.max_seconds:g})"
+    console.line(
+        f"{'train':<12} note: only {steps} steps, which is little to learn from: lower data.loader.batch_events "
+        f"({config.data.loader.batch_events:,}) or raise {longer}, in a run of another --name"
+    )
 
 
 def _finished_before(config: RunConfig, facts: RunRecord, previous: RunRecord | None) -> Trained:

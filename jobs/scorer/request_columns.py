@@ -96,8 +96,11 @@ class RequestReader:
             lists = list_column(batch, f"{name}_action", values="string", first_row=first_row, nulls=True)
             actions = values_of_events(f"{name}_action", lists, **about)
             action = self.codes(actions)
-        if self.uses_time:
-            required_column(batch, f"{name}_time")
+        if self.uses_time and f"{name}_time" not in names:
+            raise RequestError(
+                f"column '{name}_time' is missing: give a list of times, milliseconds since 1970 UTC, one for each "
+                f"event of '{name}'"
+            )
         if f"{name}_time" in names:
             lists = list_column(batch, f"{name}_time", values="time", first_row=first_row)
             times = values_of_events(f"{name}_time", lists, **about)

@@ -77,6 +77,11 @@ def request_batch(frame: Any, *, item_type: str, user_features: Sequence[str], l
     if not isinstance(frame, pd.DataFrame):
         raise RequestError(f"the requests are {type(frame).__name__}: give a pandas.DataFrame with one row per request")
     limits.refuse_above("requests", len(frame), "")
+    if "user_id" in frame.columns and not {"history", "state"} & set(frame.columns):
+        raise RequestError(
+            "column 'history' is missing: this model has no users' histories, so user_id is not enough: give the "
+            "history, or the user's state (`solar score` finds both by user_id)"
+        )
     # Bound everything before any of it is converted.
     cells: dict[str, list[Any]] = {}
     for name in (name for name in (*REQUEST_COLUMNS, *user_features) if name in frame.columns):

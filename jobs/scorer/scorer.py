@@ -34,7 +34,7 @@ from torch import Tensor
 
 from jobs.scorer.checksums import checked_digest
 from jobs.scorer.histories import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
-from jobs.scorer.request_columns import RequestReader
+from jobs.scorer.request_columns import UNKNOWN_ROW, RequestReader
 from jobs.scorer.request_frame import Limits, request_batch
 from jobs.scorer.user_states import pack_states, stored_too_late
 from models.interface import HistorySums, ModelInput, Recommender, known_candidates
@@ -45,7 +45,9 @@ several if candidates do not attend to each other."""
 REQUEST_ENTRIES = 128
 """Cost of a request besides its events and candidates, in such entries: Gram matrix and decomposition, in float64."""
 
-
+UNKNOWN_SCORE = float(np.finfo(np.float32).min)
+"""The score of a candidate that the model does not know: below all others, and finite, as JSON needs it. The tower's
+logit of such a candidate is that of an untrained row, and says nothing."""
 LONGEST_MESSAGE = 400
 """Characters of an InvalidRequest: it may quote a value of the request."""
 
@@ -81,7 +83,8 @@ class Scorer(RequestReader, PythonModel):
                       the state are added to it
       NAME            optional: the category, or list of categories, of the request's user in the user feature NAME
                       (listed in scorer.json); null, [] or absent = none
-    An unknown item or category has the untrained row 1, an unknown action counts as none. Lists of events must have no
+    An unknown item of the history or category has the untrained row 1, an unknown action counts as none, and an unknown
+    candidate has the score UNKNOWN_SCORE. Lists of events must have no
     nulls, except in history_action and latest_action. A row may lack any column but candidates, and the model's times.
     `limits` says how large requests to `predict` may be.
     """
@@ -194,7 +197,8 @@ class Scorer(RequestReader, PythonModel):
         return shown, np.where(time < NO_TIME, time, last)
 
     def logits(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """[M] float32: one logit per candidate; request b has the candidates row[offsets[b] : offsets[b + 1]]."""
+        """[M] float32: one logit per candidate, UNKNOWN_SCORE for unknown ones; request b has the candidates
+        row[offsets[b] : offsets[b + 1]]."""
         # Split long requests unless candidates attend to each other, and pack the pieces into forwards of limited size.
         request, start, size = _pieces(offsets, most=None if self.tower.scores_sets else FORWARD_ENTRIES)
         cost = np.cumsum(shown.lengths[request] + size + REQUEST_ENTRIES)
@@ -207,7 +211,11 @@ class Scorer(RequestReader, PythonModel):
             asked = request[first:last]
             entries = row[start[first] : start[last - 1] + size[last - 1]]
             parts.append(self._forward(shown.take(asked), time[asked], flat_offsets(size[first:last]), entries))
-        return np.concatenate(parts)
+        logits = np.concatenate(parts)
+        # A model that was registered before this setting keeps the scores that its own file gives over HTTP.
+        if self.settings.get("unknown_last"):
+            logits[row == UNKNOWN_ROW] = UNKNOWN_SCORE
+        return logits
 
     def _forward(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
         with torch.inference_mode():

@@ -169,7 +169,21 @@ class RequestFile:
         except FileNotFoundError as error:
             raise UserError(f"{self.path}: no such file: give the Parquet file of the requests") from error
         except (pa.ArrowException, OSError) as error:
+            if not _is_parquet(self.path):
+                raise UserError(
+                    f"{self.path}: requests must be Parquet, which this file is not: write the table as Parquet "
+                    "(jobs/serving/README.md)"
+                ) from error
             raise UserError(f"{self.path}: not a complete Parquet file: {one_line(error)[:160]}") from error
+
+
+def _is_parquet(path: Path) -> bool:
+    """Whether a file begins as Parquet does; also true where it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) in (b"PAR1", b"PARE")
+    except OSError:
+        return True
 
 
 def _with_histories(
@@ -178,6 +192,8 @@ def _with_histories(
     """Blocks of requests with their histories, from the requests themselves or from `sources`."""
     for batch in batches:
         if sources.states is None and sources.shards is None:
+            if "user_id" in batch.schema.names and not {"history", "state"} & set(batch.schema.names):
+                raise RequestError("column 'history' is missing: with user_id, give --shards DIR, or --states auto")
             histories = scorer.histories(batch, first_row=first_row)
             time = scorer.request_times(batch, first_row=first_row)
             yield Block(first_row=first_row, rows=batch, histories=histories, time=time, unknown_users=0)

@@ -38,6 +38,8 @@ from pipeline.shards.leases import lease
 from pipeline.storage import absolute
 from pipeline.system_errors import storing
 
+OTHER_FORMATS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xlsx")
+"""Endings that promise something else than the result's format."""
 ROWS_PER_PART = 4096
 """Requests per task: seconds to minutes of work."""
 
@@ -57,6 +59,8 @@ def score(
     """
     # Check the options and find the states before any work.
     out = Path(config.out)
+    if out.suffix.lower() in OTHER_FORMATS:
+        raise UserError(f"--out {out}: the result is Parquet: name it {out.with_suffix('.parquet')}")
     if out.exists() and not config.overwrite:
         raise UserError(f"{out}: exists already: name another --out, or add --overwrite")
     counts = ScoreCounts()

@@ -186,6 +186,12 @@ def pending_days(
     return pending, log.left_out
 
 
+def latest_day(events: str, *, files: FileFormat, daily: DailyLog) -> datetime.date | None:
+    """The latest complete day of a daily log that has files; None if there is none."""
+    found = inputs.find(events, options=files).inputs
+    return max(log_days(found, events=events, daily=daily).files, default=None) if found else None
+
+
 def require_disk(plan: Plan) -> None:
     """NotNow if the disk has too little free space for what the plan writes."""
     free = Store(plan.out).free_bytes()
@@ -303,7 +309,8 @@ def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
     present = readers.read_schema(file, options=files)
     if "timestamp" not in present and "order" not in present:
         raise DataError(
-            f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; set columns.timestamp"
+            f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; set columns.timestamp, in "
+            "a recipe data.prepare.columns.timestamp"
         )
     names = ("timestamp", "order", "action", "label", "request_id")
     found: dict[str, Any] = {name: name if name in present else None for name in names}

@@ -104,7 +104,7 @@ def test_a_data_set_is_kept_in_order_by_commands(solar, tmp_path):
     assert "6 files -> 3, manifest 3 in shards" in solar("compact", "shards")[1]
     _, output, _ = solar("forget", "shards", "--users", "users.txt")
     assert "2 of 2 users were found" in output
-    assert "not covered  the raw logs (log/day-0.parquet, log/day-1.parquet)" in output
+    assert "not covered  the log from which the shards were prepared (log/day-0.parquet, log/day-1.parquet)" in output
     code, output, _ = solar("forget", "shards", "--users", "users.txt", "--verify")
     assert (code, output) == (0, "nothing is left of these 2 users in the data set and in workspace\n")
     write_day(tmp_path / "log", 2)

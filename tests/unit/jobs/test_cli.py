@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
 
 from jobs import cli
-from jobs.commands.arguments import Command, plain
+from jobs.cluster.failures import Interrupted, WorkerFailure
+from jobs.commands.arguments import Command, capture, plain
 from jobs.commands.system import doctor_parser
+from jobs.host.errors import UserError
 from jobs.tracking import registry
 from tests.support.tiny import write_tiny_log
 
 
 @pytest.fixture
 def ended_by(monkeypatch, capfd):
-    """A function: (exit code, lines on stderr) of a command that raises this error."""
+    """A function: (exit code, lines on stderr) of a command that raises this error, with its log in `workspace`."""
 
-    def run(error: BaseException) -> tuple[int, list[str]]:
+    def run(error: BaseException, *, workspace: Path | None = None) -> tuple[int, list[str]]:
         def fail(arguments, console, *, verbose):
+            if workspace:
+                capture(console, str(workspace), "fail", verbose=verbose)
             raise error
 
         command = Command(run=fail, parsers=plain(doctor_parser), usage="", does="fails")
@@ -48,6 +54,51 @@ def test_a_locked_database_is_one_line_and_worth_another_try(ended_by):
     code, lines = ended_by(error)
     assert (code, len(lines)) == (75, 1)
     assert "locked by another program" in lines[0]
+
+
+@pytest.fixture
+def kept_streams():
+    """A log takes the place of file descriptors 1 and 2: they come back after the test."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    yield
+    for number, copy in kept.items():
+        os.dup2(copy, number)
+        os.close(copy)
+
+
+@pytest.mark.usefixtures("kept_streams")
+def test_the_log_that_a_failed_worker_names_has_the_report_of_its_cause(ended_by, tmp_path):
+    error = WorkerFailure("rank 0 of 1 died")
+    error.__cause__ = RuntimeError("the long\nreport of Ray")
+    code, lines = ended_by(error, workspace=tmp_path)
+    [log] = (tmp_path / "logs").iterdir()
+    assert (code, lines) == (1, [f"solar: a worker failed: rank 0 of 1 died (details: {log})"])
+    assert "RuntimeError: the long\nreport of Ray" in log.read_text()
+
+
+def test_no_log_is_named_where_there_is_none(ended_by):
+    assert ended_by(WorkerFailure("rank 0 died")) == (1, ["solar: a worker failed: rank 0 died"])
+
+
+@pytest.mark.usefixtures("kept_streams")
+def test_an_empty_log_does_not_stay(ended_by, tmp_path):
+    assert ended_by(UserError("x=1: set x=2"), workspace=tmp_path) == (2, ["solar: x=1: set x=2"])
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (Interrupted("run", has_checkpoint=True), "the same command continues from the last checkpoint"),
+        (Interrupted("run", has_checkpoint=False), "the training had no checkpoint yet: the same command begins it"),
+        (Interrupted("evaluate"), "what was committed is still there"),
+        (KeyboardInterrupt(), "what was committed is still there"),
+    ],
+)
+def test_an_interruption_says_whether_there_is_a_checkpoint(ended_by, error, says):
+    code, lines = ended_by(error)
+    assert (code, len(lines)) == (130, 1)
+    assert lines[0].startswith(f"solar: interrupted; {says}")
 
 
 def test_a_defect_keeps_its_traceback(ended_by):
@@ -79,6 +130,22 @@ def test_out_below_a_file_is_one_line_and_leaves_nothing(arguments, tmp_path, ca
     assert str(file) in lines[0]
     assert file.read_text() == "mine"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["rollback", "shop"], "rollback: --why TEXT is missing: the reason, stored with the model"),
+        (["promote", "shop", "--why", "x"], "promote: --version N is missing: number of the version"),
+        (["history"], "history: MODEL is missing: the registered model's name, such as solar-shop"),
+        (["prepare"], "prepare: --events EVENTS, --out OUT are missing"),
+    ],
+)
+def test_a_missing_argument_is_named_as_it_is_written(capfd, arguments, says):
+    code = cli.run(arguments)
+    [line] = capfd.readouterr().err.splitlines()
+    assert code == 2
+    assert line.startswith(f"solar: {says}"), line
 
 
 def test_a_registry_that_another_program_has_locked_is_said(tmp_path, capfd, monkeypatch):

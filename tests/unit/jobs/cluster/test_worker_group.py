@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
+from jobs.cluster import worker_group
 from jobs.cluster.failures import Interrupted, WorkerFailure, cause_text
 from jobs.cluster.failures import explained as explained_failure
 from jobs.cluster.parallel import ParallelConfig
@@ -67,3 +68,46 @@ def test_cause_of_a_restart_has_no_advice_and_no_number_of_workers_that_changes(
     assert cause_text(failures, ParallelConfig(num_workers=(1, 2))) == (
         "rank 1 died (killed from outside, out of memory, or crashed)"
     )
+
+
+FULL = OutOfMemoryError("Task was killed due to the node running low on memory.\nlong\nadvice")
+
+
+def controller_ended(error: BaseException, **settings: Any) -> BaseException:
+    """What is said where `fit` itself raises, which then has no errors of ranks."""
+    facts = {"asked_to_stop": False, "restarts": 3, "name": "run"}
+    return explained_failure(error, parallel=ParallelConfig(num_workers=2), **(facts | settings))
+
+
+def test_full_memory_names_another_programs_process_and_says_that_the_command_continues():
+    told = str(controller_ended(FULL, other="python (pid 7) with 18.0 GB"))
+    assert told == (
+        "Ray Train's controller was ended by Ray because its machine's memory is full; the largest process there is "
+        "another program's, python (pid 7) with 18.0 GB: end it, or lower data.loader.batch_events or "
+        "parallel.num_workers, or use a larger machine; run the same command again (`solar train` with --resume)"
+    )
+    assert "another program" not in str(controller_ended(FULL))
+
+
+def test_the_death_of_the_controller_is_told_like_that_of_a_rank():
+    assert str(controller_ended(ActorDiedError())) == (
+        "Ray Train's controller died (killed from outside, out of memory, or crashed): run the same command again "
+        "(`solar train` with --resume)"
+    )
+    assert isinstance(controller_ended(ActorDiedError(), asked_to_stop=True), Interrupted)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(FULL, "was ended by Ray because .* another program's, python .* run the same"), (ActorDiedError(), "died: run")],
+)
+def test_the_death_of_the_telemetry_actor_is_one_line(monkeypatch, error, says):
+    def fail(reference):
+        raise error
+
+    monkeypatch.setattr("ray.get", fail)
+    monkeypatch.setattr("ray.nodes", lambda: [{}])
+    monkeypatch.setattr(worker_group, "largest_other_process", lambda: "python (pid 7) with 18.0 GB")
+    with pytest.raises(WorkerFailure, match=f"^the actor that collects telemetry {says}") as caught:
+        worker_group._answer(None)
+    assert "\n" not in str(caught.value)

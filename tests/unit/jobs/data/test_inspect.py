@@ -1,16 +1,20 @@
 """What `solar inspect` says about events that were read with both labels."""
 
 import dataclasses
+import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from jobs.data import inspect as inspecting
 from jobs.data.inspect import inspect
 from jobs.host.console import Console
+from jobs.host.errors import UserError
 from pipeline import build
 from pipeline.shards.leases import current_leases
 from pipeline.shards.manifest import Manifest, manifest_name
+from pipeline.sources.event_log import write_event_log
 from tests.support.serial import without_ray
 
 
@@ -36,6 +40,7 @@ def shown(tmp_path, capsys):
     return run
 
 
+LOG = pl.DataFrame({"user_id": [1], "item_id": [2], "timestamp": [3]})
 LABELLED = ("user_id,item_id,timestamp,label", "a,x,5,1", "a,x,5,0", "a,x,5,0", "b,x,6,0", "b,x,6,2")
 
 
@@ -63,6 +68,29 @@ def test_an_earlier_data_set_says_where_it_may_have_kept_label_0(prepared, shown
     older = dataclasses.replace(manifest, number=2, counts=counts, schema=schema, files=files)
     (tmp_path / "out" / manifest_name(2)).write_bytes(older.to_bytes())
     assert ("kept 0 and counted a duplicate (2 in all)" in shown()) == is_said
+
+
+def test_times_are_dates_and_odd_ones_stay_numbers(prepared, shown):
+    prepared("user_id,item_id,timestamp", "a,x,1700000000", "a,y,1700000001")
+    assert "time range    2023-11-14T22:13:20Z to 2023-11-14T22:13:21Z\n" in shown()
+    assert inspecting._times([0, 1 << 62]) == "0 to 4611686018427387904 ms since 1970 UTC"
+
+
+def test_an_event_log_is_told_with_the_command_that_prepares_it(tmp_path):
+    write_event_log(str(tmp_path / "log"), source={}, fill=lambda writer: writer.add_events(LOG))
+    with pytest.raises(UserError, match=r"log: an event log: prepare it first: solar prepare --events .*log --out DIR"):
+        inspect(tmp_path / "log", Console(), check=False, with_digest=False)
+
+
+def test_a_checkpoint_names_the_metric_by_which_it_is_the_best(tmp_path, capsys):
+    for metric, says in ((0.13447, "best: step 4, validation ndcg@10 0.1345"), (None, "not validated yet")):
+        state = {"step": 5, "best_step": 4, "best_metric": metric}
+        config = {"data": {"requests": {"task": "next_item", "min_label": 0}}}
+        document = {"train_state": state, "config": config, "world_size": 1, "manifest": 1, "tables": []}
+        (tmp_path / "state.json").write_text(json.dumps(document))
+        (tmp_path / "COMMIT").write_text(json.dumps({"files": []}))
+        inspecting._print_checkpoint(tmp_path, Console())
+        assert f"step          5 ({says})\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["verify", "digest"])

@@ -18,6 +18,7 @@ from jobs.serving.build_states import build_states
 from jobs.serving.ranking import ScoreConfig
 from jobs.serving.score import score
 from jobs.serving.stored_states import find_states
+from pipeline.events import EventColumns
 from pipeline.prepare.garbage import collect
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
@@ -129,7 +130,28 @@ def test_states_of_a_collected_manifest_are_cleaned_and_those_of_another_data_se
     assert clean_states("workspace", ["3"], data=data.path) == 1
     assert solar("forget", "shards", "--users", "left.txt", "--workspace", "workspace")[0] == 0
     output = solar("forget", "shards", "--users", "left.txt", "--verify")[1]
-    assert output == f"still there: {other}: states of 1 of them; remove it, and build states again\n"
+    assert output == (
+        f"still there: {other}: states of 1 of them, built from another data set, which is not in workspace/shards: "
+        f"remove them with `solar forget` on that, or remove {other}\n"
+    )
+
+
+def test_states_of_another_data_set_are_named_with_the_command_that_cleans_them(solar, data, export, prepare, tmp_path):
+    other = "workspace/shards/other"
+    prepare(tmp_path / "log", tmp_path / other, columns=EventColumns(action="action", label="label"), buckets=2)
+    out = Path("workspace/states/other/1")
+    build_states(
+        export(Shards.open(other)), shards=other, manifest=None, out=out, console=Console(), cluster=ClusterConfig()
+    )
+    Path("left.txt").write_text("3\n")
+    assert solar("forget", "shards", "--users", "left.txt")[0] == 0
+    code, output, _ = solar("forget", "shards", "--users", "left.txt", "--verify")
+    command = f"solar forget {other} --users left.txt"
+    assert (code, output) == (
+        1, f"still there: {out}/00000001: states of 1 of them, built from {other}: remove them with `{command}`\n"
+    )  # fmt: skip
+    assert solar(*command.split()[1:])[0] == 0
+    assert solar("forget", "shards", "--users", "left.txt", "--verify")[0] == 0
 
 
 def test_unfinished_states_and_results_of_killed_commands_go_or_are_named(solar, data, export):

@@ -11,9 +11,10 @@ from jobs.config.reader import load_config
 from jobs.host.console import Console
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.leaderboard import BoardResult, markdown
-from jobs.runs.result_tables import print_results
+from jobs.runs.result_tables import print_results, unbeaten
 from jobs.runs.summary import Summary
 from jobs.training.results import RankedTargets, ScoredImpressions
+from models.metrics import Interval
 
 
 def ranked() -> RankedTargets:
@@ -27,15 +28,20 @@ def ranked() -> RankedTargets:
     )  # fmt: skip
 
 
-def shown(metrics: dict[str, float], capsys: pytest.CaptureFixture[str], *, recipe: str) -> list[str]:
-    """The heads of the table of one system."""
+def printed(metrics: dict[str, float], capsys: pytest.CaptureFixture[str], *, recipe: str) -> list[str]:
+    """The lines of the table of one system."""
     config = load_config("evaluate", recipe, [])
     summary = Summary(
         task=config.data.requests.task, split="leave_one_out", primary="gauc" if "gauc" in metrics else "ndcg@10",
         part="test", systems=["solar"], metrics={"solar": metrics}, slices=[], intervals={}, ratios={},
     )  # fmt: skip
     print_results(config, Console(), Evaluated(Path("evaluation"), summary, reused=False))
-    lines = [line for line in capsys.readouterr().out.splitlines() if "┃" in line]
+    return capsys.readouterr().out.splitlines()
+
+
+def shown(metrics: dict[str, float], capsys: pytest.CaptureFixture[str], *, recipe: str) -> list[str]:
+    """The heads of that table."""
+    lines = [line for line in printed(metrics, capsys, recipe=recipe) if "┃" in line]
     cells = [[cell.strip() for cell in line.strip("┃").split("┃")] for line in lines]
     return [" ".join(filter(None, column)) for column in zip(*cells, strict=True)]
 
@@ -53,6 +59,11 @@ def test_ranking_columns_count_users_with_new_with_any_and_with_untied_targets(c
     ]
 
 
+def test_repeats_that_count_in_some_columns_alone_are_told(capsys):
+    told = "seen items removed unless kept: 1 repeats of such items count there alone; in brackets"
+    assert told in " ".join(" ".join(printed(ranked().metrics(), capsys, recipe="movielens-100k")).split())
+
+
 def test_gauc_counts_users_with_both_labels(capsys):
     label = np.array([1.0, 0.0, 1.0, 1.0])
     scored = ScoredImpressions(
@@ -67,6 +78,23 @@ def test_gauc_counts_users_with_both_labels(capsys):
 def test_evaluations_of_earlier_versions_are_shown_without_counts(capsys):
     metrics = {name: value for name, value in ranked().metrics().items() if not name.startswith("users")}
     assert shown(metrics, capsys, recipe="movielens-100k")[:2] == ["model", "HR@10"]
+
+
+def between(value: float, low: float, high: float) -> Interval:
+    return Interval(value=value, low=low, high=high)
+
+
+def test_a_system_that_the_main_one_does_not_beat_is_told():
+    ratios = {"popularity": between(2.0, 1.5, 2.5), "own items": between(1.1, 0.9, 1.3),
+              "mean_pooling": between(0.5, 0.4, 0.6), "emptied": between(np.nan, np.nan, np.nan)}  # fmt: skip
+    summary = Summary(
+        task="next_item", split="leave_one_out", primary="ndcg@10", systems=["solar", *ratios], metrics={}, slices=[],
+        intervals={}, ratios=ratios,
+    )  # fmt: skip
+    assert unbeaten(summary) == [
+        "solar is not clearly better than own items: 1.10 times its NDCG@10, seen removed, 95 % interval 0.90 to 1.30",
+        "solar is worse than mean_pooling: 0.50 times its NDCG@10, seen removed, 95 % interval 0.40 to 0.60",
+    ]
 
 
 def test_a_leaderboard_heads_its_columns_in_the_same_way():

@@ -9,12 +9,14 @@ import pytest
 from jobs.config.open_settings import left_open
 from jobs.config.reader import load_config
 from jobs.config.run_config import RunConfig
+from jobs.host.console import Console
 from jobs.host.documents import as_json
 from jobs.host.errors import UserError
 from jobs.host.json_files import write_json
 from jobs.runs.record import run_facts
-from jobs.runs.run_dir import settled
-from jobs.runs.train import train
+from jobs.runs.run_dir import run_shards, settled
+from jobs.runs.train import _tell_few_steps, train
+from pipeline import build
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
 from tests.unit.jobs.training.test_checkpoint_damage import write_checkpoint
@@ -83,6 +85,38 @@ def test_a_run_keeps_the_settings_that_it_began_with(shards, config):
     assert switches(settled(config)) == (True, True)
     explicit = dataclasses.replace(config, model=config.model | {"set_attention": False})
     assert switches(settled(explicit)) == (True, False)
+
+
+def test_a_run_whose_users_were_forgotten_names_how_to_start_a_new_one(shards, config):
+    data = shards(timed=True)
+    config.run_dir.mkdir(parents=True)
+    write_json(config.run_dir / "run.json", as_json(run_facts(settled(config), data, warm_start=None)))
+    build.forget(data.path, ["2"])
+    with pytest.raises(UserError) as caught:
+        run_shards(config)
+    assert str(caught.value).endswith(
+        f"it held users who were forgotten with manifest 2; start a new run with --name NEW, or remove {config.run_dir}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "says"),
+    [
+        (99, [], "lower data.loader.batch_events (65,536) or raise training.epochs (1), in a run of another --name"),
+        (99, ["--training.max_seconds", "60"], "or raise training.max_seconds (60), in a run of another --name"),
+        (99, ["--training.warm_start", "elsewhere"], ""),
+        (100, [], ""),
+    ],
+)
+def test_few_steps_from_scratch_are_told(config, capsys, steps, settings, says):
+    settings = ["--workspace", config.workspace, "--data.loader.batch_events", "65536", *settings]
+    config = load_config("train", config.recipe, [*settings, "--training.epochs", "1"])
+    write_checkpoint(config.run_dir / f"step-{steps:08d}")
+    _tell_few_steps(config, Console())
+    told = capsys.readouterr().out
+    assert told.startswith(f"train        note: only {steps} steps" if says else "")
+    assert told.rstrip("\n").endswith(says)
+    assert bool(told) == bool(says)
 
 
 def test_a_new_run_takes_the_settings_of_the_checkpoint_that_it_begins_from(shards, config, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlflow.models.utils import _enforce_schema
 from jobs.runs.export import scorer_source, signature
 from jobs.scorer import scorer as scorer_module
 from jobs.scorer.histories import NO_TIME, RequestError
+from jobs.scorer.scorer import UNKNOWN_SCORE
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
 from pipeline.shards.sequences import build_sequences
@@ -124,6 +126,19 @@ def test_unknown_items_have_row_1_and_unknown_actions_are_none(scorer):
 
 
 @pytest.mark.parametrize("set_attention", [False, True])
+def test_unknown_candidates_come_last_and_change_no_other_score(data, export, set_attention):
+    scorer = export(data, set_attention=set_attention).scorer()
+    request = {"history": [[100, 101]], "history_time": [[600_000, 1_200_000]]}
+    [known] = scorer.predict(None, pd.DataFrame(request | {"candidates": [[102, 103]]}))["scores"]
+    [mixed] = scorer.predict(None, pd.DataFrame(request | {"candidates": [[99999, 102, 77777, 103]]}))["scores"]
+    assert (mixed[0], mixed[2]) == (UNKNOWN_SCORE, UNKNOWN_SCORE)
+    assert min(known) > UNKNOWN_SCORE
+    # float32 sums of another length in matrix products.
+    np.testing.assert_allclose([mixed[1], mixed[3]], known, atol=2e-5)
+    assert json.loads(json.dumps(mixed)) == mixed
+
+
+@pytest.mark.parametrize("set_attention", [False, True])
 def test_scores_do_not_depend_on_how_requests_are_grouped(data, export, monkeypatch, set_attention):
     scorer = export(data, set_attention=set_attention).scorer()
     frame = random_requests()
@@ -166,7 +181,8 @@ def test_a_users_category_may_be_a_value_a_list_or_a_number_beside_none(scorer):
     ("change", "words"),
     [
         ({"history": None}, "column 'history' is missing"),
-        ({"history_time": None}, "column 'history_time' is missing"),
+        ({"history": None, "user_id": [1, 2]}, "column 'history' is missing: this model has no users' histories"),
+        ({"history_time": None}, "column 'history_time' is missing: give a list of times, milliseconds since 1970"),
         ({"candidates": None}, "column 'candidates' is missing"),
         ({"history": [["a", "b"], ["c"]]}, "column 'history' holds string: it must hold integers"),
         ({"history": [1, 2]}, "row 0: column 'history' is int: it must hold a list"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.scorer.checksums import write_checksums
+from jobs.scorer.scorer import UNKNOWN_SCORE
 from jobs.serving import request_files as score_input
 from jobs.serving import score as scoring
 from jobs.serving.ranking import ScoreConfig, best_first
@@ -226,6 +227,15 @@ def test_rows_keep_their_order_and_columns_and_the_footer_says_what_was_done(dat
     assert pq.read_schema(tmp_path / "out.parquet").field("scores").type.value_type == pa.float32()
 
 
+def test_unknown_candidates_are_ranked_last_in_the_order_of_the_request(data, export, tmp_path):
+    asked = pa.table({"user_id": [5], "candidates": [[31, 100, 7, 101]]})
+    [row], counts = run(export(data), tmp_path, asked, shards=data.path)
+    assert sorted(row["candidates"][:2]) == [100, 101]
+    assert row["candidates"][2:] == [31, 7]
+    assert row["scores"][2:] == [UNKNOWN_SCORE] * 2
+    assert counts.unknown_candidates == 2
+
+
 def test_equal_scores_keep_the_order_of_the_request():
     scores, offsets = np.array([1, 3, 3, 2, 5, 5, 5], np.float32), np.array([0, 4, 4, 7])
     places, kept = best_first(scores, offsets, top_k=None)
@@ -244,7 +254,8 @@ def ask(**columns):
     [
         (ask(candidates=None), "column 'candidates' is missing: add it, or rank the whole catalogue with --top_k"),
         (ask(history=None), "column 'history' is missing"),
-        (ask(history_time=None), "column 'history_time' is missing"),
+        (ask(history=None, user_id=[1, 2]), "column 'history' is missing: with user_id, give --shards DIR, or --st"),
+        (ask(history_time=None), "column 'history_time' is missing: give a list of times, milliseconds since 1970"),
         (ask(candidates=[["x"], ["y"]]), "column 'candidates' holds string: it must hold integers"),
         (ask(history=[3, 4]), "column 'history' is int64: it must hold a list for each request"),
         (ask(history_time=[[1], [2]]), "row 0: history_time and history differ in length (1 and 2)"),
@@ -340,7 +351,7 @@ def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(d
     whole = file.read_bytes()
     for content in (b"", b"user_id,item_id\n1,2\n", whole[:-20]):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="not a complete Parquet file"):
+        with pytest.raises(UserError, match=r"not a complete Parquet file|must be Parquet, which this file is not"):
             score(model, ScoreConfig(requests=str(file), out=str(tmp_path / "o")), Console())
     file.unlink()
     with pytest.raises(UserError, match="no such file"):
@@ -357,13 +368,23 @@ def test_what_is_no_whole_parquet_file_and_options_that_contradict_are_refused(d
         ScoreConfig(requests="a", out="b", top_k=0)
 
 
+def test_requests_and_results_of_other_formats_are_refused(data, export, tmp_path):
+    (tmp_path / "clicks.csv").write_text("user_id,history\n1,2\n")
+    config = ScoreConfig(requests=str(tmp_path / "clicks.csv"), out=str(tmp_path / "out.parquet"))
+    with pytest.raises(UserError, match=r"clicks.csv: requests must be Parquet, which this file is not: write the"):
+        score(export(data), config, Console())
+    config = ScoreConfig(requests=str(tmp_path / "requests.parquet"), out=str(tmp_path / "top.csv"))
+    with pytest.raises(UserError, match=r"top.csv: the result is Parquet: name it .*top.parquet$"):
+        score(export(data, name="again"), config, Console())
+
+
 def test_weights_that_are_not_numbers_give_no_result(data, export, tmp_path):
     model = export(data)
     table = load_file(model.directory / "table-item.safetensors")["weight"]
     save_file({"weight": table * float("nan")}, model.directory / "table-item.safetensors")
     write_checksums(model.directory)
     with pytest.raises(UserError, match="computes NaN or infinite scores"):
-        run(model, tmp_path, ask())
+        run(model, tmp_path, ask(candidates=[[100], [101]]))
     (model.directory / "model.safetensors").write_bytes(b"broken")
     write_checksums(model.directory)
     with pytest.raises(UserError, match="cannot be read"):
