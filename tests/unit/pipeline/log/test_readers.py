@@ -143,11 +143,21 @@ def test_a_json_number_is_a_time_as_it_is_written_and_any_other_value_as_python_
     assert [row[2] for row in found] == [None if text in infinite else text.strip('"') for text in written]
     assert {(row[0], row[1], *row[3:]) for row in found} == {("7", "10", "1.5", "1.0")}
     # Ids that are no integers, or that a float64 could not tell apart.
-    for number in ("9007199254740993.0", "7.25", "1e-5", "7.00000000000000000000000000001"):
+    for number in (
+        "9007199254740992.0",
+        "-9007199254740992.0",
+        "9007199254740993.0",
+        "9.007199254740992e15",
+        "7.25",
+        "1e-5",
+        "7.00000000000000000000000000001",
+    ):
         path.write_text(f'{{"user_id": {number}, "item_id": 1, "timestamp": 1}}\n')
         assert read(path) == ([], [path.read_text().strip()])
-    path.write_text('{"user_id": 0e999999999, "item_id": -9007199254740992.0, "timestamp": 1}\n')
-    assert read(path)[0] == [("0", "-9007199254740992", "1")]
+    path.write_text('{"user_id": 0e999999999, "item_id": -9007199254740991.0, "timestamp": 1}\n')
+    assert read(path)[0] == [("0", "-9007199254740991", "1")]
+    path.write_text('{"user_id": 9007199254740993, "item_id": 1, "timestamp": 1}\n')
+    assert read(path)[0] == [("9007199254740993", "1", "1")]
 
 
 def test_words_for_nothing_are_missing_in_csv_only_without_quotes_and_elsewhere_only_if_named(tmp_path):
@@ -217,11 +227,24 @@ def test_names_of_columns_are_quoted_so_that_blanks_and_characters_without_a_sha
         read(path)
 
 
-def test_of_equal_keys_the_last_counts_and_deep_nesting_costs_its_row(tmp_path):
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json"])
+def test_a_key_that_stands_twice_costs_its_row_where_it_is_read(tmp_path, name):
+    doubled = [
+        '{"user_id": 1, "user_id": 2}',
+        '{"user_id": 1, "user\\u005fid": 1}',
+        '{"item_id": 1, "x": 2, "item_id": 3}',
+    ]
+    single = ['{"user_id": 1, "x": 2, "x": 3}', '{"user_id": 2, "x": {"user_id": 3, "user_id": 4}}']
+    path, lines = tmp_path / name, [*doubled, *single]
+    path.write_text(f"[{','.join(lines)}]" if name == "log.json" else "\n".join(lines))
+    assert read(path) == ([("1", None, None), ("2", None, None)], doubled)
+
+
+def test_deep_nesting_costs_its_row(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"user_id": 1, "user_id": 2}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
+    path.write_text('{"user_id": 1}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
     rows, malformed = read(path)
-    assert rows == [("2", None, None), ("3", None, None)]
+    assert rows == [("1", None, None), ("3", None, None)]
     assert len(malformed) == 1
 
 

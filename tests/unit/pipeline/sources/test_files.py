@@ -12,6 +12,7 @@ import pytest
 from pipeline.events import DataError, EventColumns
 from pipeline.log.inputs import FileFormat
 from pipeline.shards.dataset import Shards
+from pipeline.shards.inspection import digest
 from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns, import_files
 
 RATINGS = "uid;movie;when;stars\n1;5;100;3\n2;6;200;4\n1;6;150;5\n"
@@ -303,6 +304,31 @@ def test_a_json_time_keeps_every_nanosecond(tmp_path):
     path.write_text('{"user_id": "u", "item_id": "a", "timestamp": 1706700000123456789}\n')
     import_files(str(path), f"{out}2", config=ImportConfig(columns=EventColumns(timestamp_unit="ns")))
     assert pl.read_parquet(f"{out}2/events-00000.parquet")["timestamp"].to_physical().to_list() == whole
+
+
+@pytest.mark.parametrize(
+    ("unit", "times"),
+    [
+        ("s", ["1600000000.123456789", "1600000000.123456788", "1600000000.1234567899", "1600000000"]),
+        ("ns", ["1600000000123456789.0", "1600000000123456788.0", "1600000000123456789.9", "1600000000123456787"]),
+    ],
+)
+def test_csv_and_json_give_the_same_times_and_the_same_order(tmp_path, prepare, unit, times):
+    rows = [f"u,{place},{time}" for place, time in enumerate(times)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    lines = [f'{{"user_id": "u", "item_id": {place}, "timestamp": {time}}}' for place, time in enumerate(times)]
+    (tmp_path / "log.json").write_text("\n".join(lines))
+    columns, found = EventColumns(timestamp_unit=unit), []
+    for name in ("log.csv", "log.json"):
+        out = tmp_path / f"{name}.events"
+        import_files(str(tmp_path / name), str(out), config=ImportConfig(columns=columns))
+        prepare(out, tmp_path / f"{name}.shards")
+        data = Shards.open(str(tmp_path / f"{name}.shards"))
+        whole = pl.read_parquet(out / "events-00000.parquet")["timestamp"].to_physical().to_list()
+        found.append((whole, digest(data.path), data.vocabulary.items.to_pylist(), data.manifest.schema["columns"]))
+    assert found[0] == found[1]
+    assert found[0][0][:2] == [1_600_000_000_123_456_789, 1_600_000_000_123_456_788]
+    assert "order" in found[0][3]
 
 
 @pytest.mark.parametrize(("day", "read"), [("20240131", "2024-01-31"), ("20240131123456", "2024-01-31 12:34:56")])
