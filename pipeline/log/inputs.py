@@ -99,6 +99,10 @@ class Input:
     """The ending of its compression, such as .gz; None = it is not compressed as a whole."""
     separator: str = ","
     """CSV: text between two fields."""
+    version: tuple[Any, ...] = ()
+    """As from listing.version_of, when the file was listed."""
+    is_young: bool = False
+    """Its version may stay the same even if it changes once more."""
 
     def open(self) -> IO[Any]:
         """The content; for JSON, lines. DataError: it cannot be opened, or holds something else than its name says."""
@@ -247,7 +251,7 @@ def _input(file: Listed, *, options: FileFormat) -> Input:
         separator = "\t" if suffix == ".tsv" else ","
     return Input(
         name=file.name, url=file.url, bytes=file.bytes, format=_SUFFIXES.get(suffix) or _form(options.format),
-        compression=compression, separator=separator,
+        compression=compression, separator=separator, version=file.version, is_young=file.is_young,
     )  # fmt: skip
 
 

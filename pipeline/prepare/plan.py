@@ -79,6 +79,12 @@ class Plan:
         return not self.inputs and self.items is None and self.users is None
 
     @property
+    def hashed(self) -> list[tuple[Input, str]]:
+        """The files that are read, with their checksums."""
+        read = (*self.inputs, self.items, self.users)
+        return [(each.file, each.checksum) for each in read if each is not None]
+
+    @property
     def ingest(self) -> str:
         """Identifier of this set of inputs."""
         return hashlib.sha256(repr([new.checksum for new in self.inputs]).encode()).hexdigest()[:16]

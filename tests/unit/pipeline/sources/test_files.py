@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.events import DataError, EventColumns
+from pipeline.log import readers
 from pipeline.log.inputs import FileFormat
 from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import digest
 from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns, import_files
+from tests.support.changed_files import WAYS, truncated
 
 RATINGS = "uid;movie;when;stars\n1;5;100;3\n2;6;200;4\n1;6;150;5\n"
 CONFIG = ImportConfig(
@@ -453,3 +455,24 @@ def test_a_log_without_a_valid_row_says_why(tmp_path):
     path.write_text("user_id,item_id,timestamp\nu,i,yesterday\n")
     with pytest.raises(DataError, match=r"all 1 rows are invalid \(invalid time: 1\); for example 'yesterday'"):
         import_files(str(path), str(tmp_path / "log"), config=ImportConfig(max_rejected_ratio=1))
+
+
+@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize("name", ["log.csv", "items.csv", "users.csv"])
+def test_a_file_that_changes_between_its_checksum_and_its_reading_leaves_nothing(tmp_path, monkeypatch, change, name):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + "u,a,1\nu,b,2\n" * 50)
+    (tmp_path / "items.csv").write_text("item_id,kind\nu,x\n")
+    (tmp_path / "users.csv").write_text("user_id,plan\nu,x\n")
+    config = ImportConfig(items=ItemColumns(features=("kind",)), users=UserColumns(features=("plan",)))
+    given = {"config": config, "items": str(tmp_path / "items.csv"), "users": str(tmp_path / "users.csv")}
+    out = tmp_path / "logs" / "shop"
+    with monkeypatch.context() as patch:
+        original = readers.log_schema
+        patch.setattr(
+            readers, "log_schema", lambda *files, **named: change(tmp_path / name) or original(*files, **named)
+        )
+        with pytest.raises(DataError, match=rf"/{name} changed while it was read; nothing was written; run the same"):
+            import_files(str(tmp_path / "log.csv"), str(out), **given)
+    assert list(out.parent.iterdir()) == []
+    if change is not truncated:
+        assert not import_files(str(tmp_path / "log.csv"), str(out), **given).reused
