@@ -74,6 +74,10 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
                 f"{file.name}: {names.count(column)} columns are called {column!r} (mapped to {canonical}); "
                 "rename all but one"
             )
+        if schema.get(column) == pl.Unknown:
+            raise DataError(
+                f"{file.name}: column {column!r} (mapped to {canonical}) has a type that cannot be read; cast it"
+            )
     return {canonical: schema.get(column, pl.String()) for canonical, column in mapping.items()}
 
 
