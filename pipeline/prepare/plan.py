@@ -308,9 +308,8 @@ def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, A
 def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
     present = readers.read_schema(file, options=files)
     if "timestamp" not in present and "order" not in present:
-        raise DataError(
-            f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; set columns.timestamp"
-        )
+        fix = readers.separator_hint(file, "timestamp", options=files) or "set columns.timestamp"
+        raise DataError(f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; {fix}")
     names = ("timestamp", "order", "action", "label", "request_id")
     found: dict[str, Any] = {name: name if name in present else None for name in names}
     return EventColumns(**found)

@@ -220,7 +220,8 @@ def _refuse_bad_rows(rows: RowCounts, log: _Log, *, names: str) -> None:
     bad = rows.rejected.total()
     way = f"{again}, {elsewhere} and a mapping" if log.published else "check the rows, columns and files"
     if bad and bad == rows.read:
-        raise DataError(f"{names}: all {bad} rows are invalid ({rows.reasons()}); {rows.first_of_each()}; {way}")
+        hint = readers.first_row_hint(log.files[0], mapping=log.written.mapping(), options=log.config.files)
+        raise DataError(f"{names}: all {bad} rows are invalid ({rows.reasons()}); {rows.first_of_each()}{hint}; {way}")
     if bad > ratio * rows.read:
         raise DataError(
             f"{names}: {bad} of {rows.read} rows are invalid ({rows.reasons()}), above max_rejected_ratio {ratio}; "

@@ -476,3 +476,13 @@ def test_a_file_that_changes_between_its_checksum_and_its_reading_leaves_nothing
     assert list(out.parent.iterdir()) == []
     if change is not truncated:
         assert not import_files(str(tmp_path / "log.csv"), str(out), **given).reused
+
+
+def test_a_json_file_with_the_events_inside_of_an_object_is_refused_by_the_keys_that_are_there(tmp_path, prepare):
+    path = tmp_path / "log.json"
+    path.write_text('{"data": [{"user_id": "u", "item_id": "a", "timestamp": 1}], "count": 1}')
+    told = r"all 1 rows are invalid .*; its first row has 'data', 'count', but not 'user_id', 'item_id', 'timestamp'; "
+    with pytest.raises(DataError, match=told):
+        import_files(str(path), str(tmp_path / "log"), config=ImportConfig())
+    with pytest.raises(DataError, match=told):
+        prepare(path, tmp_path / "shards", columns=EventColumns())
