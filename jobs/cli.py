@@ -1,7 +1,8 @@
 """The program `solar`: the list of its commands, and how a command ends.
 
-A user's mistake ends with one line on stderr and exit code 2; an interruption leaves a resumable state and ends with
-exit code 130; any other exception is a defect and shows its traceback.
+A user's mistake ends with one line on stderr and exit code 2, what may succeed later as it is with one line and 75; an
+interruption leaves a resumable state and ends with exit code 130; any other exception is a defect and shows its
+traceback.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
 
     from jobs.cluster.failures import WorkerFailure
     from jobs.host.errors import UserError
-    from pipeline.events import DataError
+    from pipeline.events import DataError, NotNow
 
     console = Console()
     try:
         return command(arguments, console, verbose=verbose)
     except (UserError, DataError, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {one_line(error)}")
-        return MISTAKE
+        return TRY_LATER if isinstance(error, NotNow) else MISTAKE
     except KeyboardInterrupt as error:
         console.error(f"solar: interrupted; {_what_is_left(error)}")
         return INTERRUPTED
@@ -110,11 +111,12 @@ def _ended_by(error: Exception, console: Console) -> int:
     """Say what ended a command beside a user's mistake: a refusal of the system or a locked database in one line, a
     defect with its traceback."""
     from jobs.tracking.unsent import is_locked
-    from pipeline.system_errors import refusal
+    from pipeline.events import NotNow
+    from pipeline.system_errors import as_data_error
 
-    if line := refusal(error):
-        console.error(f"solar: {line}")
-        return MISTAKE
+    if told := as_data_error(error):
+        console.error(f"solar: {told}")
+        return TRY_LATER if isinstance(told, NotNow) else MISTAKE
     if is_locked(error):
         console.error(
             f"solar: MLflow's database is locked by another program: end it, or try again later (exit code {TRY_LATER})"

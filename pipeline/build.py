@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pipeline.batches import request_index
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns, NotNow
+from pipeline.log.changes import unchanged
 from pipeline.log.daily import DailyLog
 from pipeline.log.inputs import FileFormat
 from pipeline.prepare import compaction, forgetting, garbage, ingest, log_parts
@@ -104,9 +105,9 @@ def prepare(
 
     `items` is a Parquet table of item_id and features, `users` one of user_id and features; by default the log's own
     items.parquet and users.parquet, if they exist. Ray must be initialised. DataError, with the earlier state
-    unchanged: a missing or damaged file, a missing column, too many rejected rows, no valid row, a users table that
-    names a user twice or only users that never occur in the log, a configuration other than the data set's, or an
-    ingested file that has changed.
+    unchanged: a missing or damaged file, one that changes while it is read or after its ingest, a missing column, too
+    many rejected rows, no valid row, a users table that names a user twice or only users that never occur in the log,
+    or a configuration other than the data set's.
     """
     _require_ray()
     report = progress or (lambda stage, done, total: None)
@@ -125,52 +126,58 @@ def prepare(
 
 def _ingest(plan: Plan, *, config: PrepareConfig, report: Progress) -> tuple[Manifest, list[str]]:
     """Stage, build and commit the new inputs of the plan; returns the new manifest, and notes on the new rows."""
-    out = plan.out
     require_disk(plan)
-    with staging_directory(out) as staging:
-        # Validate the new events and divide them by bucket.
-        stage = functools.partial(log_parts.stage_part, plan=plan, staging=staging)
-        # Starting a task takes as long as staging 200,000 events, so small files share a task.
-        staged = _map(stage, plan.parts(), stage="read", report=report, tasks=_TASKS_PER_CORE * _num_cores())
-        staged.sort(key=lambda result: result.number)
-        counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
-        notes: list[str] = []
-        if plan.inputs:
-            counts, notes = log_parts.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
-        if any(part.has_fine_times for part in staged):
-            if plan.keeps_fine_times:
-                plan = plan.with_order_from_times()
-            else:
-                notes.append("what times have below the millisecond is left out, as in the data set so far")
-        staged_users = _stage_users(plan, staging=staging, report=report)
-        buckets = ingest.by_bucket(staged, staged_users, plan=plan)
-        if plan.users and plan.users_are_new:
-            check = functools.partial(ingest.check_users, plan=plan, staging=staging)
-            checked = _map(check, [row for row in buckets if row.users], stage="check users", report=report)
-            refuse_bad_users(checked, file=plan.users.file.name)
+    with staging_directory(plan.out) as staging:
+        with unchanged(plan.hashed):
+            state, notes = _build(plan, config=config, staging=staging, report=report)
+        manifest.commit(plan.out, state)
+    return state, notes
 
-        # Append new items and values to the vocabulary.
-        vocabulary = ingest.grow_vocabulary(staged, staged_users, plan=plan, staging=staging)
-        vocabulary_entry = write_vocabulary(vocabulary, path=out)
 
-        # Build one file per bucket, then commit all of them.
-        time_range = ingest.join_ranges(part.time_range for part in staged)
-        build = functools.partial(
-            ingest.build_bucket, plan=plan, staging=staging, vocabulary=vocabulary_entry["name"],
-            row_group_events=config.row_group_events, late_days=config.late_days,
-            latest=max(time_range) if time_range else None,
-        )  # fmt: skip
-        at_once = _tasks_at_once(buckets, plan=plan, memory_gib=config.memory_gib)
-        # One task per bucket of a good size; small buckets of a day share a task.
-        tasks = max(_TASKS_PER_CORE * _num_cores(), counts["valid"] // _TASK_EVENTS)
-        built = _map(build, buckets, stage="build", report=report, at_once=at_once, tasks=tasks)
-        built.sort(key=lambda result: result.bucket)
-        committed = ingest.finish(
-            built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,
-            time_range=time_range,
-        )  # fmt: skip
-        manifest.commit(out, committed)
-    return committed, notes
+def _build(plan: Plan, *, config: PrepareConfig, staging: str, report: Progress) -> tuple[Manifest, list[str]]:
+    """The state with the new inputs, of which all files are written; not committed yet. And notes on the new rows."""
+    # Validate the new events and divide them by bucket.
+    stage = functools.partial(log_parts.stage_part, plan=plan, staging=staging)
+    # Starting a task takes as long as staging 200,000 events, so small files share a task.
+    staged = _map(stage, plan.parts(), stage="read", report=report, tasks=_TASKS_PER_CORE * _num_cores())
+    staged.sort(key=lambda result: result.number)
+    counts: dict[str, Any] = {"read": 0, "valid": 0, "rejected": {}}
+    notes: list[str] = []
+    if plan.inputs:
+        counts, notes = log_parts.refuse_bad_log(staged, plan=plan, max_rejected_ratio=config.max_rejected_ratio)
+    if any(part.has_fine_times for part in staged):
+        if plan.keeps_fine_times:
+            plan = plan.with_order_from_times()
+        else:
+            notes.append("what times have below the millisecond is left out, as in the data set so far")
+    staged_users = _stage_users(plan, staging=staging, report=report)
+    buckets = ingest.by_bucket(staged, staged_users, plan=plan)
+    if plan.users and plan.users_are_new:
+        check = functools.partial(ingest.check_users, plan=plan, staging=staging)
+        checked = _map(check, [row for row in buckets if row.users], stage="check users", report=report)
+        refuse_bad_users(checked, file=plan.users.file.name)
+
+    # Append new items and values to the vocabulary.
+    vocabulary = ingest.grow_vocabulary(staged, staged_users, plan=plan, staging=staging)
+    vocabulary_entry = write_vocabulary(vocabulary, path=plan.out)
+
+    # Build one file per bucket.
+    time_range = ingest.join_ranges(part.time_range for part in staged)
+    build = functools.partial(
+        ingest.build_bucket, plan=plan, staging=staging, vocabulary=vocabulary_entry["name"],
+        row_group_events=config.row_group_events, late_days=config.late_days,
+        latest=max(time_range) if time_range else None,
+    )  # fmt: skip
+    at_once = _tasks_at_once(buckets, plan=plan, memory_gib=config.memory_gib)
+    # One task per bucket of a good size; small buckets of a day share a task.
+    tasks = max(_TASKS_PER_CORE * _num_cores(), counts["valid"] // _TASK_EVENTS)
+    built = _map(build, buckets, stage="build", report=report, at_once=at_once, tasks=tasks)
+    built.sort(key=lambda result: result.bucket)
+    state = ingest.finish(
+        built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,
+        time_range=time_range,
+    )  # fmt: skip
+    return state, notes
 
 
 def compact(path: str, *, buckets: Sequence[int] | None = None, progress: Progress | None = None) -> Manifest:

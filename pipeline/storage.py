@@ -136,13 +136,14 @@ class Store:
         return tempfile.TemporaryDirectory(prefix=f"{SCRATCH}{owner()}-", dir=self.path)
 
     def free_bytes(self) -> int | None:
-        """Free disk space; None for a remote store, which has no such limit."""
+        """Free disk space; None where there is no such limit (a remote store), or none is told."""
         if not self.is_local:
             return None
         folder = Path(self.path).absolute()
         while not folder.exists():
             folder = folder.parent
-        return shutil.disk_usage(folder).free
+        usage = shutil.disk_usage(folder)
+        return usage.free if usage.total else None
 
 
 def locate(path: str) -> tuple[Any, str]:

@@ -22,6 +22,7 @@ _WAYS_OUT = {
     errno.ENOTDIR: "a part of this path is a file: name another place",
     errno.EISDIR: "name a file",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "nothing can be created there: name another place",
     errno.ELOOP: "mend the links, or name another place",
 }
 _TEXTS = {
@@ -81,7 +82,7 @@ def _refused(error: BaseException) -> tuple[int, str | None] | None:
     for cause in causes(error):
         if isinstance(cause, OSError):
             number = errno.ENOTDIR if _is_no_directory(cause) else cause.errno
-            if number in _WAYS_OUT:
+            if number in _WAYS_OUT and (number != errno.ENOENT or _is_of_the_kernel(cause)):
                 return number, _file_of(cause)
         else:
             number = next((number for text, number in _TEXTS.items() if text in str(cause)), None)
@@ -93,6 +94,17 @@ def _refused(error: BaseException) -> tuple[int, str | None] | None:
 def _is_no_directory(error: OSError) -> bool:
     """Whether a directory was to be made where a file is."""
     return error.errno == errno.EEXIST and error.filename is not None and os.path.isfile(error.filename)
+
+
+def _is_of_the_kernel(error: OSError) -> bool:
+    """Whether the file would lie in a file system that stores nothing, such as /proc: there, to create one is to find
+    none. Anywhere else, that a file is missing is no refusal."""
+    if error.filename is None:
+        return False
+    try:
+        return os.statvfs(os.path.dirname(os.path.abspath(os.fsdecode(error.filename)))).f_blocks == 0
+    except OSError:
+        return False
 
 
 def _file_of(error: OSError) -> str | None:

@@ -230,7 +230,8 @@ def forget_parser() -> ArgumentParser:
         type=Place,
         required=True,
         help="text file with one id per line, exactly as in the log: LF or CRLF ends a line, spaces belong to the id, "
-        "empty lines are ignored; or a table by its name (.csv, .tsv, .jsonl, .parquet) with a column of ids",
+        "empty lines are ignored; or a table by its name (.csv, .tsv, .json, .jsonl, .parquet) with a column of ids; "
+        "also compressed",
     )
     add("--users_column", type=str | None, default=None, help="column of a table with the ids; default: user_id")
     add(

@@ -26,7 +26,7 @@ _SUFFIXES = {
 _FORMATS = ("auto", "parquet", "csv", "json", "jsonl")
 MISSING_WORDS = ("NULL", "null", "\\N", "None", "NaN", "nan", "<NA>")
 """Fields of CSV files without a value, as databases, pandas and R write them."""
-_ENCODINGS = ("utf-8", "latin-1", "cp1252")
+_ENCODINGS = ("utf-8", "utf-16-le", "utf-16-be", "latin-1", "cp1252")
 _SOURCE = "source.json"
 _TABLES = ("items.parquet", "users.parquet", "rejected.parquet")
 _SOURCE_BEGINS = b'{\n "format_version"'
@@ -50,13 +50,13 @@ class FileFormat:
     """Files and folders to leave out of a directory or pattern: a pattern of a name, or of a path inside the directory,
     such as '*.txt'; several as '["*.txt", "old/*"]'."""
     separator: str = "auto"
-    """CSV: text between two fields; auto = a tab in .tsv files, a comma in others. More than one character, or one
-    beyond ASCII, is allowed, but then fields cannot be quoted."""
+    """CSV: text between two fields; auto = a tab in .tsv files, a comma in others; \\t = a tab. More than one
+    character, or one beyond ASCII, is allowed, but then fields cannot be quoted."""
     header: tuple[str, ...] = ()
     """CSV: names of the columns, for files without a header line."""
     encoding: str = "utf-8"
-    """Text files: utf-8, latin-1 or cp1252. Files that begin with the byte order mark of UTF-16 or UTF-32 are read as
-    such under utf-8."""
+    """Text files: utf-8, utf-16-le, utf-16-be, latin-1 or cp1252. Files that begin with the byte order mark of UTF-8,
+    UTF-16 or UTF-32 are read as such under utf-8, utf-16-le and utf-16-be."""
     quoted: bool = True
     """CSV: a field may be enclosed in double quotes and may then hold line breaks (RFC 4180); a record over several
     lines has at most 128 KiB, or its first line is malformed. false = a quote is an ordinary character."""
@@ -69,6 +69,8 @@ class FileFormat:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "header", tuple(self.header))
+        if self.separator == "\\t":
+            object.__setattr__(self, "separator", "\t")
         if self.missing is not None:
             object.__setattr__(self, "missing", tuple(self.missing))
         object.__setattr__(self, "ignore", (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore))
@@ -99,6 +101,10 @@ class Input:
     """The ending of its compression, such as .gz; None = it is not compressed as a whole."""
     separator: str = ","
     """CSV: text between two fields."""
+    version: tuple[Any, ...] = ()
+    """As from listing.version_of, when the file was listed."""
+    is_young: bool = False
+    """Its version may stay the same even if it changes once more."""
 
     def open(self) -> IO[Any]:
         """The content; for JSON, lines. DataError: it cannot be opened, or holds something else than its name says."""
@@ -247,7 +253,7 @@ def _input(file: Listed, *, options: FileFormat) -> Input:
         separator = "\t" if suffix == ".tsv" else ","
     return Input(
         name=file.name, url=file.url, bytes=file.bytes, format=_SUFFIXES.get(suffix) or _form(options.format),
-        compression=compression, separator=separator,
+        compression=compression, separator=separator, version=file.version, is_young=file.is_young,
     )  # fmt: skip
 
 

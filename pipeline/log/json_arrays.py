@@ -25,7 +25,8 @@ def is_array(head: bytes) -> bool:
 def array_lines(stream: IO[bytes], *, name: str) -> Iterator[bytes]:
     """Some lines at a time, with a line break after each. DataError: the array `name` is damaged or cut short.
 
-    Brackets, commas and quotes are single bytes in every encoding that is read, so the text is handled as Latin-1.
+    Brackets, commas and quotes are single bytes in every encoding but UTF-16, in which an array is refused as damaged:
+    so the text is handled as Latin-1.
     """
     text = stream.read(_CHUNK_BYTES).removeprefix(_BOM).decode("latin-1")
     place = text.index("[") + 1

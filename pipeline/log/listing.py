@@ -13,8 +13,9 @@ import glob
 import heapq
 import os
 import stat
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -24,6 +25,10 @@ from pipeline.storage import locate
 
 _HIDDEN = (".", "_")
 _MAGIC = "*?["
+_YOUNG_NANOSECONDS = 2 * 10**9
+"""No disk in use has a coarser clock."""
+_REMOTE_VERSIONS = ("ETag", "etag", "mtime", "last_modified", "LastModified", "modificationTime", "updated", "created")
+"""What stores call the version or the time of a file, the first counts."""
 _KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
@@ -36,6 +41,11 @@ class Listed:
     url: str
     """Where to open it: an absolute path or a URL."""
     bytes: int = 0
+    version: tuple[Any, ...] = ()
+    """As from `version_of`."""
+    is_young: bool = False
+    """Its version may stay the same even if it changes once more: the clocks of disks are coarse, and some stores tell
+    neither version nor time."""
     problem: str | None = None
     """Why it cannot be read."""
     is_again: bool = False
@@ -75,6 +85,19 @@ def list_files(path: str) -> Listing:
     found = _local(root, starts, above=above) if is_local else _remote(fs, root, starts, above=above)
     found = [file for file in found if not is_folder or not _is_hidden(file.name, pattern=pattern)]
     return Listing(files=sorted(found, key=lambda file: file.url), is_single=not is_folder)
+
+
+def version_of(url: str) -> tuple[Any, ...] | None:
+    """What tells one content of a file from the next: its size and, on a disk, inode and time of the last change; in a
+    store ETag or time. None if the file is gone."""
+    fs, path = locate(url)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            return _version(os.stat(path))
+        fs.invalidate_cache()
+        return _remote_version(fs.info(path))
+    except FileNotFoundError:
+        return None
 
 
 def shown(name: str) -> str:
@@ -176,7 +199,8 @@ class _Walk:
         elif not os.access(path, os.R_OK):
             self._note(path, problem="not readable by this user")
         else:
-            self._note(path, bytes=status.st_size)
+            is_young = time.time_ns() - status.st_mtime_ns < _YOUNG_NANOSECONDS
+            self._note(path, bytes=status.st_size, version=_version(status), is_young=is_young)
         self._seen.add(identity)
 
     def _note(self, path: str, *, problem: str | None = None, **fields: Any) -> None:
@@ -203,7 +227,20 @@ def _remote(fs: Any, root: str, starts: list[str], *, above: str) -> list[Listed
     for path, info in found.items():
         files |= fs.find(path, detail=True) if info["type"] == "directory" else {path: info}
     return [
-        Listed(name=path[len(above) :].lstrip("/"), url=fs.unstrip_protocol(path), bytes=int(info["size"] or 0))
+        Listed(
+            name=path[len(above) :].lstrip("/"), url=fs.unstrip_protocol(path), bytes=int(info["size"] or 0),
+            version=_remote_version(info), is_young=not any(info.get(key) for key in _REMOTE_VERSIONS),
+        )
         for path, info in files.items()
         if info["type"] == "file"
-    ]
+    ]  # fmt: skip
+
+
+def _version(status: os.stat_result) -> tuple[Any, ...]:
+    return status.st_size, status.st_ino, status.st_mtime_ns
+
+
+def _remote_version(info: Mapping[str, Any]) -> tuple[Any, ...]:
+    # A listing and a request for one file put the same ETag into other quotes, and times into other units.
+    told = next((str(info[key]).strip('"') for key in _REMOTE_VERSIONS if info.get(key)), None)
+    return info["size"], told

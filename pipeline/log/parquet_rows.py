@@ -38,13 +38,13 @@ def open_parquet(file: Input) -> pq.ParquetFile:
 
 
 def parquet_columns(file: Input) -> list[tuple[str, pl.DataType]]:
-    """(name, type) of every column; a name may occur several times."""
+    """(name, type) of every column; a name may occur several times. pl.Unknown: values of the type cannot be read."""
     with open_parquet(file) as parquet:
         try:
             empty = parquet.schema_arrow.empty_table()
-            return [(name, pl.Series(empty[at]).dtype) for at, name in enumerate(empty.column_names)]
-        except (pa.ArrowException, pl.exceptions.PolarsError) as error:
+        except pa.ArrowException as error:
             raise DataError(f"{file.name}: unsupported column type ({_one_line(error)}); cast it") from error
+    return [(name, _type_of(values)) for name, values in zip(empty.column_names, empty.columns, strict=True)]
 
 
 def parquet_tables(file: Input, *, columns: Sequence[str], row_group: int | None) -> Iterator[tuple[int, pl.DataFrame]]:
@@ -158,6 +158,23 @@ def _is_text(dtype: pa.DataType) -> bool:
     return pa.types.is_string(dtype) or pa.types.is_large_string(dtype)
 
 
+def _type_of(values: pa.ChunkedArray) -> pl.DataType:
+    # For this type polars has no error but a panic.
+    if "decimal256" in str(values.type):
+        return pl.Unknown()
+    try:
+        return pl.Series(_in_utc(values)).dtype
+    except (pa.ArrowException, pl.exceptions.PolarsError):
+        return pl.Unknown()
+
+
+def _in_utc(values: Any) -> Any:
+    """The same times in UTC: polars knows names of zones, but not the offsets such as +05:30 that Arrow allows."""
+    if pa.types.is_timestamp(values.type) and values.type.tz:
+        return values.cast(pa.timestamp(values.type.unit, "UTC"))
+    return values
+
+
 def _series(name: str, values: pa.Array) -> pl.Series:
     if isinstance(values, pa.DictionaryArray):
         # Each row refers to its string, which stays in memory once.
@@ -168,7 +185,7 @@ def _series(name: str, values: pa.Array) -> pl.Series:
         lengths = np.asarray(lists.value_lengths().fill_null(0), np.int64)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int64())
         return pl.Series(name, pa.LargeListArray.from_arrays(offsets, items, mask=lists.is_null()))
-    return pl.Series(name, values)
+    return pl.Series(name, _in_utc(values))
 
 
 def bounded(table: pl.DataFrame) -> Iterator[pl.DataFrame]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ from pipeline.log.text_rows import csv_format, json_format, split_record
 _BLOCK_BYTES = 16 << 20
 _HEAD_BYTES = (64 << 10, 2 * LONGEST_LINE)
 """How much of a file is read to find its first record; nearly always the first suffices."""
+_PROBE_BYTES = 1 << 10
+_SEPARATORS = (",", ";", "\t", "|")
+"""Those that a header is tried with."""
+_EXCEL_NOTE = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
 _LINE_BYTES, _PACKING = 32, 4
 """To estimate rows: bytes of a short line of text, and by which factor compression shrinks text."""
 
@@ -58,21 +63,31 @@ class Block:
         return self.before + row + 1
 
 
-def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> dict[str, pl.DataType]:
-    """{canonical name: type in the file}; empty for an empty text file. DataError names a column that is missing."""
+def describe(
+    file: Input, *, mapping: dict[str, str], options: FileFormat, section: str = "files"
+) -> dict[str, pl.DataType]:
+    """{canonical name: type in the file}; empty for an empty text file. DataError names a column that is missing.
+
+    `section`: where the user sets the options.
+    """
     found = _columns(file, options)
     if not found:
         return {}
     schema, names = dict(found), [name for name, _ in found]
     for canonical, column in mapping.items():
         if column not in schema and file.format != "jsonl":
+            fix = separator_hint(file, column, options=options, section=section) or "fix the mapping"
             raise DataError(
-                f"{file.name}: no column {column!r} (mapped to {canonical}); it has {quoted(schema)}; fix the mapping"
+                f"{file.name}: no column {column!r} (mapped to {canonical}); it has {quoted(schema)}; {fix}"
             )
         if names.count(column) > 1:
             raise DataError(
                 f"{file.name}: {names.count(column)} columns are called {column!r} (mapped to {canonical}); "
                 "rename all but one"
+            )
+        if schema.get(column) == pl.Unknown:
+            raise DataError(
+                f"{file.name}: column {column!r} (mapped to {canonical}) has a type that cannot be read; cast it"
             )
     return {canonical: schema.get(column, pl.String()) for canonical, column in mapping.items()}
 
@@ -80,6 +95,28 @@ def describe(file: Input, *, mapping: dict[str, str], options: FileFormat) -> di
 def read_schema(file: Input, *, options: FileFormat) -> dict[str, pl.DataType]:
     """{column: type} of the file: all strings for text files; the keys of the first row for JSON lines."""
     return dict(_columns(file, options))
+
+
+def separator_hint(file: Input, column: str, *, options: FileFormat, section: str = "files") -> str | None:
+    """What to set if a CSV file seems to lack the column because something else separates its fields; else None."""
+    if file.format != "csv" or options.header:
+        return None
+    header = _first_record(file, options)[0].decode("utf-8", "replace")
+    is_whole = len(split_record(header, file.separator, quoted=options.quoted) or []) == 1
+    return _likely_separator(file, header, options, has=None if is_whole else column, section=section)
+
+
+def first_row_hint(file: Input, *, mapping: dict[str, str], options: FileFormat) -> str:
+    """What is odd about the first row of a JSON file of which no row is valid, to be added to a message; else ""."""
+    if file.format != "jsonl":
+        return ""
+    if encoding := _encoding_of(_first_record(file, options)[0]):
+        return f"; it looks like UTF-16 without its mark: set files.encoding {encoding}"
+    keys = read_schema(file, options=options)
+    if not keys:
+        return "; its first line is no JSON object: write one object per line, or one array of objects"
+    absent = [column for column in mapping.values() if column not in keys]
+    return f"; its first row has {quoted(keys)}, but not {quoted(absent)}" if absent else ""
 
 
 def _columns(file: Input, options: FileFormat) -> Sequence[tuple[str, pl.DataType]]:
@@ -154,9 +191,12 @@ def _csv_names(file: Input, options: FileFormat) -> list[str]:
     names = list(options.header)
     if not names and (header := _first_record(file, options)[0]):
         text = header.decode("utf-8", "replace")
+        if note := _EXCEL_NOTE.fullmatch(text):
+            others = "" if note[1] == file.separator else f", and set files.separator {note[1]!r}"
+            raise DataError(f"{file.name}: the first line is {text!r}, a note to Excel: remove it{others}")
         names = split_record(text, file.separator, quoted=options.quoted)
         if names is None or "\0" in text:
-            raise _bad_header(file)
+            raise _bad_header(file, header, options)
     return [name.partition(":")[0] for name in names] if options.typed_header else names
 
 
@@ -168,18 +208,41 @@ def _first_record(file: Input, options: FileFormat) -> tuple[bytes, int]:
     for size in _HEAD_BYTES:
         pieces = text_pieces(file, encoding=options.encoding, size=size)
         head = next(pieces, b"")
-        if found := first_record(head, separator=separator, final=next(pieces, None) is None):
+        if found := first_record(head, separator=separator, final=not any(pieces)):
             return found
     if head.strip():
-        raise _bad_header(file)
+        raise _bad_header(file, head, options)
     return b"", 0
 
 
-def _bad_header(file: Input) -> DataError:
+def _bad_header(file: Input, head: bytes, options: FileFormat) -> DataError:
+    if encoding := _encoding_of(head):
+        return DataError(f"{file.name}: looks like UTF-16 without its mark; set files.encoding {encoding}")
+    line = head.partition(b"\n")[0].removesuffix(b"\r").decode("utf-8", "replace")
+    fix = _likely_separator(file, line, options) if file.format == "csv" else None
     return DataError(
-        f"{file.name}: the first line cannot be read: its quotes do not close, or it is no text; "
-        "set files.quoted, files.separator or files.encoding"
+        f"{file.name}: the first line cannot be read: "
+        + (fix or "its quotes do not close, or it is no text; set files.quoted, files.separator or files.encoding")
     )
+
+
+def _likely_separator(
+    file: Input, header: str, options: FileFormat, *, has: str | None = None, section: str = "files"
+) -> str | None:
+    """What to set if another separator gives the header several names, among them `has`; else None."""
+    for separator in _SEPARATORS:
+        names = split_record(header, separator, quoted=options.quoted) or []
+        if separator != file.separator and len(names) > 1 and (has is None or has in names):
+            return f"the header looks separated by {separator!r}: set {section}.separator {separator!r}"
+    return None
+
+
+def _encoding_of(head: bytes) -> str | None:
+    """The UTF-16 of a text without a mark, in which every other byte of plain letters is 0; None if it is none."""
+    zeros = [head[place:_PROBE_BYTES:2].count(0) for place in (0, 1)]
+    if 4 * max(zeros) < len(head[:_PROBE_BYTES]):
+        return None
+    return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
 
 
 def _after(size: int, pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -58,10 +58,10 @@ def _stored(file: Input, size: int) -> Iterator[bytes]:
 def _decoded(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:
     first = next(pieces, b"")
     mark = next((mark for mark in _MARKS if first.startswith(mark)), b"")
+    if mark and encoding.startswith("utf"):
+        encoding = _MARKS[mark]
     if mark == codecs.BOM_UTF8:
         first = first.removeprefix(mark)
-    elif mark and encoding == "utf-8":
-        encoding = _MARKS[mark]
     if encoding == "utf-8":
         yield first
         yield from pieces

@@ -126,9 +126,10 @@ def refuse_bad_log(
     # Rows of forgotten users are not mistakes in the log.
     of_log = read - rejected.get(Reason.FORGOTTEN_USER, 0)
     if of_log and not valid:
+        hint = readers.first_row_hint(plan.inputs[0].file, mapping=plan.columns.mapping(), options=plan.files)
         raise DataError(
-            f"{names}: all {of_log} rows are invalid ({reasons}); {rows.first_of_each()}; see {where}; check columns "
-            "and files; nothing was prepared"
+            f"{names}: all {of_log} rows are invalid ({reasons}); {rows.first_of_each()}{hint}; see {where}; check "
+            "columns and files; nothing was prepared"
         )
     if of_log - valid > max_rejected_ratio * of_log:
         raise DataError(

@@ -79,6 +79,12 @@ class Plan:
         return not self.inputs and self.items is None and self.users is None
 
     @property
+    def hashed(self) -> list[tuple[Input, str]]:
+        """The files that are read, with their checksums."""
+        read = (*self.inputs, self.items, self.users)
+        return [(each.file, each.checksum) for each in read if each is not None]
+
+    @property
     def ingest(self) -> str:
         """Identifier of this set of inputs."""
         return hashlib.sha256(repr([new.checksum for new in self.inputs]).encode()).hexdigest()[:16]
@@ -308,10 +314,9 @@ def _refuse_other_config(out: str, config: dict[str, Any], existing: dict[str, A
 def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
     present = readers.read_schema(file, options=files)
     if "timestamp" not in present and "order" not in present:
-        raise DataError(
-            f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; set columns.timestamp, in "
-            "a recipe data.prepare.columns.timestamp"
-        )
+        fix = readers.separator_hint(file, "timestamp", options=files)
+        fix = fix or "set columns.timestamp, in a recipe data.prepare.columns.timestamp"
+        raise DataError(f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; {fix}")
     names = ("timestamp", "order", "action", "label", "request_id")
     found: dict[str, Any] = {name: name if name in present else None for name in names}
     return EventColumns(**found)

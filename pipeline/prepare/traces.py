@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.events import DataError, Reason
 from pipeline.log.inputs import FileFormat, find_inputs
-from pipeline.log.streams import open_raw
+from pipeline.log.streams import COMPRESSIONS, open_raw
 from pipeline.prepare.staging import STAGING
 from pipeline.prepare.user_list import COLUMN, is_table
 from pipeline.shards.manifest import Manifest, current_manifest, manifest_numbers, read_manifest
@@ -72,7 +72,7 @@ def traces(path: str, users: Collection[str]) -> list[str]:
 
 
 def _texts(stream: IO[bytes], path: str, column: str) -> Iterator[str | None]:
-    kind = re.sub(r"\.(gz|bz2|xz|zst)$", "", path.lower())
+    kind = re.sub(r"\.(gz|bz2|xz|zst|zip)$", "", path.lower())
     if not is_table(path):
         for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"):
             yield line[:-2] if line.endswith("\r\n") else line[:-1] if line.endswith("\n") else line
@@ -93,9 +93,9 @@ def _texts(stream: IO[bytes], path: str, column: str) -> Iterator[str | None]:
 
 def _opened(path: str) -> IO[bytes]:
     """The bytes of a file, decompressed."""
-    if not is_table(path):
+    if not is_table(path) and not path.lower().endswith(COMPRESSIONS):
         return open_raw(path, name=path)
-    [file] = find_inputs(path, options=FileFormat())
+    [file] = find_inputs(path, options=FileFormat(format="auto" if is_table(path) else "csv"))
     return file.open()
 
 

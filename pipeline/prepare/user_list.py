@@ -1,7 +1,9 @@
 """The list of users to forget: a text file with one id per line, or one column of a table.
 
     users.txt        LF or CRLF ends a line, a byte order mark is dropped, all other characters belong to the id
-    users.csv, ...   the column of a CSV, JSON lines or Parquet file, read as an event log is read
+    users.csv, ...   the column of a CSV, JSON or Parquet file, read as an event log is read
+
+Both may be compressed as event files may.
 
 traces.py reads the same files by other code, to check what was forgotten.
 """
@@ -18,13 +20,14 @@ import polars as pl
 from pipeline.events import DataError, id_type, quoted
 from pipeline.log.inputs import FileFormat, find_inputs
 from pipeline.log.readers import read_blocks, read_schema
+from pipeline.log.streams import COMPRESSIONS
 from pipeline.shards.dataset import Shards
 from pipeline.shards.tombstones import Tombstones
 from pipeline.storage import Store
 
 COLUMN = "user_id"
 """The column of a table that is read if no other is named."""
-_TABLE = re.compile(r".*\.(parquet|csv|tsv|jsonl|ndjson)(\.(gz|bz2|xz|zst))?", re.IGNORECASE | re.DOTALL)
+_TABLE = re.compile(r".*\.(parquet|csv|tsv|json|jsonl|ndjson)(\.(gz|bz2|xz|zst|zip))?", re.IGNORECASE | re.DOTALL)
 _SHOWN, _SHOWN_LENGTH = 5, 60
 
 
@@ -93,9 +96,8 @@ def few_of(ids: list[str]) -> str:
 
 
 def _lines(path: str) -> Iterator[str]:
-    folder, _, leaf = path.rpartition("/")
     try:
-        content = Store(folder or ("/" if path.startswith("/") else ".")).read(leaf)
+        content = _unpacked(path) if path.lower().endswith(COMPRESSIONS) else _stored(path)
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; name one with one id per line, or a table with a column of ids"
@@ -111,6 +113,20 @@ def _lines(path: str) -> Iterator[str]:
             raise DataError(f"{path}: line {number} is not UTF-8 ({line[:20]!r}); save the file as UTF-8") from None
 
 
+def _stored(path: str) -> bytes:
+    folder, _, leaf = path.rpartition("/")
+    return Store(folder or ("/" if path.startswith("/") else ".")).read(leaf)
+
+
+def _unpacked(path: str) -> bytes:
+    [file] = find_inputs(path, options=FileFormat(format="csv"))
+    with file.open() as stream:
+        try:
+            return stream.read()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); copy it again") from None
+
+
 def _cells(path: str, column: str) -> Iterator[str | None]:
     options = FileFormat()
     for file in find_inputs(path, options=options):
@@ -123,7 +139,11 @@ def _cells(path: str, column: str) -> Iterator[str | None]:
             )
         for block in read_blocks(file, mapping={COLUMN: column}, options=options):
             if block.malformed:
-                raise DataError(f"{path}: {block.malformed[0][:80]!r} cannot be read as a row; fix it")
+                fix = f"write objects with {column!r}, or one id per line in a text file"
+                raise DataError(
+                    f"{path}: {block.malformed[0][:80]!r} cannot be read as a row; "
+                    + (fix if file.format == "jsonl" else "fix it")
+                )
             yield from block.table[COLUMN].cast(pl.String)
 
 

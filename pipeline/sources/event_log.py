@@ -7,14 +7,15 @@
     rejected.parquet           rows that are not valid events, with the reason, if there are any
     source.json                the source, its options and the resulting counts; written last
 
-The directory is built next to its final path and then renamed. Importing the same source again reuses it; importing
-another source into it is refused.
+The directory is built next to its final path, as .OUT-HOST-PID-..., and then renamed; what killed imports left there is
+removed by the next one. Importing the same source again reuses it; importing another source into it is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -26,10 +27,10 @@ from typing import Any, Literal
 import polars as pl
 import pyarrow.parquet as pq
 
-from pipeline.events import DataError, flatten
+from pipeline.events import DataError, NotNow, flatten
 from pipeline.log.inputs import summary
 from pipeline.log.parquet_rows import bounded
-from pipeline.storage import Store
+from pipeline.storage import Store, is_of_dead_process, owner
 from pipeline.system_errors import storing
 
 FORMAT_VERSION = 1
@@ -138,11 +139,13 @@ class EventLogWriter:
 
 
 def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
-    """The log that an earlier import of the same source wrote to `out`; None when `out` is absent or empty.
+    """The log that an earlier import of the same source wrote to `out`; None when `out` is absent or empty. What killed
+    imports to `out` left beside it is removed: it holds raw events.
 
     DataError when the directory has other content.
     """
     folder = _local(out)
+    _remove_leftovers(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
@@ -164,7 +167,7 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
 
 def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:
     """Let `fill` write the log, then publish it as `out`. When `fill` raises, all its files are removed. DataError: the
-    system refuses to store it."""
+    system refuses to store it. NotNow: the disk is full, or another import to `out` finished first."""
     with storing(out):
         return _write_event_log(_local(out), source=source, fill=fill, out=out)
 
@@ -173,7 +176,7 @@ def _write_event_log(
     folder: Path, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None], out: str
 ) -> Imported:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    staged = Path(tempfile.mkdtemp(prefix=f"{_staged_prefix(folder)}{owner()}-", dir=folder.parent))
     try:
         writer = EventLogWriter(staged)
         try:
@@ -199,13 +202,29 @@ def _write_event_log(
         staged.chmod(0o755)
         try:
             os.rename(staged, folder)
-        except OSError:
-            raise DataError(f"{out}: another import finished first; run again to reuse its log") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise NotNow(f"{out}: another import finished first; run again to reuse its log") from None
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return Imported(
         path=out, reused=False, users=writer.num_users, left_out=writer.left_out, notes=tuple(writer.notes), **counts
     )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what dead processes of this machine left unfinished of a log."""
+    prefix = _staged_prefix(folder)
+    with contextlib.suppress(OSError):
+        for other in folder.parent.iterdir():
+            if is_of_dead_process(other.name, prefix=prefix):
+                shutil.rmtree(other, ignore_errors=True)
+
+
+def _staged_prefix(folder: Path) -> str:
+    """How the names of unfinished logs begin; `owner` of the import follows."""
+    return f".{folder.name}-"
 
 
 def _local(out: str) -> Path:

@@ -42,6 +42,11 @@ class FeatureColumns:
         raise NotImplementedError
 
     @property
+    def section(self) -> str:
+        """Where the user sets the options of the table's file."""
+        return f"{self.id_name.removesuffix('_id')}s.files"
+
+    @property
     def mapping(self) -> dict[str, str]:
         """{canonical name: column in the file}."""
         names = (*self.features, *self.list_features)
@@ -104,7 +109,7 @@ def _one_row_each(table: pl.DataFrame, columns: ItemColumns, *, file: Input) -> 
 def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iterator[tuple[pl.DataFrame, int]]:
     """The id and features of each row, and how many rows are omitted: their id is missing or not of the log's type."""
     name, mapping = columns.id_name, columns.mapping
-    types = readers.describe(file, mapping=mapping, options=columns.files)
+    types = readers.describe(file, mapping=mapping, options=columns.files, section=columns.section)
     for feature in (*columns.features, *columns.list_features):
         if feature in types:
             _refuse_other_values(types[feature], feature, is_list=feature in columns.list_features, file=file)
@@ -130,7 +135,7 @@ def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iter
 
 def refuse_bad_features(file: Input, columns: FeatureColumns) -> None:
     """DataError when a mapped column is missing, or cannot be a user feature."""
-    types = readers.describe(file, mapping=columns.mapping, options=columns.files)
+    types = readers.describe(file, mapping=columns.mapping, options=columns.files, section=columns.section)
     for name, dtype in types.items():
         if name != columns.id_name:
             refuse_bad_feature(name, dtype, file=file.name)

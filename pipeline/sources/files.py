@@ -10,6 +10,7 @@ import polars as pl
 
 from pipeline.events import DataError, EventColumns, Validated, validate
 from pipeline.log import inputs, readers
+from pipeline.log.changes import unchanged
 from pipeline.log.inputs import FileFormat, Input
 from pipeline.log.row_counts import RowCounts
 from pipeline.sources.event_log import EventLogWriter, Imported, find_event_log, write_event_log
@@ -61,8 +62,8 @@ def import_files(
     {name: why} of files beside them that the caller leaves out. `published`: the name of the public data set, whose
     layout no option changes.
 
-    DataError, with nothing written: a file is missing or cannot be read completely, a column is missing, the log is
-    empty, too many rows are invalid, or `out` has other content.
+    DataError, with nothing written: a file is missing, cannot be read completely or changes while it is read, a column
+    is missing, the log is empty, too many rows are invalid, or `out` has other content.
     """
     item_paths = [items] if isinstance(items, str) else items or []
     if item_paths and not (config.items.features or config.items.list_features):
@@ -77,41 +78,35 @@ def import_files(
     )
     for file in user_files:
         refuse_bad_features(file, config.users)
-    identified = [_identify(file) for file in found]
+    read, items_read, users_read = (
+        [(file, inputs.checksum(file)) for file in kind] for kind in (found, item_files, user_files)
+    )
     # Options that are off are omitted: the description then equals that of a log from before the options existed.
     omitted = {"max_rejected_ratio"} if users else {"max_rejected_ratio", "users"}
     omitted |= {name for name in ("min_item_events", "min_label") if not getattr(config, name)}
     source = {
         "source": "files",
-        "inputs": identified,
-        "item_inputs": [_identify(file) for file in item_files],
-        **({"user_inputs": [_identify(file) for file in user_files]} if users else {}),
+        "inputs": _entries(read),
+        "item_inputs": _entries(items_read),
+        **({"user_inputs": _entries(users_read)} if users else {}),
         "mapping": _mapping(config, omitted=omitted, separators={file.separator for file in found}),
     }
     if existing := find_event_log(out, source=source):
         return existing
     report = progress or (lambda stage, done, total: None)
-    first, equal = inputs.without_equal((file, each["checksum"]) for file, each in zip(found, identified, strict=True))
+    first, equal = inputs.without_equal(read)
 
     def fill(writer: EventLogWriter) -> None:
         writer.leave_out_files({**(left_out or {}), **unused, **equal})
         written = dataclasses.replace(config.columns, label=None) if reshape else config.columns
         files = [file for file, _ in first]
-        schema = readers.log_schema(files, columns=written, options=config.files)
-        log = _Log(
-            files=files, config=config, id_types=schema["id_types"], written=written, reshape=reshape,
-            published=published,
-        )  # fmt: skip
-        _import_events(log, writer, report=report)
-        if item_files:
-            table, nameless = read_items(item_files, config.items, id_type=schema["id_types"]["item_id"])
-            writer.add_items(table)
-            if nameless:
-                writer.leave_out({"rows of the items table whose id is missing or of another type": nameless})
-        for file in user_files:
-            # Block by block: the users table may not fit into memory.
-            for block, _ in read_features(file, config.users, id_type=schema["id_types"]["user_id"]):
-                writer.add_users(block)
+        with unchanged([*read, *items_read, *users_read]):
+            id_types = readers.log_schema(files, columns=written, options=config.files)["id_types"]
+            log = _Log(
+                files=files, config=config, id_types=id_types, written=written, reshape=reshape, published=published
+            )
+            _import_events(log, writer, report=report)
+            _import_tables(item_files, user_files, log, writer)
 
     return write_event_log(out, source=source, fill=fill)
 
@@ -147,8 +142,8 @@ def _mapping(config: ImportConfig, *, omitted: set[str], separators: set[str]) -
     return fields
 
 
-def _identify(file: Input) -> dict[str, Any]:
-    return {"name": file.name, "bytes": file.bytes, "checksum": inputs.checksum(file)}
+def _entries(files: list[tuple[Input, str]]) -> list[dict[str, Any]]:
+    return [{"name": file.name, "bytes": file.bytes, "checksum": checksum} for file, checksum in files]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,12 +220,26 @@ def _refuse_bad_rows(rows: RowCounts, log: _Log, *, names: str) -> None:
     bad = rows.rejected.total()
     way = f"{again}, {elsewhere} and a mapping" if log.published else "check the rows, columns and files"
     if bad and bad == rows.read:
-        raise DataError(f"{names}: all {bad} rows are invalid ({rows.reasons()}); {rows.first_of_each()}; {way}")
+        hint = readers.first_row_hint(log.files[0], mapping=log.written.mapping(), options=log.config.files)
+        raise DataError(f"{names}: all {bad} rows are invalid ({rows.reasons()}); {rows.first_of_each()}{hint}; {way}")
     if bad > ratio * rows.read:
         raise DataError(
             f"{names}: {bad} of {rows.read} rows are invalid ({rows.reasons()}), above max_rejected_ratio {ratio}; "
             f"{rows.first_of_each()}; {way}, or raise max_rejected_ratio"
         )
+
+
+def _import_tables(items: list[Input], users: list[Input], log: _Log, writer: EventLogWriter) -> None:
+    config = log.config
+    if items:
+        table, nameless = read_items(items, config.items, id_type=log.id_types["item_id"])
+        writer.add_items(table)
+        if nameless:
+            writer.leave_out({"rows of the items table whose id is missing or of another type": nameless})
+    for file in users:
+        # Block by block: the users table may not fit into memory.
+        for block, _ in read_features(file, config.users, id_type=log.id_types["user_id"]):
+            writer.add_users(block)
 
 
 def _with_whole_times(events: pl.DataFrame) -> pl.DataFrame:

@@ -14,6 +14,7 @@ from moto.server import ThreadedMotoServer
 
 from pipeline import build
 from pipeline.events import DataError, EventColumns
+from pipeline.log import readers
 from pipeline.prepare.garbage import collect
 from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import digest, verify
@@ -81,6 +82,24 @@ def test_a_data_set_lives_on_s3_as_on_a_disk(store, tmp_path, every):
     collect(f"{uri}/shards", keep=1)
     assert verify(f"{uri}/shards") == []
     assert (set(proxy.met) == set(FAULTS)) == bool(every)
+
+
+def test_a_log_on_s3_that_changes_while_it_is_read_is_not_ingested(store, tmp_path, monkeypatch):
+    uri, _ = store
+    s3, original = fsspec.filesystem("s3"), readers.read_blocks
+    for name in ("a", "b"):
+        s3.pipe_file(f"{uri}/log/{name}.csv", f"user_id,item_id,timestamp\nu,{name},1\n".encode())
+
+    def changed(file, **named):
+        s3.pipe_file(f"{uri}/log/b.csv", b"user_id,item_id,timestamp\nw,b,1\n")
+        return original(file, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "read_blocks", changed)
+        with pytest.raises(DataError, match=r"log/b.csv changed while it was read; nothing was written"):
+            build.prepare(f"{uri}/log", str(tmp_path / "out"), config=build.PrepareConfig())
+    assert current_manifest(str(tmp_path / "out")) is None
+    assert build.prepare(f"{uri}/log", str(tmp_path / "out"), config=build.PrepareConfig()).manifest.users == 2
 
 
 def test_a_log_is_read_from_s3(store, tmp_path):

@@ -1,4 +1,4 @@
-"""How a command ends: one line and 2 for what the system refuses, one line and 75 for a locked database."""
+"""How a command ends: one line and 2 for what the system refuses, one line and 75 for what may succeed later."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from jobs.commands.arguments import Command, capture, plain
 from jobs.commands.system import doctor_parser
 from jobs.host.errors import UserError
 from jobs.tracking import registry
+from pipeline.events import DataError, NotNow
+from tests.support.serial import without_ray
 from tests.support.tiny import write_tiny_log
 
 
@@ -36,10 +38,15 @@ def ended_by(monkeypatch, capfd):
     return run
 
 
-def test_a_full_disk_is_one_line(ended_by):
+def test_a_full_disk_is_one_line_and_worth_another_try(ended_by):
     error = OSError(errno.ENOSPC, "No space left on device", "/w/runs/x")
     line = "solar: /w/runs/x: No space left on device: free some disk; what was committed is still there"
-    assert ended_by(error) == (2, [line])
+    assert ended_by(error) == (75, [line])
+
+
+def test_what_another_command_was_faster_with_is_worth_another_try_and_a_mistake_is_not(ended_by):
+    assert ended_by(NotNow("log: another import finished first")) == (75, ["solar: log: another import finished first"])
+    assert ended_by(DataError("log: no column 'user_id'")) == (2, ["solar: log: no column 'user_id'"])
 
 
 def test_a_place_that_cannot_be_written_is_one_line_also_inside_of_another_error(ended_by):
@@ -146,6 +153,20 @@ def test_a_missing_argument_is_named_as_it_is_written(capfd, arguments, says):
     [line] = capfd.readouterr().err.splitlines()
     assert code == 2
     assert line.startswith(f"solar: {says}"), line
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+@pytest.mark.parametrize("arguments", [["import", "files", "LOG/events-00000.parquet"], ["prepare", "--events", "LOG"]])
+@pytest.mark.parametrize("out", ["/proc/x", "/proc/x/below"])
+def test_out_where_nothing_can_be_created_is_one_line(arguments, out, tmp_path, capfd, monkeypatch):
+    without_ray(monkeypatch.setattr)
+    log = str(write_tiny_log(tmp_path / "log"))
+    words = [word.replace("LOG", log) for word in arguments]
+    code = cli.run([*words, "--out", out, "--workspace", str(tmp_path / "ws")])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert (code, len(lines)) == (2, 1), lines
+    assert "/proc/" in lines[0]
+    assert lines[0].endswith("name another place") or lines[0].endswith("change its permissions")
 
 
 def test_a_registry_that_another_program_has_locked_is_said(tmp_path, capfd, monkeypatch):

@@ -85,6 +85,14 @@ def test_other_errors_are_not_explained_away(error):
     assert as_data_error(error) is None
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="no /proc")
+def test_a_place_where_nothing_can_be_created_is_told_and_a_missing_file_is_not(tmp_path):
+    line = "/proc/x: No such file or directory: nothing can be created there: name another place"
+    assert refusal(FileNotFoundError(errno.ENOENT, "?", "/proc/x")) == line
+    assert refusal(FileNotFoundError(errno.ENOENT, "?", str(tmp_path / "x"))) is None
+    assert refusal(FileNotFoundError(errno.ENOENT, "?")) is None
+
+
 def test_a_defect_in_the_handling_of_a_refusal_stays_a_defect():
     defect = KeyError("defect")
     defect.__context__ = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x")

@@ -9,7 +9,9 @@ import pytest
 from pipeline.events import LONGEST_ID, DataError, EventColumns, validate
 from pipeline.log import parquet_rows
 from pipeline.log.inputs import FileFormat, find_inputs
-from pipeline.log.parquet_rows import parquet_tables
+from pipeline.log.parquet_rows import parquet_columns, parquet_tables
+from pipeline.log.readers import describe
+from pipeline.times import can_be_times, nanoseconds
 
 
 def tables(path, columns=("user_id",), row_group=None):
@@ -146,3 +148,28 @@ def test_any_limit_gives_the_same_lists(tmp_path, monkeypatch, limit, values, ki
     found = tables(path, ["item_id", "tags"])
     assert [row for _, part in found for row in part["tags"].to_list()] == lists
     assert [row for _, part in found for row in part["item_id"]] == list(range(300))
+
+
+@pytest.mark.parametrize("zone", ["+05:30", "-03:00", "+0530", "Asia/Kolkata", "UTC", "Mars/Base", None])
+@pytest.mark.parametrize("unit", ["s", "ns"])
+def test_times_of_any_zone_are_the_same_moments(tmp_path, zone, unit):
+    moments = [1_706_700_000, None] if unit == "s" else [1_706_700_000_123_456_789, None]
+    table = pa.table({"timestamp": pa.array(moments, pa.timestamp(unit, zone))})
+    pq.write_table(table, tmp_path / "log.parquet")
+    (file,) = find_inputs(str(tmp_path / "log.parquet"), options=FileFormat())
+    [(name, dtype)] = parquet_columns(file)
+    assert (name, can_be_times(dtype)) == ("timestamp", True)
+    [(_, read)] = tables(tmp_path / "log.parquet", ["timestamp"])
+    seconds = 1_000_000_000 if unit == "s" else 1
+    assert nanoseconds(read["timestamp"], unit="s").to_list() == [moments[0] * seconds, None]
+
+
+@pytest.mark.parametrize("dtype", [pa.decimal256(60, 2), pa.list_(pa.timestamp("ms", "+05:30"))])
+def test_a_type_that_cannot_be_read_matters_where_it_is_used(tmp_path, dtype):
+    ids = pa.array([1, 2])
+    table = pa.table({"user_id": ids, "item_id": ids, "timestamp": ids, "x": pa.array([None, None], dtype)})
+    pq.write_table(table, tmp_path / "log.parquet")
+    (file,) = find_inputs(str(tmp_path / "log.parquet"), options=FileFormat())
+    assert describe(file, mapping=EventColumns().mapping(), options=FileFormat())["user_id"] == pl.Int64
+    with pytest.raises(DataError, match=r"column 'x' \(mapped to order\) has a type that cannot be read; cast it"):
+        describe(file, mapping=EventColumns(order="x").mapping(), options=FileFormat())

@@ -1,5 +1,7 @@
+import contextlib
 import gzip
 import json
+import re
 
 import polars as pl
 import pytest
@@ -10,6 +12,7 @@ from pipeline.events import DataError, EventColumns
 from pipeline.log import readers
 from pipeline.log.inputs import FileFormat, find_inputs
 from pipeline.log.readers import read_blocks
+from pipeline.sources.feature_tables import ItemColumns, UserColumns, read_features, refuse_bad_features
 
 MAPPING = EventColumns().mapping()
 
@@ -65,13 +68,97 @@ def test_a_header_may_hold_line_breaks_empty_names_and_equal_names_that_nobody_u
         read(path)
 
 
-def test_utf_16_is_read_and_without_its_mark_refused_by_the_key(tmp_path):
-    path, text = tmp_path / "log.csv", "user_id,item_id,timestamp\n1,é,3\n"
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
+def test_utf_16_is_read_and_without_its_mark_refused_by_the_key(tmp_path, encoding, name):
+    path, text = tmp_path / name, "user_id,item_id,timestamp\r\n1,\u00e9\u4e2d,3\r\n"
+    if name == "log.jsonl":
+        text = '{"user_id": "1", "item_id": "\u00e9\u4e2d", "timestamp": 3}\n'
+    rows = [("1", "\u00e9\u4e2d", "3")]
     path.write_bytes(text.encode("utf-16"))
-    assert read(path) == ([("1", "é", "3")], [])
-    path.write_bytes(text.encode("utf-16-le"))
-    with pytest.raises(DataError, match=r"log.csv: the first line cannot be read.*files.encoding"):
+    assert read(path) == (rows, [])
+    assert read(path, FileFormat(encoding=encoding)) == (rows, [])
+    path.write_bytes(text.encode(encoding))
+    assert read(path, FileFormat(encoding=encoding)) == (rows, [])
+    told = f"looks like UTF-16 without its mark[:;] set files.encoding {encoding}"
+    if name == "log.csv":
+        with pytest.raises(DataError, match=rf"^{tmp_path.name}/log.csv: {told}$"):
+            read(path)
+    else:
+        (file,) = find_inputs(str(path), options=FileFormat())
+        assert re.search(told, readers.first_row_hint(file, mapping=MAPPING, options=FileFormat()))
+
+
+@pytest.mark.parametrize(
+    ("header", "separator", "likely"),
+    [
+        ("user_id;item_id;timestamp", "auto", "';'"),
+        ("user_id\titem_id\ttimestamp", "auto", r"'\t'"),
+        ("user_id,item_id,timestamp", r"\t", "','"),
+        ("customer|sku|at", "auto", "'|'"),
+        ("user_id;item_id;a,b", "auto", "';'"),
+        ('"user_id";"item_id";"timestamp"', "auto", "';'"),
+        ('"user_id","item_id"', ";", "','"),
+    ],
+)
+def test_the_separator_that_a_header_seems_to_have_is_named(tmp_path, header, separator, likely):
+    path = tmp_path / "log.csv"
+    path.write_text(f"{header}\n1{likely}2{likely}3\n")
+    with pytest.raises(DataError) as error:
+        read(path, FileFormat(separator=separator))
+    assert str(error.value).endswith(f"the header looks separated by {likely}: set files.separator {likely}")
+    # What the message says does it: nothing is said of separators any more.
+    with contextlib.suppress(DataError):
+        read(path, FileFormat(separator=likely.strip("'")))
+    path.write_text("user,item_id,timestamp\n1,2,3\n")
+    with pytest.raises(DataError, match=r"fix the mapping$"):
         read(path)
+
+
+def test_the_separator_of_a_table_is_set_where_the_options_of_the_table_are(tmp_path):
+    path = tmp_path / "items.csv"
+    path.write_text("item_id;kind\n1;x\n")
+    (file,) = find_inputs(str(path), options=FileFormat())
+    with pytest.raises(DataError, match=r"set items.files.separator ';'$"):
+        list(read_features(file, ItemColumns(features=("kind",)), id_type="string"))
+    with pytest.raises(DataError, match=r"set users.files.separator ';'$"):
+        refuse_bad_features(file, UserColumns(user_id="item_id", features=("kind",)))
+
+
+def test_a_note_to_excel_in_the_first_line_is_named(tmp_path):
+    path = tmp_path / "log.csv"
+    for text, separator, told in (
+        (
+            "sep=;\r\nuser_id;item_id;timestamp\r\n1;2;3\r\n",
+            "auto",
+            "'sep=;', .* remove it, and set files.separator ';'$",
+        ),
+        ("\ufeffsep=;\nuser_id;item_id;timestamp\n", ";", "'sep=;', a note to Excel: remove it$"),
+        ('"sep=\t"\nuser_id\titem_id\ttimestamp\n', "auto", r"remove it, and set files.separator '\\t'$"),
+    ):
+        path.write_text(text, newline="")
+        with pytest.raises(DataError, match=told):
+            read(path, FileFormat(separator=separator))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"data": [{"user_id": 1}]}', r"^; its first row has 'data', but not 'user_id', 'item_id', 'timestamp'$"),
+        ('{"user_id": 1, "item": 2, "timestamp": 3}', r"^; its first row has 'user_id', .*, but not 'item_id'$"),
+        (
+            '{\n "data": [\n',
+            r"^; its first line is no JSON object: write one object per line, or one array of objects$",
+        ),
+        ('["u", "v"]', r"^; its first line is no JSON object: write one object per line"),
+        ('{"user_id": 1, "item_id": 2, "timestamp": 3}', "^$"),
+    ],
+)
+def test_what_is_odd_about_the_first_row_of_a_json_file_is_told(tmp_path, text, told):
+    path = tmp_path / "log.json"
+    path.write_text(text)
+    (file,) = find_inputs(str(path), options=FileFormat())
+    assert re.search(told, readers.first_row_hint(file, mapping=MAPPING, options=FileFormat()))
 
 
 def test_old_line_ends_nul_bytes_and_a_last_line_without_end(tmp_path):
@@ -143,11 +230,21 @@ def test_a_json_number_is_a_time_as_it_is_written_and_any_other_value_as_python_
     assert [row[2] for row in found] == [None if text in infinite else text.strip('"') for text in written]
     assert {(row[0], row[1], *row[3:]) for row in found} == {("7", "10", "1.5", "1.0")}
     # Ids that are no integers, or that a float64 could not tell apart.
-    for number in ("9007199254740993.0", "7.25", "1e-5", "7.00000000000000000000000000001"):
+    for number in (
+        "9007199254740992.0",
+        "-9007199254740992.0",
+        "9007199254740993.0",
+        "9.007199254740992e15",
+        "7.25",
+        "1e-5",
+        "7.00000000000000000000000000001",
+    ):
         path.write_text(f'{{"user_id": {number}, "item_id": 1, "timestamp": 1}}\n')
         assert read(path) == ([], [path.read_text().strip()])
-    path.write_text('{"user_id": 0e999999999, "item_id": -9007199254740992.0, "timestamp": 1}\n')
-    assert read(path)[0] == [("0", "-9007199254740992", "1")]
+    path.write_text('{"user_id": 0e999999999, "item_id": -9007199254740991.0, "timestamp": 1}\n')
+    assert read(path)[0] == [("0", "-9007199254740991", "1")]
+    path.write_text('{"user_id": 9007199254740993, "item_id": 1, "timestamp": 1}\n')
+    assert read(path)[0] == [("9007199254740993", "1", "1")]
 
 
 def test_words_for_nothing_are_missing_in_csv_only_without_quotes_and_elsewhere_only_if_named(tmp_path):
@@ -217,11 +314,33 @@ def test_names_of_columns_are_quoted_so_that_blanks_and_characters_without_a_sha
         read(path)
 
 
-def test_of_equal_keys_the_last_counts_and_deep_nesting_costs_its_row(tmp_path):
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json"])
+def test_a_key_that_stands_twice_costs_its_row_where_it_is_read(tmp_path, name):
+    doubled = [
+        '{"user_id": 1, "user_id": 2}',
+        '{"user_id": 1, "user\\u005fid": 1}',
+        '{"item_id": 1, "x": 2, "item_id": 3}',
+    ]
+    single = ['{"user_id": 1, "x": 2, "x": 3}', '{"user_id": 2, "x": {"user_id": 3, "user_id": 4}}']
+    path, lines = tmp_path / name, [*doubled, *single]
+    path.write_text(f"[{','.join(lines)}]" if name == "log.json" else "\n".join(lines))
+    assert read(path) == ([("1", None, None), ("2", None, None)], doubled)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "log.json", "log.csv"])
+def test_a_file_of_one_line_needs_no_end_of_it(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(
+        "user_id,item_id,timestamp" if name == "log.csv" else '{"user_id": 1, "item_id": 2, "timestamp": 3}'
+    )
+    assert read(path) == ([] if name == "log.csv" else [("1", "2", "3")], [])
+
+
+def test_deep_nesting_costs_its_row(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text('{"user_id": 1, "user_id": 2}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
+    path.write_text('{"user_id": 1}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
     rows, malformed = read(path)
-    assert rows == [("2", None, None), ("3", None, None)]
+    assert rows == [("1", None, None), ("3", None, None)]
     assert len(malformed) == 1
 
 

@@ -6,9 +6,11 @@ import os
 import pytest
 
 from pipeline.events import DataError
+from pipeline.log import readers
 from pipeline.log.inputs import FileFormat
 from pipeline.shards.inspection import verify
 from pipeline.shards.manifest import current_manifest
+from tests.support.changed_files import WAYS
 
 
 def test_files_of_the_log_that_are_left_out_are_told_and_stand_in_the_manifest(prepare, write_log, tmp_path):
@@ -57,3 +59,39 @@ def test_a_table_that_is_no_file_is_refused_by_its_kind(prepare, write_log, tmp_
         prepare(tmp_path / "log", tmp_path / "out", **{table: str(tmp_path / "fifo.parquet")})
     with pytest.raises(DataError, match=rf"1 file is not read: log/{table}.parquet \(a link to nothing\)"):
         prepare(tmp_path / "log", tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", WAYS)
+def test_a_file_that_changes_between_its_checksum_and_its_reading_is_not_ingested(
+    prepare, tmp_path, monkeypatch, change
+):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/a.csv").write_text("user_id,item_id,timestamp\nu,a,1\n")
+    first = prepare(tmp_path / "log", tmp_path / "out").manifest
+    (tmp_path / "log/b.csv").write_text("user_id,item_id,timestamp\n" + "u,a,2\nu,b,3\n" * 50)
+    with monkeypatch.context() as patch:
+        original = readers.read_blocks
+        patch.setattr(
+            readers, "read_blocks", lambda file, **named: change(tmp_path / "log/b.csv") or original(file, **named)
+        )
+        with pytest.raises(DataError, match=r"^log/b.csv changed while it was read; nothing was written; run the same"):
+            prepare(tmp_path / "log", tmp_path / "out")
+    assert current_manifest(str(tmp_path / "out")) == first
+    again = prepare(tmp_path / "log", tmp_path / "out", max_rejected_ratio=0.5).manifest
+    lines = (tmp_path / "log/b.csv").read_text().splitlines()
+    assert again.counts["read"] == 1 + len(lines) - 1
+
+
+def test_a_table_that_changes_while_it_is_read_is_not_ingested(prepare, write_log, tmp_path, monkeypatch):
+    write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
+    table = write_log({"item_id": [5], "kind": ["x"]}, "log/items.parquet")
+    original = readers.read_blocks
+
+    def changed(file, **named):
+        write_log({"item_id": [5], "kind": ["y"]}, "log/items.parquet")
+        return original(file, **named)
+
+    monkeypatch.setattr(readers, "read_blocks", changed)
+    with pytest.raises(DataError, match=rf"^log/{table.name} changed while it was read"):
+        prepare(tmp_path / "log", tmp_path / "out")
+    assert current_manifest(str(tmp_path / "out")) is None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
+import gzip
+import lzma
+import zipfile
 from pathlib import Path
 
 import polars as pl
@@ -124,11 +128,47 @@ def test_both_readers_take_json_numbers_as_a_log_does(tmp_path, integers):
     assert both(path, integers=integers) == ["1", "2", "3"]
 
 
-@pytest.mark.parametrize("name", ["left.csv.zst", "left.csv.gz", "a::b.csv", "a::b"])
-def test_both_readers_open_every_name_and_compression(tmp_path, name):
-    path, text = tmp_path / name, b"7\n8\n" if name == "a::b" else b"user_id\n7\n8\n"
-    with pa.CompressedOutputStream(str(path), "zstd" if name.endswith("zst") else "gzip") as stream:
-        stream.write(text)
-    if "::" in name:
-        path.write_bytes(text)
-    assert both(path) == ["7", "8"]
+PACKED = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda text: pa.compress(text, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("ending", [*PACKED, "zip", "GZ"])
+@pytest.mark.parametrize("name", ["left.csv", "left.jsonl", "left.json", "left.txt", "left"])
+def test_both_readers_open_every_compression(tmp_path, name, ending):
+    path = tmp_path / f"{name}.{ending}"
+    rows = '{"user_id": "7"}', '{"user_id": "b ea"}'
+    text = {
+        "left.csv": "user_id\n7\nb ea\n", "left.jsonl": "\n".join(rows), "left.json": f"[{', '.join(rows)}]",
+    }.get(name, "\ufeff7\r\nb ea")  # fmt: skip
+    if ending == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, text)
+    else:
+        path.write_bytes(PACKED[ending.lower()](text.encode()))
+    assert both(path) == ["7", "b ea"]
+
+
+@pytest.mark.parametrize("name", ["a::b.csv", "a::b"])
+def test_both_readers_open_every_name(tmp_path, name):
+    (tmp_path / name).write_text("7\n8\n" if name == "a::b" else "user_id\n7\n8\n")
+    assert both(tmp_path / name) == ["7", "8"]
+
+
+def test_a_json_list_has_objects_and_compressed_ones_are_whole(tmp_path):
+    path = tmp_path / "left.json"
+    path.write_text('[{"customer": "u11"}, {"customer": 12.0}]')
+    assert both(path, column="customer") == ["12", "u11"]
+    for text in ('["u11", "u12"]', "u11\nu12\n"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"u11.* cannot be read as a row; write objects with 'user_id', or"):
+            read_users(str(path), integers=False)
+    (tmp_path / "left.txt.gz").write_bytes(gzip.compress(b"".join(b"%d\n" % (n * n) for n in range(900_000)))[:-9])
+    (tmp_path / "wrong.txt.gz").write_bytes(b"u11\n")
+    for name, told in (("left.txt.gz", "cannot be read .*; copy it again"), ("wrong.txt.gz", "does not hold .gz data")):
+        with pytest.raises(DataError, match=told) as error:
+            read_users(str(tmp_path / name), integers=False)
+        assert name in str(error.value)

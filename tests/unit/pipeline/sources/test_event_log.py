@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import polars as pl
@@ -10,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.events import DataError, NotNow
-from pipeline.sources.event_log import EventLogWriter, write_event_log
+from pipeline.sources.event_log import EventLogWriter, find_event_log, write_event_log
+from pipeline.storage import owner
 
 EVENTS = pl.DataFrame({"user_id": [1, 2], "item_id": [3, 4], "timestamp": [5, 6]})
 
@@ -56,3 +58,42 @@ def test_a_place_below_a_file_is_told(tmp_path, below):
         write_event_log(str(file / below), source={}, fill=fill)
     assert not isinstance(raised.value, NotNow)
     assert file.read_text() == "mine"
+
+
+def test_of_two_imports_at_once_the_later_may_be_tried_again(tmp_path):
+    out = str(tmp_path / "shop")
+
+    def overtaken(writer: EventLogWriter) -> None:
+        write_event_log(out, source={"source": "files"}, fill=fill)
+        fill(writer)
+
+    with pytest.raises(NotNow, match=rf"^{out}: another import finished first; run again to reuse its log$"):
+        write_event_log(out, source={"source": "files"}, fill=overtaken)
+    assert [path.name for path in tmp_path.iterdir()] == ["shop"]
+    assert find_event_log(out, source={"source": "files"}).reused  # type: ignore[union-attr]
+
+
+def test_what_a_killed_import_left_is_removed_by_the_next_and_that_of_a_running_one_is_not(tmp_path):
+    def killed(writer: EventLogWriter) -> None:
+        (writer.folder / "events-00000.parquet").write_bytes(b"raw events")
+        os._exit(9)
+
+    def import_in_fork() -> None:
+        if (child := os.fork()) == 0:
+            write_event_log(str(tmp_path / "shop"), source={}, fill=killed)
+        os.waitpid(child, 0)
+
+    import_in_fork()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".shop-")
+    others = [tmp_path / f".shop-{owner()}-x", tmp_path / f".shop-elsewhere-{2**22 + 1}-x", tmp_path / ".shopping-x"]
+    for other in others:
+        other.mkdir()
+    # The log is written, or it is there already.
+    for _ in range(2):
+        assert left.exists()
+        if find_event_log(str(tmp_path / "shop"), source={}) is None:
+            write_event_log(str(tmp_path / "shop"), source={}, fill=fill)
+        assert set(tmp_path.iterdir()) == {*others, tmp_path / "shop"}
+        import_in_fork()
+        (left,) = set(tmp_path.iterdir()) - {*others, tmp_path / "shop"}

@@ -10,9 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.events import DataError, EventColumns
+from pipeline.log import readers
 from pipeline.log.inputs import FileFormat
 from pipeline.shards.dataset import Shards
+from pipeline.shards.inspection import digest
 from pipeline.sources.files import ImportConfig, ItemColumns, UserColumns, import_files
+from tests.support.changed_files import WAYS, truncated
 
 RATINGS = "uid;movie;when;stars\n1;5;100;3\n2;6;200;4\n1;6;150;5\n"
 CONFIG = ImportConfig(
@@ -305,6 +308,31 @@ def test_a_json_time_keeps_every_nanosecond(tmp_path):
     assert pl.read_parquet(f"{out}2/events-00000.parquet")["timestamp"].to_physical().to_list() == whole
 
 
+@pytest.mark.parametrize(
+    ("unit", "times"),
+    [
+        ("s", ["1600000000.123456789", "1600000000.123456788", "1600000000.1234567899", "1600000000"]),
+        ("ns", ["1600000000123456789.0", "1600000000123456788.0", "1600000000123456789.9", "1600000000123456787"]),
+    ],
+)
+def test_csv_and_json_give_the_same_times_and_the_same_order(tmp_path, prepare, unit, times):
+    rows = [f"u,{place},{time}" for place, time in enumerate(times)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]))
+    lines = [f'{{"user_id": "u", "item_id": {place}, "timestamp": {time}}}' for place, time in enumerate(times)]
+    (tmp_path / "log.json").write_text("\n".join(lines))
+    columns, found = EventColumns(timestamp_unit=unit), []
+    for name in ("log.csv", "log.json"):
+        out = tmp_path / f"{name}.events"
+        import_files(str(tmp_path / name), str(out), config=ImportConfig(columns=columns))
+        prepare(out, tmp_path / f"{name}.shards")
+        data = Shards.open(str(tmp_path / f"{name}.shards"))
+        whole = pl.read_parquet(out / "events-00000.parquet")["timestamp"].to_physical().to_list()
+        found.append((whole, digest(data.path), data.vocabulary.items.to_pylist(), data.manifest.schema["columns"]))
+    assert found[0] == found[1]
+    assert found[0][0][:2] == [1_600_000_000_123_456_789, 1_600_000_000_123_456_788]
+    assert "order" in found[0][3]
+
+
 @pytest.mark.parametrize(("day", "read"), [("20240131", "2024-01-31"), ("20240131123456", "2024-01-31 12:34:56")])
 @pytest.mark.parametrize("form", ["csv", "jsonl", "floats"])
 def test_dates_written_as_numbers_are_refused_by_column_and_value_until_they_are_read_as_dates(
@@ -427,3 +455,34 @@ def test_a_log_without_a_valid_row_says_why(tmp_path):
     path.write_text("user_id,item_id,timestamp\nu,i,yesterday\n")
     with pytest.raises(DataError, match=r"all 1 rows are invalid \(invalid time: 1\); for example 'yesterday'"):
         import_files(str(path), str(tmp_path / "log"), config=ImportConfig(max_rejected_ratio=1))
+
+
+@pytest.mark.parametrize("change", WAYS)
+@pytest.mark.parametrize("name", ["log.csv", "items.csv", "users.csv"])
+def test_a_file_that_changes_between_its_checksum_and_its_reading_leaves_nothing(tmp_path, monkeypatch, change, name):
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + "u,a,1\nu,b,2\n" * 50)
+    (tmp_path / "items.csv").write_text("item_id,kind\nu,x\n")
+    (tmp_path / "users.csv").write_text("user_id,plan\nu,x\n")
+    config = ImportConfig(items=ItemColumns(features=("kind",)), users=UserColumns(features=("plan",)))
+    given = {"config": config, "items": str(tmp_path / "items.csv"), "users": str(tmp_path / "users.csv")}
+    out = tmp_path / "logs" / "shop"
+    with monkeypatch.context() as patch:
+        original = readers.log_schema
+        patch.setattr(
+            readers, "log_schema", lambda *files, **named: change(tmp_path / name) or original(*files, **named)
+        )
+        with pytest.raises(DataError, match=rf"/{name} changed while it was read; nothing was written; run the same"):
+            import_files(str(tmp_path / "log.csv"), str(out), **given)
+    assert list(out.parent.iterdir()) == []
+    if change is not truncated:
+        assert not import_files(str(tmp_path / "log.csv"), str(out), **given).reused
+
+
+def test_a_json_file_with_the_events_inside_of_an_object_is_refused_by_the_keys_that_are_there(tmp_path, prepare):
+    path = tmp_path / "log.json"
+    path.write_text('{"data": [{"user_id": "u", "item_id": "a", "timestamp": 1}], "count": 1}')
+    told = r"all 1 rows are invalid .*; its first row has 'data', 'count', but not 'user_id', 'item_id', 'timestamp'; "
+    with pytest.raises(DataError, match=told):
+        import_files(str(path), str(tmp_path / "log"), config=ImportConfig())
+    with pytest.raises(DataError, match=told):
+        prepare(path, tmp_path / "shards", columns=EventColumns())
