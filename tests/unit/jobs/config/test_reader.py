@@ -70,6 +70,29 @@ def test_broken_yaml_names_the_file(tmp_path):
     assert complaint("--config", str(file)).startswith(f"{file}: not valid YAML")
 
 
+def test_numbers_are_decimal_in_files_and_on_the_command_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "training: {epochs: 010, max_seconds: 007}\ndata: {name: 007, prepare: {daily: {cut_off: 04:30}}}\n"
+    )
+    config = load_config("train", "ml-1m", ["--config", str(file), "--model.rank", "012"])
+    assert (config.training.epochs, config.training.max_seconds, config.model["rank"]) == (10, 7, 12)
+    assert (config.data.name, config.data.prepare.daily.cut_off) == ("007", "04:30")
+    file.write_text("training: {epochs: 1:30}\n")
+    assert complaint("--config", str(file)) == f"{file}: training.epochs: expected int, got 1:30"
+    assert complaint("--training.max_seconds", "1:30.5") == (
+        "command line: training.max_seconds: expected float, got 1:30.5"
+    )
+
+
+def test_a_doubled_key_names_the_file_the_key_and_its_lines(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("training: {epochs: 2}\nseed: 1\ntraining: {patience: 2}\n")
+    told = f"{file}: not valid YAML: line 3: key 'training' is in line 1 already: keep one of them"
+    assert complaint("--config", str(file)) == told
+    assert complaint(recipe=str(file)) == told
+
+
 def test_value_of_the_wrong_type_names_key_and_value():
     assert complaint("--seed", "x") == "command line: seed: expected int, got x"
 
