@@ -153,7 +153,7 @@ def _types_in(found: Any) -> Iterator[Any]:
 def _reader_of(kind: type[str]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"expected a path or URI, got {value!r}")
+            raise ValueError(f"Expected a path or URI. Got value: {value}")
         return kind(value)
 
     return read

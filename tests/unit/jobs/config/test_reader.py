@@ -79,9 +79,9 @@ def test_numbers_are_decimal_in_files_and_on_the_command_line(tmp_path):
     assert (config.training.epochs, config.training.max_seconds, config.model["rank"]) == (10, 7, 12)
     assert (config.data.name, config.data.prepare.daily.cut_off) == ("007", "04:30")
     file.write_text("training: {epochs: 1:30}\n")
-    assert complaint("--config", str(file)) == f"{file}: training.epochs: expected int, got 1:30"
+    assert complaint("--config", str(file)) == f"{file}: training.epochs=1:30: must be a whole number"
     assert complaint("--training.max_seconds", "1:30.5") == (
-        "command line: training.max_seconds: expected float, got 1:30.5"
+        "command line: training.max_seconds=1:30.5: must be a number"
     )
 
 
@@ -94,7 +94,7 @@ def test_a_doubled_key_names_the_file_the_key_and_its_lines(tmp_path):
 
 
 def test_value_of_the_wrong_type_names_key_and_value():
-    assert complaint("--seed", "x") == "command line: seed: expected int, got x"
+    assert complaint("--seed", "x") == "command line: seed=x: must be a whole number"
 
 
 @pytest.mark.parametrize(
