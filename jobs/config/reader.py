@@ -21,7 +21,7 @@ from jobs.config.open_settings import model_section, refuse_other_null
 from jobs.config.run_config import SECTIONS, RunConfig, stored_requests
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
-from jobs.host.places import Place, new_parser
+from jobs.host.places import NAME, Place, new_parser
 from jobs.host.yaml_text import parse_yaml
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
@@ -29,8 +29,6 @@ from models.sequence_tower import SequenceModel
 from models.zoo import MODELS
 from pipeline.batches.requests import RequestConfig
 
-_NAME = re.compile(r"\w[\w.-]*")
-"""Names that a run may have."""
 _NAMELESS = "recipe"
 """The name of a file that says nothing about its run: recipe.yaml."""
 
@@ -175,9 +173,9 @@ def _resolve(
 
 def _name_by_data(parsed: Any) -> str:
     """The name of a run whose recipe is called recipe.yaml: its data's, or `recipe` where the workspace has runs or
-    nights of that name, which go on, and where the data's name cannot name a run."""
+    nights of that name, which go on."""
     taken = any((Path(parsed.workspace) / room / _NAMELESS).exists() for room in ("runs", "nightly"))
-    return _NAMELESS if taken or not _NAME.fullmatch(parsed.data.name) else parsed.data.name
+    return _NAMELESS if taken else parsed.data.name
 
 
 def _check_run(parsed: Any, model: str) -> None:
@@ -189,7 +187,7 @@ def _check_run(parsed: Any, model: str) -> None:
         raise UserError(f"seed={parsed.seed}: must be from 0 to 2147483647")
     if "://" in parsed.workspace:
         raise UserError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
-    if parsed.name and not _NAME.fullmatch(parsed.name):
+    if parsed.name and not NAME.fullmatch(parsed.name):
         raise UserError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
 
 
@@ -272,7 +270,9 @@ def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: S
     text = one_line(error)
     named = re.match(r"[\w.]+", text)
     field = named[0].split(".")[-1] if named else ""
-    keys = [action.dest for action in parser._actions if action.dest.split(".")[-1] == field]
+    known = [action.dest for action in parser._actions]
+    keys = [key for key in known if named and f".{key}".endswith(f".{named[0]}")]
+    keys = keys or [key for key in known if key.split(".")[-1] == field]
     if named:
         text = text.removeprefix(named[0].removesuffix(field))
     for key in keys:

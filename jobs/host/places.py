@@ -7,6 +7,7 @@ So no other module keeps a list of these arguments: cluster/submission.py uses `
 from __future__ import annotations
 
 import argparse
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +16,10 @@ from jobs.host.yaml_text import as_written, parse_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+
+NAME = re.compile(r"\w[\w.-]*")
+"""Names that become a part of a path (letters, digits, '.', '_', '-'): none leaves the folder that it is in."""
 
 
 class Place(str):

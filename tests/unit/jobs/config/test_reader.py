@@ -261,9 +261,29 @@ def test_a_run_of_a_recipe_yaml_is_named_after_its_data(tmp_path):
     assert load_config("train", str(recipe), workspace).name == "shop"
     assert load_config("train", str(recipe), [*workspace, "--data.name", "books"]).name == "books"
     assert load_config("train", str(recipe), [*workspace, "--name", "mine"]).name == "mine"
-    assert load_config("train", str(recipe), [*workspace, "--data.name", "a b"]).name == "recipe"
     recipe.write_text("data: {name: shop}\nmodel: {name: solar}\n")
     assert load_config("train", str(recipe), [*workspace, "--model.name", "din"]).name == "shop-din"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "a b", "", "x\n"])
+def test_a_data_set_s_name_stays_in_the_workspace(name):
+    assert complaint("--data.name", name) == (
+        f"command line: data.name={name!r}: must be letters, digits, '.', '_' and '-', it names directories; for data "
+        "elsewhere set events and shards"
+    )
+
+
+def test_a_data_set_s_name_is_told_with_its_key_where_the_file_has_other_names(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: x\nmodel: {name: solar}\nsource: {name: files}\ndata: {name: ../../x}\n")
+    assert complaint(recipe=str(recipe)).startswith(f"{recipe}: data.name='../../x': must be letters, digits, ")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "a:b"])
+def test_a_registered_model_s_name_stays_in_the_workspace(name):
+    told = f"command line: tracking.registered_model={name!r}: must not hold '/' or ':', nor be '.' or '..'"
+    assert complaint("--tracking.registered_model", name) == told
+    assert load_config("train", "ml-1m", ["--tracking.registered_model", "my shop"]).registered_model == "my shop"
 
 
 @pytest.mark.parametrize("room", ["runs", "nightly"])
