@@ -6,6 +6,7 @@ half-written, and a create operation that exactly one of several racing writers 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shutil
@@ -21,7 +22,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 _CHUNK_BYTES = 8 << 20
 SCRATCH = ".scratch-"
-"""Prefix of a folder for unfinished files inside a local store; `owner` of the process that made it follows."""
+"""Prefix of an unfinished file, or of a folder for unfinished files, inside a local store; `owner` of the process that
+made it follows."""
 
 
 class Store:
@@ -54,7 +56,15 @@ class Store:
         return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
     def names(self, folder: str = "") -> list[str]:
-        """Sorted names of the files and folders directly in `folder`; empty when `folder` does not exist."""
+        """Sorted names of the files and folders directly in `folder`, without unfinished ones; empty when `folder` does
+        not exist."""
+        return [name for name in self._names(folder) if not name.startswith(SCRATCH)]
+
+    def unfinished(self, folder: str = "") -> list[str]:
+        """Sorted names of the unfinished files and folders directly in `folder`, of living and of dead processes."""
+        return [name for name in self._names(folder) if name.startswith(SCRATCH)]
+
+    def _names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache()
         try:
             found = self.fs.ls(self.join(folder), detail=False)
@@ -82,8 +92,8 @@ class Store:
             self.fs.pipe_file(self.join(name), data)
             return
         target = Path(self.join(name))
-        temporary = _write_temporary(target, data, durable=durable)
-        os.replace(temporary, target)
+        with _written_beside(target, data, durable=durable) as temporary:
+            os.replace(temporary, target)
         if durable:
             sync(target.parent)
 
@@ -113,14 +123,12 @@ class Store:
                 return self.read(name) == data
             return True
         target = Path(self.join(name))
-        temporary = _write_temporary(target, data, private=private)
         try:
-            # link, unlike rename, fails when the target exists, and publishes all bytes at once.
-            os.link(temporary, target)
+            with _written_beside(target, data, private=private) as temporary:
+                # link, unlike rename, fails when the target exists, and publishes all bytes at once.
+                os.link(temporary, target)
         except FileExistsError:
             return False
-        finally:
-            temporary.unlink()
         sync(target.parent)
         return True
 
@@ -217,18 +225,27 @@ def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
         yield chunk
 
 
-def _write_temporary(target: Path, data: bytes, *, durable: bool = True, private: bool = False) -> Path:
+@contextlib.contextmanager
+def _written_beside(target: Path, data: bytes, *, durable: bool = True, private: bool = False) -> Iterator[Path]:
+    """An unfinished file with all the bytes, beside `target`; it is gone after the block. An OSError names `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    # mkstemp creates the file for its owner alone.
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        if durable:
-            os.fsync(stream.fileno())
-    if not private:
-        os.chmod(name, 0o644)
-    return Path(name)
+    temporary = None
+    try:
+        # mkstemp creates the file for its owner alone.
+        handle, temporary = tempfile.mkstemp(prefix=f"{SCRATCH}{owner()}-", dir=target.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        if not private:
+            os.chmod(temporary, 0o644)
+        yield Path(temporary)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -116,7 +116,7 @@ def parse(parser: Any, arguments: list[str]) -> Any:
     """The arguments, parsed by a jsonargparse parser. UserError: one line with the key, the value and the fix."""
     from jsonargparse import ArgumentError
 
-    from jobs.config.reader import explain
+    from jobs.config.mistakes import explain
 
     try:
         return parser.parse_args(arguments)

@@ -8,7 +8,6 @@ A mistake is a UserError: one line with the origin (file or command line), the k
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from jobs.config.mistakes import explain, section_without_keys, shortened
 from jobs.config.open_settings import model_section, refuse_other_null
 from jobs.config.run_config import SECTIONS, RunConfig, stored_requests
 from jobs.host.console import one_line
 from jobs.host.errors import UserError
-from jobs.host.places import Place, new_parser
+from jobs.host.places import NAME, Place, new_parser
 from jobs.host.yaml_text import parse_yaml
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
@@ -29,8 +29,6 @@ from models.sequence_tower import SequenceModel
 from models.zoo import MODELS
 from pipeline.batches.requests import RequestConfig
 
-_NAME = re.compile(r"\w[\w.-]*")
-"""Names that a run may have."""
 _NAMELESS = "recipe"
 """The name of a file that says nothing about its run: recipe.yaml."""
 
@@ -99,7 +97,7 @@ def load_board(board: str, arguments: Sequence[str], *, only: Sequence[str] = ()
     if not isinstance(rows, dict) or not rows or not all(isinstance(row, dict) for row in rows.values()):
         raise UserError(
             f"{path}: models must hold sections `ROW NAME: settings of the row`, or the name of a board with such "
-            f"sections ({', '.join(board_names())}), holds {rows!r}"
+            f"sections ({', '.join(board_names())}), holds {shortened(rows)}"
         )
     if unknown := [row for row in only if row not in rows]:
         raise UserError(f"leaderboard: --only {unknown[0]!r}: must be one of {', '.join(map(str, rows))}")
@@ -133,15 +131,17 @@ def _resolve(
     # Read the files and find the model, which determines the fields of `--model.*`.
     files = [(file, _read_yaml(Path(file))) for file in _config_files(arguments)]
     model = _model_name([(origin, first), *files], arguments)
-    if model not in MODELS:
-        raise UserError(f"model.name={model!r}: must be one of {', '.join(MODELS)}")
+    if not isinstance(model, str) or model not in MODELS:
+        raise UserError(f"model.name={shortened(repr(model))}: must be one of {', '.join(MODELS)}")
     parser = config_parser(command, model=model)
     suffix = ""
-    if (written_for := _model_name([(origin, first)], [])) in MODELS and written_for != model:
+    if (written_for := _model_name([(origin, first)], [])) != model and written_for in MODELS:
         first, suffix = _for_model(first, model, written_for=written_for), f"-{model}"
     # Parse each file alone, so that an error names its file; then all together with the command line.
     layers = [(origin, first), *files]
     for layer, values in layers:
+        if told := section_without_keys(values, parser):
+            raise UserError(f"{layer}: {told}")
         try:
             parser.parse_object(values)
         except (ArgumentError, ValueError) as error:
@@ -173,9 +173,9 @@ def _resolve(
 
 def _name_by_data(parsed: Any) -> str:
     """The name of a run whose recipe is called recipe.yaml: its data's, or `recipe` where the workspace has runs or
-    nights of that name, which go on, and where the data's name cannot name a run."""
+    nights of that name, which go on."""
     taken = any((Path(parsed.workspace) / room / _NAMELESS).exists() for room in ("runs", "nightly"))
-    return _NAMELESS if taken or not _NAME.fullmatch(parsed.data.name) else parsed.data.name
+    return _NAMELESS if taken else parsed.data.name
 
 
 def _check_run(parsed: Any, model: str) -> None:
@@ -187,7 +187,7 @@ def _check_run(parsed: Any, model: str) -> None:
         raise UserError(f"seed={parsed.seed}: must be from 0 to 2147483647")
     if "://" in parsed.workspace:
         raise UserError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
-    if parsed.name and not _NAME.fullmatch(parsed.name):
+    if parsed.name and not NAME.fullmatch(parsed.name):
         raise UserError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
 
 
@@ -233,7 +233,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: must hold `key: value` sections, holds {type(values).__name__}")
     for section in ("model", *SECTIONS):
         if not isinstance(values.get(section, {}), dict):
-            raise UserError(f"{path}: {section} must hold `key: value` lines, holds {values[section]!r}")
+            raise UserError(f"{path}: {section} must hold `key: value` lines, holds {shortened(values[section])}")
     return values
 
 
@@ -265,29 +265,14 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str]:
     return values
 
 
-def explain(error: Exception, parser: ArgumentParser) -> str:
-    """jsonargparse's message on one line; for an unknown key, a message with the most similar known key."""
-    text = one_line(error)
-    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"expected \1, got \2", text)
-    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
-    unknown = re.search(r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'", text)
-    if unknown:
-        key = next(group for group in unknown.groups() if group)
-        group = re.search(r"Group '([\w.]+)'", text)
-        key = f"{group[1]}.{key}" if group and not key.startswith(f"{group[1]}.") else key
-        known = [action.dest for action in parser._actions]
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see --print_config for the keys"
-        return f"unknown key {key}: {hint}"
-    return text
-
-
 def _locate(error: ValueError, parser: ArgumentParser, layers: Any, arguments: Sequence[str]) -> str:
     """Put the origin and the section's name before a section's message `field=value: rule`."""
     text = one_line(error)
     named = re.match(r"[\w.]+", text)
     field = named[0].split(".")[-1] if named else ""
-    keys = [action.dest for action in parser._actions if action.dest.split(".")[-1] == field]
+    known = [action.dest for action in parser._actions]
+    keys = [key for key in known if named and f".{key}".endswith(f".{named[0]}")]
+    keys = keys or [key for key in known if key.split(".")[-1] == field]
     if named:
         text = text.removeprefix(named[0].removesuffix(field))
     for key in keys:

@@ -19,7 +19,7 @@ from jobs.cluster.session import ClusterConfig
 from jobs.config.nightly_config import NightlyConfig
 from jobs.config.open_settings import open_settings_of
 from jobs.host.notify import NotifyConfig
-from jobs.host.places import Place
+from jobs.host.places import NAME, Place
 from jobs.host.secrets import redacted
 from jobs.tracking.mlflow_runs import TrackingConfig
 from jobs.training.checkpoint import CheckpointConfig
@@ -89,7 +89,7 @@ class DataConfig:
     """The data set, and how requests and batches are made from it."""
 
     name: str = "data"
-    """Name of the data set; its event log and shards in the workspace have this name."""
+    """Name of the data set, and of its event log and shards in the workspace: letters, digits, '.', '_', '-'."""
     events: Place | None = None
     """Directory or URI of the event log; unset = WORKSPACE/events/NAME."""
     shards: Place | None = None
@@ -100,6 +100,13 @@ class DataConfig:
     """Which requests are made from a user's sequence."""
     loader: LoaderConfig = dataclasses.field(default_factory=LoaderConfig)
     """How users are packed into batches."""
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"data.name={self.name!r}: must be letters, digits, '.', '_' and '-', it names directories; for data "
+                "elsewhere set events and shards"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

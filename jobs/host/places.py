@@ -7,14 +7,19 @@ So no other module keeps a list of these arguments: cluster/submission.py uses `
 from __future__ import annotations
 
 import argparse
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jobs.host.yaml_text import parse_yaml
+from jobs.host.yaml_text import as_written, parse_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+
+NAME = re.compile(r"\w[\w.-]*")
+"""Names that become a part of a path (letters, digits, '.', '_', '-'): none leaves the folder that it is in."""
 
 
 class Place(str):
@@ -45,6 +50,7 @@ def new_parser(command: str, *, description: str | None = None) -> ArgumentParse
     """The parser of `solar COMMAND`: accepts the types above, raises instead of exiting, and uses the docstring of each
     configuration field as the help of its option."""
     from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+    from jsonargparse._loaders_dumpers import get_yaml_default_loader
     from jsonargparse.typing import register_type
     from yaml import YAMLError
 
@@ -52,6 +58,10 @@ def new_parser(command: str, *, description: str | None = None) -> ArgumentParse
         register_type(kind, serializer=str, deserializer=_reader_of(kind))
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("yaml", parse_yaml, exceptions=(YAMLError,))
+    # A text for a setting that is a number goes through a loader of jsonargparse that cannot be set (4.53): it reads
+    # 1:30 as ninety.
+    numbers = get_yaml_default_loader()
+    numbers.yaml_implicit_resolvers = as_written(numbers.yaml_implicit_resolvers)
     return ArgumentParser(prog=f"solar {command}", description=description, exit_on_error=False)
 
 
@@ -148,7 +158,7 @@ def _types_in(found: Any) -> Iterator[Any]:
 def _reader_of(kind: type[str]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"expected a path or URI, got {value!r}")
+            raise ValueError(f"Expected a path or URI. Got value: {value}")
         return kind(value)
 
     return read

@@ -93,12 +93,13 @@ def build_states(
         commit, reused = read_commit(directory), True
         if commit is None:
             built, elsewhere = [], dataclasses.replace(model, directory=model.directory.absolute())
-            with ray_session(cluster), storing(directory), staging_directory(directory) as staging:
-                opened = functools.partial(_opened, elsewhere, data, identity, directory, staging)
-                for answer in map_in_actors(opened, [{"bucket": b} for b in data.buckets], parallel=parallel):
-                    built.append(answer)
-                    stage.update(len(built), len(data.buckets), f"{sum(file['users'] for file in built):,} users")
-            commit, reused = _commit(directory, built, identity=identity, data=data, model=model), False
+            with ray_session(cluster), storing(directory):
+                with staging_directory(directory) as staging:
+                    opened = functools.partial(_opened, elsewhere, data, identity, directory, staging)
+                    for answer in map_in_actors(opened, [{"bucket": b} for b in data.buckets], parallel=parallel):
+                        built.append(answer)
+                        stage.update(len(built), len(data.buckets), f"{sum(file['users'] for file in built):,} users")
+                commit, reused = _commit(directory, built, identity=identity, data=data, model=model), False
         # Check the commit that is there now: another process may have been faster.
         _refuse_others(commit, identity, directory)
         users, size = commit["users"], sum(file["bytes"] for file in commit["files"])

@@ -45,6 +45,11 @@ class TrackingConfig:
     registered_model: str | None = None
     """Name of the model in the registry; unset = solar-DATA_NAME."""
 
+    def __post_init__(self) -> None:
+        name = self.registered_model or "solar"
+        if {"/", ":"} & set(name) or name in (".", ".."):
+            raise ValueError(f"registered_model={name!r}: must not hold '/' or ':', nor be '.' or '..'")
+
 
 def tracking_uri(config: TrackingConfig, workspace: str) -> str:
     """The tracking URI in use; creates the directory of the default store."""

@@ -6,6 +6,7 @@ remove_forgotten_states   the states before `oldest`, which held forgotten users
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +23,7 @@ from pipeline.shards.manifest import (
 )
 from pipeline.shards.removals import record_removal, removal_of
 from pipeline.shards.tombstones import KEY
-from pipeline.storage import SCRATCH, Store
+from pipeline.storage import Store
 
 _FOLDERS = ("shards", "keys", "index", "vocabulary", "requests", "tombstones")
 
@@ -47,7 +48,11 @@ def collect(path: str, *, keep: int, command: str = "solar gc") -> Collected:
     """
     store = Store(path)
     # List the files first: the list then cannot contain what a run that starts from now on writes.
-    found = {name: store.size(name) for folder in _FOLDERS for name in _files(store, folder)}
+    found = {}
+    for name in [name for folder in _FOLDERS for name in _files(store, folder)]:
+        # A file that a running command has finished since it was listed is not there any more under this name.
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = store.size(name)
     refuse_other_runs(path)
     remove_forgotten_states(path)
     numbers = manifest_numbers(store)
@@ -61,9 +66,8 @@ def collect(path: str, *, keep: int, command: str = "solar gc") -> Collected:
     for name in garbage:
         store.remove(name)
     remove_leftovers(path)
-    for name in store.names():
-        if name.startswith(SCRATCH):
-            store.remove(name)
+    for name in store.unfinished():
+        store.remove(name)
     return Collected(manifests=removed, files=len(garbage), bytes=sum(found[name] for name in garbage), held=held)
 
 
@@ -112,7 +116,8 @@ def _fingerprints(path: str, numbers: Iterable[int]) -> dict[int, str]:
 
 
 def _files(store: Store, folder: str) -> list[str]:
-    return [f"{folder}/{name}" for name in store.names(folder)]
+    """All files of a folder, with the unfinished ones of killed commands."""
+    return [f"{folder}/{name}" for name in store.names(folder) + store.unfinished(folder)]
 
 
 def _unneeded(names: Iterable[str], kept: Sequence[Manifest]) -> list[str]:

@@ -43,7 +43,7 @@ def staging_directory(out: str) -> Iterator[str]:
         yield f"{out.rstrip('/')}/{name}"
     finally:
         store.remove(name)
-        if not existed and store.exists() and not store.names():
+        if not existed and store.exists() and not store.names() and not store.unfinished():
             store.remove("")
 
 
@@ -56,7 +56,7 @@ def other_runs(out: str) -> list[str]:
 def remove_leftovers(out: str) -> None:
     """Remove the folders with unfinished files that dead processes of this machine left in `out`."""
     store = Store(out)
-    for name in store.names():
+    for name in store.names() + store.unfinished():
         if any(is_of_dead_process(name, prefix=prefix) for prefix in (STAGING, SCRATCH)):
             store.remove(name)
 

@@ -27,7 +27,7 @@ from pipeline.prepare.staging import STAGING
 from pipeline.prepare.user_list import COLUMN, is_table
 from pipeline.shards.manifest import Manifest, current_manifest, manifest_numbers, read_manifest
 from pipeline.shards.tombstones import Tombstones
-from pipeline.storage import SCRATCH, Store
+from pipeline.storage import Store
 
 
 def listed_users(path: str, *, column: str | None, integers: bool) -> set[str]:
@@ -55,9 +55,8 @@ def traces(path: str, users: Collection[str]) -> list[str]:
     for leaf in store.names("requests"):
         if leaf.partition("-")[0] not in counted:
             found.append(f"requests/{leaf}: counts of requests in a state that was removed; `solar gc` removes them")
-    for leaf in store.names():
-        if leaf.startswith((STAGING, SCRATCH)):
-            found.append(f"{leaf}: unfinished files of another run, which may hold their events")
+    for leaf in [name for name in store.names() if name.startswith(STAGING)] + store.unfinished():
+        found.append(f"{leaf}: unfinished files of another run, which may hold their events")
     folders = [f"rejected/{folder}" for folder in store.names("rejected")]
     for name in [f"{folder}/{leaf}" for folder in folders for leaf in store.names(folder)]:
         if left := _about(_rejected(store, name), wanted):

@@ -1,9 +1,11 @@
+import errno
 import multiprocessing
+import os
 import uuid
 
 import pytest
 
-from pipeline.storage import Store
+from pipeline.storage import Store, _written_beside
 
 
 def _create(arguments):
@@ -43,6 +45,34 @@ def test_adopted_files_are_whole_and_leave_no_trace(store):
         store.adopt(f"{scratch}/file", "shards/file")
     assert store.size("shards/file") == 100_000
     assert store.names() == ["shards"]
+
+
+@pytest.mark.parametrize("step", ["fdopen", "fsync", "chmod", "replace", "link"])
+def test_a_file_that_cannot_be_written_is_named_and_leaves_no_trace(tmp_path, monkeypatch, step):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Store(str(tmp_path))
+    store.write("a/b", b"1")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, full)
+        for write in (store.write, store.create):
+            if (write, step) in ((store.write, "link"), (store.create, "replace")):
+                continue
+            with pytest.raises(OSError, match="No space left on device") as error:
+                write("a/new", b"2")
+            assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "a/new"))
+    assert os.listdir(tmp_path / "a") == ["b"]
+
+
+def test_readers_see_no_unfinished_files(tmp_path):
+    store = Store(str(tmp_path))
+    store.write("a/b", b"1")
+    with store.scratch() as scratch, _written_beside(tmp_path / "a/c", b"2") as unfinished:
+        assert (store.names(), store.names("a")) == (["a"], ["b"])
+        assert store.unfinished("a") == [unfinished.name]
+        assert store.unfinished() == [os.path.basename(scratch)]
+    assert store.unfinished() + store.unfinished("a") == []
 
 
 def test_absent_things_are_empty_or_raise(store):

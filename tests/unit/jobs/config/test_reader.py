@@ -70,8 +70,31 @@ def test_broken_yaml_names_the_file(tmp_path):
     assert complaint("--config", str(file)).startswith(f"{file}: not valid YAML")
 
 
+def test_numbers_are_decimal_in_files_and_on_the_command_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "training: {epochs: 010, max_seconds: 007}\ndata: {name: 007, prepare: {daily: {cut_off: 04:30}}}\n"
+    )
+    config = load_config("train", "ml-1m", ["--config", str(file), "--model.rank", "012"])
+    assert (config.training.epochs, config.training.max_seconds, config.model["rank"]) == (10, 7, 12)
+    assert (config.data.name, config.data.prepare.daily.cut_off) == ("007", "04:30")
+    file.write_text("training: {epochs: 1:30}\n")
+    assert complaint("--config", str(file)) == f"{file}: training.epochs=1:30: must be a whole number"
+    assert complaint("--training.max_seconds", "1:30.5") == (
+        "command line: training.max_seconds=1:30.5: must be a number"
+    )
+
+
+def test_a_doubled_key_names_the_file_the_key_and_its_lines(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("training: {epochs: 2}\nseed: 1\ntraining: {patience: 2}\n")
+    told = f"{file}: not valid YAML: line 3: key 'training' is in line 1 already: keep one of them"
+    assert complaint("--config", str(file)) == told
+    assert complaint(recipe=str(file)) == told
+
+
 def test_value_of_the_wrong_type_names_key_and_value():
-    assert complaint("--seed", "x") == "command line: seed: expected int, got x"
+    assert complaint("--seed", "x") == "command line: seed=x: must be a whole number"
 
 
 @pytest.mark.parametrize(
@@ -238,9 +261,29 @@ def test_a_run_of_a_recipe_yaml_is_named_after_its_data(tmp_path):
     assert load_config("train", str(recipe), workspace).name == "shop"
     assert load_config("train", str(recipe), [*workspace, "--data.name", "books"]).name == "books"
     assert load_config("train", str(recipe), [*workspace, "--name", "mine"]).name == "mine"
-    assert load_config("train", str(recipe), [*workspace, "--data.name", "a b"]).name == "recipe"
     recipe.write_text("data: {name: shop}\nmodel: {name: solar}\n")
     assert load_config("train", str(recipe), [*workspace, "--model.name", "din"]).name == "shop-din"
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "a b", "", "x\n"])
+def test_a_data_set_s_name_stays_in_the_workspace(name):
+    assert complaint("--data.name", name) == (
+        f"command line: data.name={name!r}: must be letters, digits, '.', '_' and '-', it names directories; for data "
+        "elsewhere set events and shards"
+    )
+
+
+def test_a_data_set_s_name_is_told_with_its_key_where_the_file_has_other_names(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: x\nmodel: {name: solar}\nsource: {name: files}\ndata: {name: ../../x}\n")
+    assert complaint(recipe=str(recipe)).startswith(f"{recipe}: data.name='../../x': must be letters, digits, ")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "a:b"])
+def test_a_registered_model_s_name_stays_in_the_workspace(name):
+    told = f"command line: tracking.registered_model={name!r}: must not hold '/' or ':', nor be '.' or '..'"
+    assert complaint("--tracking.registered_model", name) == told
+    assert load_config("train", "ml-1m", ["--tracking.registered_model", "my shop"]).registered_model == "my shop"
 
 
 @pytest.mark.parametrize("room", ["runs", "nightly"])

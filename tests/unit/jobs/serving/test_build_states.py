@@ -20,8 +20,10 @@ from jobs.serving.ranking import ScoreConfig
 from jobs.serving.score import score
 from jobs.serving.stored_states import find_states
 from jobs.serving.user_histories import UserHistories
+from pipeline import storage
 from pipeline.events import DataError, EventColumns, NotNow
 from pipeline.shards.dataset import Shards
+from pipeline.storage import Store
 from tests.support.serial import command_without_ray
 
 
@@ -207,6 +209,22 @@ def test_a_full_disk_leaves_no_states_and_the_next_run_builds_them(long_log, exp
         with pytest.raises(NotNow, match=rf"{out}/00000001: No space left on device: free some disk"):
             built(model, long_log, out)
     assert [path for path in out.rglob("*") if path.is_file()] == []
+    assert built(model, long_log, out).users == 3
+
+
+@pytest.mark.usefixtures("serial")
+def test_a_disk_that_is_full_at_the_commit_is_told_with_its_place(long_log, export, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, out = export(long_log), tmp_path / "states"
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "link", full)
+        with pytest.raises(NotNow, match=rf"{out}/00000001/COMMIT: No space left on device: free some disk"):
+            built(model, long_log, out)
+        patch.setattr(Store, "create", full)
+        with pytest.raises(NotNow, match=rf"{out}/00000001: No space left on device: free some disk"):
+            built(model, long_log, out)
     assert built(model, long_log, out).users == 3
 
 

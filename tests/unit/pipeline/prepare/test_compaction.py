@@ -98,6 +98,7 @@ def test_old_states_stay_readable_until_they_are_collected(grown, tmp_path):
     for number in (1, 2, 3, 4):
         assert verify(grown, number=number) == []
     (tmp_path / "out/.scratch-left").mkdir()
+    (tmp_path / "out/shards/.scratch-elsewhere-7-x").write_text("x")
     (tmp_path / "out/shards/bucket-00000-of-a-killed-run.parquet").write_text("x")
     removed = collect(grown, keep=2)
     assert removed.manifests == [1, 2]
@@ -110,6 +111,19 @@ def test_old_states_stay_readable_until_they_are_collected(grown, tmp_path):
     assert set(files(tmp_path / "out")) == named | {"manifests/00000004.json"} | removals
     with pytest.raises(DataError, match=r"no manifests/00000009.json; there are \[4\]"):
         Shards.open(grown, number=9)
+
+
+def test_a_file_that_is_finished_while_gc_lists_is_no_error(grown, tmp_path, monkeypatch):
+    size = Store.size
+
+    def sized(store, name):
+        (tmp_path / "out/requests/.scratch-elsewhere-7-x").unlink(missing_ok=True)
+        return size(store, name)
+
+    (tmp_path / "out/requests").mkdir(exist_ok=True)
+    (tmp_path / "out/requests/.scratch-elsewhere-7-x").write_text("x")
+    monkeypatch.setattr(Store, "size", sized)
+    assert collect(grown, keep=1).manifests == [1, 2]
 
 
 def test_nothing_is_collected_while_another_run_may_write(grown, tmp_path):

@@ -19,7 +19,7 @@ from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import verify
 from pipeline.shards.leases import current_leases, lease
 from pipeline.shards.manifest import manifest_numbers
-from pipeline.storage import Store
+from pipeline.storage import SCRATCH, Store
 
 
 @pytest.fixture
@@ -79,6 +79,9 @@ BROKEN = {
     "half": b'{"manifest": 1, "host": "elsewhe',
     "no text": b"\xff\x00\xfe",
     "a list": b"[1, 2]",
+    "no list": b"[]",
+    "an object": b"{}",
+    "null": b"null",
     "deep": b"[" * 100_000,
     "fields missing": b'{"manifest": 1, "expires": "2999-01-01T00:00:00+00:00"}',
     "no number": b'{"manifest": "1", "host": "h", "pid": 7, "command": "c", "expires": "2999-01-01T00:00:00+00:00"}',
@@ -100,6 +103,19 @@ def test_a_lease_that_cannot_be_read_holds_its_state_for_the_life_of_a_lease(gro
     os.utime(file, (written, written))
     assert collect(grown, keep=1).manifests == [1]
     assert not file.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00\xfe", b"{}", b"[]", b"null", b'{"manifest": 1, "x": 2}'])
+def test_forgetting_and_gc_wait_for_no_lease_that_cannot_be_read(grown, content):
+    folder = Path(grown, "leases")
+    folder.mkdir()
+    # The second: an unfinished lease of an earlier version.
+    for name in ("00000001-else-where-7-aa.json", ".00000001-vm-99-abcdabcd.json-0fcnad4t", f"{SCRATCH}vm-99-abcd"):
+        (folder / name).write_bytes(content)
+    build.forget(grown, ["3"])
+    assert manifest_numbers(Store(grown)) == [4]
+    assert [each.command for each in current_leases(grown)] == ["leases/00000001-else-where-7-aa.json"]
+    assert collect(grown, keep=1).held == []
 
 
 def test_a_lease_of_a_dead_process_is_removed_even_if_it_cannot_be_read(grown):

@@ -1,0 +1,104 @@
+"""What the parser refuses, as one plain line: the key, the value and what is allowed.
+
+jsonargparse tells it in the words of Python (`typing.Literal`, `Union subtypes`). Its text gives the key and the value
+alone; what is allowed follows from the type of the key's field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from jobs.host.console import one_line
+from jobs.host.places import Place
+
+_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'")
+_WRONG = re.compile(r'Parser key "([\w.]+)".*\b(?:Got|Given) value: ?(.*)')
+_NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config '(.*)' - """)
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
+_LONGEST = 80
+"""Characters of a value that are shown."""
+
+
+def explain(error: Exception, parser: ArgumentParser) -> str:
+    """The line for an error of the parser; for an unknown key, with the most similar known key."""
+    text = one_line(error)
+    if unknown := _UNKNOWN.search(text):
+        return _unknown_key(next(key for key in unknown.groups() if key), text, parser)
+    if section := _NO_SECTION.match(text):
+        return f"{section[1]}={shortened(section[2])}: must hold `key: value` lines"
+    hints = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
+    if (wrong := _WRONG.match(text)) and wrong[1] in hints:
+        return f"{wrong[1]}={shortened(wrong[2])}: must be {_allowed(hints[wrong[1]], wrong[2])}"
+    return text
+
+
+def shortened(value: object) -> str:
+    """The value as text, cut if it is long."""
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def section_without_keys(values: Mapping[str, Any], parser: ArgumentParser) -> str | None:
+    """The line for the first section of a YAML file, at any depth, that holds no settings; None if all do.
+
+    The parser reads nothing of such a section.
+    """
+    fields = {action.dest for action in parser._actions if getattr(action, "_typehint", None)}
+    sections = {dest[:dot] for dest in fields for dot in _dots(dest)} - fields
+    for section in sorted(sections):
+        held: Any = values
+        for part in section.split("."):
+            held = held.get(part, {})
+            if not isinstance(held, dict):
+                return f"{section} must hold `key: value` lines, holds {shortened(held)}"
+    return None
+
+
+def _dots(dest: str) -> list[int]:
+    return [index for index, letter in enumerate(dest) if letter == "."]
+
+
+def _unknown_key(key: str, text: str, parser: ArgumentParser) -> str:
+    group = re.search(r"Group '([\w.]+)'", text)
+    key = f"{group[1]}.{key}" if group and not key.startswith(f"{group[1]}.") else key
+    near = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
+    hint = f"did you mean {near[0]}?" if near else "see --print_config for the keys"
+    return f"unknown key {key}: {hint}"
+
+
+def _allowed(hint: Any, value: str) -> str:
+    """What a field of this type may hold, and how this value could have been meant."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    allowed = " or ".join(_words(kind) for kind in kinds)
+    names = [str(name) for kind in kinds if typing.get_origin(kind) is typing.Literal for name in typing.get_args(kind)]
+    if near := difflib.get_close_matches(value, names, n=1):
+        return f"{allowed}: did you mean {near[0]}?"
+    if str in kinds and value[:1] not in ("[", "{"):
+        return f"{allowed}: write it in quotes"
+    if tuple[str, ...] in kinds and value[:1].isalpha():
+        return f"{allowed}: write [{value}]"
+    return allowed
+
+
+def _words(kind: Any) -> str:
+    """A type in plain words."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return " or ".join(map(str, inner))
+    if origin is tuple:
+        count = "" if inner[-1] is ... else f"{len(inner)} "
+        return f"a list of {count}{_PLURALS.get(inner[0], 'paths')}"
+    if isinstance(kind, type) and issubclass(kind, Place):
+        return "a path or URI"
+    if dataclasses.is_dataclass(kind):
+        return f"`key: value` lines of {', '.join(field.name for field in dataclasses.fields(kind))}"
+    return _WORDS.get(kind, "`key: value` lines")
