@@ -97,7 +97,7 @@ class _Group:
         self._parallel, self._cluster = parallel, cluster
         self._restarts = cluster.restarts(elastic=parallel.elastic)
         self._failures: list[BaseException] = []
-        self._worn = False
+        self._worn, self._idle = False, True
         reserved = _reserved(parallel)
         # The actor must run on the node of the driver and of Ray Train's controller, to survive the loss of other
         # nodes.
@@ -142,9 +142,10 @@ class _Group:
         """Have the job done, pass on its rows, and handle signals."""
         finished, stop_requested = False, None
         with noted_signals() as signalled:
+            self._idle = False
             _answer(self._telemetry.give.remote(job))
             while self._thread.is_alive() and not finished:
-                finished = self._pass_on(on_rows, seconds=POLL_SECONDS)
+                finished = self._idle = self._pass_on(on_rows, seconds=POLL_SECONDS)
                 if stop_requested is None and signalled():
                     stop_requested = time.monotonic()
                     # Before training has begun there is nothing to store in a checkpoint.
@@ -170,8 +171,8 @@ class _Group:
         return finished
 
     def close(self) -> None:
-        """End the idle workers."""
-        if self._thread.is_alive():
+        """End the workers if they are idle; after an error of the driver itself the Ray session's end ends them."""
+        if self._idle and self._thread.is_alive():
             _answer(self._telemetry.close.remote())
             self._thread.join(CLOSE_SECONDS)
         self._settings.close()

@@ -1,4 +1,4 @@
-"""What a failed group of workers tells its user: one line, of the error that caused the others."""
+"""What a group of workers reserves, when idle workers end, and what a failed group tells its user in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jobs.cluster import worker_group
 from jobs.cluster.failures import Interrupted, WorkerFailure, cause_text
 from jobs.cluster.failures import explained as explained_failure
 from jobs.cluster.parallel import ParallelConfig
+from jobs.host.errors import UserError
 from pipeline.events import DataError
 
 LOST = RuntimeError("gloo: connection closed by peer")
@@ -111,3 +112,31 @@ def test_the_death_of_the_telemetry_actor_is_one_line(monkeypatch, error, says):
     with pytest.raises(WorkerFailure, match=f"^the actor that collects telemetry {says}") as caught:
         worker_group._answer(None)
     assert "\n" not in str(caught.value)
+
+
+class FakeGroup:
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize(("cpus", "kept"), [({"CPU": 0.5}, False), ({}, False), ({"CPU": 1.0}, True)])
+def test_idle_workers_end_before_tasks_where_they_leave_no_cpu(monkeypatch, cpus, kept):
+    group = FakeGroup()
+    monkeypatch.setattr(worker_group._Group, "kept", group)
+    monkeypatch.setattr("ray.available_resources", lambda: cpus)
+    worker_group.make_room_for_tasks()
+    assert (group.closed, worker_group._Group.kept is group) == ((0, True) if kept else (1, False))
+
+
+def test_workers_of_a_local_ray_reserve_a_resource_of_their_own_and_elsewhere_cpus(monkeypatch):
+    parallel = ParallelConfig(num_workers=2, threads_per_worker=3)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0, worker_group.LOCAL_WORKERS: 6.0})
+    assert worker_group._reserved(parallel) == {worker_group.LOCAL_WORKERS: 3}
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 6.0})
+    assert worker_group._reserved(parallel) == {"CPU": 3}
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 5.0})
+    with pytest.raises(UserError, match=r"parallel.num_workers=2, device=cpu: needs 6 CPU, this Ray has 5: lower "):
+        worker_group._reserved(parallel)
