@@ -114,13 +114,11 @@ def read_recipe(own: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
 
 def parse(parser: Any, arguments: list[str]) -> Any:
     """The arguments, parsed by a jsonargparse parser. UserError: one line with the key, the value and the fix."""
-    from jsonargparse import ArgumentError
-
-    from jobs.config.mistakes import explain
+    from jobs.config.mistakes import REFUSALS, explain
 
     try:
         return parser.parse_args(arguments)
-    except (ArgumentError, ValueError) as error:
+    except REFUSALS as error:
         if missing := re.search(r"arguments? (?:is|are) required: (.*)", one_line(error)):
             raise usage_error(parser.prog.removeprefix("solar "), _missing(parser, missing[1])) from error
         raise UserError(f"{parser.prog.removeprefix('solar ')}: {explain(error, parser)}") from error

@@ -14,11 +14,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs.host.console import one_line
 from jobs.host.places import Place
 
+REFUSALS = (ArgumentError, ValueError, RecursionError)
+"""What the parser raises for a value."""
 _UNKNOWN = re.compile(r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'")
 _WRONG = re.compile(r'Parser key "([\w.]+)".*\b(?:Got|Given) value: ?(.*)')
 _NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config '(.*)' - """)
@@ -30,6 +32,8 @@ _LONGEST = 80
 
 def explain(error: Exception, parser: ArgumentParser) -> str:
     """The line for an error of the parser; for an unknown key, with the most similar known key."""
+    if isinstance(error, RecursionError):
+        return "a value is nested too deep: no setting has more than a few levels"
     text = one_line(error)
     if unknown := _UNKNOWN.search(text):
         return _unknown_key(next(key for key in unknown.groups() if key), text, parser)

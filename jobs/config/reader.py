@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
-from jobs.config.mistakes import explain, section_without_keys, shortened
+from jobs.config.mistakes import REFUSALS, explain, section_without_keys, shortened
 from jobs.config.open_settings import model_section, refuse_other_null
 from jobs.config.run_config import SECTIONS, RunConfig, stored_requests
 from jobs.host.console import one_line
@@ -144,11 +144,11 @@ def _resolve(
             raise UserError(f"{layer}: {told}")
         try:
             parser.parse_object(values)
-        except (ArgumentError, ValueError) as error:
+        except REFUSALS as error:
             raise UserError(f"{layer}: {explain(error, parser)}") from error
     try:
         parsed = parser.parse_args(list(arguments), namespace=parser.parse_object(first))
-    except (ArgumentError, ValueError) as error:
+    except REFUSALS as error:
         raise UserError(f"command line: {explain(error, parser)}") from error
 
     # Build the sections, whose own rules are checked then; rules across sections follow.

@@ -202,14 +202,14 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from jobs.training.evaluation import evaluate as evaluate_part
-    from jobs.training.evaluation import evaluate_counts
+    from jobs.training.evaluation import evaluate_counts, evaluation_loader
     from jobs.training.spectrum import energy_by_rank
     from jobs.training.trial import extent_of
     from pipeline.batches.batch import Batch
 
     directory, reporter, done = Path(arguments["directory"]), arguments["reporter"], 0
     data = Shards.open(arguments["shards"], number=arguments["manifest"])
-    selection, limit = {"requests": arguments["requests"], "part": arguments["part"]}, None
+    selection, loader = {"requests": arguments["requests"], "part": arguments["part"]}, None
 
     def progress(system: str) -> Any:
         return lambda count, total: reporter.row("progress", stage=system, done=count, total=total)
@@ -221,24 +221,26 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
             _write_result(directory, system, result)
 
-    for index, system in enumerate(arguments["systems"]):
+    for system in arguments["systems"]:
         tower, rows, catalogue = _load_system(system, data, arguments)
-        common: dict[str, Any] = {"catalogue": catalogue, **selection}
-        if index == 0:
-            extent = extent_of(tower, rows, data, config=arguments["evaluation"], enough=arguments["enough"], **common)
+        main = loader is None
+        if loader is None:
+            extent = extent_of(
+                tower, rows, data, config=arguments["evaluation"], enough=arguments["enough"], catalogue=catalogue,
+                **selection,
+            )  # fmt: skip
             reporter.row("extent", extent=dataclasses.asdict(extent))
-            limit = extent.limit
-        measured = evaluate_part(tower, rows, data, limit=limit, progress=progress(system.name), **common)
-        record(system.name, measured)
-        if index == 0 and arguments["beside"]:
+            loader = evaluation_loader(data, limit=extent.limit, **selection)
+        record(system.name, evaluate_part(tower, rows, loader, catalogue=catalogue, progress=progress(system.name)))
+        if main and arguments["beside"]:
             name = f"{system.name}, {EMPTIED}"
             emptied = evaluate_part(
-                tower, rows, data, limit=limit, transform=Batch.without_history, progress=progress(name), **common
+                tower, rows, loader, catalogue=catalogue, transform=Batch.without_history, progress=progress(name)
             )
             record(name, emptied)
             for baseline in arguments["baselines"]:
-                record(baseline, evaluate_counts(data, own_items=baseline == OWN_ITEMS, limit=limit, **common))
-            spectrum = energy_by_rank(tower, rows, data, **common)
+                record(baseline, evaluate_counts(loader, catalogue=catalogue, own_items=baseline == OWN_ITEMS))
+            spectrum = energy_by_rank(tower, rows, data, catalogue=catalogue, **selection)
             if spectrum is not None and dist.get_rank() == 0:
                 write_json(directory / "spectrum.json", spectrum)
         # All ranks: free this system's memory before the next one is loaded.

@@ -60,28 +60,20 @@ Progress = Callable[[int, int], None]
 def evaluate(
     model: nn.Module,
     tables: ItemRows,
-    shards: Shards,
+    loader: EvaluationLoader,
     *,
     catalogue: Catalogue,
-    requests: RequestConfig,
-    part: str,
-    limit: int | None = None,
     transform: Transform = lambda batch: batch,
     progress: Progress = lambda done, total: None,
 ) -> RankedTargets | ScoredImpressions:
-    """Score one part (valid, test) with the current weights. A collective: all ranks take part.
-
-    `limit`: score only about so many requests, always the same ones.
-    """
-    loader = evaluation_loader(shards, requests=requests, part=part, limit=limit)
+    """Score the loader's requests with the current weights. A collective: all ranks take part."""
     batches = _translated(loader, catalogue)
     model.eval()
     with torch.no_grad():
-        if requests.task == "next_item":
+        if loader.requests.task == "next_item":
             result = _rank_targets(
-                model, tables, batches, catalogue=catalogue, requests=requests, transform=transform,
-                progress=lambda done: progress(done, loader.num_requests),
-            )  # fmt: skip
+                model, tables, batches, loader, catalogue=catalogue, transform=transform, progress=progress
+            )
         else:
             result = _score_impressions(model, tables, batches, loader, transform=transform, progress=progress)
     model.train()
@@ -91,7 +83,8 @@ def evaluate(
 def evaluation_loader(
     shards: Shards, *, requests: RequestConfig, part: str, limit: int | None = None
 ) -> EvaluationLoader:
-    """This rank's share of the requests of a part."""
+    """This rank's share of the requests of a part (valid, test). `limit`: only about so many requests, always the same
+    ones."""
     return EvaluationLoader(
         shards,
         requests=requests,
@@ -104,20 +97,14 @@ def evaluation_loader(
 
 
 def evaluate_counts(
-    shards: Shards,
-    *,
-    catalogue: Catalogue,
-    requests: RequestConfig,
-    part: str,
-    limit: int | None = None,
-    own_items: bool = False,
+    loader: EvaluationLoader, *, catalogue: Catalogue, own_items: bool = False
 ) -> RankedTargets | ScoredImpressions:
     """The baseline by popularity: an item's score is its number of training events, the same for all users.
 
     With `own_items` (next_item), items of the user's history rank above all others, by how often and how recently they
-    occur in it. `limit` as in `evaluate`. A collective: all ranks take part.
+    occur in it. A collective: all ranks take part.
     """
-    loader = evaluation_loader(shards, requests=requests, part=part, limit=limit)
+    requests = loader.requests
     scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
     share_I = scores_I / (scores_I.max() + 1)
     results = []
@@ -155,8 +142,8 @@ def _translated(loader: EvaluationLoader, catalogue: Catalogue) -> Iterator[Batc
 
 
 def _rank_targets(
-    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], *, catalogue: Catalogue, requests: RequestConfig,
-    transform: Transform, progress: Callable[[int], None],
+    model: nn.Module, tables: ItemRows, batches: Iterator[Batch], loader: EvaluationLoader, *, catalogue: Catalogue,
+    transform: Transform, progress: Progress,
 ) -> RankedTargets:  # fmt: skip
     """Score the whole catalogue for every request and rank its targets. A collective: all ranks take part."""
     scorer = _CatalogueScorer(model, tables, catalogue)
@@ -167,8 +154,9 @@ def _rank_targets(
             # Keep only the users of these requests: a batch may hold a user with thousands of requests and events.
             last = min(first + scorer.requests_at_once, batch.num_requests)
             chunk = select_requests(batch, min(first, last), last)
-            results.append(_ranks(chunk, scorer.scores(transform(chunk)), catalogue, requests))
-            progress(before + batch.num_global_requests * last // max(1, batch.num_requests))
+            results.append(_ranks(chunk, scorer.scores(transform(chunk)), catalogue, loader.requests))
+            done = before + batch.num_global_requests * last // max(1, batch.num_requests)
+            progress(done, loader.num_requests)
         before += batch.num_global_requests
     return _collect_ranks(results, catalogue)
 

@@ -31,7 +31,7 @@ from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.clock import StepClock, cost_of_process
 from jobs.training.dense_engine import dense_engine
 from jobs.training.dense_state import restore_dense_state
-from jobs.training.evaluation import evaluate
+from jobs.training.evaluation import evaluate, evaluation_loader
 from jobs.training.in_batch import InBatchNegatives
 from jobs.training.job import TrainJob
 from jobs.training.model import item_features, model_settings, model_tables, user_tables
@@ -40,7 +40,7 @@ from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
 from models.interface import Recommender
 from models.zoo import build_tower
-from pipeline.batches.loader import TrainLoader
+from pipeline.batches.loader import EvaluationLoader, TrainLoader
 from pipeline.shards.dataset import Shards
 
 
@@ -75,6 +75,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
 
     # All ranks: prepare validation, and the two functions that read a batch and begin its look-up.
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
+    validation = evaluation_loader(shards, requests=job.requests, part="valid", limit=training.valid_requests or None)
     add_negatives = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
     batches, clock, num_items = iter(loader), StepClock(), shards.vocabulary.size
 
@@ -123,7 +124,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
             validated = state.step in last_steps or out_of_time
             if validated:
-                _validate(job, shards, catalogue, state, tables, engine, reporter)
+                _validate(validation, catalogue, state, tables, engine, reporter)
 
             # All ranks agree whether to stop; then they begin a checkpoint together, if one is due.
             stop = reporter.should_stop()
@@ -213,8 +214,7 @@ def _peak_gib() -> float:
 
 
 def _validate(
-    job: TrainJob,
-    shards: Shards,
+    loader: EvaluationLoader,
     catalogue: Catalogue,
     state: TrainState,
     tables: ShardedTables,
@@ -226,14 +226,11 @@ def _validate(
     metrics = evaluate(
         engine,
         tables,
-        shards,
+        loader,
         catalogue=catalogue,
-        requests=job.requests,
-        part="valid",
-        limit=job.training.valid_requests or None,
         progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
     ).metrics()
-    primary = metrics[primary_metric(job.requests)]
+    primary = metrics[primary_metric(loader.requests)]
     state.peak_gib = _peak_gib()
     state.validations_since_best += 1
     if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):

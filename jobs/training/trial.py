@@ -35,7 +35,8 @@ def extent_of(
 
     # Time some requests; all ranks use the time of rank 0, so that they decide alike.
     began = time.perf_counter()
-    evaluate(model, tables, shards, catalogue=catalogue, requests=requests, part=part, limit=TRIAL_REQUESTS)
+    first = evaluation_loader(shards, requests=requests, part=part, limit=TRIAL_REQUESTS)
+    evaluate(model, tables, first, catalogue=catalogue)
     elapsed = torch.tensor([time.perf_counter() - began], dtype=torch.float64)
     dist.broadcast(elapsed, src=0)
     each = float(elapsed) / TRIAL_REQUESTS

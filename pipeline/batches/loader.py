@@ -200,7 +200,7 @@ class TrainLoader:
 
 
 class EvaluationLoader:
-    """One pass over the requests of a part, in user order; every rank gets the same number of batches."""
+    """Passes over the requests of a part, in user order; every rank gets the same number of batches."""
 
     def __init__(
         self, data: Shards, *, requests: RequestConfig, part: str, batch_events: int, rank: int = 0,
@@ -209,7 +209,7 @@ class EvaluationLoader:
         """`limit`: take users, always the same ones, spread over the data set, until they have this many requests."""
         if part not in ("valid", "test"):
             raise ValueError(f"part is {part!r}: it must be valid or test")
-        self._data, self._requests, self._part = data, requests, part
+        self._data, self.requests, self._part = data, requests, part
         self._rank, self._world_size = rank, world_size
         counts = part_counts(data, requests, part)
         users = _evaluated_users(data, counts, limit)
@@ -227,13 +227,13 @@ class EvaluationLoader:
         return _prefetched(self._build, 2)
 
     def _build(self) -> Iterator[Batch]:
-        reader = UserReader(self._data, keep=2, min_label=self._requests.least_label)
+        reader = UserReader(self._data, keep=2, min_label=self.requests.least_label)
         for number in range(self.num_batches):
             users = self._plan.users_of(number, rank=self._rank, world_size=self._world_size)
             events = reader.read(users)
-            chosen = of_part(list_requests(events, self._requests), self._part, self._requests)
-            chosen = evaluated(chosen, config=self._requests)
-            window = carried(chosen, num_users=len(users), part=self._part, config=self._requests)
+            chosen = of_part(list_requests(events, self.requests), self._part, self.requests)
+            chosen = evaluated(chosen, config=self.requests)
+            window = carried(chosen, num_users=len(users), part=self._part, config=self.requests)
             yield _batch(users, events, chosen, *window, num_global_requests=int(self._plan.num_requests[number]))
 
 

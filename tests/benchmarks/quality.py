@@ -184,7 +184,7 @@ def run_one(task: tuple) -> str:
     from jobs.runs.run_dir import open_shards, settled
     from jobs.runs.train import train_job
     from jobs.training.catalogue import catalogue_of, training_counts
-    from jobs.training.evaluation import evaluate_counts
+    from jobs.training.evaluation import evaluate_counts, evaluation_loader
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     torch.set_num_threads(1)
@@ -201,9 +201,8 @@ def run_one(task: tuple) -> str:
         catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
         if name in (POPULARITY, OWN_ITEMS):
             trained: Options = {"steps": 0, "train_seconds": 0.0}
-            result = evaluate_counts(
-                shards, catalogue=catalogue, requests=job.requests, part=part, own_items=name == OWN_ITEMS
-            )
+            loader = evaluation_loader(shards, requests=job.requests, part=part)
+            result = evaluate_counts(loader, catalogue=catalogue, own_items=name == OWN_ITEMS)
         else:
             result, trained = trained_and_evaluated(job, shards, catalogue=catalogue, part=part)
         dist.destroy_process_group()
@@ -232,7 +231,7 @@ def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -
     """(what its best checkpoint gives on the part, how the training went)."""
     from jobs.cluster.telemetry import Reporter
     from jobs.runs.run_dir import best_checkpoint
-    from jobs.training.evaluation import evaluate
+    from jobs.training.evaluation import evaluate, evaluation_loader
     from jobs.training.loop import build_model, train
 
     class Curve(Reporter):
@@ -252,7 +251,8 @@ def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -
     curve = Curve()
     state = train(job, reporter=curve)
     tables, tower = build_model(job, shards, checkpoint=best_checkpoint(Path(job.run_dir)))
-    result = evaluate(tower, tables, shards, catalogue=catalogue, requests=job.requests, part=part)
+    loader = evaluation_loader(shards, requests=job.requests, part=part)
+    result = evaluate(tower, tables, loader, catalogue=catalogue)
     return result, {
         "steps": state.step,
         "best_step": state.best_step,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jobs.training import evaluation
 from jobs.training.catalogue import catalogue_of, training_counts
-from jobs.training.evaluation import evaluate, evaluate_counts
+from jobs.training.evaluation import evaluate, evaluate_counts, evaluation_loader
 from jobs.training.model import item_features, table_specs
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.results import RankedTargets
@@ -70,13 +70,15 @@ def evaluate_here(shards_dir: str, requests: RequestConfig, model_dir: str) -> d
         training_count=training_counts(trained_on, requests=requests),
         vocabulary=trained_on.vocabulary,
     )
-    arguments: dict[str, Any] = {"catalogue": catalogue, "requests": requests, "part": "test"}
+    loader = evaluation_loader(shards, requests=requests, part="test")
     done: list[tuple[int, int]] = []
     return {
-        "model": evaluate(LengthTimesItem(), tables, shards, progress=lambda *counts: done.append(counts), **arguments),
-        "emptied": evaluate(LengthTimesItem(), tables, shards, transform=Batch.without_history, **arguments),
-        "popularity": evaluate_counts(shards, **arguments),
-        "own items": evaluate_counts(shards, own_items=True, **arguments),
+        "model": evaluate(
+            LengthTimesItem(), tables, loader, catalogue=catalogue, progress=lambda *counts: done.append(counts)
+        ),
+        "emptied": evaluate(LengthTimesItem(), tables, loader, catalogue=catalogue, transform=Batch.without_history),
+        "popularity": evaluate_counts(loader, catalogue=catalogue),
+        "own items": evaluate_counts(loader, catalogue=catalogue, own_items=True),
         "progress": done,
     }
 
@@ -260,6 +262,7 @@ def rank_both_ways(shards_dir: str) -> dict[str, list[RankedTargets]]:
     tables.initialize(seed=1, std=1.0)
     counts = training_counts(shards, requests=LAST)
     catalogue = catalogue_of(shards, requests=LAST, training_count=counts)
+    loader = evaluation_loader(shards, requests=LAST, part="test")
     evaluation.BLOCK_ITEMS, evaluation.BLOCK_CANDIDATES = 7, 21
     in_blocks = evaluation._CatalogueScorer._by_blocks
     for name in TOWERS:
@@ -276,7 +279,7 @@ def rank_both_ways(shards_dir: str) -> dict[str, list[RankedTargets]]:
         results = []
         for way in (in_blocks, evaluation._CatalogueScorer._at_once):
             evaluation._CatalogueScorer._by_blocks = way
-            results.append(evaluate(tower, tables, shards, catalogue=catalogue, requests=LAST, part="test"))
+            results.append(evaluate(tower, tables, loader, catalogue=catalogue))
         found[name] = results
     return found
 

@@ -236,7 +236,6 @@ GOOD = {"history": [100], "history_time": [1_700_000_000_000], "candidates": [10
             records([GOOD | {"candidates": list(range(100_001))}]),
             "100,001 candidates are more than the limit of",
         ),
-        (b'{"dataframe_split": {"columns": ["history", "history"], "data": [[[1], [1]]]}}', "history"),
         (b'{"inputs": 5}', "column 'history' is missing"),
     ],
 )
@@ -265,11 +264,17 @@ def test_records_may_lack_optional_columns(server):
         assert found["scores"] == pytest.approx(scores, abs=1e-5)
 
 
+DOUBLED = {"dataframe_split": {"columns": ["history", "history"], "data": [[[1], [1]]]}}
+UNEQUAL = {"inputs": {"history": [[1], [2]], "candidates": [[1]]}}
+
+
 def test_what_mlflows_parser_answers_before_the_model_is_asked(server):
     """jobs/serving/README.md tells it."""
     for body, kind, status, trace in (
         (b'{"dataframe_records": [{"candidates": [' + b"9" * 5000 + b"]}]}", "application/json", 500, False),
         (b'{"dataframe_records": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "application/json", 500, False),
+        (json.dumps(DOUBLED).encode(), "application/json", 400, False),
+        (json.dumps(UNEQUAL).encode(), "application/json", 400, False),
         (b"no parquet", "application/vnd.apache.parquet", 400, True),
         (b'a,b\n"1\n', "text/csv", 400, True),
         (b"\xff", "text/csv", 400, False),

@@ -70,6 +70,7 @@ def test_a_value_of_the_wrong_type_is_told_with_what_is_allowed(parser, values, 
             "data.requests.task=impresions: must be next_item or impressions: did",
         ),
         (["--compare", "mean_pooling"], "compare=mean_pooling: must be a list of texts: write [mean_pooling]"),
+        (["--seed", "[" * 3000 + "]" * 3000], "a value is nested too deep"),
         (["--training", "5"], "training=5: must hold `key: value` lines"),
     ],
 )

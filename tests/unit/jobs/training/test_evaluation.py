@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from jobs.training.catalogue import ALWAYS, catalogue_of
-from jobs.training.evaluation import EVEN_SHARE, evaluate
+from jobs.training.evaluation import EVEN_SHARE, evaluate, evaluation_loader
 from jobs.training.exported import LoadedRows
 from jobs.training.results import RankedTargets
 from pipeline.batches.requests import RequestConfig
@@ -82,7 +82,8 @@ def test_log_loss_of_evaluation_is_that_of_solar_score(plain, export, tmp_path, 
     model, requests = export(plain, max_history=MAX_HISTORY, **settings), SPLITS[split]
     scorer = model.scorer()
     catalogue = catalogue_of(plain, requests=requests, training_count=np.zeros(plain.vocabulary.capacity, np.int64))
-    result = evaluate(scorer.tower, LoadedRows(scorer), plain, catalogue=catalogue, requests=requests, part="test")
+    loader = evaluation_loader(plain, requests=requests, part="test")
+    result = evaluate(scorer.tower, LoadedRows(scorer), loader, catalogue=catalogue)
     assert isinstance(result, RankedTargets)
     asked = asked_again(result, catalogue, plain)
     assert len(asked) > 10
