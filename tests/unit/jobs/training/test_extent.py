@@ -54,11 +54,14 @@ def extent(monkeypatch):
     def run(whole: int, each: float, config: EvaluationConfig, enough: int | None = None) -> Extent:
         clock = [0.0]
 
-        def evaluate(*_: Any, limit: int, **__: Any) -> None:
-            clock[0] += limit * each
+        def evaluate(_model: Any, _tables: Any, loader: Any, **_: Any) -> None:
+            clock[0] += loader.num_requests * each
+
+        def evaluation_loader(*_: Any, limit: int | None = None, **__: Any) -> Any:
+            return SimpleNamespace(num_requests=limit or whole)
 
         monkeypatch.setattr(trial, "evaluate", evaluate)
-        monkeypatch.setattr(trial, "evaluation_loader", lambda *_, **__: SimpleNamespace(num_requests=whole))
+        monkeypatch.setattr(trial, "evaluation_loader", evaluation_loader)
         monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
         monkeypatch.setattr(trial.dist, "broadcast", lambda *_, **__: None)
         unused: Any = None
