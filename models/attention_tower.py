@@ -332,7 +332,6 @@ class Head(nn.Module):
         logit_M = (found_MD * gather_rows(rows.target_ID, item_M)).sum(-1) / math.sqrt(self.width)
         logit_M = logit_M + gather_rows(rows.popularity_I1, item_M).squeeze(-1)
         if self.state is not None and self.last is not None:
-            logit_M = logit_M + self.last(F.relu(self.state(state_MD) + gather_rows(rows.hidden_IX, item_M))).squeeze(
-                -1
-            )
+            hidden_MX = F.relu(self.state(state_MD) + gather_rows(rows.hidden_IX, item_M))
+            logit_M = logit_M + self.last(hidden_MX).squeeze(-1)
         return logit_M

@@ -103,9 +103,6 @@ class Solar(HistoryTower):
     def queries(self, item_ID: Tensor) -> Tensor:
         return self.blocks[0].queries(item_ID)
 
-    def histories(self, item_ID: Tensor, inputs: ModelInput) -> History:
-        return self._history(self.events(item_ID, inputs), inputs)
-
     def states(
         self,
         items: EncodedItems,
@@ -150,14 +147,14 @@ class Solar(HistoryTower):
         `singular_KR[k] ** 2 / energy_K[k]` is each component's share of the energy of history k.
         """
         item_ID = self.items(inputs.item_IC, inputs.features_IFC)
-        history = self._history(self.events(item_ID, inputs), inputs)
+        history = self.histories(item_ID, inputs)
         if history.interests is None:
             raise ValueError("interests = false: this model has no spectrum; switch interests on")
         assert history.checkpoint_B is not None
         return history.interests, history.checkpoint_B
 
-    def _history(self, event_ND: Tensor, inputs: ModelInput) -> History:
-        config = self.config
+    def histories(self, item_ID: Tensor, inputs: ModelInput) -> History:
+        config, event_ND = self.config, self.events(item_ID, inputs)
         if not config.interests:
             return History(event_ND=event_ND, inputs=inputs, interests=None, checkpoint_B=None)
         position_B, stored = inputs.request_position_B, inputs.stored
