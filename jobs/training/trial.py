@@ -13,6 +13,7 @@ from jobs.training.catalogue import Catalogue
 from jobs.training.evaluation import evaluate, evaluation_loader
 from jobs.training.extent import EvaluationConfig, Extent, fitting
 from jobs.training.model import ItemRows
+from pipeline.batches.request_index import part_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 
@@ -28,7 +29,7 @@ def extent_of(
 ) -> Extent:  # fmt: skip
     """Decide how many requests are measured; `model` is the first one. `enough`: as many as the decision needs that is
     taken from them; None = not known. A collective: all ranks take part."""
-    whole = evaluation_loader(shards, requests=requests, part=part).num_requests
+    whole = int(part_counts(shards, requests, part).requests.sum())
     if whole <= SMALL:
         small = config.requests if config.requests and config.requests < whole else None
         return Extent(limit=small, requests=whole, seconds=None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jobs.training import trial
@@ -57,11 +58,14 @@ def extent(monkeypatch):
         def evaluate(_model: Any, _tables: Any, loader: Any, **_: Any) -> None:
             clock[0] += loader.num_requests * each
 
-        def evaluation_loader(*_: Any, limit: int | None = None, **__: Any) -> Any:
-            return SimpleNamespace(num_requests=limit or whole)
+        def evaluation_loader(*_: Any, limit: int, **__: Any) -> Any:
+            return SimpleNamespace(num_requests=limit)
 
         monkeypatch.setattr(trial, "evaluate", evaluate)
         monkeypatch.setattr(trial, "evaluation_loader", evaluation_loader)
+        # Of two users.
+        counts = SimpleNamespace(requests=np.array([whole - 1, 1]))
+        monkeypatch.setattr(trial, "part_counts", lambda *_: counts)
         monkeypatch.setattr(trial, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
         monkeypatch.setattr(trial.dist, "broadcast", lambda *_, **__: None)
         unused: Any = None
