@@ -20,27 +20,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jobs.training.catalogue import Catalogue
-from jobs.training.model import ItemRows, catalogue_input, select_requests, training_input, user_codes
+from jobs.training.catalogue_scorer import CatalogueScorer
+from jobs.training.model import ItemRows, select_requests, training_input
 from jobs.training.results import RankedTargets, ScoredImpressions
-from models.attention_tower import EncodedItems, HistoryTower
-from models.interface import Recommender, refuse_bad_rows
 from models.metrics import rank_of_target
 from models.repeats import SeenItems, first_places
-from models.sequence_tower import SequenceModel
 from pipeline.batches.batch import Batch
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary import NUM_RESERVED
 
-CANDIDATES_PER_FORWARD = 1 << 17
-"""Limits the memory of one forward: about 1 KB per candidate at width 64."""
-BLOCK_ITEMS, BLOCK_CANDIDATES = 1 << 10, 1 << 14
-"""Where each candidate is scored by itself: items of a block, and candidates of a forward."""
-SCORES_PER_FORWARD = 1 << 21
-"""The same limit for models whose score is an inner product."""
+BASELINE_SCORES = 1 << 17
+"""Limits the memory of a baseline's scores."""
 EVENTS_PER_BATCH = 1 << 14
-LOOK_UP_ROWS = 1 << 16
 TARGETS_PER_RANKING = 64
 EVEN_SHARE = 0.01
 """Share of a model's probability that is spread evenly over all items of the data when its log loss is computed: models
@@ -112,7 +105,7 @@ def evaluate_counts(
         if requests.task == "impressions":
             results.append(_impressions(batch, scores_I[batch.candidate_item]))
             continue
-        per_chunk = max(1, CANDIDATES_PER_FORWARD // catalogue.num_items)
+        per_chunk = max(1, BASELINE_SCORES // catalogue.num_items)
         for first in range(0, batch.num_requests, per_chunk):
             chunk = select_requests(batch, first, min(first + per_chunk, batch.num_requests))
             scores_BI = _own_items(chunk, else_I=share_I) if own_items else scores_I
@@ -146,7 +139,7 @@ def _rank_targets(
     transform: Transform, progress: Progress,
 ) -> RankedTargets:  # fmt: skip
     """Score the whole catalogue for every request and rank its targets. A collective: all ranks take part."""
-    scorer = _CatalogueScorer(model, tables, catalogue)
+    scorer = CatalogueScorer(model, tables, catalogue)
     results, before = [], 0
     for batch in batches:
         # All ranks run the same number of forwards; a rank without requests left joins with an empty chunk.
@@ -194,78 +187,6 @@ def _collect_impressions(results: list[tuple[np.ndarray, ...]], loader: Evaluati
         user, history, logit, label, skipped_requests=loader.num_skipped, requests=loader.num_requests,
         recommended_items=_num_items(item[first]), catalogue_items=_num_items(item),
     )  # fmt: skip
-
-
-def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor]:
-    """(item_IC, features_IFC) of all items, on every rank. A collective."""
-    parts = [
-        tables.look_up(torch.arange(first, min(first + LOOK_UP_ROWS, num_items)))
-        for first in range(0, num_items, LOOK_UP_ROWS)
-    ]
-    return torch.cat([item for item, _ in parts]), torch.cat([features for _, features in parts])
-
-
-class _CatalogueScorer:
-    """Scores every item of a catalogue for requests. What does not depend on the request is computed once, what does
-    not depend on the candidate once per request. All methods are collectives."""
-
-    def __init__(self, model: nn.Module, tables: ItemRows, catalogue: Catalogue) -> None:
-        self._model, self._tables, self._catalogue = model, tables, catalogue
-        self._item_IC, self._features_IFC = _look_up_catalogue(tables, catalogue.num_items)
-        refuse_bad_rows(self._item_IC, self._features_IFC)
-        self._items: EncodedItems | None = None
-        tower = _tower(model)
-        if isinstance(tower, SequenceModel):
-            self._score, candidates = self._by_vectors, SCORES_PER_FORWARD // catalogue.num_items
-        elif isinstance(tower, HistoryTower) and not tower.scores_sets:
-            self._score, candidates = self._by_blocks, BLOCK_CANDIDATES // BLOCK_ITEMS
-        else:
-            self._score, candidates = self._at_once, CANDIDATES_PER_FORWARD // catalogue.num_items
-        self.requests_at_once = max(1, candidates)
-        """Number of requests whose scores fit the memory of one forward."""
-
-    def scores(self, batch: Batch) -> Tensor:
-        """[B, I] on the CPU: the score of every item for every request; of items that are not ranked any number. Looks
-        up the users' rows only."""
-        _, _, user_features_UGC = self._tables.look_up_with_users(torch.zeros(0, dtype=torch.int64), user_codes(batch))
-        return self._score(batch, (self._item_IC, self._features_IFC, user_features_UGC)).cpu()
-
-    def _by_vectors(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Of models whose score is an inner product."""
-        inputs = catalogue_input(batch, *rows)
-        state_BD, vector_ID, repeat_1 = self._model(inputs, vectors=True)
-        scores_BI = state_BD @ vector_ID.mT
-        if repeat_1 is not None:
-            scores_BI += repeat_1 * SeenItems.of_requests(inputs).before(slice(None))
-        return scores_BI
-
-    def _by_blocks(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Of towers that score each candidate by itself: all requests with one block of items after the other, which
-        stays in the processor's cache."""
-        encoded = self._model(catalogue_input(batch, *rows), items=self._items, encode=True)
-        self._items = encoded.items
-        scores_BI = encoded.items.item_ID.new_zeros(batch.num_requests, self._catalogue.num_items, dtype=torch.float32)
-        for first in range(NUM_RESERVED, self._catalogue.num_items, BLOCK_ITEMS):
-            last = min(first + BLOCK_ITEMS, self._catalogue.num_items)
-            inputs = catalogue_input(batch, *rows, candidates=range(first, last))
-            logit_M = self._model(inputs, items=encoded.items, history=encoded.history)
-            scores_BI[:, first:last] = logit_M.view(batch.num_requests, last - first)
-        return scores_BI
-
-    def _at_once(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Of all other towers. Where candidates attend to each other, the set is exactly what is ranked, as in `solar
-        score`."""
-        tower = _tower(self._model)
-        sets = isinstance(tower, Recommender) and tower.scores_sets
-        offered_BI = self._catalogue.ranked(batch.request_time, all_times=not sets)
-        scores_BI = torch.full(offered_BI.shape, -torch.inf)
-        scores_BI[offered_BI] = self._model(catalogue_input(batch, *rows, candidates=offered_BI)).cpu()
-        return scores_BI
-
-
-def _tower(model: nn.Module) -> nn.Module:
-    """The model, which may be wrapped in a DeepSpeed engine."""
-    return getattr(model, "module", model)
 
 
 def _ranks(batch: Batch, scores_BI: Tensor, catalogue: Catalogue, requests: RequestConfig) -> _Ranked:

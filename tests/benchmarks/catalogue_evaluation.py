@@ -25,8 +25,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.cluster.worker import quiet_libraries
-from jobs.training import evaluation
 from jobs.training.catalogue import catalogue_of, training_counts
+from jobs.training.catalogue_scorer import CatalogueScorer
 from jobs.training.evaluation import evaluate, evaluation_loader
 from jobs.training.model import item_features, table_specs
 from jobs.training.optimizers import OptimizerConfig
@@ -84,19 +84,18 @@ def show(name: str, settings: dict[str, Any], shards: Shards) -> None:
     counts = training_counts(shards, requests=LAST)
     catalogue = catalogue_of(shards, requests=LAST, training_count=counts)
     loader = evaluation_loader(shards, requests=LAST, part="test")
-    scorer = evaluation._CatalogueScorer
-    ways = {"blocks": scorer._by_blocks, "forward": scorer._at_once}
+    ways = {"blocks": CatalogueScorer._by_blocks, "forward": CatalogueScorer._at_once}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     losses = {}
     for _ in range(ROUNDS):
         for way, function in ways.items():
-            scorer._by_blocks = function
+            CatalogueScorer._by_blocks = function
             began = time.perf_counter()
             result = evaluate(tower, tables, loader, catalogue=catalogue)
             seconds[way].append(time.perf_counter() - began)
             assert isinstance(result, RankedTargets)
             losses[way] = result.log_loss
-    scorer._by_blocks = ways["blocks"]
+    CatalogueScorer._by_blocks = ways["blocks"]
     blocks, forward = (1000 * statistics.median(seconds[way]) / loader.num_requests for way in ways)
     difference = float(np.abs(losses["blocks"] - losses["forward"]).max())
     print(f"{name:<12} {blocks:>11.1f} ms {forward:>11.1f} ms {forward / blocks:>6.2f}  {difference:>10.1e}")

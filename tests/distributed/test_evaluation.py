@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jobs.training import evaluation
+from jobs.training import catalogue_scorer
 from jobs.training.catalogue import catalogue_of, training_counts
+from jobs.training.catalogue_scorer import CatalogueScorer
 from jobs.training.evaluation import evaluate, evaluate_counts, evaluation_loader
 from jobs.training.model import item_features, table_specs
 from jobs.training.optimizers import OptimizerConfig
@@ -263,8 +264,8 @@ def rank_both_ways(shards_dir: str) -> dict[str, list[RankedTargets]]:
     counts = training_counts(shards, requests=LAST)
     catalogue = catalogue_of(shards, requests=LAST, training_count=counts)
     loader = evaluation_loader(shards, requests=LAST, part="test")
-    evaluation.BLOCK_ITEMS, evaluation.BLOCK_CANDIDATES = 7, 21
-    in_blocks = evaluation._CatalogueScorer._by_blocks
+    catalogue_scorer.BLOCK_ITEMS, catalogue_scorer.BLOCK_CANDIDATES = 7, 21
+    in_blocks = CatalogueScorer._by_blocks
     for name in TOWERS:
         config_class, tower_class = MODELS[name]
         sets: dict[str, Any] = {"set_attention": False} if name == "solar" else {}
@@ -277,8 +278,8 @@ def rank_both_ways(shards_dir: str) -> dict[str, list[RankedTargets]]:
         for parameter in tower.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
         results = []
-        for way in (in_blocks, evaluation._CatalogueScorer._at_once):
-            evaluation._CatalogueScorer._by_blocks = way
+        for way in (in_blocks, CatalogueScorer._at_once):
+            CatalogueScorer._by_blocks = way
             results.append(evaluate(tower, tables, loader, catalogue=catalogue))
         found[name] = results
     return found
