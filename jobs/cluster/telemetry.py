@@ -8,6 +8,7 @@ reaches all ranks in the same step.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -64,11 +65,9 @@ class Telemetry:
 
     async def drain(self, seconds: float = 0.0) -> tuple[list[dict[str, Any]], bool]:
         """(all rows since the last call, whether the job is finished), after `seconds` or once it is."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with self._changed:
                 await asyncio.wait_for(self._changed.wait_for(lambda: self._job is None), seconds)
-        except TimeoutError:
-            pass
         rows, self._rows = self._rows, []
         return rows, self._job is None
 
