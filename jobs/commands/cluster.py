@@ -253,6 +253,10 @@ def _next_commands(cluster: Any, job_id: str) -> str:
 
 
 def _quiet(verbose: bool) -> None:
-    """Silence Ray's client, which reports every upload on the terminal."""
-    if not verbose:
-        logging.disable(logging.WARNING)
+    """Silence Ray's client, which reports every upload on the terminal. Our own warnings are still shown."""
+    if verbose:
+        return
+    from ray.job_submission import JobSubmissionClient  # its import sets the levels of Ray's loggers
+
+    for name in ("ray", JobSubmissionClient.__module__):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,7 +7,6 @@ whatever runs there runs the uploaded code.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import secrets
@@ -95,7 +94,6 @@ def solar(workplace, cluster, token, monkeypatch, capsys) -> Iterator[Callable[.
         return (code, *capsys.readouterr())
 
     yield run
-    logging.disable(logging.NOTSET)
     os.environ.clear()
     os.environ.update(kept)
 
