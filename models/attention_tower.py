@@ -1,8 +1,8 @@
 """The common parts of SOLAR and its competitors, so that they differ only in how they read the long history.
 
     item_ID = items(item rows, item features)          event_ND = events(items of the history, action, time)
-    C += W_O [whole history read by Q = W_Q norm(C) + request shift  +  RecentAttention(Q, latest W events)]
-    logit = head(C + request shift, item)  [+ repeats(item, history)]
+    found_MD = W_O [whole history read by Q = W_Q norm(item) + request shift  +  RecentAttention(Q, latest W events)]
+    logit = head(found + request shift, item)  [+ repeats(item, history)]
 
 A competitor is a subclass that defines how the whole history is read: one file each, with the same encoders, recent
 window, head and sizes. Solar repeats the middle line in blocks.
@@ -19,11 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows, start_as_similarity
+from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
+from models.head_attention import attend_in_heads, bucket_scores
 from models.history import NUM_GAP_BUCKETS, EventEncoder, ItemEncoder, recent_events
 from models.interface import ModelInput, Recommender, refuse_feature_width
 from models.repeats import RepeatScore
+from models.request_blocks import RequestBlocks
 from models.request_features import RequestEncoder, RequestShift
+
+BLOCK_POSITIONS = 8
+"""Positions of a user whose requests share the keys of the recent window: more would be masked for each request."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,18 +113,6 @@ class TowerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadRows:
-    """What the head reads of each of I items."""
-
-    target_ID: Tensor
-    """[I, D] the direction in which a candidate's state raises its logit."""
-    hidden_IX: Tensor
-    """[I, head_width] the item's part of the small network's hidden layer."""
-    popularity_I1: Tensor
-    """[I, 1] the score that depends on the item alone."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class EncodedItems:
     """What a tower computes of each of I items, whatever the request."""
 
@@ -127,8 +120,8 @@ class EncodedItems:
     """[I, D] vectors of the items."""
     query_ID: Tensor
     """[I, D] their queries to a history."""
-    head: HeadRows
-    """What the head reads of them."""
+    head_IY: Tensor
+    """[I, D + head_width + 1]: what the head reads of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +160,7 @@ class HistoryTower(Recommender):
         """What candidates read of the histories, whatever the candidate: here the vectors of all events."""
         return self.events(item_ID, inputs)
 
-    def states(
+    def found(
         self,
         items: EncodedItems,
         *,
@@ -176,7 +169,7 @@ class HistoryTower(Recommender):
         inputs: ModelInput,
         candidates: CandidateSets,
     ) -> Tensor:
-        """state_MD: every candidate after it has read its request's history."""
+        """found_MD: what every candidate found in its request's history; its state is the sum of its item and this."""
         raise NotImplementedError
 
     def forward(
@@ -186,7 +179,7 @@ class HistoryTower(Recommender):
         encoded these items and these requests; None = computed here."""
         if items is None:
             item_ID = self.items(inputs.item_IC, inputs.features_IFC)
-            items = EncodedItems(item_ID=item_ID, query_ID=self.queries(item_ID), head=self.head.of_items(item_ID))
+            items = EncodedItems(item_ID=item_ID, query_ID=self.queries(item_ID), head_IY=self.head.of_items(item_ID))
         if history is None:
             history = self.histories(items.item_ID, inputs)
         if encode:
@@ -200,12 +193,12 @@ class HistoryTower(Recommender):
         query_shift_MD = state_shift_MD = None
         if self.request is not None and self.shift is not None:
             query_shift_MD, state_shift_MD = self.shift(self.request(inputs), request_M=candidates.request_M)
-        state_MD = self.states(
+        found_MD = self.found(
             items, history=history, query_shift_MD=query_shift_MD, inputs=inputs, candidates=candidates
         )
         if state_shift_MD is not None:
-            state_MD = state_MD + state_shift_MD
-        logit_M = self.head(state_MD, items=items, item_M=inputs.candidate_item_M)
+            found_MD = found_MD + state_shift_MD
+        logit_M = self.head(found_MD, head_IY=items.head_IY, item_M=inputs.candidate_item_M)
         if self.repeats is not None:
             logit_M = logit_M + self.repeats(inputs, candidates=candidates)
         return logit_M.float()
@@ -231,7 +224,7 @@ class AttentionTower(HistoryTower):
     def queries(self, item_ID: Tensor) -> Tensor:
         return self.query(self.norm(item_ID))
 
-    def states(
+    def found(
         self,
         items: EncodedItems,
         *,
@@ -240,8 +233,7 @@ class AttentionTower(HistoryTower):
         inputs: ModelInput,
         candidates: CandidateSets,
     ) -> Tensor:
-        item_M = inputs.candidate_item_M
-        query_MD = gather_rows(items.query_ID, item_M)
+        query_MD = gather_rows(items.query_ID, inputs.candidate_item_M)
         if query_shift_MD is not None:
             query_MD = query_MD + query_shift_MD
         found_MD = self.read_history(query_MD, event_ND=history, inputs=inputs, candidates=candidates)
@@ -249,7 +241,7 @@ class AttentionTower(HistoryTower):
             recent_MD = self.recent(query_MD, event_ND=history, inputs=inputs, candidates=candidates)
             found_MD = recent_MD if found_MD is None else found_MD + recent_MD
         assert found_MD is not None, "the config must keep the whole history or the recent window"
-        return gather_rows(items.item_ID, item_M) + self.output(found_MD)
+        return self.output(found_MD)
 
 
 def request_encoder(config: TowerConfig) -> RequestEncoder | None:
@@ -278,27 +270,21 @@ class RecentAttention(nn.Module):
         self.gap_GH = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, config.num_heads)) if config.time_features else None
 
     def forward(self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, candidates: CandidateSets) -> Tensor:
-        head_width = query_MD.shape[1] // self.num_heads
+        query_MD = query_MD / math.sqrt(query_MD.shape[1] // self.num_heads)
         # No wider than the longest history of the batch: where all are short, most of the window would be masked.
         longest = int(inputs.request_position_B.max()) if inputs.request_position_B.numel() else 0
         window = max(1, min(self.window, longest))
+        blocks = RequestBlocks.of(inputs, span=BLOCK_POSITIONS, candidates=candidates)
+        if blocks is not None:
+            return self._by_block(query_MD, event_ND=event_ND, inputs=inputs, blocks=blocks, window=window)
         event_BW, gap_BW = recent_events(inputs, window=window)
-        if event_BW.numel() < event_ND.shape[0]:
-            # Long histories and few requests: project only the events that some request sees.
-            seen_BWD = gather_rows(event_ND, (event_BW - 1).clamp_min(0))
-            key_BWD = self.key(seen_BWD)
-            value_BWD = self.value(seen_BWD).masked_fill((event_BW == 0)[:, :, None], 0.0)
-        else:
-            # Project once per event, not once per request that sees it. Row 0 stands for a missing event and is 0.
-            key_BWD, value_BWD = (
-                gather_rows(F.pad(project(event_ND), (0, 0, 1, 0)), event_BW) for project in (self.key, self.value)
-            )
+        key_BWD, value_BWD = self._keys(event_ND, event_BW)
         bias_BWH = self.position_WH[-window:].expand(event_BW.shape[0], -1, -1)
         if self.gap_GH is not None:
             bias_BWH = bias_BWH + gather_rows(self.gap_GH, gap_BW)
         bias_BWH = bias_BWH.masked_fill((event_BW == 0)[:, :, None], MASKED_SCORE)
         return attend(
-            query_MD / math.sqrt(head_width),
+            query_MD,
             key_BSD=key_BWD,
             value_BSD=value_BWD,
             bias_BHS=bias_BWH.mT,
@@ -306,10 +292,55 @@ class RecentAttention(nn.Module):
             candidates=candidates,
         )
 
+    def _keys(self, event_ND: Tensor, event_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """(key_BWD, value_BWD) of events by 1 + their index; the value of a missing event, 0, is 0."""
+        if event_BW.numel() < event_ND.shape[0]:
+            # Long histories and few requests: project only the events that some request sees.
+            seen_BWD = gather_rows(event_ND, (event_BW - 1).clamp_min(0))
+            return self.key(seen_BWD), self.value(seen_BWD).masked_fill((event_BW == 0)[:, :, None], 0.0)
+        # Project once per event, not once per request that sees it. Row 0 stands for a missing event and is 0.
+        key_BWD, value_BWD = (
+            gather_rows(F.pad(project(event_ND), (0, 0, 1, 0)), event_BW) for project in (self.key, self.value)
+        )
+        return key_BWD, value_BWD
+
+    def _by_block(
+        self, query_MD: Tensor, *, event_ND: Tensor, inputs: ModelInput, blocks: RequestBlocks, window: int
+    ) -> Tensor:
+        """`forward` where the requests of a block share their keys: the events that some of them see. Of these L events
+        the request at the block's place s sees s .. s + window - 1."""
+        device = event_ND.device
+        event_GL, gap_GPL, place_GP = blocks.recent_events(inputs, window=window)
+        key_GLD, value_GLD = self._keys(event_ND, event_GL)
+        seen_SL = torch.arange(event_GL.shape[1]) - torch.arange(BLOCK_POSITIONS)[:, None]
+        outside_SL = ((seen_SL < 0) | (seen_SL >= window)).to(device)
+        bias_SLH = gather_rows(self.position_WH[-window:], seen_SL.clamp(0, window - 1).to(device))
+        bias_SHL = bias_SLH.masked_fill(outside_SL[:, :, None], MASKED_SCORE).mT
+        bias_GPHL = gather_rows(bias_SHL, place_GP) + mask_bias(event_GL > 0, dtype=bias_SHL.dtype)[:, None, None]
+        if self.gap_GH is not None:
+            bias_GPHL = bias_GPHL + bucket_scores(self.gap_GH, gap_GPL)
+        found_GXD = attend_in_heads(
+            blocks.spread(query_MD),
+            key_GSD=key_GLD,
+            value_GSD=value_GLD,
+            bias_GPHS=bias_GPHL,
+            num_heads=self.num_heads,
+        )
+        found_MD = blocks.collect(found_GXD)
+        # A request without a history sees none of the block's events.
+        empty_B = inputs.request_position_B == 0
+        if bool(empty_B.any()):
+            by_request = found_MD.unflatten(0, (empty_B.numel(), -1))
+            found_MD = by_request.masked_fill(empty_B.to(device)[:, None, None], 0.0).flatten(0, 1)
+        return found_MD
+
 
 class Head(nn.Module):
-    """One logit per candidate: the agreement of what it found with its item, a small network over state and item, and a
-    score that depends only on the item, which learns popularity."""
+    """One logit per candidate: the agreement of what it found with its item, a small network over its state, which is
+    item + found, and a score that depends only on the item, which learns popularity.
+
+    An item's inner product with itself would say nothing about the history: the agreement is with what was found alone.
+    """
 
     def __init__(self, width: int, *, hidden: int, initial_agreement: float) -> None:
         super().__init__()
@@ -320,18 +351,16 @@ class Head(nn.Module):
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
 
-    def of_items(self, item_ID: Tensor) -> HeadRows:
-        """What the head reads of each item."""
-        target_ID, hidden_IX, popularity_I1 = self.item(item_ID).split([self.width, self.hidden, 1], -1)
-        return HeadRows(target_ID=target_ID, hidden_IX=hidden_IX, popularity_I1=popularity_I1)
+    def of_items(self, item_ID: Tensor) -> Tensor:
+        """head_IY: of each item the direction in which `found` raises its logit, its part of the hidden layer, and its
+        popularity."""
+        head_IY = self.item(item_ID)
+        return head_IY if self.state is None else head_IY + F.pad(self.state(item_ID), (self.width, 1))
 
-    def forward(self, state_MD: Tensor, *, items: EncodedItems, item_M: Tensor) -> Tensor:
-        rows = items.head
-        # Remove the candidate's own vector: its inner product with itself says nothing about the history.
-        found_MD = state_MD - gather_rows(items.item_ID, item_M)
-        logit_M = (found_MD * gather_rows(rows.target_ID, item_M)).sum(-1) / math.sqrt(self.width)
-        logit_M = logit_M + gather_rows(rows.popularity_I1, item_M).squeeze(-1)
+    def forward(self, found_MD: Tensor, *, head_IY: Tensor, item_M: Tensor) -> Tensor:
+        """logit_M."""
+        target_MD, hidden_MX, popularity_M1 = gather_rows(head_IY, item_M).split([self.width, self.hidden, 1], -1)
+        logit_M = (found_MD * target_MD).sum(-1) / math.sqrt(self.width) + popularity_M1.squeeze(-1)
         if self.state is not None and self.last is not None:
-            hidden_MX = F.relu(self.state(state_MD) + gather_rows(rows.hidden_IX, item_M))
-            logit_M = logit_M + self.last(hidden_MX).squeeze(-1)
+            logit_M = logit_M + self.last(F.relu(self.state(found_MD) + hidden_MX)).squeeze(-1)
         return logit_M

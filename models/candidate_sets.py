@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.head_attention import attend_in_heads
+
 MASKED_SCORE = -1e30
 """Score of a key that does not exist: finite, so that a row without any key gives equal weights and not NaN."""
 
@@ -162,17 +164,16 @@ def attend_dense(
     softmax: bool = True,
 ) -> Tensor:
     """out_bTD: `attend` for requests with equally many candidates."""
+    if softmax:
+        return attend_in_heads(
+            query_bTD, key_GSD=key_bSD, value_GSD=value_bSD, bias_GPHS=bias_bHS[:, None], num_heads=num_heads
+        )
     b, size, width = query_bTD.shape
 
     def heads(value: Tensor) -> Tensor:
         return value.reshape(b, value.shape[1], num_heads, width // num_heads).transpose(1, 2).flatten(0, 1)
 
-    if softmax:
-        bias = bias_bHS.expand(b, num_heads, bias_bHS.shape[2]).reshape(b * num_heads, 1, bias_bHS.shape[2])
-        weight = torch.softmax(torch.baddbmm(bias, heads(query_bTD), heads(key_bSD).transpose(1, 2)), -1)
-    else:
-        weight = torch.bmm(heads(query_bTD), heads(key_bSD).transpose(1, 2))
-    mixed = torch.bmm(weight, heads(value_bSD))
+    mixed = torch.bmm(torch.bmm(heads(query_bTD), heads(key_bSD).transpose(1, 2)), heads(value_bSD))
     return mixed.unflatten(0, (b, num_heads)).transpose(1, 2).reshape(b, size, width)
 
 

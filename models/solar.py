@@ -26,6 +26,7 @@ from models.candidate_sets import CandidateSets, gather_rows, start_as_similarit
 from models.interest_checkpoints import checkpoint_interests, history_sums, joined_interests, stored_interests
 from models.interface import HistorySums, ModelInput
 from models.repeats import WINDOWS
+from models.request_blocks import RequestBlocks
 from models.set_attention import SetAttention
 from models.svd_attention import Decomposition, Interests, SvdAttention
 
@@ -103,7 +104,7 @@ class Solar(HistoryTower):
     def queries(self, item_ID: Tensor) -> Tensor:
         return self.blocks[0].queries(item_ID)
 
-    def states(
+    def found(
         self,
         items: EncodedItems,
         *,
@@ -113,13 +114,18 @@ class Solar(HistoryTower):
         candidates: CandidateSets,
     ) -> Tensor:
         # The first block reads items, not candidates: their queries are computed once per distinct item.
-        state_MD, query_MD = (gather_rows(rows, inputs.candidate_item_M) for rows in (items.item_ID, items.query_ID))
+        query_MD = gather_rows(items.query_ID, inputs.candidate_item_M)
         if query_shift_MD is not None:
             query_MD = query_MD + query_shift_MD
-        for i, block in enumerate(self.blocks):
-            query_MD = block.queries(state_MD) if i else query_MD
-            state_MD = block(state_MD, query_MD=query_MD, history=history, candidates=candidates)
-        return state_MD
+        found_MD = self.blocks[0](query_MD, history=history, candidates=candidates)
+        if len(self.blocks) == 1 and not self.blocks[0].refines:
+            return found_MD
+        item_MD = gather_rows(items.item_ID, inputs.candidate_item_M)
+        state_MD = self.blocks[0].refined(item_MD + found_MD, candidates=candidates)
+        for block in self.blocks[1:]:
+            found_MD = block(block.queries(state_MD), history=history, candidates=candidates)
+            state_MD = block.refined(state_MD + found_MD, candidates=candidates)
+        return state_MD - item_MD
 
     @property
     def scores_sets(self) -> bool:
@@ -194,11 +200,11 @@ class History:
 
 
 class SolarBlock(nn.Module):
-    """state_MD after attention to the history, attention within the set, and a feed-forward network."""
+    """Attention to the history (`forward`), then attention within the set and a feed-forward network (`refined`)."""
 
     def __init__(self, config: SolarConfig) -> None:
         super().__init__()
-        width, heads = config.width, config.num_heads
+        width, heads, self.checkpoint_every = config.width, config.num_heads, config.checkpoint_every
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width, bias=False)
         self.lifelong = SvdAttention(width, num_heads=heads, softmax=config.softmax) if config.interests else None
@@ -224,19 +230,32 @@ class SolarBlock(nn.Module):
         """query_XD: what each item or candidate asks of a history."""
         return self.query(self.norm(state_XD))
 
-    def forward(self, state_MD: Tensor, *, query_MD: Tensor, history: History, candidates: CandidateSets) -> Tensor:
-        # Attend to the interests and to the recent events.
+    def forward(self, query_MD: Tensor, *, history: History, candidates: CandidateSets) -> Tensor:
+        """found_MD: what the candidates find in the interests and in the recent events."""
         found = []
         if self.lifelong is not None and history.interests is not None and history.checkpoint_B is not None:
+            # Requests between two checkpoints read the same interests; those of stored histories have their own.
+            span = self.checkpoint_every if history.inputs.stored is None else 1
             found.append(
                 self.lifelong(
-                    query_MD, interests=history.interests, checkpoint_B=history.checkpoint_B, candidates=candidates
+                    query_MD,
+                    interests=history.interests,
+                    checkpoint_B=history.checkpoint_B,
+                    candidates=candidates,
+                    blocks=RequestBlocks.of(history.inputs, span=span, candidates=candidates),
                 )
             )
         if self.recent is not None:
             found.append(self.recent(query_MD, event_ND=history.event_ND, inputs=history.inputs, candidates=candidates))
-        state_MD = state_MD + self.output(found[0] if len(found) == 1 else found[0] + found[1])
-        # Attend to the other candidates of the set.
+        return self.output(found[0] if len(found) == 1 else found[0] + found[1])
+
+    @property
+    def refines(self) -> bool:
+        """Whether `refined` changes states."""
+        return self.set is not None or self.ffn is not None
+
+    def refined(self, state_MD: Tensor, *, candidates: CandidateSets) -> Tensor:
+        """state_MD after attention to the other candidates of the set and the feed-forward network."""
         if self.set is not None and self.set_norm is not None:
             state_MD = state_MD + self.set(self.set_norm(state_MD), candidates=candidates)
         if self.ffn is not None and self.ffn_norm is not None:

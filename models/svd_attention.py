@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
+from models.head_attention import attend_in_heads
+from models.request_blocks import RequestBlocks
 
 GRADIENT_EPS = 1e-6
 """Damping of the eigenvector gradient, relative to the pair of eigenvalues. Cosine to the exact gradient: 1.000, 0.998,
@@ -193,17 +195,35 @@ class SvdAttention(nn.Module):
         self.log_temperature_H = nn.Parameter(torch.full((num_heads,), math.log(START_TEMPERATURE)))
 
     def forward(
-        self, query_MD: Tensor, *, interests: Interests, checkpoint_B: Tensor, candidates: CandidateSets
+        self,
+        query_MD: Tensor,
+        *,
+        interests: Interests,
+        checkpoint_B: Tensor,
+        candidates: CandidateSets,
+        blocks: RequestBlocks | None = None,
     ) -> Tensor:
-        """out_MD; zero for a request whose history has no interest."""
+        """out_MD; zero for a request whose history has no interest. `blocks`: of requests with the same checkpoint."""
         interest_KRD = interests.interest_KRD.to(query_MD.dtype)
         scale = self.log_temperature_H.exp() / math.sqrt(query_MD.shape[1] / self.num_heads)
         key_KRD = self.key(interest_KRD) * scale.repeat_interleave(query_MD.shape[1] // self.num_heads)
+        value_KRD = self.value(interest_KRD)
+        bias_KR = mask_bias(interests.valid_KR, dtype=query_MD.dtype)
+        if blocks is not None and self.softmax:
+            checkpoint_G = blocks.of_first(checkpoint_B)
+            found_GXD = attend_in_heads(
+                blocks.spread(query_MD),
+                key_GSD=gather_rows(key_KRD, checkpoint_G),
+                value_GSD=gather_rows(value_KRD, checkpoint_G),
+                bias_GPHS=bias_KR[checkpoint_G][:, None, None],
+                num_heads=self.num_heads,
+            )
+            return blocks.collect(found_GXD)
         return attend(
             query_MD,
             key_BSD=gather_rows(key_KRD, checkpoint_B),
-            value_BSD=gather_rows(self.value(interest_KRD), checkpoint_B),
-            bias_BHS=mask_bias(interests.valid_KR, dtype=query_MD.dtype)[checkpoint_B][:, None],
+            value_BSD=gather_rows(value_KRD, checkpoint_B),
+            bias_BHS=bias_KR[checkpoint_B][:, None],
             num_heads=self.num_heads,
             candidates=candidates,
             softmax=self.softmax,

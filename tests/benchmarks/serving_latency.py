@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 # A script's own directory is on the path, the repository's root is not.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from jobs.scorer.checksums import write_checksums
 from jobs.scorer.scorer import Scorer
 from models.solar import SolarConfig
 from models.zoo import build_tower
@@ -132,6 +133,7 @@ def export(directory: Path, config: SolarConfig, num_items: int) -> None:
         "max_history": 1_000_000, "log_columns": ["user_id", "item_id", "timestamp"], "time_range": None,
     }  # fmt: skip
     (directory / "scorer.json").write_text(json.dumps(facts))
+    write_checksums(directory)
 
 
 if __name__ == "__main__":

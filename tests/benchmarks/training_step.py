@@ -155,11 +155,13 @@ def clocked(clocks: dict[str, float], name: str, owner: Any, function: str) -> I
 
 
 def batch(events: int, options: argparse.Namespace, *, seed: int) -> Batch:
-    """Users with random items, asked at random moments of their histories."""
+    """Users with random items, asked at every position if there are as many requests as events, else at random ones."""
     generator = torch.Generator().manual_seed(seed)
     users, asked = options.users, options.requests
     requests, candidates = users * asked, users * asked * CANDIDATES
     position = torch.randint(1, events + 1, (users, asked), generator=generator).sort(1).values
+    if asked == events:
+        position = torch.arange(events).expand(users, events)
     label = torch.zeros(requests, CANDIDATES)
     label[:, 0] = 1
     times = torch.arange(events).repeat(users)
