@@ -22,94 +22,14 @@ from torch import Tensor, nn
 from models.candidate_sets import MASKED_SCORE, CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
 from models.head_attention import attend_in_heads, bucket_scores
 from models.history import NUM_GAP_BUCKETS, EventEncoder, ItemEncoder, recent_events
-from models.interface import ModelInput, Recommender, refuse_feature_width
+from models.interface import ModelInput, Recommender
 from models.repeats import RepeatScore
 from models.request_blocks import RequestBlocks
 from models.request_features import RequestEncoder, RequestShift
+from models.tower_settings import TowerConfig
 
 BLOCK_POSITIONS = 8
 """Positions of a user whose requests share the keys of the recent window: more would be masked for each request."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TowerConfig:
-    """Fields of every attention tower. Every part can be switched off."""
-
-    width: int = 64
-    """D, width of the model and of the embedding tables."""
-    feature_width: int | dict[str, int] | None = None
-    """Width of the tables of item and user features, a multiple of 4 up to `width`: one number for all, or {feature:
-    width} with `width` for the other features; null = `width`. Narrower rows are padded with zeros."""
-    num_heads: int = 2
-    """Number of heads of every attention; divides `width`."""
-    recent_window: int = 50
-    """W, number of latest events with exact attention; 0 switches it off."""
-    head_width: int = 32
-    """Hidden units of the head's network; 0 leaves only the inner product."""
-    initial_agreement: float = 1.0
-    """Weight, before training, of the similarity of a candidate to what it found. 1 suits next_item, where similar
-    items are likely next. Where candidates were shown, similarity does not mean a positive label: use 0.125
-    (MovieLens-100K, impressions, 3 seeds: validation LogLoss .636 +- .006 instead of .678 +- .007, GAUC .676 +- .002
-    instead of .660 +- .017)."""
-    dropout: float = 0.1
-    """Probability that a unit of an event vector is zeroed in training."""
-    num_actions: int = 1
-    """Action codes are below this; 1 = the log has no actions."""
-    time_features: bool = True
-    """Events include hour of day, weekday and gap to the previous event; recency includes the gap to the request."""
-    user_features: bool = True
-    """Features of the request's user shift the query and the state of every candidate (with them, the measurement under
-    context_features is AUC .7067, LogLoss .6316)."""
-    num_user_features: int = 0
-    """G, number of user features of the data; 0 = none."""
-    context_features: bool = False
-    """Hour of day and weekday of the request shift them too, if time_features is on. Off by default: neither better nor
-    worse on MovieLens-100K (impressions, 3 epochs, 3 seeds: validation AUC .6994 against .6987, LogLoss .6351 against
-    .6357)."""
-    repeats: bool = False
-    """The score includes how often and how recently the candidate itself occurs in the history: for data where people
-    come back to items."""
-    absolute_time: bool = False
-    """Events and requests include waves of absolute time, if time_features is on: attention to the whole history can
-    then depend on age, and a candidate's score can follow the season."""
-
-    @property
-    def reads_context(self) -> bool:
-        """Whether hour and weekday of the request are read."""
-        return self.context_features and self.time_features
-
-    @property
-    def reads_waves(self) -> bool:
-        """Whether absolute time is read."""
-        return self.absolute_time and self.time_features
-
-    @property
-    def reads_request(self) -> bool:
-        """Whether any request feature is read."""
-        return bool(self.user_features and self.num_user_features) or self.reads_context or self.reads_waves
-
-    @property
-    def latest(self) -> int | None:
-        """Number of latest events of a history that the tower reads; None = all events."""
-        return None
-
-    def __post_init__(self) -> None:
-        for name in ("width", "num_heads", "num_actions"):
-            self._refuse_below(name, 1)
-        refuse_feature_width(self.feature_width, width=self.width)
-        for name in ("recent_window", "head_width", "num_user_features"):
-            self._refuse_below(name, 0)
-        if self.width % self.num_heads:
-            raise ValueError(f"width = {self.width} must be a multiple of num_heads = {self.num_heads}; change one")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
-        if not 0 <= self.initial_agreement < math.inf:
-            raise ValueError(f"initial_agreement = {self.initial_agreement} must be a number of at least 0")
-
-    def _refuse_below(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            rule = "must not be negative; 0 switches it off" if least == 0 else f"must be at least {least}"
-            raise ValueError(f"{name} = {getattr(self, name)} {rule}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,40 +10,21 @@ left: DIN over the last W events. The letters are those of models/interface.py; 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention_tower import AttentionTower, TowerConfig
+from models.attention_tower import AttentionTower
 from models.candidate_sets import CandidateSets, start_as_similarity
 from models.interface import ModelInput
+from models.tower_settings import DinConfig
 
 HALF_LIVES = (30.0, 300.0)
 """Age in events at which an event's weight is halved at the start of training; heads alternate between the two."""
 DECAY_COLUMNS = 8
 """The decay takes one more column of queries and keys; kernels need a multiple of 8, so 8 columns are added."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DinConfig(TowerConfig):
-    """Sizes and parts of target attention."""
-
-    whole_history: bool = True
-    """Attend to every event; if off, only the latest `recent_window` events are read, also by `repeats`."""
-    decay: bool = True
-    """The whole history's weights decay with age at a learned rate."""
-
-    @property
-    def latest(self) -> int | None:
-        return None if self.whole_history else self.recent_window
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.whole_history and self.recent_window == 0:
-            raise ValueError("whole_history = false and recent_window = 0 leave no history; switch one of them on")
 
 
 class Din(AttentionTower):

@@ -10,26 +10,11 @@ The letters are those of models/interface.py and models/sequence_tower.py.
 
 from __future__ import annotations
 
-import dataclasses
-
 from torch import Tensor, nn
 
 from models.interface import ModelInput
-from models.sequence_tower import SequenceConfig, SequenceModel, Windows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gru4RecConfig(SequenceConfig):
-    """Size of GRU4Rec."""
-
-    num_layers: int = 1
-    """Number of stacked recurrent layers."""
-    hidden_width: int = 128
-    """Units of the recurrent state."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_below("hidden_width", 1)
+from models.sequence_settings import Gru4RecConfig
+from models.sequence_tower import SequenceModel, Windows
 
 
 class Gru4Rec(SequenceModel):

@@ -15,7 +15,6 @@ The letters are those of models/interface.py and models/sequence_tower.py.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -23,24 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.interface import ModelInput
-from models.sequence_tower import INITIAL_STD, Positions, SelfAttentionConfig, SequenceModel, Windows
+from models.sequence_settings import HstuConfig
+from models.sequence_tower import INITIAL_STD, Positions, SequenceModel, Windows
 
 HSTU_NORM_EPS = 1e-6
 NUM_TIME_BUCKETS = 129
 LOG_SECONDS_PER_BUCKET = 0.301
 MS_PER_SECOND = 1000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HstuConfig(SelfAttentionConfig):
-    """Sizes and parts of HSTU."""
-
-    dropout: float = 0.2
-    """Probability that a unit is zeroed in training, in event vectors and in the output of a layer."""
-    time_bias: bool = True
-    """Attention depends on how long ago an event was, not only on how many events ago."""
-    absolute_positions: bool = True
-    """Add to each event a learned vector for its position from the window's start."""
 
 
 class Hstu(SequenceModel):

@@ -187,17 +187,6 @@ def refuse_bad_rows(item_IC: Tensor, features_IFC: Tensor) -> None:
         )
 
 
-def refuse_feature_width(feature_width: int | dict[str, int] | None, *, width: int) -> None:
-    """ValueError for a feature width above `width`, or one for which fbgemm has no tables."""
-    of_feature = feature_width if isinstance(feature_width, dict) else {"": feature_width}
-    for name, value in of_feature.items():
-        if value is not None and (not 4 <= value <= width or value % 4):
-            where = f" of {name}" if name else ""
-            raise ValueError(
-                f"feature_width = {feature_width}: the width{where} must be a multiple of 4, from 4 to width = {width}"
-            )
-
-
 def _refuse(mistake: bool, line: str) -> None:
     if mistake:
         raise ValueError(line)

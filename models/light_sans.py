@@ -10,28 +10,15 @@ The letters are those of models/interface.py; K counts histories.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
-from models.attention_tower import AttentionTower, TowerConfig
+from models.attention_tower import AttentionTower
 from models.candidate_sets import CandidateSets
 from models.interface import ModelInput
 from models.prefixes import Prefixes
 from models.svd_attention import Interests, SvdAttention
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LightSansConfig(TowerConfig):
-    """Sizes and parts of learned pooling."""
-
-    rank: int = 16
-    """R, number of interests of a history."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_below("rank", 1)
+from models.tower_settings import LightSansConfig
 
 
 class LightSans(AttentionTower):

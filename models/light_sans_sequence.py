@@ -17,35 +17,22 @@ The letters are those of models/interface.py and models/sequence_tower.py; R cou
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
 
 from models.interface import ModelInput
+from models.sequence_settings import LightSansSequenceConfig
 from models.sequence_tower import (
     Positions,
     SequenceModel,
     TransformerLayer,
-    TwoFormConfig,
     Windows,
     draw_weights,
 )
 
 LIGHT_SANS_NORM_EPS = 1e-12
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LightSansSequenceConfig(TwoFormConfig):
-    """Sizes and form of LightSANs."""
-
-    num_interests: int = 5
-    """R, number of interests into which a history is pooled, for keys and for values."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_below("num_interests", 1)
 
 
 class LightSansSequence(SequenceModel):

@@ -11,32 +11,17 @@ The letters are those of models/interface.py; K counts histories.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention_tower import AttentionTower, TowerConfig
+from models.attention_tower import AttentionTower
 from models.candidate_sets import CandidateSets, Members, gather_rows, start_as_similarity
 from models.interface import ModelInput
 from models.prefixes import Prefixes
+from models.tower_settings import LinearAttentionConfig
 
 EPS = 1e-6
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearAttentionConfig(TowerConfig):
-    """Sizes and parts of linear attention."""
-
-    form: Literal["linear", "linrec"] = "linear"
-    """How queries and keys are mapped and normalised."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.form not in ("linear", "linrec"):
-            raise ValueError(f"form = {self.form!r} must be linear or linrec")
 
 
 class LinearAttention(AttentionTower):

@@ -15,7 +15,6 @@ The letters are those of models/interface.py and models/sequence_tower.py.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 
 from models.interface import ModelInput
 from models.running_attention import join_heads, running_attention, split_heads
+from models.sequence_settings import LinRecConfig
 from models.sequence_tower import (
     Positions,
     SequenceModel,
     TransformerLayer,
-    TwoFormConfig,
     Windows,
     draw_weights,
 )
@@ -36,11 +35,6 @@ from models.sequence_tower import (
 LINREC_NORM_EPS = 1e-12
 LENGTH_EPS = 1e-6
 """Lower bound of the norm of a row or column in a division; the public code has no such bound."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LinRecConfig(TwoFormConfig):
-    """Size and form of LinRec."""
 
 
 class LinRec(SequenceModel):

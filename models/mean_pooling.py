@@ -8,33 +8,14 @@ The letters are those of models/interface.py.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.interface import ModelInput, Recommender, refuse_feature_width
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanPoolingConfig:
-    """Size of the baseline."""
-
-    width: int = 64
-    """C, width of the embedding tables and of the pooled vector."""
-    feature_width: int | dict[str, int] | None = None
-    """Width of the tables of item features, as in attention towers (models/attention_tower.py)."""
-    dropout: float = 0.1
-    """Probability that a unit of the pooled vector is zeroed in training."""
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width = {self.width} must be at least 1")
-        refuse_feature_width(self.feature_width, width=self.width)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout = {self.dropout} must be at least 0 and below 1")
+from models.interface import ModelInput, Recommender
+from models.tower_settings import MeanPoolingConfig
 
 
 class MeanPooling(Recommender):

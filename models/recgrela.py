@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from models.interface import ModelInput
 from models.running_attention import events_so_far, join_heads, running_attention, split_heads
+from models.sequence_settings import RecGrelaConfig
 from models.sequence_tower import (
     FeedForward,
     SequenceModel,
-    TwoFormConfig,
     Windows,
     draw_weights,
 )
@@ -44,28 +44,6 @@ MASS_EPS = 1e-6
 ROTARY_BASE = 10_000.0
 KERNEL = 4
 """Positions that the convolution reads: the event itself and three before it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecGrelaConfig(TwoFormConfig):
-    """Sizes and parts of RecGRELA; the defaults are the published ones except for the form."""
-
-    num_heads: int = 4
-    """H, number of heads of the attention; divides `width`."""
-    num_layers: int = 4
-    """Number of layers; each reads the whole window."""
-    drop_path: float = 0.1
-    """Probability that a layer's attention is skipped for a window in training."""
-    rank_augmentation: bool = True
-    """Add the convolution of the values to the output of the attention."""
-    rank_selector: bool = True
-    """Multiply this sum by a gate."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._refuse_no_share("drop_path")
-        if self.width % 2:
-            raise ValueError(f"width = {self.width} must be even: rotary positions rotate pairs of units; change it")
 
 
 class RecGrela(SequenceModel):

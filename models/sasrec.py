@@ -13,26 +13,16 @@ The letters are those of models/interface.py and models/sequence_tower.py.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.interface import ModelInput
-from models.sequence_tower import FeedForward, Positions, SelfAttentionConfig, SequenceModel, Windows, draw_weights
+from models.sequence_settings import SasRecConfig
+from models.sequence_tower import FeedForward, Positions, SequenceModel, Windows, draw_weights
 
 SASREC_NORM_EPS = 1e-8
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SasRecConfig(SelfAttentionConfig):
-    """Size of SASRec."""
-
-    num_heads: int = 1
-    """H, number of heads of every attention; divides `width`."""
-    dropout: float = 0.2
-    """Probability that a unit is zeroed in training, in event vectors, attention weights and feed-forward network."""
 
 
 class SasRec(SequenceModel):

@@ -15,82 +15,20 @@ The letters are those of models/interface.py.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.attention_tower import EncodedItems, HistoryTower, RecentAttention, TowerConfig
+from models.attention_tower import EncodedItems, HistoryTower, RecentAttention
 from models.candidate_sets import CandidateSets, gather_rows, start_as_similarity
 from models.interest_checkpoints import checkpoint_interests, history_sums, joined_interests, stored_interests
 from models.interface import HistorySums, ModelInput
 from models.repeats import WINDOWS
 from models.request_blocks import RequestBlocks
 from models.set_attention import SetAttention
-from models.svd_attention import Decomposition, Interests, SvdAttention
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SolarConfig(TowerConfig):
-    """Sizes and parts of SOLAR. Every part can be switched off."""
-
-    num_layers: int = 1
-    """Number of blocks, 1 or 2. All blocks read the same decomposition."""
-    interests: bool = True
-    """Attend to the principal components of the history before the request's checkpoint."""
-    rank: int = 16
-    """R, number of interests of a history; at most `width`."""
-    checkpoint_every: int = 16
-    """Events between two decompositions of a user's growing history."""
-    half_life: float = 0.0
-    """Age in events at which an event's weight in the interests is one half; 0 = all events weigh the same."""
-    gradient: Literal["stable", "exact", "stop"] = "stable"
-    """Gradient of the decomposition (models/svd_attention.py); exact and stop are ablations."""
-    canonical_sign: bool = True
-    """Interests point along the sum of their events; off is an ablation."""
-    divide_by_events: bool = True
-    """Interests are divided by the square root of the history's length; off is an ablation."""
-    softmax: bool = True
-    """Softmax over the interests; off (the bilinear form) is an ablation."""
-    set_attention: bool = True
-    """Candidates of a request attend to each other. Switch it off where negatives are sampled: training then sees sets
-    of 17 and evaluation the whole catalogue (MovieLens-100K, next item: no better, and 30 % slower)."""
-    set_attention_exact_up_to: int = 2048
-    """Largest set for exact set attention; in larger sets candidates attend to the set's principal components."""
-    ffn_multiple: int = 0
-    """Hidden width of a block's feed-forward network, as a multiple of `width`; 0 switches it off."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("rank", "checkpoint_every"):
-            self._refuse_below(name, 1)
-        for name in ("set_attention_exact_up_to", "ffn_multiple"):
-            self._refuse_below(name, 0)
-        if self.rank > self.width:
-            raise ValueError(f"rank = {self.rank} must not exceed width = {self.width}; lower rank or raise width")
-        if self.num_layers not in (1, 2):
-            raise ValueError(f"num_layers = {self.num_layers} must be 1 or 2")
-        if not 0 <= self.half_life < math.inf:
-            raise ValueError(f"half_life = {self.half_life} must be a number of events, or 0 for no decay")
-        if self.interests and 0 < self.recent_window < self.checkpoint_every:
-            raise ValueError(
-                f"recent_window = {self.recent_window} must be at least checkpoint_every = {self.checkpoint_every}, or "
-                "some events after a checkpoint would be in neither; raise recent_window or lower checkpoint_every"
-            )
-        if not self.interests and self.recent_window == 0:
-            raise ValueError("interests = false and recent_window = 0 leave no history; switch one of them on")
-        self.decomposition  # noqa: B018 (raises ValueError for invalid settings)
-
-    @property
-    def decomposition(self) -> Decomposition:
-        """The settings of the decomposition."""
-        return Decomposition(
-            rank=self.rank,
-            gradient=self.gradient,
-            canonical_sign=self.canonical_sign,
-            divide_by_events=self.divide_by_events,
-        )
+from models.svd_attention import Interests, SvdAttention
+from models.tower_settings import SolarConfig
 
 
 class Solar(HistoryTower):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,37 +25,10 @@ from torch import Tensor, nn
 from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
 from models.head_attention import attend_in_heads
 from models.request_blocks import RequestBlocks
+from models.tower_settings import Decomposition
 
-GRADIENT_EPS = 1e-6
-"""Damping of the eigenvector gradient, relative to the pair of eigenvalues. Cosine to the exact gradient: 1.000, 0.998,
-0.946 at rank 8, 16, 32; finite for every input. With damping relative to the largest eigenvalue the cosine is 0.62."""
 START_TEMPERATURE = 6.0
 """P / sqrt(N) alone gives nearly uniform weights (entropy 3.45 of 3.47 at 32 interests): start at 4 to 8 times that."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Decomposition:
-    """How interests are computed from a Gram."""
-
-    rank: int
-    """R, at least 1 and at most D."""
-    gradient: Literal["stable", "exact", "stop"] = "stable"
-    """stable: damped by `gradient_eps`; exact: explodes where two eigenvalues are nearly equal; stop: U is treated as a
-    constant, which is another estimator (P = U^T X with a gradient only to X), included as an ablation."""
-    gradient_eps: float = GRADIENT_EPS
-    """Damping of the stable gradient."""
-    canonical_sign: bool = True
-    """Interests point along the sum of the events; off (signs as LAPACK returns them) is an ablation."""
-    divide_by_events: bool = True
-    """Interests are divided by sqrt(N), so that attention does not sharpen as a history grows; off is an ablation."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank} must be at least 1")
-        if self.gradient not in ("stable", "exact", "stop"):
-            raise ValueError(f"gradient = {self.gradient!r} must be stable, exact or stop")
-        if not 0 < self.gradient_eps < 1:
-            raise ValueError(f"gradient_eps = {self.gradient_eps} must be above 0 and below 1; 1e-6 was measured best")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""Shared by all subcommands: the description of a command, parsers of recipes and settings, and errors in one line."""
+"""Shared by all subcommands: the description of a command, parsers of recipes and settings, and errors in one line.
+
+A command reads its arguments first and imports what it runs afterwards: help and mistakes then take a second, not the
+four of torch and MLflow.
+"""
 
 from __future__ import annotations
 

@@ -140,11 +140,12 @@ def _of_options(options: type, parser: ArgumentParser, **fields: Any) -> Any:
 
 
 def prepare(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parser = prepare_parser()
+    parsed = parse(parser, arguments)
+
     from jobs.data.prepare import prepare_shards
     from pipeline.build import PrepareConfig
 
-    parser = prepare_parser()
-    parsed = parse(parser, arguments)
     built = instantiate(parser, parsed)
     options = _build(PrepareConfig, parser, parsed)
     capture(console, parsed.workspace, "prepare", verbose=verbose)
@@ -177,9 +178,10 @@ def prepare_parser() -> ArgumentParser:
 
 
 def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parsed = parse(inspect_parser(), arguments)
+
     from jobs.data.inspect import inspect
 
-    parsed = parse(inspect_parser(), arguments)
     return inspect(Path(parsed.directory), console, check=parsed.verify, with_digest=parsed.digest)
 
 
@@ -192,10 +194,11 @@ def inspect_parser() -> ArgumentParser:
 
 
 def compact(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.data.maintenance import compact_shards
-
     parser = compact_parser()
     parsed = parse(parser, arguments)
+
+    from jobs.data.maintenance import compact_shards
+
     cluster = instantiate(parser, parsed)["cluster"]
     capture(console, parsed.workspace, "compact", verbose=verbose)
     compact_shards(parsed.directory, console, cluster=cluster, verbose=verbose)
@@ -207,10 +210,11 @@ def compact_parser() -> ArgumentParser:
 
 
 def forget(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.data.maintenance import check_forgotten, forget_users
-
     parser = forget_parser()
     parsed = parse(parser, arguments)
+
+    from jobs.data.maintenance import check_forgotten, forget_users
+
     cluster = instantiate(parser, parsed)["cluster"]
     where: Any = {"column": parsed.users_column, "workspace": parsed.workspace, "outputs": parsed.outputs}
     if parsed.verify:
@@ -251,9 +255,10 @@ def forget_parser() -> ArgumentParser:
 
 
 def gc(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parsed = parse(gc_parser(), arguments)
+
     from jobs.data.maintenance import collect_garbage
 
-    parsed = parse(gc_parser(), arguments)
     if parsed.keep < 1:
         raise usage_error("gc", f"--keep is {parsed.keep}: it must be at least 1")
     collect_garbage(parsed.directory, console, keep=parsed.keep)

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def nightly(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    if (found := read_recipe(nightly_parser(), arguments)) is None:
+        return 0
+
     from jobs.nightly.journal import TryLater
     from jobs.nightly.nights import NightlyOptions, plan_lines
     from jobs.nightly.nights import nightly as run_nights
 
-    if (found := read_recipe(nightly_parser(), arguments)) is None:
-        return 0
     flags, config = found
     if SCHEDULED_VARIABLE in os.environ:
         # A background process of a shell ignores SIGINT, and so would the nights of a scheduler there, which stops them
@@ -70,9 +71,10 @@ def _date(text: str) -> datetime.date:
 
 
 def promote(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parsed = parse(promote_parser(), arguments)
+
     from jobs.tracking.champions import promote_by_hand
 
-    parsed = parse(promote_parser(), arguments)
     with _registry(parsed) as client, _in_turn(parsed, console):
         change = promote_by_hand(client, parsed.model, str(parsed.version), why=parsed.why)
     console.line(f"{parsed.model}: version {change.version} is the champion, before it was {change.before or 'none'}")
@@ -89,9 +91,10 @@ def promote_parser() -> ArgumentParser:
 
 
 def rollback(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parsed = parse(rollback_parser(), arguments)
+
     from jobs.tracking.champions import roll_back
 
-    parsed = parse(rollback_parser(), arguments)
     with _registry(parsed) as client, _in_turn(parsed, console):
         change = roll_back(client, parsed.model, why=parsed.why)
     console.line(f"{parsed.model}: version {change.version} is the champion again, instead of {change.before}")
@@ -105,9 +108,10 @@ def rollback_parser() -> ArgumentParser:
 
 
 def history(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parsed = parse(history_parser(), arguments)
+
     from jobs.tracking.champions import changes, nights, require_model
 
-    parsed = parse(history_parser(), arguments)
     with _registry(parsed) as client:
         require_model(client, parsed.model)
         decided, changed = nights(client, parsed.model), changes(client, parsed.model)

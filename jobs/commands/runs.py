@@ -9,13 +9,15 @@ from typing import Any
 from jobs.commands.arguments import capture, parse, parse_known, read_recipe, recipe_parser, usage_error
 from jobs.host.console import Console
 from jobs.host.places import Place, Subject, YamlFile, new_parser
+from jobs.recipes import recipe_names
 
 
 def run(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.run import run as run_all
-
     if (found := read_recipe(run_parser(), arguments)) is None:
         return 0
+
+    from jobs.run import run as run_all
+
     _, config = found
     capture(console, config.workspace, "run", verbose=verbose)
     run_all(config, console, verbose=verbose)
@@ -31,14 +33,15 @@ def run_parser() -> argparse.ArgumentParser:
 
 
 def train(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.runs.train import train as train_run
-
     if {"-h", "--help"} & set(arguments):
         print(train_parser().format_help())
         _print_settings()
         return 0
     if (found := read_recipe(train_parser(), arguments)) is None:
         return 0
+
+    from jobs.runs.train import train as train_run
+
     options, config = found
     capture(console, config.workspace, "train", verbose=verbose)
     trained = train_run(config, console, resume=options.resume, from_previous=options.from_previous, verbose=verbose)
@@ -67,15 +70,14 @@ def _print_settings() -> None:
 
 
 def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
-    from jobs.run import evaluate_runs
-    from jobs.runs.evaluate import evaluate as evaluate_systems
-    from jobs.runs.result_tables import print_results
-    from jobs.runs.run_dir import open_shards
-    from jobs.runs.weights import find_subject, is_subject
-
     parser = evaluate_parser()
-    if arguments and is_subject(arguments[0]) and not {"-h", "--help"} & set(arguments):
+    if arguments and _names_weights(arguments[0]) and not {"-h", "--help"} & set(arguments):
         options, settings = parse_known(parser, arguments)
+
+        from jobs.runs.evaluate import evaluate as evaluate_systems
+        from jobs.runs.run_dir import open_shards
+        from jobs.runs.weights import find_subject
+
         subject = find_subject(options.recipe, settings)
         config = subject.config
         capture(console, config.workspace, "evaluate", verbose=verbose)
@@ -96,11 +98,23 @@ def evaluate(arguments: list[str], console: Console, *, verbose: bool) -> int:
             raise usage_error(
                 "evaluate", "--out is for a checkpoint or a registered model: results of a run are in its directory"
             )
+
+        from jobs.run import evaluate_runs
+
         capture(console, config.workspace, "evaluate", verbose=verbose)
         evaluated = evaluate_runs(config, console, part=options.part, verbose=verbose)[1]
+
+    from jobs.runs.result_tables import print_results
+
     print_results(config, console, evaluated)
     console.line(f"results      {evaluated.directory}")
     return 0
+
+
+def _names_weights(text: str) -> bool:
+    """Whether a first argument names weights rather than a recipe; if it is both a directory and a recipe, it names the
+    recipe."""
+    return text.startswith("models:/") or (text not in recipe_names() and Path(text).is_dir())
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
@@ -123,12 +137,13 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 
 def register(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    if (found := read_recipe(register_parser(), arguments)) is None:
+        return 0
+
     from jobs.run import evaluate_runs
     from jobs.runs.register import register as register_run
     from jobs.runs.run_dir import require_finished, settled
 
-    if (found := read_recipe(register_parser(), arguments)) is None:
-        return 0
     _, config = found
     capture(console, config.workspace, "register", verbose=verbose)
     require_finished(config.run_dir)
@@ -146,8 +161,6 @@ def register_parser() -> argparse.ArgumentParser:
 def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.config.reader import load_board
     from jobs.recipes import board_names
-    from jobs.runs.leaderboard import Board
-    from jobs.runs.leaderboard import leaderboard as run_board
 
     parser = board_parser()
     if {"-h", "--help"} & set(arguments):
@@ -160,6 +173,10 @@ def leaderboard(arguments: list[str], console: Console, *, verbose: bool) -> int
             raise usage_error("leaderboard", f"{fixed}: runs are named by their rows; give seeds as --seeds 1 2 3")
     options, settings = parse_known(parser, arguments)
     name, rows = load_board(options.board, settings, only=options.only)
+
+    from jobs.runs.leaderboard import Board
+    from jobs.runs.leaderboard import leaderboard as run_board
+
     board = Board(name=name, rows=rows, seeds=options.seeds, part=options.part)
     capture(console, board.protocol.workspace, "leaderboard", verbose=verbose)
     run_board(board, console, verbose=verbose)
@@ -203,9 +220,10 @@ def board_parser() -> argparse.ArgumentParser:
 
 
 def grow(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parsed = parse(grow_parser(), arguments)
+
     from jobs.runs.grow import grow as grow_checkpoint
 
-    parsed = parse(grow_parser(), arguments)
     grown = grow_checkpoint(parsed.checkpoint, console, shards_dir=parsed.shards, out=parsed.out)
     console.line(f"{grown}")
     return 0

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
+    parsed = parse(score_parser(), arguments)
+
     from jobs.cluster.session import ClusterConfig
     from jobs.serving.build_states import build_states
     from jobs.serving.ranking import ScoreConfig
@@ -23,7 +25,6 @@ def score(arguments: list[str], console: Console, *, verbose: bool) -> int:
     from jobs.tracking.mlflow_runs import TrackingConfig
     from jobs.tracking.registry import fetch_model
 
-    parsed = parse(score_parser(), arguments)
     _refuse_mixed_up(parsed)
     capture(console, parsed.workspace, "score", verbose=verbose)
     tracking, cluster = TrackingConfig(uri=parsed.tracking.uri), ClusterConfig(address=parsed.cluster.address)

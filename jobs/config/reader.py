@@ -25,7 +25,7 @@ from jobs.host.places import NAME, Place, new_parser
 from jobs.host.yaml_text import parse_yaml
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
-from models.sequence_tower import SequenceModel
+from models.sequence_settings import SequenceConfig
 from models.zoo import MODELS
 from pipeline.batches.requests import RequestConfig
 
@@ -207,7 +207,7 @@ def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Se
     """Check the rules of training.loss=catalogue: models whose requests are vectors, next_item, no drawn negatives."""
     if training.loss != "catalogue":
         return
-    by_vectors = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
+    by_vectors = [name for name, (config, _) in MODELS.items() if issubclass(config, SequenceConfig)]
     if others := [name for name in models if name not in by_vectors]:
         raise UserError(
             f"training.loss=catalogue: model {others[0]} does not represent requests as vectors; train "

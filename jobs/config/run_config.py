@@ -22,13 +22,12 @@ from jobs.host.notify import NotifyConfig
 from jobs.host.places import NAME, Place
 from jobs.host.secrets import redacted
 from jobs.tracking.mlflow_runs import TrackingConfig
-from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.extent import EvaluationConfig
-from jobs.training.job import TrainingConfig
+from jobs.training.job import CheckpointConfig, TrainingConfig
 from jobs.training.optimizers import OptimizerConfig
-from models.attention_tower import TowerConfig
+from models.tower_settings import TowerConfig
 from models.zoo import MODELS
-from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig
 from pipeline.sources.files import ImportConfig

@@ -11,8 +11,6 @@ from typing import Any
 from jobs.data.prepare import events_line
 from jobs.host.console import Console
 from jobs.host.errors import UserError
-from jobs.training.checkpoint import verify_checkpoint
-from jobs.training.results import primary_metric
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.inspection import digest, verify
 from pipeline.shards.leases import lease
@@ -22,6 +20,9 @@ from pipeline.shards.manifest import current_manifest
 def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
     """Print the contents of a shard directory or a checkpoint; returns 1 if `check` finds damage, else 0."""
     if (path / "COMMIT").exists():
+        # Imports torch, which shards do not need.
+        from jobs.training.checkpoint import verify_checkpoint
+
         problems = verify_checkpoint(path, checksums=check)
         if not problems:
             _print_checkpoint(path, console)
@@ -85,6 +86,8 @@ def _times(time_range: list[int] | None) -> str:
 
 
 def _print_checkpoint(path: Path, console: Console) -> None:
+    from jobs.training.results import primary_metric
+
     document = json.loads((path / "state.json").read_text())
     state = document["train_state"]
     console.line(f"checkpoint    {path}")

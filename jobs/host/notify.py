@@ -17,8 +17,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-import requests
-
 from jobs.host.secrets import redacted, scheme_and_host
 
 EVENTS = ("promoted", "refused", "undecided", "no_input", "failed")
@@ -122,6 +120,8 @@ def _last_line(errors: IO[bytes]) -> str:
 
 def _post(config: NotifyConfig, event: Mapping[str, Any]) -> str | None:
     """Post to the webhook; returns what went wrong, or None."""
+    import requests
+
     assert config.url is not None
     shown = _target(config, _post)
     body, kind = json.dumps(event, default=str), {"Content-Type": "application/json"}

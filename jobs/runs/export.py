@@ -25,7 +25,7 @@ from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import table_files
 from jobs.training.model import model_settings, user_features
 from models.embeddings import ITEM_TABLE, USER_TABLE
-from models.zoo import MODELS
+from models.zoo import MODELS, tower_class
 from pipeline.batches.loader import training_item_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
@@ -128,16 +128,14 @@ def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary
 
 def scorer_source(model: str) -> str:
     """The source of scorer.py: the files of jobs/scorer and every file of models/ that the tower needs, in one file."""
-    config_class, tower_class = MODELS[model]
-    parts = [
-        _module_body(path) for path in _imported_files(REPOSITORY / f"{tower_class.__module__.replace('.', '/')}.py")
-    ]
+    config_class, tower = MODELS[model][0], tower_class(model)
+    parts = [_module_body(path) for path in _imported_files(REPOSITORY / f"{tower.__module__.replace('.', '/')}.py")]
     *others, scorer = [_module_body(REPOSITORY / "jobs" / "scorer" / name) for name in SCORER_FILES]
     lines = scorer.splitlines()
     start = next(index for index, line in enumerate(lines) if "# scorer: replaced at export" in line)
     lines[start : start + 3] = [
         f'    config = {config_class.__name__}(**{{key: settings[key] for key in settings if key != "name"}})',
-        f"    return {tower_class.__name__}(config, num_features=num_features)",
+        f"    return {tower.__name__}(config, num_features=num_features)",
     ]
     body = "\n\n".join(["from __future__ import annotations", *parts, *others, "\n".join(lines)])
     return f"{body}\n\nimport mlflow  # noqa: E402\n\nmlflow.models.set_model(Scorer())\n"

@@ -16,7 +16,6 @@ from jobs.config.reader import stored_config, values_of
 from jobs.config.run_config import RunConfig
 from jobs.host.errors import UserError
 from jobs.host.places import Place
-from jobs.recipes import recipe_names
 from jobs.runs.record import record_of
 from jobs.runs.run_dir import open_shards
 from jobs.runs.train import train_job
@@ -65,12 +64,6 @@ class Subject:
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
         name = f"{self.config.name}-{self.config.data.name}-{part}-{digest}"
         return Path(self.config.workspace) / "evaluations" / name
-
-
-def is_subject(text: str) -> bool:
-    """Whether a first argument names weights rather than a recipe; if it is both a directory and a recipe, it names the
-    recipe."""
-    return text.startswith("models:/") or (text not in recipe_names() and Path(text).is_dir())
 
 
 def find_subject(text: str, arguments: Sequence[str]) -> Subject:

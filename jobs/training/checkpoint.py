@@ -45,31 +45,6 @@ class CheckpointNotWritten(CheckpointError):
     command may succeed once there is room."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written and how many are kept."""
-
-    every_steps: int = 0
-    """Number of steps between checkpoints, in addition to those at every validation and at the end; 0 = no additional
-    ones."""
-    every_minutes: float = 10.0
-    """Minutes from the latest checkpoint to the next one, in addition to those at every validation; 0 = no additional
-    ones. May be a fraction."""
-    keep: int = 2
-    """Number of latest checkpoints to keep, 1 or more; the best one is always kept."""
-    asynchronous: bool = True
-    """true: each worker copies its tables in memory, and training continues while the copy is written (needs memory for
-    the copy). false: steps wait until the checkpoint is written."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 0:
-            raise ValueError(f"every_steps={self.every_steps}: must be 0 or more")
-        if not self.every_minutes >= 0:
-            raise ValueError(f"every_minutes={self.every_minutes}: must be 0 or more")
-        if self.keep < 1:
-            raise ValueError(f"keep={self.keep}: must be 1 or more")
-
-
 @dataclasses.dataclass(kw_only=True)
 class TrainState:
     """All that must survive a crash, apart from weights and optimizer state."""
@@ -88,6 +63,10 @@ class TrainState:
     """Seconds spent in steps, over all restarts."""
     events: int = 0
     """Events of all histories read in steps, over all ranks and restarts."""
+    scored: int = 0
+    """Candidates of all requests scored in steps, over all ranks and restarts."""
+    valid_requests: int | None = None
+    """Requests of a validation, 0 = all; None before the first one."""
     steps_before: int = 0
     """Optimizer steps of the checkpoint from which a warm-started run began: the optimizers' own step counts continue
     from there."""

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from jobs.cluster.telemetry import said_by_rank_0
 from jobs.training.checkpoint import (
-    CheckpointConfig,
     CheckpointError,
     CheckpointNotWritten,
     TrainState,
@@ -38,6 +37,7 @@ from jobs.training.checkpoint import (
     remove_committed,
 )
 from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
+from jobs.training.job import CheckpointConfig
 from jobs.training.placement import available_memory, local_world_size
 from jobs.training.tables import ShardedTables, TableShard
 

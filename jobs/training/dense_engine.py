@@ -36,7 +36,15 @@ def dense_engine(tower: nn.Module, *, optimizer: OptimizerConfig, parallel: Para
         "gradient_clipping": optimizer.clip_norm,
         "steps_per_print": 1 << 62,
     }
-    groups = optimizer.parameter_groups(tower)
+    groups = parameter_groups(tower, weight_decay=optimizer.weight_decay)
     adamw = torch.optim.AdamW(groups, lr=optimizer.dense_lr, betas=optimizer.betas, eps=optimizer.dense_eps)
     engine, *_ = deepspeed.initialize(model=tower, optimizer=adamw, config=config, dist_init_required=False)
     return engine
+
+
+def parameter_groups(tower: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Two AdamW groups: matrices with weight decay, everything else without."""
+    matrices = [parameter for parameter in tower.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in tower.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 from jobs.cluster.parallel import ParallelConfig
 from jobs.host.places import Place
-from jobs.training.checkpoint import CheckpointConfig
 from jobs.training.optimizers import OptimizerConfig
-from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 
 
@@ -38,8 +37,10 @@ class TrainingConfig:
     eval_every_epochs: int = 1
     """Epochs between validations (each with a checkpoint), 1 or more; the best checkpoint is evaluated and registered.
     """
-    valid_requests: int = 2000
-    """Number of validation requests, always the same ones; 0 = all."""
+    valid_requests: int | None = None
+    """Number of validation requests, the same ones in all validations of a run; 0 = all. Unset = 2000, or for task
+    next_item fewer (200 or more) if these, ranked among all items, would cost more than a tenth of the training between
+    two validations."""
     patience: int = 0
     """Training ends after this many validations in sequence without a new best one; 0 = after the last epoch."""
     max_seconds: float = 0.0
@@ -57,7 +58,7 @@ class TrainingConfig:
         if not self.embedding_std > 0:
             raise ValueError(f"embedding_std={self.embedding_std}: must be above 0")
         for name in ("pointwise_loss_weight", "set_loss_weight", "valid_requests", "patience", "max_seconds"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if self.loss not in ("candidates", "catalogue"):
             raise ValueError(f"loss={self.loss!r}: must be candidates or catalogue")
@@ -70,6 +71,31 @@ class TrainingConfig:
         """Share of the training, from 0 to 1, that is done after `step` steps that took `seconds`."""
         shares = [step / max(1, num_steps), seconds / self.max_seconds if self.max_seconds else 0.0]
         return min(1.0, max(shares))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int = 0
+    """Number of steps between checkpoints, in addition to those at every validation and at the end; 0 = no additional
+    ones."""
+    every_minutes: float = 10.0
+    """Minutes from the latest checkpoint to the next one, in addition to those at every validation; 0 = no additional
+    ones. May be a fraction."""
+    keep: int = 2
+    """Number of latest checkpoints to keep, 1 or more; the best one is always kept."""
+    asynchronous: bool = True
+    """true: each worker copies its tables in memory, and training continues while the copy is written (needs memory for
+    the copy). false: steps wait until the checkpoint is written."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ValueError(f"every_steps={self.every_steps}: must be 0 or more")
+        if not self.every_minutes >= 0:
+            raise ValueError(f"every_minutes={self.every_minutes}: must be 0 or more")
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep}: must be 1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.cluster.telemetry import Reporter, said_by_rank_0
-from jobs.training.catalogue import Catalogue, catalogue_of, training_counts
+from jobs.training.catalogue import catalogue_of, training_counts
 from jobs.training.checkpoint import (
     TrainState,
     latest_checkpoint,
@@ -31,16 +29,15 @@ from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.clock import StepClock, cost_of_process
 from jobs.training.dense_engine import dense_engine
 from jobs.training.dense_state import restore_dense_state
-from jobs.training.evaluation import evaluate, evaluation_loader
 from jobs.training.in_batch import InBatchNegatives
 from jobs.training.job import TrainJob
 from jobs.training.model import item_features, model_settings, model_tables, user_tables
-from jobs.training.results import primary_metric
 from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
+from jobs.training.validation import Validation
 from models.interface import Recommender
 from models.zoo import build_tower
-from pipeline.batches.loader import EvaluationLoader, TrainLoader
+from pipeline.batches.loader import TrainLoader
 from pipeline.shards.dataset import Shards
 
 
@@ -74,8 +71,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     reporter.row("plan", **tables.described_plan)
 
     # All ranks: prepare validation, and the two functions that read a batch and begin its look-up.
-    catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
-    validation = evaluation_loader(shards, requests=job.requests, part="valid", limit=training.valid_requests or None)
+    validation = Validation(job, shards, catalogue_of(shards, requests=job.requests, training_count=counts))
     add_negatives = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
     batches, clock, num_items = iter(loader), StepClock(), shards.vocabulary.size
 
@@ -112,6 +108,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             # Each rank counts alike; with a time limit, all ranks take the time of rank 0, so that they end together.
             state.step += 1
             state.events += int(figures["events"])
+            state.scored += int(figures["scored"])
             seconds = time.perf_counter() - started
             state.train_seconds += seconds
             if training.max_seconds:
@@ -124,7 +121,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
             validated = state.step in last_steps or out_of_time
             if validated:
-                _validate(validation, catalogue, state, tables, engine, reporter)
+                validation.run(state, tables, engine, reporter)
 
             # All ranks agree whether to stop; then they begin a checkpoint together, if one is due.
             stop = reporter.should_stop()
@@ -204,35 +201,3 @@ def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tu
     loader.load_state_dict(state.loader)
     restore_random_state(document)
     return state, tables, engine
-
-
-def _peak_gib() -> float:
-    """The sum over ranks of their peak resident memory, in GiB. A collective."""
-    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20])
-    dist.all_reduce(peak)
-    return float(peak)
-
-
-def _validate(
-    loader: EvaluationLoader,
-    catalogue: Catalogue,
-    state: TrainState,
-    tables: ShardedTables,
-    engine: Any,
-    reporter: Reporter,
-) -> None:
-    """Evaluate the validation part; update the best step in `state`. A collective: all ranks get the same metrics."""
-    started = time.perf_counter()
-    metrics = evaluate(
-        engine,
-        tables,
-        loader,
-        catalogue=catalogue,
-        progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
-    ).metrics()
-    primary = metrics[primary_metric(loader.requests)]
-    state.peak_gib = _peak_gib()
-    state.validations_since_best += 1
-    if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):
-        state.best_metric, state.best_step, state.validations_since_best = primary, state.step, 0
-    reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, **metrics)

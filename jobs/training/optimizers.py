@@ -1,11 +1,10 @@
-"""The optimizers of both halves: AdamW for the tower, row-wise Adagrad or Adam for the tables."""
+"""The settings of the optimizers of both halves: AdamW for the tower, row-wise Adagrad or Adam for the tables. Without
+torch: a command line reads and checks them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
-
-from torch import nn
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,16 +45,6 @@ class OptimizerConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio={self.final_lr_ratio}: must be between 0 and 1")
-
-    def parameter_groups(self, tower: nn.Module) -> list[dict[str, Any]]:
-        """Two AdamW groups: matrices with weight decay, everything else without."""
-        matrices = [parameter for parameter in tower.parameters() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in tower.parameters() if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
 
     def lr_share_at(self, step: int, *, share_done: float) -> float:
         """The learning rates in step `step` (from 0), as a share of their peaks, when `share_done` of the training is

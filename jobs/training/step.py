@@ -65,7 +65,8 @@ def train_step(
     """One optimizer step of tables and tower on one global batch. A collective: all ranks take part. NonFiniteLoss.
 
     `step`: steps made before; `share`: share of the training that is done. Returns (figures, next batch), where the
-    figures are the global batch's mean losses, its events, and the resident memory of all ranks in GiB.
+    figures are the global batch's mean losses, its numbers of events and of scored candidates, and the resident memory
+    of all ranks in GiB.
 
     The next batch is read before the tower computes, and its ids are sent to the ranks that own their rows meanwhile.
     The rows themselves are not: this step's update may still change them.
@@ -93,7 +94,8 @@ def train_step(
         if following is not None:
             following.rows.send()
     # All ranks: sum the losses (all-reduce). All see the same value, so all raise or none does.
-    figures = _global_figures(loss, batch, count=count)
+    scored = batch.num_requests * num_items if asked.wanted is None else batch.num_candidates
+    figures = _global_figures(loss, batch, count=count, scored=scored)
     if not math.isfinite(figures["loss"]):
         _refuse_non_finite(Path(job.run_dir), batch, loss=figures["loss"], step=step)
     # Backward, all ranks: DeepSpeed reduces the tower's gradients, TorchRec sends the rows' gradients to their owners.
@@ -115,13 +117,14 @@ def _answered(asked: AskedBatch, tables: ShardedTables) -> ModelInput:
     return catalogue_input(asked.batch, *rows)
 
 
-def _global_figures(loss: RequestLoss, batch: Batch, *, count: int) -> dict[str, float]:
-    """Mean losses over the requests of the global batch, its number of events, and the resident memory of all ranks in
-    GiB. A collective."""
+def _global_figures(loss: RequestLoss, batch: Batch, *, count: int, scored: int) -> dict[str, float]:
+    """Mean losses over the requests of the global batch, its numbers of events and of scored candidates, and the
+    resident memory of all ranks in GiB. A collective."""
     sums = torch.stack([part.detach().double() for part in (loss.total, loss.pointwise, loss.setwise)]) / count
-    sums = torch.cat([sums, sums.new_tensor([batch.num_events, psutil.Process().memory_info().rss / 2**30])])
+    sums = torch.cat([sums, sums.new_tensor([batch.num_events, scored, psutil.Process().memory_info().rss / 2**30])])
     dist.all_reduce(sums)
-    return dict(zip(("loss", "pointwise_loss", "setwise_loss", "events", "memory_gib"), sums.tolist(), strict=True))
+    names = ("loss", "pointwise_loss", "setwise_loss", "events", "scored", "memory_gib")
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
 def _refuse_non_finite(run_dir: Path, batch: Batch, *, loss: float, step: int) -> None:

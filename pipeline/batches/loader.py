@@ -21,6 +21,7 @@ import torch
 from pipeline.batches import order
 from pipeline.batches.batch import Batch
 from pipeline.batches.history_negatives import expected_history_draws, with_history_negatives
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.negatives import (
     Proposal,
     Uniform,
@@ -40,23 +41,6 @@ from pipeline.shards.sequences import UserCodes, UserEvents, offsets_of, ranges
 from pipeline.shards.user_reader import UserReader
 
 _T = TypeVar("_T")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    """How users become batches."""
-
-    batch_events: int = 65_536
-    """Most events plus candidates of a global batch; a user with more is a batch of its own."""
-    window_row_groups: int = 8
-    """Row groups that are shuffled together and held in memory."""
-    prefetch: int = 2
-    """Batches built ahead in a thread; 0 builds each one on demand."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_events", 1), ("window_row_groups", 1), ("prefetch", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"loader.{name} is {getattr(self, name)}: it must be at least {least}")
 
 
 class TrainLoader:

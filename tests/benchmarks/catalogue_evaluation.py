@@ -32,7 +32,7 @@ from jobs.training.model import item_features, table_specs
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.results import RankedTargets
 from jobs.training.tables import ShardedTables
-from models.zoo import MODELS
+from models.zoo import MODELS, tower_class
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from tests.support.tiny import prepare_tiny
@@ -74,13 +74,13 @@ def synthetic_shards(place: Path, items: int, users: int, history: int) -> Shard
 
 
 def show(name: str, settings: dict[str, Any], shards: Shards) -> None:
-    config_class, tower_class = MODELS[name]
+    config_class, tower_of = MODELS[name][0], tower_class(name)
     tables = ShardedTables(
         table_specs(shards.vocabulary, width=WIDTH), item_features(shards.vocabulary), optimizer=OptimizerConfig(),
         device="cpu",
     )  # fmt: skip
     tables.initialize(seed=1, std=1.0)
-    tower = tower_class(config_class(width=WIDTH, **settings), num_features=len(shards.vocabulary.features))
+    tower = tower_of(config_class(width=WIDTH, **settings), num_features=len(shards.vocabulary.features))
     counts = training_counts(shards, requests=LAST)
     catalogue = catalogue_of(shards, requests=LAST, training_count=counts)
     loader = evaluation_loader(shards, requests=LAST, part="test")

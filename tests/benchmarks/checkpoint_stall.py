@@ -28,9 +28,10 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from jobs.cluster.parallel import ParallelConfig
-from jobs.training.checkpoint import CheckpointConfig, TrainState
+from jobs.training.checkpoint import TrainState
 from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.dense_engine import dense_engine
+from jobs.training.job import CheckpointConfig
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.tables import ShardedTables
 from models.embeddings import ITEM_TABLE, TableSpec

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from models.interface import ModelInput
 from models.recgrela import RecGrela
 from models.recgrela_state import RecGrelaState
-from models.sequence_tower import SequenceModel
+from models.sequence_settings import SequenceConfig
 from models.zoo import MODELS, build_tower
 
 WIDTH, ITEMS = 64, 10_000
@@ -47,7 +47,7 @@ def main() -> None:
 
 def measure(model: str, length: int) -> tuple[str, ...]:
     settings: dict[str, Any] = {"name": model, "width": WIDTH}
-    if issubclass(MODELS[model][1], SequenceModel):
+    if issubclass(MODELS[model][0], SequenceConfig):
         settings["max_length"] = length
     if model == "solar":
         settings |= {"time_features": False, "set_attention": False}

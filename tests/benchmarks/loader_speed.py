@@ -121,7 +121,8 @@ def step(kind: str, path: str, negatives: str) -> float:
     import pyarrow.parquet as pq
     import torch
 
-    from pipeline.batches.loader import LoaderConfig, TrainLoader
+    from pipeline.batches.loader import TrainLoader
+    from pipeline.batches.loader_config import LoaderConfig
     from pipeline.batches.requests import RequestConfig
     from pipeline.shards.dataset import Shards
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.training.clock import StepClock
+from jobs.training.dense_engine import parameter_groups
 from jobs.training.job import TrainingConfig
 from jobs.training.model import WantedItems, wanted_input
 from jobs.training.optimizers import OptimizerConfig
@@ -42,7 +43,7 @@ class Replicated:
         self._accumulator_R = torch.zeros(table.capacity)
         self._replicas = DistributedDataParallel(self._model, gradient_as_bucket_view=True)
         self._adamw = torch.optim.AdamW(
-            optimizer.parameter_groups(tower),
+            parameter_groups(tower, weight_decay=optimizer.weight_decay),
             lr=optimizer.dense_lr,
             betas=optimizer.betas,
             eps=optimizer.dense_eps,

@@ -51,7 +51,7 @@ from models.embeddings import ITEM_TABLE, TableSpec
 from models.zoo import build_tower
 from pipeline.batches import order
 from pipeline.batches.batch import Batch
-from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.sequences import offsets_of
 from tests.benchmarks.plain_pytorch import Replicated

@@ -33,9 +33,9 @@ from jobs.training.step import ask, train_step
 from jobs.training.tables import ShardedTables
 from models import prefixes, svd_attention
 from models.embeddings import ITEM_TABLE, TableSpec
-from models.zoo import MODELS, build_tower
+from models.zoo import build_tower, tower_class
 from pipeline.batches.batch import Batch
-from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 
 ITEMS, CANDIDATES = 10_000, 17
@@ -125,7 +125,7 @@ def one_step(job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *,
 def parts(model: str) -> Iterator[tuple[str, Any, str]]:
     yield "look-up, ids", ShardedTables, "ask"
     yield "look-up, rows", ShardedTables, "answer"
-    yield "tower", MODELS[model][1], "forward"
+    yield "tower", tower_class(model), "forward"
     yield "Gram, forward", prefixes.Prefixes, "outer_sums"
     yield "Gram, backward", prefixes._LongProducts, "backward"
     yield "running sums, forward", prefixes._RunningSum, "forward"

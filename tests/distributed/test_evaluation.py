@@ -20,7 +20,7 @@ from jobs.training.optimizers import OptimizerConfig
 from jobs.training.results import RankedTargets
 from jobs.training.tables import ShardedTables
 from models.interface import ModelInput
-from models.zoo import MODELS
+from models.zoo import MODELS, tower_class
 from pipeline.batches.batch import Batch
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare
@@ -267,10 +267,10 @@ def rank_both_ways(shards_dir: str) -> dict[str, list[RankedTargets]]:
     catalogue_scorer.BLOCK_ITEMS, catalogue_scorer.BLOCK_CANDIDATES = 7, 21
     in_blocks = CatalogueScorer._by_blocks
     for name in TOWERS:
-        config_class, tower_class = MODELS[name]
+        config_class, tower_of = MODELS[name][0], tower_class(name)
         sets: dict[str, Any] = {"set_attention": False} if name == "solar" else {}
         torch.manual_seed(5)
-        tower = tower_class(
+        tower = tower_of(
             config_class(width=16, repeats=True, context_features=True, time_features=True, **sets),
             num_features=len(shards.vocabulary.features),
         )  # fmt: skip

@@ -12,15 +12,15 @@ from jobs.cluster.parallel import ParallelConfig
 from jobs.training.checkpoint import latest_checkpoint, read_state
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.optimizers import OptimizerConfig
-from models.sequence_tower import SequenceModel
+from models.sequence_settings import SequenceConfig
 from models.zoo import MODELS
-from pipeline.batches.loader import LoaderConfig
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 from tests.distributed import test_training_loop
 from tests.distributed.test_training_loop import losses, run_each, tiny_shards, weights
 from tests.support.ranks import run_ranks
 
-SEQUENCE_MODELS = [name for name, (_, tower) in MODELS.items() if issubclass(tower, SequenceModel)]
+SEQUENCE_MODELS = [name for name, (config, _) in MODELS.items() if issubclass(config, SequenceConfig)]
 REQUESTS = RequestConfig(num_negatives=0, min_label=0)
 
 

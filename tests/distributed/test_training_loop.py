@@ -22,7 +22,6 @@ from jobs.host.locks import RunInUse
 from jobs.training import checkpoint_writer
 from jobs.training import step as step_module
 from jobs.training.checkpoint import (
-    CheckpointConfig,
     CheckpointError,
     committed_checkpoints,
     latest_checkpoint,
@@ -30,12 +29,14 @@ from jobs.training.checkpoint import (
     verify_checkpoint,
 )
 from jobs.training.group_lock import sole_group
-from jobs.training.job import TrainingConfig, TrainJob
+from jobs.training.job import CheckpointConfig, TrainingConfig, TrainJob
 from jobs.training.loop import train
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.step import NonFiniteLoss
+from jobs.training.validation import LEAST_REQUESTS
 from models.solar import SolarConfig
-from pipeline.batches.loader import LoaderConfig, TrainLoader
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from tests.support.ranks import run_ranks
@@ -93,6 +94,12 @@ def in_batch_job(shards_dir: str, run_dir: Path) -> TrainJob:
 BF16_STAGES = (1, 2, 3)
 SMALL: dict[str, Any] = {"width": 16, "rank": 4, "recent_window": 8, "checkpoint_every": 4}
 WITHOUT_DROPOUT = {"name": "solar", **dataclasses.asdict(SolarConfig(**SMALL, dropout=0.0))}
+
+
+def final_state(run_dir: Path) -> dict[str, Any]:
+    last = latest_checkpoint(run_dir)
+    assert last is not None
+    return read_state(last)["train_state"]
 
 
 class RecordingReporter(Reporter):
@@ -232,8 +239,11 @@ def test_checkpoint_of_two_ranks_continues_on_others_with_the_same_batches(
     assert [row["step"] for row in resumed if row["kind"] == "step"] == [6, 7, 8]
     # Optimizer rows and moments, batches and rates came along, or these would differ by more than the order of sums.
     assert losses(resumed) == pytest.approx(losses(straight)[5:], rel=1e-4)
-    events = [[row["events"] for row in rows if row["kind"] == "step"] for rows in (resumed, straight)]
-    assert events[0] == events[1][5:]
+    for name in ("events", "scored"):
+        counts = [[row[name] for row in rows if row["kind"] == "step"] for rows in (resumed, straight)]
+        assert counts[0] == counts[1][5:]
+        assert final_state(tmp_path / "run")[name] == sum(counts[1])
+    assert final_state(tmp_path / "run")["valid_requests"] == LEAST_REQUESTS
 
 
 def test_training_lowers_the_loss(two_rank_runs):

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from jobs import cli
-from pipeline.batches.loader import LoaderConfig, TrainLoader
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.request_index import request_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.build import PrepareConfig, index_requests, prepare

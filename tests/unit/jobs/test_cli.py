@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from jobs.host.errors import UserError
 from jobs.tracking import registry
 from pipeline.events import DataError, NotNow
 from tests.support.serial import without_ray
-from tests.support.tiny import write_tiny_log
+from tests.support.tiny import prepare_tiny, write_tiny_log
 
 
 @pytest.fixture
@@ -36,6 +39,30 @@ def ended_by(monkeypatch, capfd):
         return code, capfd.readouterr().err.splitlines()
 
     return run
+
+
+IMPORTS = """
+import contextlib, io, json, sys
+from jobs import cli
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = cli.run(command.split())
+        except SystemExit as ended:
+            code = ended.code
+    found = {"torch", "mlflow", "ray", "deepspeed", "torchrec", "pandas"} & set(sys.modules)
+    assert code in (0, 2) and not found, (command, code, found)
+print("none")
+"""
+
+
+def test_help_mistakes_and_inspection_import_no_engine(tmp_path):
+    shards = prepare_tiny(write_tiny_log(tmp_path / "log"), tmp_path / "shards").path
+    mistakes = ["run movielens-100k --model.rnk 8", "nightly ml-1m --model.rank 1000", "prepare --events", "inspect /"]
+    helps = [f"{name} --help" for name in cli.COMMANDS]
+    commands = ["run movielens-100k --print_config", f"inspect {shards}", *mistakes, *helps]
+    ended = subprocess.run([sys.executable, "-c", IMPORTS, json.dumps(commands)], capture_output=True, text=True)
+    assert ended.stdout == "none\n", ended.stderr
 
 
 def test_a_full_disk_is_one_line_and_worth_another_try(ended_by):

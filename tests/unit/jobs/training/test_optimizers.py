@@ -7,6 +7,7 @@ import itertools
 import pytest
 from torch import nn
 
+from jobs.training.dense_engine import parameter_groups
 from jobs.training.job import TrainingConfig
 from jobs.training.optimizers import OptimizerConfig
 
@@ -23,7 +24,7 @@ def test_rate_warms_up_linearly_and_falls_to_its_final_share():
 
 def test_only_matrices_decay():
     tower = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    decayed, plain = OptimizerConfig(weight_decay=0.5).parameter_groups(tower)
+    decayed, plain = parameter_groups(tower, weight_decay=0.5)
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(4, 3)]
     assert decayed["weight_decay"] == 0.5
     assert plain["weight_decay"] == 0

@@ -11,7 +11,8 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.batches.loader import EvaluationLoader, LoaderConfig, TrainLoader, training_item_counts
+from pipeline.batches.loader import EvaluationLoader, TrainLoader, training_item_counts
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.request_index import LabelCounts, load, request_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pipeline.batches import loader as loader_module
-from pipeline.batches.loader import EvaluationLoader, LoaderConfig, TrainLoader, training_item_counts
+from pipeline.batches.loader import EvaluationLoader, TrainLoader, training_item_counts
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.request_index import request_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError, EventColumns

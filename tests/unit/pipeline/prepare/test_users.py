@@ -3,7 +3,8 @@
 import polars as pl
 import pytest
 
-from pipeline.batches.loader import EvaluationLoader, LoaderConfig, TrainLoader
+from pipeline.batches.loader import EvaluationLoader, TrainLoader
+from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 from pipeline.events import DataError
 from pipeline.prepare import ingest

@@ -1,0 +1,76 @@
+"""Validation: the same requests after every epoch, as many as training leaves time for."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jobs.cluster.telemetry import Reporter
+from jobs.training.catalogue import Catalogue
+from jobs.training.checkpoint import TrainState
+from jobs.training.evaluation import evaluate, evaluation_loader
+from jobs.training.job import TrainJob
+from jobs.training.results import primary_metric
+from jobs.training.tables import ShardedTables
+from pipeline.batches.loader import EvaluationLoader
+from pipeline.shards.dataset import Shards
+
+MOST_REQUESTS, LEAST_REQUESTS = 2_000, 200
+"""Bounds of the number of requests that is chosen; fewer would choose a checkpoint by chance."""
+SHARE = 0.1
+"""Share of the training between two validations that one validation may cost."""
+TRAINED_PER_RANKED = 4
+"""A candidate costs so much more in a training step (forward, backward, update) than an item of the catalogue in a
+validation: 3 to 6 times with SOLAR on MovieLens-100K. A constant, not a clock: two runs choose the same requests."""
+
+
+class Validation:
+    """The validation of one training run. Methods are collectives."""
+
+    def __init__(self, job: TrainJob, shards: Shards, catalogue: Catalogue) -> None:
+        self._job, self._shards, self._catalogue = job, shards, catalogue
+        self._loader: EvaluationLoader | None = None
+
+    def run(self, state: TrainState, tables: ShardedTables, engine: Any, reporter: Reporter) -> None:
+        """Evaluate the validation part; update the best step in `state`. All ranks get the same metrics."""
+        started = time.perf_counter()
+        if state.valid_requests is None:
+            state.valid_requests = self._requests(state)
+        if self._loader is None:
+            limit = state.valid_requests or None
+            self._loader = evaluation_loader(self._shards, requests=self._job.requests, part="valid", limit=limit)
+        metrics = evaluate(
+            engine,
+            tables,
+            self._loader,
+            catalogue=self._catalogue,
+            progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
+        ).metrics()
+        primary = metrics[primary_metric(self._job.requests)]
+        state.peak_gib = _peak_gib()
+        state.validations_since_best += 1
+        if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):
+            state.best_metric, state.best_step, state.validations_since_best = primary, state.step, 0
+        reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, **metrics)
+
+    def _requests(self, state: TrainState) -> int:
+        """Requests of each validation, 0 = all, by what was trained until the first one."""
+        asked = self._job.training.valid_requests
+        if asked is not None:
+            return asked
+        if self._job.requests.task != "next_item":
+            return MOST_REQUESTS
+        affordable = SHARE * TRAINED_PER_RANKED * state.scored / self._catalogue.num_items
+        return round(min(max(affordable, LEAST_REQUESTS), MOST_REQUESTS))
+
+
+def _peak_gib() -> float:
+    """The sum over ranks of their peak resident memory, in GiB. A collective."""
+    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20])
+    dist.all_reduce(peak)
+    return float(peak)
