@@ -12,9 +12,9 @@ help:
 demo: $(READY)  ## MovieLens-100K from the raw ratings to a registered model
 	$(BIN)/solar run movielens-100k
 
-# Three at a time on two cores: tests that start processes wait for them a quarter of the time.
+# Two at a time on two cores: a third one makes ranks wait for each other at every collective.
 test: $(READY) lint  ## lint, types, import rules and all tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Before a release, an hour or two on two cores: every command of the integration tests with Ray, as a user starts it,
 # and then runs, ingests and a month of nights that are killed at random moments.

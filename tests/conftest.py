@@ -7,6 +7,9 @@ import os
 
 import pytest
 
+# Ray runs its workers at niceness 15: beside the other half of the tests they would get next to no time.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
