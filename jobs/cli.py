@@ -69,6 +69,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
 
     from jobs.cluster.failures import WorkerFailure
     from jobs.host.errors import UserError
+    from jobs.host.locks import RunInUse
     from pipeline.events import DataError, NotNow
 
     console = Console()
@@ -76,15 +77,12 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         return command(arguments, console, verbose=verbose)
     except (UserError, DataError, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {one_line(error)}")
-        return TRY_LATER if isinstance(error, NotNow) else MISTAKE
+        return TRY_LATER if isinstance(error, (NotNow, RunInUse)) else MISTAKE
     except KeyboardInterrupt as error:
         console.error(f"solar: interrupted; {_what_is_left(error)}")
         return INTERRUPTED
     except WorkerFailure as error:
-        # The report of Ray, which is the cause of this error, has many lines.
-        log = console.note(traceback.format_exc())
-        console.error(f"solar: a worker failed: {one_line(error)}" + (f" (details: {log})" if log else ""))
-        return 1
+        return _worker_failed(error, console)
     except SystemExit as end:
         # Ray replaces the handler of SIGTERM with one that exits with the signal's number.
         if end.code != signal.SIGTERM:
@@ -95,6 +93,13 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         return _ended_by(error, console)
     finally:
         console.drop_empty_log()
+
+
+def _worker_failed(failure: Exception, console: Console) -> int:
+    # The report of Ray, which is the cause of the error that is handled, has many lines.
+    log = console.note(traceback.format_exc())
+    console.error(f"solar: a worker failed: {one_line(failure)}" + (f" (details: {log})" if log else ""))
+    return 1
 
 
 def _what_is_left(end: BaseException) -> str:
@@ -110,6 +115,7 @@ def _what_is_left(end: BaseException) -> str:
 def _ended_by(error: Exception, console: Console) -> int:
     """Say what ended a command beside a user's mistake: a refusal of the system or a locked database in one line, a
     defect with its traceback."""
+    from jobs.cluster.failures import task_failure
     from jobs.tracking.unsent import is_locked
     from pipeline.events import NotNow
     from pipeline.system_errors import as_data_error
@@ -117,6 +123,8 @@ def _ended_by(error: Exception, console: Console) -> int:
     if told := as_data_error(error):
         console.error(f"solar: {told}")
         return TRY_LATER if isinstance(told, NotNow) else MISTAKE
+    if failure := task_failure(error):
+        return _worker_failed(failure, console)
     if is_locked(error):
         console.error(
             f"solar: MLflow's database is locked by another program: end it, or try again later (exit code {TRY_LATER})"

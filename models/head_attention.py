@@ -79,8 +79,8 @@ def bucket_scores(score_GH: Tensor, bucket_GPL: Tensor) -> Tensor:
 
 
 class _BucketScores(torch.autograd.Function):
-    """An embedding look-up of a few narrow rows. On a CPU the gradient is counted: there the backward pass of an
-    embedding takes 5 ms for 60,000 keys and two heads, this one 0.4."""
+    """An embedding look-up of a few narrow rows. On a CPU the gradient is counted: for 52,000 keys and two heads that
+    takes 0.8 ms forward and backward, an embedding 3.6 (one core)."""
 
     @staticmethod
     def forward(ctx: Any, score_GH: Tensor, bucket_GPL: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +55,17 @@ def death(who: str, error: BaseException, *, other: str | None) -> WorkerFailure
     else:
         text, advice = f"{who} died", _AGAIN
     return WorkerFailure(f"{text}: {advice}")
+
+
+def task_failure(error: BaseException) -> WorkerFailure | None:
+    """The failure of a task that Ray ended for memory, again and again, as one line; None for any other error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "ray" in sys.modules and _out_of_memory(cause):
+            advice = "end other programs there or use a larger machine, then run the same command again"
+            return WorkerFailure(f"a task was ended by Ray because its machine's memory is full: {advice}")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def cause_text(failures: Mapping[int, BaseException], parallel: ParallelConfig) -> str:

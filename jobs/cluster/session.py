@@ -56,6 +56,8 @@ DEFAULT_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray begins a task that it ended for memory again without end, and the command would wait without a word.
+    "RAY_task_oom_retries": "5",
     # How long Ray Train waits until the ranks of a failed group leave their process group; a hanging rank never does.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
     # Keep freed memory in the process: returning it to the system page by page makes a step 20 to 30 % slower on a CPU

@@ -6,7 +6,7 @@ from __future__ import annotations
 class UserError(ValueError):
     """A user's mistake. The message is one line that names the key or file, the value and the fix; exit code 2.
 
-    Packages define subclasses (CheckpointError, RunInUse). Errors in the data are `pipeline.events.DataError`, errors
+    Packages define subclasses (CheckpointError). Errors in the data are `pipeline.events.DataError`, errors
     in a request to a registered model are the scorer's `RequestError`: those packages do not import this one.
     """
 

@@ -29,7 +29,8 @@ _LONGEST_SIGNATURE = 400
 
 
 class RunInUse(UserError):
-    """Another process writes into the run directory; the message says which one."""
+    """Another process writes into the run directory; the message says which one. The same command may succeed later:
+    exit code 75."""
 
 
 @contextlib.contextmanager
@@ -106,7 +107,7 @@ def try_lock(path: Path, mode: int) -> int | None:
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
-            raise RunInUse(
+            raise UserError(
                 f"{path}: {error.strerror}: this file system does not support locks (flock): choose another --workspace"
             ) from error
         # The previous holder may have removed the file after it was opened here: then the lock protects nothing.

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
+from ray.exceptions import OutOfMemoryError
 
 from jobs import cli
 from jobs.cluster.failures import Interrupted, WorkerFailure
 from jobs.commands.arguments import Command, capture, plain
 from jobs.commands.system import doctor_parser
 from jobs.host.errors import UserError
+from jobs.host.locks import RunInUse
 from jobs.tracking import registry
 from pipeline.events import DataError, NotNow
 from tests.support.serial import without_ray
@@ -73,6 +75,10 @@ def test_a_full_disk_is_one_line_and_worth_another_try(ended_by):
 
 def test_what_another_command_was_faster_with_is_worth_another_try_and_a_mistake_is_not(ended_by):
     assert ended_by(NotNow("log: another import finished first")) == (75, ["solar: log: another import finished first"])
+    assert ended_by(RunInUse("runs/x: process 7 is working there")) == (
+        75,
+        ["solar: runs/x: process 7 is working there"],
+    )
     assert ended_by(DataError("log: no column 'user_id'")) == (2, ["solar: log: no column 'user_id'"])
 
 
@@ -81,6 +87,17 @@ def test_a_place_that_cannot_be_written_is_one_line_also_inside_of_another_error
     error.__cause__ = OSError(errno.EROFS, "x", "/media/cd/out")
     line = "solar: /media/cd/out: Read-only file system: name a place that can be written"
     assert ended_by(error) == (2, [line])
+
+
+def test_a_task_without_memory_is_one_line_with_the_report_of_ray_in_the_log(ended_by, tmp_path):
+    error = RuntimeError("of Ray Data")
+    error.__cause__ = OutOfMemoryError("Task was killed\nmany\nlines")
+    code, (line,) = ended_by(error, workspace=tmp_path)
+    assert code == 1
+    assert line.startswith(
+        "solar: a worker failed: a task was ended by Ray because its machine's memory is full: end other"
+    )
+    assert "many\nlines" in next((tmp_path / "logs").iterdir()).read_text()
 
 
 def test_a_locked_database_is_one_line_and_worth_another_try(ended_by):
