@@ -39,7 +39,7 @@ LONGEST = (
     "test_submitted_night.py",
     "test_main_job.py",
 )
-"""They start Ray; of two cores each leaves a part unused while it waits, so that they go well beside each other."""
+"""They start Ray and go on for minutes."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

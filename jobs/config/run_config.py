@@ -175,7 +175,7 @@ class RunConfig:
         training.warm_start also determines them, but is stored in the run's record instead."""
         whole = self.as_dict()
         parts = {key: whole[key] for key in ("seed", "model", "training", "optimizer")}
-        parts["training"] = {key: value for key, value in whole["training"].items() if key != "warm_start"}
+        parts["training"] = counted_training(whole["training"])
         loader = {key: value for key, value in whole["data"]["loader"].items() if key != "prefetch"}
         # Whether min_label matters depends on the log: jobs/runs/record.py compares it.
         requests = {key: value for key, value in whole["data"]["requests"].items() if key != "min_label"}
@@ -186,6 +186,13 @@ class RunConfig:
     def fingerprint(self) -> str:
         """Hash of the identity, sixteen hex digits."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def counted_training(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The section as it counts in an identity. Unset valid_requests count as 2000, which they were in earlier versions:
+    a run of these is found again."""
+    counted = {key: value for key, value in training.items() if key != "warm_start"}
+    return counted | ({"valid_requests": 2000} if counted["valid_requests"] is None else {})
 
 
 def stored_requests(config: Mapping[str, Any]) -> dict[str, Any]:

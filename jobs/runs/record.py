@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.config.run_config import RunConfig, stored_requests
+from jobs.config.run_config import RunConfig, counted_training, stored_requests
 from jobs.host.code_version import git_commit
 from jobs.host.documents import as_json, from_json, stored_with
 from jobs.host.errors import UserError
@@ -194,6 +194,7 @@ def _first_difference(there: Mapping[str, Any], here: dict[str, Any], identity: 
                 return f"{prefix}{key}", old, new
         return None
 
+    there, here = ({**side, "training": counted_training(side["training"])} for side in (there, here))
     keys = {key: value for key, value in identity.items() if key != "precision"}
     return walk(keys, there, here, "") or (
         "parallel.precision",
