@@ -43,7 +43,7 @@ def main() -> None:
     workspace, users = out / "workspace", write_users(out)
     shards, champion = workspace / "shards" / NAME, f"models:/solar-{NAME}@champion"
     steps = {
-        "import": f"import files {out / 'log'} --out {workspace / 'events' / NAME}",
+        "import": f"import files {out / 'log'} --out {workspace / 'events' / NAME} --columns.timestamp_unit ms",
         "prepare": f"prepare --events {workspace / 'events' / NAME} --out {shards}",
         "inspect --verify": f"inspect {shards} --verify",
         "inspect --digest": f"inspect {shards} --digest",
@@ -61,6 +61,8 @@ def main() -> None:
             child = psutil.Popen([str(SOLAR), *arguments.split()], cwd=out, stdout=log, stderr=subprocess.STDOUT)
             seconds, peak = follow(child)
         print(f"| {step} | {seconds:.0f} | {peak / 2**30:.2f} | {child.returncode} |", flush=True)
+        if child.returncode:
+            sys.exit(f"{step}: {log.name} says why")
 
 
 def write_log(log: Path, *, events: int, users: int, items: int) -> None:
