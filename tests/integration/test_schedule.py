@@ -162,7 +162,7 @@ def test_second_scheduler_of_a_recipe_is_refused_while_the_first_lives(start):
     wait_for("next ", first)
     second = start(codes=[0], missed=False)
     _, errors = second.communicate(timeout=30)
-    assert second.returncode == 2
+    assert second.returncode == 75
     assert f"process {first.pid} on " in errors
     assert "one scheduler per recipe and workspace is enough" in errors
     assert errors.count("\n") == 1
