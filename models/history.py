@@ -97,10 +97,21 @@ def recent_events(inputs: ModelInput, *, window: int) -> tuple[Tensor, Tensor]:
     event_BW: [B, W] 1 + index into N, 0 = no event. gap_BW: [B, W] bucket of the time from event to request.
     """
     place_BW = inputs.request_position_B[:, None] + torch.arange(-window, 0)
-    event_BW = inputs.event_offsets_U1[inputs.request_user_B][:, None] + place_BW + 1
-    event_BW = torch.where(place_BW >= 0, event_BW, 0).to(inputs.event_time_N.device, non_blocking=True)
+    event_BW, time_BW = events_at(inputs, user_G=inputs.request_user_B, place_GL=place_BW)
+    return event_BW, gap_bucket(inputs.request_time_B[:, None] - time_BW)
+
+
+def events_at(inputs: ModelInput, *, user_G: Tensor, place_GL: Tensor) -> tuple[Tensor, Tensor]:
+    """The events at these places of the users' histories, on the device: (event_GL, time_GL).
+
+    event_GL: [G, L] 1 + index into N, 0 = the user has no event there. time_GL: [G, L] its time, 0 for no event.
+    """
+    start_G1, end_G1 = inputs.event_offsets_U1[user_G][:, None], inputs.event_offsets_U1[user_G + 1][:, None]
+    event_GL = start_G1 + place_GL + 1
+    event_GL = torch.where((place_GL >= 0) & (event_GL <= end_G1), event_GL, 0)
+    event_GL = event_GL.to(inputs.event_time_N.device, non_blocking=True)
     time_N1 = torch.cat([inputs.event_time_N.new_zeros(1), inputs.event_time_N])
-    return event_BW, gap_bucket(inputs.request_time_B[:, None] - time_N1[event_BW])
+    return event_GL, time_N1[event_GL]
 
 
 def gap_bucket(gap_ms: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.candidate_sets import CandidateSets, gather_rows
-from models.history import gap_bucket
+from models.history import events_at, gap_bucket
 from models.interface import ModelInput
 
 LEAST_FILLED = 0.5
@@ -69,15 +69,10 @@ class RequestBlocks:
         place_GP: [G, P] the request's position within its block. All on the device.
         """
         device = inputs.event_time_N.device
-        user_G = inputs.request_user_B[self.request_GP[:, 0]]
-        start_G, end_G = inputs.event_offsets_U1[user_G], inputs.event_offsets_U1[user_G + 1]
         place_GL = self.first_G[:, None] + torch.arange(-window, self.span - 1)
-        event_GL = start_G[:, None] + place_GL + 1
-        event_GL = torch.where((place_GL >= 0) & (event_GL <= end_G[:, None]), event_GL, 0)
-        event_GL = event_GL.to(device, non_blocking=True)
-        time_N1 = torch.cat([inputs.event_time_N.new_zeros(1), inputs.event_time_N])
+        event_GL, time_GL = events_at(inputs, user_G=self.of_first(inputs.request_user_B), place_GL=place_GL)
         request_time_GP = inputs.request_time_B[self.request_GP.to(device, non_blocking=True)]
-        gap_GPL = gap_bucket(request_time_GP[:, :, None] - time_N1[event_GL][:, None])
+        gap_GPL = gap_bucket(request_time_GP[:, :, None] - time_GL[:, None])
         place_GP = inputs.request_position_B[self.request_GP] - self.first_G[:, None]
         return event_GL, gap_GPL, place_GP.to(device, non_blocking=True)
 

@@ -60,10 +60,11 @@ def death(who: str, error: BaseException, *, other: str | None) -> WorkerFailure
 def task_failure(error: BaseException) -> WorkerFailure | None:
     """The failure of a task that Ray ended for memory, again and again, as one line; None for any other error."""
     cause: BaseException | None = error
-    while cause is not None:
-        if "ray" in sys.modules and _out_of_memory(cause):
+    while cause is not None and "ray" in sys.modules:
+        if _out_of_memory(cause):
+            text, _ = _memory_full("a task", other=None)
             advice = "end other programs there or use a larger machine, then run the same command again"
-            return WorkerFailure(f"a task was ended by Ray because its machine's memory is full: {advice}")
+            return WorkerFailure(f"{text}: {advice}")
         cause = cause.__cause__ or cause.__context__
     return None
 
