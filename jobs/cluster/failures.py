@@ -8,6 +8,7 @@ from typing import Any
 
 from jobs.cluster.parallel import ParallelConfig
 from jobs.host.errors import UserError
+from pipeline import system_errors
 from pipeline.events import DataError
 from pipeline.system_errors import as_data_error
 
@@ -59,14 +60,10 @@ def death(who: str, error: BaseException, *, other: str | None) -> WorkerFailure
 
 def task_failure(error: BaseException) -> WorkerFailure | None:
     """The failure of a task that Ray ended for memory, again and again, as one line; None for any other error."""
-    cause: BaseException | None = error
-    while cause is not None and "ray" in sys.modules:
-        if _out_of_memory(cause):
-            text, _ = _memory_full("a task", other=None)
-            advice = "end other programs there or use a larger machine, then run the same command again"
-            return WorkerFailure(f"{text}: {advice}")
-        cause = cause.__cause__ or cause.__context__
-    return None
+    if "ray" not in sys.modules or not any(_out_of_memory(cause) for cause in system_errors.causes(error)):
+        return None
+    text, _ = _memory_full("a task", other=None)
+    return WorkerFailure(f"{text}: end other programs there or use a larger machine, then run the same command again")
 
 
 def cause_text(failures: Mapping[int, BaseException], parallel: ParallelConfig) -> str:
