@@ -45,8 +45,8 @@ class Place:
         """To the end, without Ray: its ranks are forks."""
         return solar(*self.arguments(name, *more), cwd=self.directory)
 
-    def refusal(self, name: str, *more: str) -> str:
-        return refused(*self.arguments(name, *more), cwd=self.directory)
+    def refusal(self, name: str, *more: str, code: int = 2) -> str:
+        return refused(*self.arguments(name, *more), cwd=self.directory, code=code)
 
     def run_dir(self, name: str) -> Path:
         return self.directory / "workspace" / "runs" / name
@@ -71,7 +71,7 @@ def test_run_that_lost_a_worker_then_its_command_then_a_checkpoint_ends_with_the
     holds = Holds(tmp_path / "holds", 17, 33)
     command = place.start("killed", "--cluster.max_failures", "2", holds=holds)
     holds.wait(17, command)
-    assert f"process {command.pid} on " in place.refusal("killed")
+    assert f"process {command.pid} on " in place.refusal("killed", code=75)
     (held,) = current_leases(str(place.directory / "shards"))
     assert str(held).startswith(f"training of run killed (process {command.pid} on ")
     command.workers()[1].kill()

@@ -98,10 +98,10 @@ def succeeded(*arguments: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
-def refused(*arguments: str | Path, cwd: Path) -> str:
-    """The one line of a command that ends with exit code 2."""
+def refused(*arguments: str | Path, cwd: Path, code: int = 2) -> str:
+    """The one line of a command that ends with this exit code: 2 is a user's mistake, 75 a run in use."""
     done = solar(*arguments, cwd=cwd)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     return lines[0]
