@@ -7,7 +7,9 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import psutil
@@ -90,10 +92,11 @@ def quiet_environment() -> None:
 
 
 @contextmanager
-def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = False) -> Iterator[None]:
+def ray_session(config: ClusterConfig, *, num_cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
     """A Ray session for the duration of the block; an existing session is used and not ended.
 
-    A local Ray has room for training workers that need `num_cpus` CPUs, also on a smaller machine.
+    `num_cpus`: the CPUs of training workers that the block starts; None if it starts none. A local Ray has room for
+    them, also on a smaller machine.
     """
     global _open
     if _open:
@@ -103,7 +106,11 @@ def ray_session(config: ClusterConfig, *, num_cpus: int = 1, verbose: bool = Fal
 
     ours = not ray.is_initialized()
     if ours:
-        _connect(config, num_cpus=num_cpus, level=logging.INFO if verbose else logging.ERROR)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            # While this process waits for those of Ray, it imports what a command with workers needs next.
+            for module in ("ray.train.torch", "mlflow") if num_cpus is not None else ():
+                pool.submit(import_module, module)
+            _connect(config, num_cpus=num_cpus or 1, level=logging.INFO if verbose else logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     _open = True
     try:

@@ -22,6 +22,12 @@ class Job:
     function: Callable[[dict[str, Any]], None]
     arguments: dict[str, Any]
 
+    def packed(self) -> bytes:
+        """As the actor keeps it: it need not import what the job does, Torch first of all, which takes seconds."""
+        from ray.cloudpickle.cloudpickle import dumps
+
+        return dumps(self)
+
 
 class Telemetry:
     """The actor: jobs and a stop flag from the driver, rows from rank 0. A job is given out again, to a restarted
@@ -29,18 +35,18 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
-        self._job: Job | None = None
+        self._job: bytes | None = None
         self._closed = self._stop = self._started = False
         self._changed = asyncio.Condition()
 
-    async def give(self, job: Job) -> None:
-        """The next job, once the one before is finished."""
+    async def give(self, job: bytes) -> None:
+        """The next job, packed, once the one before is finished."""
         async with self._changed:
             self._job, self._stop, self._started = job, False, False
             self._changed.notify_all()
 
-    async def next_job(self) -> Job | None:
-        """Waits for a job that is not finished; None = there are no more."""
+    async def next_job(self) -> bytes | None:
+        """Waits for a packed job that is not finished; None = there are no more."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._job is not None or self._closed)
         return self._job

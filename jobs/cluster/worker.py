@@ -22,6 +22,7 @@ def work(arguments: dict[str, Any]) -> None:
     import ray
     import torch
     import torch.distributed as dist
+    from ray import cloudpickle
 
     from jobs.cluster.telemetry import Job, Reporter
 
@@ -32,8 +33,8 @@ def work(arguments: dict[str, Any]) -> None:
     fresh = _process_state()
 
     def next_job() -> Job | None:
-        answer: Any = ray.get(telemetry.next_job.remote())
-        return answer
+        packed: Any = ray.get(telemetry.next_job.remote())
+        return packed and cloudpickle.loads(packed)
 
     while (job := next_job()) is not None:
         job.function(job.arguments | {"telemetry": telemetry, "reporter": Reporter(telemetry)})

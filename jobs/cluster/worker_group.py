@@ -143,7 +143,7 @@ class _Group:
         finished, stop_requested = False, None
         with noted_signals() as signalled:
             self._idle = False
-            _answer(self._telemetry.give.remote(job))
+            _answer(self._telemetry.give.remote(job.packed()))
             while self._thread.is_alive() and not finished:
                 finished = self._idle = self._pass_on(on_rows, seconds=POLL_SECONDS)
                 if stop_requested is None and signalled():

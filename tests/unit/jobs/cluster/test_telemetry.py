@@ -7,8 +7,8 @@ import asyncio
 from jobs.cluster.telemetry import Job, Telemetry
 
 
-def job(name: str) -> Job:
-    return Job(print, {"name": name})
+def job(name: str) -> bytes:
+    return Job(print, {"name": name}).packed()
 
 
 def test_a_job_is_given_to_every_rank_and_again_after_a_restart_until_it_is_finished():
