@@ -8,6 +8,7 @@ A mistake is a UserError: one line with the origin (file or command line), the k
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,10 @@ def recipe_path(recipe: str) -> Path:
     return RECIPES / f"{recipe}.yaml"
 
 
+@functools.cache
 def config_parser(command: str, *, model: str) -> ArgumentParser:
-    """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`."""
+    """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`. Not to be changed:
+    a board reads each of its rows with it."""
     parser = new_parser(command)
     parser.add_argument("--config", action="config", help="a further YAML file; may be given several times")
     parser.add_argument(
@@ -139,15 +142,16 @@ def _resolve(
         first, suffix = _for_model(first, model, written_for=written_for), f"-{model}"
     # Parse each file alone, so that an error names its file; then all together with the command line.
     layers = [(origin, first), *files]
+    read = []
     for layer, values in layers:
         if told := section_without_keys(values, parser):
             raise UserError(f"{layer}: {told}")
         try:
-            parser.parse_object(values)
+            read.append(parser.parse_object(values))
         except REFUSALS as error:
             raise UserError(f"{layer}: {explain(error, parser)}") from error
     try:
-        parsed = parser.parse_args(list(arguments), namespace=parser.parse_object(first))
+        parsed = parser.parse_args(list(arguments), namespace=read[0])
     except REFUSALS as error:
         raise UserError(f"command line: {explain(error, parser)}") from error
 

@@ -8,6 +8,9 @@ tables alone (tables.py) -> deepspeed.initialize around the tower alone.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +25,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def dense_engine(tower: nn.Module, *, optimizer: OptimizerConfig, parallel: ParallelConfig) -> Any:
     """The tower inside a DeepSpeed engine: `engine(inputs)`, `engine.backward(loss)`, `engine.step()`. A collective."""
-    import deepspeed
+    with _without_mlflow():
+        import deepspeed
 
     if parallel.device == "cpu":
         # This op is for inference only; disabled, the start needs no C++ compiler.
@@ -40,6 +44,20 @@ def dense_engine(tower: nn.Module, *, optimizer: OptimizerConfig, parallel: Para
     adamw = torch.optim.AdamW(groups, lr=optimizer.dense_lr, betas=optimizer.betas, eps=optimizer.dense_eps)
     engine, *_ = deepspeed.initialize(model=tower, optimizer=adamw, config=config, dist_init_required=False)
     return engine
+
+
+@contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """DeepSpeed's tuner, which nothing here uses, imports MLflow if it can: four fifths of the time of its import."""
+    if "mlflow" in sys.modules:
+        yield
+        return
+    missing: Any = None  # what Python takes for a module that is not there
+    sys.modules["mlflow"] = missing
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
 
 
 def parameter_groups(tower: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
