@@ -41,7 +41,9 @@ from pipeline.system_errors import storing
 OTHER_FORMATS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xlsx")
 """Endings that promise something else than the result's format."""
 ROWS_PER_PART = 4096
-"""Requests per task: seconds to minutes of work."""
+"""Most requests of a task: seconds to minutes of work."""
+SCORES_PER_TASK = 1 << 24
+"""About the most scores of a task that ranks the whole catalogue: some 20 s of one core, and then the bar moves."""
 
 
 def score(
@@ -71,7 +73,7 @@ def score(
         _check_options(requests, config)
         states = _states(model, config, console)
         data = stack.enter_context(_shards(model, config, console))
-        parts = requests.parts(ROWS_PER_PART)
+        parts = requests.parts(_rows_per_part(model, requests))
         # Score one part here, several parts in actors.
         facts = {"model": model.name, "version": model.version, "digest": model.digest}
         started = time.monotonic()
@@ -115,6 +117,13 @@ def _states_line(counts: ScoreCounts) -> list[tuple[str, int, str]]:
     if not counts.from_states and not counts.without_state:
         return []
     return [("states", counts.from_states, f"requests from stored states, {counts.without_state:,} without one")]
+
+
+def _rows_per_part(model: RegisteredModel, requests: Requests) -> int:
+    if "candidates" in requests.schema.names:
+        return ROWS_PER_PART
+    num_items = pq.read_metadata(model.directory / "items.parquet").num_rows
+    return min(ROWS_PER_PART, max(1, SCORES_PER_TASK // max(1, num_items)))
 
 
 def _scored_in_actors(

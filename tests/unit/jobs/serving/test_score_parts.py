@@ -88,6 +88,26 @@ def test_parts_are_joined_to_the_result_of_one_process(data, export, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir() if "stag" in path.name) == []
 
 
+def test_tasks_that_rank_the_whole_catalogue_are_short_and_give_the_ranking_of_one_process(
+    data, export, tmp_path, monkeypatch, serially
+):
+    model, file, tasks = export(data), tmp_path / "requests.parquet", []
+    pq.write_table(requests().drop_columns("candidates"), file)
+    original = score_module.map_in_actors
+    monkeypatch.setattr(
+        score_module, "map_in_actors", lambda opened, rows, **more: tasks.extend(rows) or original(opened, rows, **more)
+    )
+    with serially():
+        whole, counts, _ = scored(model, tmp_path, file, "whole.parquet", shards=data.path, top_k=3)
+    num_items = pq.read_metadata(model.directory / "items.parquet").num_rows
+    monkeypatch.setattr(score_module, "SCORES_PER_TASK", 5 * num_items + 1)
+    with serially():
+        parts, same_counts, _ = scored(model, tmp_path, file, "parts.parquet", shards=data.path, top_k=3)
+    assert [task["num_rows"] for task in tasks] == [5, 5, 5, 5, 3]
+    assert same_counts == counts
+    assert parts["candidates"].to_pylist() == whole["candidates"].to_pylist()
+
+
 def test_a_mistake_in_any_part_is_one_line_and_leaves_nothing(data, export, tmp_path, monkeypatch):
     monkeypatch.setattr(score_module, "ROWS_PER_PART", 5)
     model, file = export(data), tmp_path / "requests.parquet"
