@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def train_parser() -> argparse.ArgumentParser:
 def _print_settings() -> None:
     from jobs.config.reader import config_parser
 
-    settings = copy.copy(config_parser("train", model="solar"))
+    settings = config_parser("train", model="solar")
     settings.usage = argparse.SUPPRESS
     print("Settings (those of another model: --model.name NAME --print_config)\n")
     print(settings.format_help().lstrip(), end="")

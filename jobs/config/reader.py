@@ -45,10 +45,8 @@ def recipe_path(recipe: str) -> Path:
     return RECIPES / f"{recipe}.yaml"
 
 
-@functools.cache
 def config_parser(command: str, *, model: str) -> ArgumentParser:
-    """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`. Not to be changed:
-    a board reads each of its rows with it."""
+    """The parser of every command that takes a recipe; `model` decides the fields of `--model.*`."""
     parser = new_parser(command)
     parser.add_argument("--config", action="config", help="a further YAML file; may be given several times")
     parser.add_argument(
@@ -136,7 +134,7 @@ def _resolve(
     model = _model_name([(origin, first), *files], arguments)
     if not isinstance(model, str) or model not in MODELS:
         raise UserError(f"model.name={shortened(repr(model))}: must be one of {', '.join(MODELS)}")
-    parser = config_parser(command, model=model)
+    parser = _reading_parser(command, model=model)
     suffix = ""
     if (written_for := _model_name([(origin, first)], [])) != model and written_for in MODELS:
         first, suffix = _for_model(first, model, written_for=written_for), f"-{model}"
@@ -173,6 +171,12 @@ def _resolve(
         model=dataclasses.asdict(built.model),
         **{section: built[section] for section in SECTIONS},
     )
+
+
+@functools.cache
+def _reading_parser(command: str, *, model: str) -> ArgumentParser:
+    """`config_parser`, made once: a board has many rows of a model. Parsing adds the options of shells' completion."""
+    return config_parser(command, model=model)
 
 
 def _name_by_data(parsed: Any) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from jobs.config.nightly_config import GateConfig
 from jobs.nightly.gate import Guard
 from jobs.nightly.latency import Latency
+from jobs.runs.summary import Slice
 from pipeline.prepare.ingested_days import DayCounts
 
 _DAYS = 7
@@ -48,6 +49,23 @@ def model_guards(
     if latency is not None:
         guards.append(_scoring_time(latency, most=gate.max_latency))
     return guards
+
+
+def floor_guard(held_out: Slice, challenger: str, *, gate: GateConfig) -> Guard | None:
+    """The challenger must not be below the best baseline on all held-out requests; None if none was evaluated. Of fewer
+    users than `gate.min_users` nobody is sure enough to refuse it."""
+    floor, value = held_out.floor, held_out.systems[challenger].value
+    if floor is None:
+        return None
+    difference, few = floor.difference, held_out.users < gate.min_users
+    return Guard(
+        name="primary metric beside the best baseline",
+        value=value,
+        limit=f"not below {floor.baseline}, {value - difference.value:.4g} (difference {difference.value:+.4g}, "
+        f"95 % interval {difference.low:+.4g} to {difference.high:+.4g}, {held_out.users:,} users)",
+        holds=few or not floor.is_above,
+        undecided=True if difference.low < 0 and (few or not floor.is_above) else None,
+    )
 
 
 def day_guards(day: DayCounts, before: Sequence[DayCounts], *, gate: GateConfig) -> list[Guard]:

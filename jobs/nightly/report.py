@@ -27,10 +27,11 @@ from jobs.nightly.report_plots import (
     png_of,
 )
 from jobs.nightly.steps import ChampionBefore, EvaluatedChallenger, Judgement, Outcome, Prepared, TrainedChallenger
-from jobs.runs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY, read_result
+from jobs.runs.evaluate import EMPTIED, read_result
 from jobs.runs.plots import plot_loss, plot_spectrum
 from jobs.runs.result_tables import METRIC_NAMES
 from jobs.runs.summary import read_summary
+from jobs.training.baselines import BASELINES
 from jobs.training.results import ScoredImpressions, primary_metric
 
 LATEST_DAYS = 14
@@ -83,6 +84,7 @@ def report_context(config: RunConfig, root: Path, journal: Journal, outcome: Out
             if decision and name in decision.comparisons
         ],
         "guards": decision.guards if decision else [],
+        "below_floor": (decision.below_floor if decision else None) or (),
         **log_of_the_day(journal, nights),
         **_measured(config, metrics, before, primary),
         "training": trained,
@@ -129,7 +131,7 @@ def _measured(config: RunConfig, metrics: Metrics, before: ChampionBefore | None
     names = [name for name in _METRICS[config.data.requests.task] if name != primary]
     challenger = challenger_of(metrics)
     shown = {challenger: f"challenger ({challenger})", f"{challenger}, {EMPTIED}": "challenger without histories"}
-    order = [challenger, CHAMPION, REFERENCE, f"{challenger}, {EMPTIED}", OWN_ITEMS, POPULARITY]
+    order = [challenger, CHAMPION, REFERENCE, f"{challenger}, {EMPTIED}", *BASELINES]
     return {
         "metric_names": [primary, *names],
         "metric_titles": METRIC_NAMES,

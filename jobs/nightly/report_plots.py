@@ -15,10 +15,11 @@ import numpy as np
 from jobs.nightly.context import CHAMPION, REFERENCE
 from jobs.nightly.journal import Journal
 from jobs.nightly.steps import STEPS, ChampionBefore, Judgement, Registered, Step
-from jobs.runs.evaluate import EMPTIED, OWN_ITEMS, POPULARITY
+from jobs.runs.evaluate import EMPTIED
 from jobs.runs.plots import new_figure, save_figure
 from jobs.runs.result_tables import METRIC_NAMES
 from jobs.runs.summary import Summary
+from jobs.training.baselines import BASELINES
 from jobs.training.results import ScoredImpressions
 from models.metrics import Interval
 
@@ -31,7 +32,7 @@ _LABELS = 8
 
 def challenger_of(metrics: Mapping[str, Any]) -> str | None:
     """The challenger's name among the systems that the night measured; None if there is not exactly one candidate."""
-    others = {CHAMPION, REFERENCE, POPULARITY, OWN_ITEMS}
+    others = {CHAMPION, REFERENCE, *BASELINES}
     names = [name for name in metrics if name not in others and not name.endswith(f", {EMPTIED}")]
     return names[0] if len(names) == 1 else None
 

@@ -137,6 +137,9 @@ class Judgement(Step):
     """{system: {metric: value}}; empty if nothing was evaluated."""
     primary: str | None = stored_with("primary")
     """Name of the metric that decides; None if nothing was evaluated."""
+    below_floor: tuple[str, ...] | None = stored_with("below_floor")
+    """A sentence for each slice of the held-out requests in which the challenger is below the best baseline; None if
+    there is none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """solar evaluate SUBJECT: the metrics of a model and of its baselines on the same requests.
 
 The subject is a run (named by its recipe), a checkpoint or a registered model; data set, split and part may differ from
-those of its training. Systems: the model, the model with emptied histories, the models of `compare`, popularity and,
-where users return to items, the user's own earlier items. Results per target go to DIR/SYSTEM.parquet, the summary to
+those of its training. Systems: the model, the model with emptied histories, the models of `compare` and the baselines
+(jobs/training/baselines.py). Results per target go to DIR/SYSTEM.parquet, the summary to
 DIR/summary.json (jobs/runs/result_tables.py prints it).
 """
 
@@ -25,23 +25,22 @@ from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.host.json_files import read_json, write_json
+from jobs.runs.floor import floor_of
 from jobs.runs.request_checks import count_requests, tell_labels
 from jobs.runs.run_dir import Trained, run_shards, settled
 from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summary
 from jobs.runs.train import train_job
 from jobs.runs.weights import System
+from jobs.training.baselines import baselines
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.extent import Extent
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.request_index import RequestCounts, leaves_out, settings_on
-from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
 
 EMPTIED = "history emptied"
-POPULARITY = "popularity"
-OWN_ITEMS = "own items"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +201,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from jobs.training.evaluation import evaluate as evaluate_part
-    from jobs.training.evaluation import evaluate_counts, evaluation_loader
+    from jobs.training.evaluation import evaluate_baseline, evaluation_loader
     from jobs.training.spectrum import energy_by_rank
     from jobs.training.trial import extent_of
     from pipeline.batches.batch import Batch
@@ -239,7 +238,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
             )
             record(name, emptied)
             for baseline in arguments["baselines"]:
-                record(baseline, evaluate_counts(loader, catalogue=catalogue, own_items=baseline == OWN_ITEMS))
+                record(baseline, evaluate_baseline(baseline, loader, catalogue=catalogue, shards=data))
             spectrum = energy_by_rank(tower, rows, data, catalogue=catalogue, **selection)
             if spectrum is not None and dist.get_rank() == 0:
                 write_json(directory / "spectrum.json", spectrum)
@@ -307,7 +306,9 @@ def _summarise(
         if not users:
             continue
         intervals = {system: bootstrap_ratio_interval(*values, seed=config.seed) for system, values in sums.items()}
-        slices.append(Slice(name=name, users=users, weight=float(sums[main][1].sum()), systems=intervals))
+        floor = floor_of(sums[main], sums, seed=config.seed)
+        weight = float(sums[main][1].sum())
+        slices.append(Slice(name=name, users=users, weight=weight, systems=intervals, floor=floor))
     sums_of_all = {system: per_user(system, np.ones(len(results[system].user), bool))[0] for system in systems}
     return Summary(
         **vars(key),
@@ -325,12 +326,6 @@ def _summarise(
         },
         drawn_from=drawn_from,
     )
-
-
-def baselines(requests: RequestConfig) -> list[str]:
-    """The systems that need no model: popularity and, where users may return to items, the user's own earlier items."""
-    may_return = requests.task == "next_item" and requests.seen_items == "kept"
-    return [OWN_ITEMS, POPULARITY] if may_return else [POPULARITY]
 
 
 def _file_name(system: str) -> str:

@@ -19,11 +19,12 @@ from jobs.data.prepare import import_missing, prepare_shards
 from jobs.host.console import Console
 from jobs.host.documents import as_json, stored_with
 from jobs.host.json_files import read_json, read_rows, write_json
-from jobs.runs.evaluate import POPULARITY, Evaluated, evaluate_run
+from jobs.runs.evaluate import Evaluated, evaluate_run
 from jobs.runs.plots import plot_curves
 from jobs.runs.run_dir import Trained, open_shards, settled
 from jobs.runs.train import train
 from jobs.tracking.mlflow_runs import TrackedRun, open_run
+from jobs.training.baselines import POPULARITY
 from jobs.training.checkpoint import latest_checkpoint, read_train_state
 from jobs.training.model import model_settings
 from models.zoo import build_tower

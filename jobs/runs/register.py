@@ -22,6 +22,7 @@ from jobs.host.errors import UserError
 from jobs.host.locks import in_turn
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.export import export_model, log_export, training_shards
+from jobs.runs.floor import below_floor
 from jobs.runs.record import read_record
 from jobs.runs.run_dir import Trained
 from jobs.runs.summary import SUMMARY
@@ -123,6 +124,8 @@ def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -
     for system, metrics in evaluated.summary.metrics.items():
         prefix = "test" if system == config.model["name"] else f"test/{system.replace(', ', '/')}"
         mlflow.log_metrics({f"{prefix}/{metric_name(key)}": value for key, value in metrics.items() if value == value})
+    if any(part.floor for part in evaluated.summary.slices):
+        mlflow.log_metric("floor.below", len(below_floor(evaluated.summary)))
     mlflow.log_artifact(str(evaluated.directory / SUMMARY), "evaluation")
     for plot in write_plots(trained.run_dir, model=config.model["name"]):
         mlflow.log_artifact(str(plot), "plots")

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
-from jobs.runs.evaluate import POPULARITY, Evaluated
-from jobs.runs.summary import Summary
+from jobs.runs.evaluate import Evaluated
+from jobs.runs.floor import floor_lines
+from jobs.runs.summary import Floor, Summary
+from jobs.training.baselines import POPULARITY
 from models.metrics import Interval
 
 METRIC_NAMES = {"gauc": "GAUC", "ndcg@10": "NDCG@10, seen removed", "ndcg@10_seen_kept": "NDCG@10, seen kept"}
@@ -24,15 +26,19 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
     else:
         _print_ranking(console, summary)
     _print_slices(console, summary)
-    for line in unbeaten(summary):
+    below = floor_lines(summary, metric=METRIC_NAMES[summary.primary])
+    for line in [*below, *unbeaten(summary)]:
         console.line(f"{'note':<12} {line}")
 
 
 def unbeaten(summary: Summary) -> list[str]:
-    """One line for each other system that the main one does not beat with 95 % confidence."""
+    """One line for each other system that the main one does not beat with 95 % confidence; the best baseline has its
+    line already where the main one is below it."""
+    floor = summary.slices[0].floor if summary.slices else None
+    told = floor.baseline if floor is not None and floor.is_above else None
     lines = []
     for system, ratio in summary.ratios.items():
-        if ratio.low <= 1:
+        if ratio.low <= 1 and system != told:
             how = "is worse than" if ratio.high < 1 else "is not clearly better than"
             lines.append(
                 f"{summary.main} {how} {system}: {ratio.value:.2f} times its {METRIC_NAMES[summary.primary]}, 95 % "
@@ -116,13 +122,14 @@ def _print_slices(console: Console, summary: Summary) -> None:
     console.line()
     console.table(
         f"{METRIC_NAMES[summary.primary]} by kind of target and history length",
-        ("", "users", unit, *summary.systems),
+        ("", "users", unit, *summary.systems, f"{summary.main} - best baseline"),
         [
             (
                 part.name,
                 f"{part.users:,}",
                 f"{part.weight:,.0f}",
                 *(_interval(part.systems[system]) for system in summary.systems),
+                _difference(part.floor),
             )
             for part in slices
         ],
@@ -142,6 +149,15 @@ def _repeats(metrics: Mapping[str, float]) -> str:
 
 def _drawn(summary: Summary) -> str:
     return f" of {summary.drawn_from:,} (drawn users)" if summary.drawn_from else ""
+
+
+def _difference(floor: Floor | None) -> str:
+    """The difference to the best baseline, marked where the main system is below it."""
+    if floor is None:
+        return ""
+    found = floor.difference
+    mark = "BELOW " if floor.is_above else ""
+    return f"{mark}{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}) {floor.baseline}"
 
 
 def _interval(interval: Interval | None) -> str:

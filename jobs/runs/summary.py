@@ -31,6 +31,20 @@ class EvaluationKey:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The best baseline on some requests."""
+
+    baseline: str
+    difference: Interval
+    """The primary metric of the main system minus that of the baseline, with its 95 % interval over users."""
+
+    @property
+    def is_above(self) -> bool:
+        """Whether the main system is below it, by the interval."""
+        return self.difference.high < 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Slice:
     """A part of the targets or candidates."""
 
@@ -41,6 +55,8 @@ class Slice:
     """Requests (next_item) or candidates (impressions) in this part."""
     systems: Mapping[str, Interval]
     """The primary metric of each system."""
+    floor: Floor | None = stored_with("floor")
+    """None: no baselines were evaluated."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

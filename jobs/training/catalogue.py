@@ -134,7 +134,7 @@ def catalogue_of(
 
 def training_counts(shards: Shards, *, requests: RequestConfig) -> np.ndarray:
     """[capacity] int64: how often each row is a positive of a training request, before any cap. A collective."""
-    counts = torch.from_numpy(training_item_counts(shards, requests=requests, groups=_my_groups(shards)))
+    counts = torch.from_numpy(training_item_counts(shards, requests=requests, groups=my_groups(shards)))
     dist.all_reduce(counts)
     return counts.numpy()
 
@@ -143,7 +143,7 @@ def _first_times(shards: Shards, row_of_item: Tensor | None, num_items: int) -> 
     """[I] time of each item's first event, ALWAYS if it has none. A collective: each rank reads its row groups."""
     latest = torch.iinfo(torch.int64).max
     first_I = torch.full((num_items,), latest)
-    for group in _my_groups(shards):
+    for group in my_groups(shards):
         events = shards.read(group)
         # Copies: the arrays are Arrow's, which nobody may write to and PyTorch cannot mark as such.
         item, time = torch.tensor(events.item), torch.tensor(events.time)
@@ -153,6 +153,6 @@ def _first_times(shards: Shards, row_of_item: Tensor | None, num_items: int) -> 
     return torch.where(first_I == latest, ALWAYS, first_I)
 
 
-def _my_groups(shards: Shards) -> range:
+def my_groups(shards: Shards) -> range:
     """The row groups that this rank reads."""
     return range(dist.get_rank(), shards.num_groups, dist.get_world_size())

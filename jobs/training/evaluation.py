@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jobs.training.baselines import candidate_scores, ranking_scores
 from jobs.training.catalogue import Catalogue
 from jobs.training.catalogue_scorer import CatalogueScorer
 from jobs.training.model import ItemRows, select_requests, training_input
@@ -40,8 +41,6 @@ EVEN_SHARE = 0.01
 that know more or fewer of the items are then compared as predictions over the same set of items."""
 RECOMMENDED = 10
 """Number of best items of a request that count as recommended."""
-OWN_HALF_LIFE = 100.0
-"""Baseline of the user's own items: an event that is older by this many events has half the weight."""
 
 _Ranked = tuple[tuple[np.ndarray, ...], np.ndarray]
 """(the columns of some targets, the recommended items of their requests)."""
@@ -89,43 +88,24 @@ def evaluation_loader(
     )
 
 
-def evaluate_counts(
-    loader: EvaluationLoader, *, catalogue: Catalogue, own_items: bool = False
+def evaluate_baseline(
+    baseline: str, loader: EvaluationLoader, *, catalogue: Catalogue, shards: Shards
 ) -> RankedTargets | ScoredImpressions:
-    """The baseline by popularity: an item's score is its number of training events, the same for all users.
-
-    With `own_items` (next_item), items of the user's history rank above all others, by how often and how recently they
-    occur in it. A collective: all ranks take part.
-    """
-    requests = loader.requests
-    scores_I = torch.from_numpy(catalogue.training_count.astype(np.float32))
-    share_I = scores_I / (scores_I.max() + 1)
-    results = []
+    """The results of one of jobs/training/baselines.py. A collective: all ranks take part."""
+    requests, results = loader.requests, []
+    if requests.task == "impressions":
+        logits = candidate_scores(baseline, catalogue, shards, requests)
+        return _collect_impressions(
+            [_impressions(catalogue.translate(batch), logits(batch)) for batch in loader], loader
+        )
+    scores = ranking_scores(baseline, catalogue)
+    per_chunk = max(1, BASELINE_SCORES // catalogue.num_items)
     for batch in _translated(loader, catalogue):
-        if requests.task == "impressions":
-            results.append(_impressions(batch, scores_I[batch.candidate_item]))
-            continue
-        per_chunk = max(1, BASELINE_SCORES // catalogue.num_items)
         for first in range(0, batch.num_requests, per_chunk):
             chunk = select_requests(batch, first, min(first + per_chunk, batch.num_requests))
-            scores_BI = _own_items(chunk, else_I=share_I) if own_items else scores_I
-            results.append(_ranks(chunk, scores_BI.expand(chunk.num_requests, -1), catalogue, requests))
-    if requests.task == "impressions":
-        return _collect_impressions(results, loader)
+            results.append(_ranks(chunk, scores(chunk).expand(chunk.num_requests, -1), catalogue, requests))
     # Counts rank items, but they are not logits: there is no log loss.
     return dataclasses.replace(ranked := _collect_ranks(results, catalogue), log_loss=np.full(len(ranked.user), np.nan))
-
-
-def _own_items(batch: Batch, *, else_I: Tensor) -> Tensor:
-    """[B, I] 1 + the sum of 2^(-age / OWN_HALF_LIFE) over the item's events in the history, with the age in events; for
-    items outside the history `else_I`, which is below 1."""
-    scores_BI = else_I.repeat(batch.num_requests, 1)
-    start_B = batch.event_offsets[batch.request_user].tolist()
-    for score_I, start, length in zip(scores_BI, start_B, batch.request_position.tolist(), strict=True):
-        item_n = batch.event_item[start : start + length]
-        score_I[item_n] = 1.0
-        score_I.index_add_(0, item_n, torch.exp2(-torch.arange(length - 1, -1, -1) / OWN_HALF_LIFE))
-    return scores_BI
 
 
 def _translated(loader: EvaluationLoader, catalogue: Catalogue) -> Iterator[Batch]:

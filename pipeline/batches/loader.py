@@ -226,13 +226,22 @@ def training_item_counts(data: Shards, *, requests: RequestConfig, groups: Itera
 
     `groups`: count only in these row groups.
     """
+    return training_item_labels(data, requests=requests, groups=groups)[0]
+
+
+def training_item_labels(
+    data: Shards, *, requests: RequestConfig, groups: Iterable[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(positives, candidates), [vocabulary capacity] int64 each: how often each row is one in the training requests,
+    before any cap and without drawn negatives. `groups`: count only in these row groups."""
     check_log(data, requests)
-    counts = np.zeros(data.vocabulary.capacity, np.int64)
+    positives, candidates = np.zeros((2, data.vocabulary.capacity), np.int64)
     for group in range(data.num_groups) if groups is None else groups:
         every = list_requests(data.read(group, min_label=requests.least_label), requests)
         train = every.take(every.part == 0)
-        counts += np.bincount(train.candidate[train.label > 0], minlength=len(counts))
-    return counts
+        positives += np.bincount(train.candidate[train.label > 0], minlength=len(positives))
+        candidates += np.bincount(train.candidate, minlength=len(candidates))
+    return positives, candidates
 
 
 class _EpochPlan:

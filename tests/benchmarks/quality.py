@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster.session import quiet_environment, ray_session
 from jobs.config.reader import load_config
 from jobs.config.run_config import RunConfig
-from jobs.runs.evaluate import OWN_ITEMS, POPULARITY, baselines
+from jobs.training.baselines import BASELINES, baselines
 
 Options = dict[str, Any]
 
@@ -50,8 +50,7 @@ MODELS: dict[str, Options] = {
     "LightSANs pooling": {"name": "light_sans"},
     "mean pooling": {"name": "mean_pooling"},
     # What counts and learns nothing, where it is a baseline of the recipe.
-    POPULARITY: {},
-    OWN_ITEMS: {},
+    **{name: {} for name in BASELINES},
 }
 ABLATIONS: dict[str, Options] = {
     "SOLAR": {},
@@ -113,7 +112,7 @@ def main() -> None:
     chosen = {name: suite[name] for name in suite if not options.only or name in [first, *options.only]}
     config = prepared(options, chosen)
     there = baselines(config.data.requests)
-    chosen = {name: chosen[name] for name in chosen if name not in (POPULARITY, OWN_ITEMS) or name in there}
+    chosen = {name: chosen[name] for name in chosen if name not in BASELINES or name in there}
     epochs = f"-{options.epochs}-epochs" if options.epochs else ""
     place = options.directory / f"{config.data.name}-{options.suite}{epochs}"
     part = "test" if options.suite == "models" else "valid"
@@ -184,7 +183,7 @@ def run_one(task: tuple) -> str:
     from jobs.runs.run_dir import open_shards, settled
     from jobs.runs.train import train_job
     from jobs.training.catalogue import catalogue_of, training_counts
-    from jobs.training.evaluation import evaluate_counts, evaluation_loader
+    from jobs.training.evaluation import evaluate_baseline, evaluation_loader
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     torch.set_num_threads(1)
@@ -199,10 +198,10 @@ def run_one(task: tuple) -> str:
         started = time.monotonic()
         counts = training_counts(shards, requests=job.requests)
         catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
-        if name in (POPULARITY, OWN_ITEMS):
+        if name in BASELINES:
             trained: Options = {"steps": 0, "train_seconds": 0.0}
             loader = evaluation_loader(shards, requests=job.requests, part=part)
-            result = evaluate_counts(loader, catalogue=catalogue, own_items=name == OWN_ITEMS)
+            result = evaluate_baseline(name, loader, catalogue=catalogue, shards=shards)
         else:
             result, trained = trained_and_evaluated(job, shards, catalogue=catalogue, part=part)
         dist.destroy_process_group()

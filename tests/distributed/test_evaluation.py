@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from jobs.training import catalogue_scorer
+from jobs.training.baselines import ITEM_RATE, LATEST_ITEMS, OWN_ITEMS, POPULARITY
 from jobs.training.catalogue import catalogue_of, training_counts
 from jobs.training.catalogue_scorer import CatalogueScorer
-from jobs.training.evaluation import evaluate, evaluate_counts, evaluation_loader
+from jobs.training.evaluation import evaluate, evaluate_baseline, evaluation_loader
 from jobs.training.model import item_features, table_specs
 from jobs.training.optimizers import OptimizerConfig
-from jobs.training.results import RankedTargets
+from jobs.training.results import RankedTargets, ScoredImpressions
 from jobs.training.tables import ShardedTables
 from models.interface import ModelInput
 from models.zoo import MODELS, tower_class
@@ -41,6 +43,7 @@ BASKETS = RequestConfig(
     seen_items="kept",
     min_label=0,
 )
+IMPRESSIONS = dataclasses.replace(BASKETS, task="impressions", group="event", min_history=0)
 
 
 class LengthTimesItem(nn.Module):
@@ -78,8 +81,10 @@ def evaluate_here(shards_dir: str, requests: RequestConfig, model_dir: str) -> d
             LengthTimesItem(), tables, loader, catalogue=catalogue, progress=lambda *counts: done.append(counts)
         ),
         "emptied": evaluate(LengthTimesItem(), tables, loader, catalogue=catalogue, transform=Batch.without_history),
-        "popularity": evaluate_counts(loader, catalogue=catalogue),
-        "own items": evaluate_counts(loader, catalogue=catalogue, own_items=True),
+        **{
+            name: evaluate_baseline(name, loader, catalogue=catalogue, shards=shards)
+            for name in (POPULARITY, OWN_ITEMS, LATEST_ITEMS)
+        },
         "progress": done,
     }
 
@@ -88,7 +93,7 @@ def evaluate_here(shards_dir: str, requests: RequestConfig, model_dir: str) -> d
 def prepared(tmp_path_factory) -> tuple[Path, Shards]:
     directory = tmp_path_factory.mktemp("evaluation")
     log = write_tiny_log(directory / "log")
-    return log, prepare_tiny(log, directory / "shards", LAST, BASKETS)
+    return log, prepare_tiny(log, directory / "shards", LAST, BASKETS, IMPRESSIONS)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def rows_of(shards: Shards) -> dict[int, int]:
     return {item: place for place, item in enumerate(catalogue, start=NUM_RESERVED)}
 
 
-@pytest.mark.parametrize("system", ["model", "emptied", "popularity", "own items"])
+@pytest.mark.parametrize("system", ["model", "emptied", "popularity", "own items", "latest items"])
 def test_ranks_equal_brute_force_on_every_rank(prepared, last_items, system):
     log, shards = prepared
     row, by_user = rows_of(shards), histories(log)
@@ -137,12 +142,14 @@ def test_ranks_equal_brute_force_on_every_rank(prepared, last_items, system):
         for place, user in enumerate(result.user):
             *history, target = by_user[user_ids[user]]
             scores = {item: score(row[item], len(history) if system == "model" else 0) for item in row}
-            if system in ("popularity", "own items"):
+            if system in ("popularity", "own items", "latest items"):
                 scores = {item: float(count) for item, count in popularity.items()}
             if system == "own items":
                 ages = list(enumerate(reversed(history)))
                 own = {item: 1e6 + 1e6 * sum(2 ** (-age / 100) for age, each in ages if each == item) for item in row}
                 scores = {item: own[item] if item in history else scores[item] for item in row}
+            if system == "latest items":
+                scores |= {item: 1e6 + place for place, item in enumerate(history)}
             assert result.history_length[place] == len(history)
             assert result.rank_kept[place] == rank_by_hand(scores, target, set())
             assert result.rank_removed[place] == rank_by_hand(scores, target, set(history))
@@ -193,6 +200,39 @@ def test_targets_of_one_request_share_it_and_do_not_compete(prepared, baskets):
     wanted = sorted((user, length, *values) for (user, length, _), values in expected.items())
     assert [tuple(map(float, line)) for line in found] == [pytest.approx(tuple(map(float, line))) for line in wanted]
     assert any(weight < 1 for *_, weight in expected.values())
+
+
+def item_rate_here(shards_dir: str) -> ScoredImpressions:
+    shards = Shards.open(shards_dir)
+    catalogue = catalogue_of(shards, requests=IMPRESSIONS, training_count=training_counts(shards, requests=IMPRESSIONS))
+    loader = evaluation_loader(shards, requests=IMPRESSIONS, part="test")
+    result = evaluate_baseline(ITEM_RATE, loader, catalogue=catalogue, shards=shards)
+    assert isinstance(result, ScoredImpressions)
+    return result
+
+
+def test_the_item_rate_is_that_of_the_training_events_and_a_probability(prepared):
+    log, shards = prepared
+    row = rows_of(shards)
+    # A request begins with its first event, and an item is a candidate of it once.
+    began = pl.col("timestamp").dt.epoch("ms").min().over("user_id", "request_id")
+    candidates = read_log(log).with_columns(began=began).group_by("user_id", "request_id", "item_id")
+    candidates = candidates.agg(pl.col("began").first(), pl.col("label").max())
+    train = candidates.filter(pl.col("began") < BASKETS.bounds[0])
+    mean = (float(train["label"].sum()) + 1) / (len(train) + 2)
+    shown = {row[item]: (0.0, 0) for item in row}
+    for item, likes, count in train.group_by("item_id").agg(pl.col("label").sum(), pl.len()).iter_rows():
+        shown[row[item]] = (likes, count)
+    expected = {item: (likes + 8 * mean) / (count + 8) for item, (likes, count) in shown.items()}
+    test = candidates.filter(pl.col("began") >= BASKETS.bounds[1])
+    for result in run_ranks(item_rate_here, 2, shards.path):
+        assert len(result.logit) == len(test) > 50
+        assert result.label.sum() == test["label"].sum() > 0
+        found = 1 / (1 + np.exp(-result.logit.astype(float)))
+        by_hand = sorted((expected[row[item]], label) for item, label in test.select("item_id", "label").iter_rows())
+        pairs = sorted(zip(found, result.label, strict=True))
+        np.testing.assert_allclose([p for p, _ in pairs], [p for p, _ in by_hand], rtol=1e-5)
+        assert result.metrics()["logloss"] < 1
 
 
 def test_every_rank_gets_the_same_results(baskets):
