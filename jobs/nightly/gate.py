@@ -175,7 +175,9 @@ def without_champion(guards: Sequence[Guard], *, primary: str, value: float) -> 
     failed = _failed(guards)
     if math.isnan(value):
         failed = (f"{primary} is nan: no held-out request counts for it", *failed)
-    return Decision(verdict="refused" if failed else "promoted", reasons=failed or ("there is no champion yet",))
+    if failed:
+        return Decision(verdict="refused", reasons=failed)
+    return Decision(verdict="promoted", reasons=("there is no champion yet", *_undecided(guards)))
 
 
 def decide(

@@ -42,8 +42,9 @@ OTHER_FORMATS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xlsx")
 """Endings that promise something else than the result's format."""
 ROWS_PER_PART = 4096
 """Most requests of a task: seconds to minutes of work."""
-SCORES_PER_TASK = 1 << 24
-"""About the most scores of a task that ranks the whole catalogue: some 20 s of one core, and then the bar moves."""
+SCORES_PER_TASK = 1 << 23
+"""About the most scores of a task that ranks the whole catalogue: some 20 s of SOLAR on one core, then the bar moves.
+"""
 
 
 def score(

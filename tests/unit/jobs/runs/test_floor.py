@@ -111,7 +111,9 @@ def test_the_gate_refuses_what_is_below_the_floor_also_where_nothing_serves_yet(
     assert "not below own items, 0.15 (difference -0.05" in refused.reasons[0]
     for unclear in (guard(UNCLEAR), guard(BELOW, users=gate.min_users - 1)):
         assert (unclear.holds, unclear.undecided) == (True, True)
-        assert without_champion([unclear], primary="ndcg@10", value=0.1).verdict == "promoted"
+        promoted = without_champion([unclear], primary="ndcg@10", value=0.1)
+        assert promoted.verdict == "promoted"
+        assert "undecided whether not below own items" in promoted.reasons[1]
     above = guard(Interval(value=0.02, low=0.01, high=0.03))
     assert (above.holds, above.undecided) == (True, None)
     assert floor_guard(part("all targets", None), "solar", gate=gate) is None
