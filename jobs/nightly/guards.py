@@ -63,8 +63,8 @@ def floor_guard(held_out: Slice, challenger: str, *, gate: GateConfig) -> Guard 
         value=value,
         limit=f"not below {floor.baseline}, {value - difference.value:.4g} (difference {difference.value:+.4g}, "
         f"95 % interval {difference.low:+.4g} to {difference.high:+.4g}, {held_out.users:,} users)",
-        holds=few or not floor.is_above,
-        undecided=True if difference.low < 0 and (few or not floor.is_above) else None,
+        holds=few or not held_out.is_below_floor,
+        undecided=True if difference.low < 0 and (few or not held_out.is_below_floor) else None,
     )
 
 

@@ -1,6 +1,6 @@
 """The floor of an evaluation: the best baseline, in all and in each slice, and whether the model is below it.
 
-A model is below the floor where the 95 % interval of the difference, paired over users, lies below 0.
+A model is below the floor where the 95 % interval of the difference, paired over at least ten users, lies below 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def floor_of(main: UserSums, others: Mapping[str, UserSums], *, seed: int) -> Fl
 
 def below_floor(summary: Summary) -> list[Slice]:
     """The slices, the one of everything first, in which the main system is below the floor."""
-    return [part for part in summary.slices if part.floor is not None and part.floor.is_above]
+    return [part for part in summary.slices if part.is_below_floor]
 
 
 def floor_lines(summary: Summary, *, metric: str) -> list[str]:

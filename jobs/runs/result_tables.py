@@ -8,7 +8,7 @@ from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.floor import floor_lines
-from jobs.runs.summary import Floor, Summary
+from jobs.runs.summary import Slice, Summary
 from jobs.training.baselines import POPULARITY
 from models.metrics import Interval
 
@@ -34,8 +34,8 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
 def unbeaten(summary: Summary) -> list[str]:
     """One line for each other system that the main one does not beat with 95 % confidence; the best baseline has its
     line already where the main one is below it."""
-    floor = summary.slices[0].floor if summary.slices else None
-    told = floor.baseline if floor is not None and floor.is_above else None
+    everything = summary.slices[0] if summary.slices else None
+    told = everything.floor.baseline if everything and everything.floor and everything.is_below_floor else None
     lines = []
     for system, ratio in summary.ratios.items():
         if ratio.low <= 1 and system != told:
@@ -129,7 +129,7 @@ def _print_slices(console: Console, summary: Summary) -> None:
                 f"{part.users:,}",
                 f"{part.weight:,.0f}",
                 *(_interval(part.systems[system]) for system in summary.systems),
-                _difference(part.floor),
+                _difference(part),
             )
             for part in slices
         ],
@@ -151,13 +151,13 @@ def _drawn(summary: Summary) -> str:
     return f" of {summary.drawn_from:,} (drawn users)" if summary.drawn_from else ""
 
 
-def _difference(floor: Floor | None) -> str:
+def _difference(part: Slice) -> str:
     """The difference to the best baseline, marked where the main system is below it."""
-    if floor is None:
+    if part.floor is None:
         return ""
-    found = floor.difference
-    mark = "BELOW " if floor.is_above else ""
-    return f"{mark}{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}) {floor.baseline}"
+    found = part.floor.difference
+    mark = "BELOW " if part.is_below_floor else ""
+    return f"{mark}{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}) {part.floor.baseline}"
 
 
 def _interval(interval: Interval | None) -> str:

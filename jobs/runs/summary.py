@@ -12,6 +12,8 @@ from jobs.host.json_files import read_json, write_json
 from models.metrics import Interval
 
 SUMMARY = "summary.json"
+FEWEST_USERS = 10
+"""Fewer users resampled give intervals that are far too narrow; one user gives none at all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,11 +40,6 @@ class Floor:
     difference: Interval
     """The primary metric of the main system minus that of the baseline, with its 95 % interval over users."""
 
-    @property
-    def is_above(self) -> bool:
-        """Whether the main system is below it, by the interval."""
-        return self.difference.high < 0
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slice:
@@ -57,6 +54,11 @@ class Slice:
     """The primary metric of each system."""
     floor: Floor | None = stored_with("floor")
     """None: no baselines were evaluated."""
+
+    @property
+    def is_below_floor(self) -> bool:
+        """Whether the main system is below the best baseline, by an interval of enough users."""
+        return self.floor is not None and self.users >= FEWEST_USERS and self.floor.difference.high < 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

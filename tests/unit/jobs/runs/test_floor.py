@@ -35,14 +35,12 @@ def test_the_floor_is_the_best_baseline_and_its_difference_is_paired_by_user():
     assert found.difference.value == pytest.approx(-0.1)
     assert found.difference.low == pytest.approx(-0.1)
     assert found.difference.high == pytest.approx(-0.1)
-    assert found.is_above
 
 
 def test_a_difference_that_may_be_chance_is_not_below_and_without_baselines_there_is_no_floor():
     found = floor_of(sums(0.1, 0.5, 0.2), {"popularity": sums(0.2, 0.4, 0.25)}, seed=1)
     assert found is not None
     assert found.difference.low < 0 < found.difference.high
-    assert not found.is_above
     assert floor_of(sums(0.1), {"din": sums(0.2)}, seed=1) is None
     nobody = (np.zeros(0), np.zeros(0))
     assert floor_of(nobody, {"popularity": nobody}, seed=1) is None
@@ -86,6 +84,11 @@ def test_tables_mark_each_slice_below_the_floor_and_say_it_once(capsys):
     assert shown.count("BELOW -0.0500") == 2
     assert "-0.0100 (-0.0300 to" in shown
     assert shown.count("is below the floor") == 2
+
+
+def test_an_interval_of_few_users_marks_nothing():
+    few = dataclasses.replace(part("no history", BELOW), users=9)
+    assert below_floor(summary_of(few, dataclasses.replace(few, users=10))) == [dataclasses.replace(few, users=10)]
 
 
 def test_a_summary_of_before_has_no_floor():
