@@ -6,6 +6,7 @@ import ctypes
 import gc
 import logging
 import os
+import pickle
 import random
 from typing import Any
 
@@ -22,7 +23,6 @@ def work(arguments: dict[str, Any]) -> None:
     import ray
     import torch
     import torch.distributed as dist
-    from ray import cloudpickle
 
     from jobs.cluster.telemetry import Job, Reporter
 
@@ -34,7 +34,7 @@ def work(arguments: dict[str, Any]) -> None:
 
     def next_job() -> Job | None:
         packed: Any = ray.get(telemetry.next_job.remote())
-        return packed and cloudpickle.loads(packed)
+        return packed and pickle.loads(packed)
 
     while (job := next_job()) is not None:
         job.function(job.arguments | {"telemetry": telemetry, "reporter": Reporter(telemetry)})

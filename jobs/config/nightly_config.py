@@ -29,8 +29,8 @@ class GateConfig:
     """Largest scoring time per request, as a multiple of the champion's on the same machine; 1 or more. Refused is only
     what alternating pairs of scorings show to take longer, with 95 % confidence."""
     floor: bool = True
-    """Refuse a challenger whose primary metric is below that of the best baseline (popularity, the users' own items),
-    by the 95 % interval of the difference over users; also on a night without a champion."""
+    """Refuse a challenger whose primary metric is below that of the best baseline of the evaluation, by the
+    95 % interval of the difference over users; also on a night without a champion."""
     event_range: tuple[float, float] = (0.4, 2.5)
     """Smallest and largest number of accepted events of the day, as multiples of the median of the days before: one
     number below 1 and one above."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from jobs.config.nightly_config import GateConfig
 from jobs.nightly.gate import Guard
 from jobs.nightly.latency import Latency
-from jobs.runs.summary import Slice
+from jobs.runs.summary import Summary
 from pipeline.prepare.ingested_days import DayCounts
 
 _DAYS = 7
@@ -51,21 +51,25 @@ def model_guards(
     return guards
 
 
-def floor_guard(held_out: Slice, challenger: str, *, gate: GateConfig) -> Guard | None:
-    """The challenger must not be below the best baseline on all held-out requests; None if none was evaluated. Of fewer
-    users than `gate.min_users` nobody is sure enough to refuse it."""
-    floor, value = held_out.floor, held_out.systems[challenger].value
-    if floor is None:
-        return None
-    difference, few = floor.difference, held_out.users < gate.min_users
-    return Guard(
-        name="primary metric beside the best baseline",
-        value=value,
-        limit=f"not below {floor.baseline}, {value - difference.value:.4g} (difference {difference.value:+.4g}, "
-        f"95 % interval {difference.low:+.4g} to {difference.high:+.4g}, {held_out.users:,} users)",
-        holds=few or not held_out.is_below_floor,
-        undecided=True if difference.low < 0 and (few or not held_out.is_below_floor) else None,
-    )
+def floor_guards(summary: Summary, *, gate: GateConfig) -> list[Guard]:
+    """The challenger must not be below the best baseline on all held-out requests; none if no baseline was evaluated.
+    Of fewer users than `gate.min_users` nobody is sure enough to refuse it."""
+    held_out = summary.slices[0] if summary.slices else None
+    if not gate.floor or held_out is None or held_out.floor is None:
+        return []
+    difference, value = held_out.floor.difference, held_out.systems[summary.main].value
+    below = held_out.is_below_floor and held_out.users >= gate.min_users
+    return [
+        Guard(
+            name="primary metric beside the best baseline",
+            value=value,
+            limit=f"not below {held_out.floor.baseline}, {value - difference.value:.4g} (difference "
+            f"{difference.value:+.4g}, 95 % interval {difference.low:+.4g} to {difference.high:+.4g}, "
+            f"{held_out.users:,} users)",
+            holds=not below,
+            undecided=True if difference.low < 0 and not below else None,
+        )
+    ]
 
 
 def day_guards(day: DayCounts, before: Sequence[DayCounts], *, gate: GateConfig) -> list[Guard]:

@@ -22,15 +22,14 @@ from jobs.nightly.gate import (
     pairs,
     without_champion,
 )
-from jobs.nightly.guards import day_guards, floor_guard, model_guards
+from jobs.nightly.guards import day_guards, floor_guards, model_guards
 from jobs.nightly.journal import past_nights
 from jobs.nightly.latency import model_latency
 from jobs.nightly.steps import ChampionBefore, EvaluatedChallenger, Judgement, Prepared, TrainedChallenger
 from jobs.runs.evaluate import evaluate, read_result
 from jobs.runs.export import export_model
-from jobs.runs.floor import floor_lines
 from jobs.runs.record import read_record
-from jobs.runs.result_tables import METRIC_NAMES
+from jobs.runs.result_tables import floor_lines
 from jobs.runs.run_dir import open_shards
 from jobs.runs.summary import Summary, read_summary
 from jobs.runs.weights import System
@@ -108,9 +107,7 @@ def judge(
     """Compare the evaluated systems, check the guards and decide."""
     directory, main = evaluated.directory, night.config.model["name"]
     summary, gate = read_summary(directory), night.config.nightly.gate
-    guards = _guards_of_day(night, prepared)
-    floor = floor_guard(summary.slices[0], main, gate=gate) if gate.floor and summary.slices else None
-    guards += [floor] if floor is not None else []
+    guards = _guards_of_day(night, prepared) + floor_guards(summary, gate=gate)
     if before.version is None:
         found = without_champion(guards, primary=summary.primary, value=summary.metrics[main][summary.primary])
         return _judgement(found, {}, guards, summary)
@@ -186,5 +183,5 @@ def _judgement(
     return Judgement(
         verdict=decision.verdict, reasons=decision.reasons, comparisons=comparisons, guards=tuple(guards),
         primary=summary.primary, metrics=summary.metrics,
-        below_floor=tuple(floor_lines(summary, metric=METRIC_NAMES[summary.primary])) or None,
+        below_floor=tuple(floor_lines(summary)) or None,
     )  # fmt: skip

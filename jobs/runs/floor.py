@@ -30,15 +30,3 @@ def floor_of(main: UserSums, others: Mapping[str, UserSums], *, seed: int) -> Fl
 def below_floor(summary: Summary) -> list[Slice]:
     """The slices, the one of everything first, in which the main system is below the floor."""
     return [part for part in summary.slices if part.is_below_floor]
-
-
-def floor_lines(summary: Summary, *, metric: str) -> list[str]:
-    """One line for each slice in which the main system is below the floor; `metric`: how the primary one is named."""
-    return [
-        f"{summary.main} is below the floor, {part.name}: its {metric} is {part.systems[summary.main].value:.4f}, "
-        f"{part.floor.baseline} has {part.systems[part.floor.baseline].value:.4f}; difference "
-        f"{part.floor.difference.value:+.4f}, 95 % interval {part.floor.difference.low:+.4f} to "
-        f"{part.floor.difference.high:+.4f} over {part.users:,} users"
-        for part in below_floor(summary)
-        if part.floor is not None
-    ]

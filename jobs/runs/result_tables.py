@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.runs.evaluate import Evaluated
-from jobs.runs.floor import floor_lines
+from jobs.runs.floor import below_floor
 from jobs.runs.summary import Slice, Summary
 from jobs.training.baselines import POPULARITY
 from models.metrics import Interval
@@ -26,9 +26,21 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
     else:
         _print_ranking(console, summary)
     _print_slices(console, summary)
-    below = floor_lines(summary, metric=METRIC_NAMES[summary.primary])
-    for line in [*below, *unbeaten(summary)]:
+    for line in [*floor_lines(summary), *unbeaten(summary)]:
         console.line(f"{'note':<12} {line}")
+
+
+def floor_lines(summary: Summary) -> list[str]:
+    """One line for each slice in which the main system is below the floor."""
+    metric = METRIC_NAMES[summary.primary]
+    return [
+        f"{summary.main} is below the floor, {part.name}: its {metric} is {part.systems[summary.main].value:.4f}, "
+        f"{part.floor.baseline} has {part.systems[part.floor.baseline].value:.4f}; difference "
+        f"{part.floor.difference.value:+.4f}, 95 % interval {part.floor.difference.low:+.4f} to "
+        f"{part.floor.difference.high:+.4f} over {part.users:,} users"
+        for part in below_floor(summary)
+        if part.floor is not None
+    ]
 
 
 def unbeaten(summary: Summary) -> list[str]:

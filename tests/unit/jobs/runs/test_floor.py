@@ -11,10 +11,10 @@ import pytest
 from jobs.config.reader import load_config
 from jobs.host.console import Console
 from jobs.nightly.gate import Guard, without_champion
-from jobs.nightly.guards import floor_guard
+from jobs.nightly.guards import floor_guards
 from jobs.runs.evaluate import Evaluated
-from jobs.runs.floor import below_floor, floor_lines, floor_of
-from jobs.runs.result_tables import print_results, unbeaten
+from jobs.runs.floor import below_floor, floor_of
+from jobs.runs.result_tables import floor_lines, print_results, unbeaten
 from jobs.runs.summary import Floor, Slice, Summary
 from models.metrics import Interval
 
@@ -73,9 +73,9 @@ BELOW, UNCLEAR = Interval(value=-0.05, low=-0.06, high=-0.04), Interval(value=-0
 def test_tables_mark_each_slice_below_the_floor_and_say_it_once(capsys):
     summary = summary_of(part("all targets", BELOW), part("repeats", UNCLEAR), part("no history", BELOW))
     assert [each.name for each in below_floor(summary)] == ["all targets", "no history"]
-    assert floor_lines(summary, metric="NDCG@10")[0] == (
-        "solar is below the floor, all targets: its NDCG@10 is 0.1000, own items has 0.1500; difference -0.0500, 95 % "
-        "interval -0.0600 to -0.0400 over 1,200 users"
+    assert floor_lines(summary)[0] == (
+        "solar is below the floor, all targets: its NDCG@10, seen kept is 0.1000, own items has 0.1500; "
+        "difference -0.0500, 95 % interval -0.0600 to -0.0400 over 1,200 users"
     )
     assert unbeaten(summary) == []
     config = load_config("evaluate", "git", [])
@@ -103,8 +103,7 @@ def test_the_gate_refuses_what_is_below_the_floor_also_where_nothing_serves_yet(
 
     def guard(difference: Interval, *, users: int = gate.min_users) -> Guard:
         held_out = dataclasses.replace(part("all targets", difference), users=users)
-        found = floor_guard(held_out, "solar", gate=gate)
-        assert found is not None
+        (found,) = floor_guards(summary_of(held_out), gate=gate)
         return found
 
     below = guard(BELOW)
@@ -119,4 +118,5 @@ def test_the_gate_refuses_what_is_below_the_floor_also_where_nothing_serves_yet(
         assert "undecided whether not below own items" in promoted.reasons[1]
     above = guard(Interval(value=0.02, low=0.01, high=0.03))
     assert (above.holds, above.undecided) == (True, None)
-    assert floor_guard(part("all targets", None), "solar", gate=gate) is None
+    assert floor_guards(summary_of(part("all targets", None)), gate=gate) == []
+    assert floor_guards(summary_of(part("all targets", BELOW)), gate=dataclasses.replace(gate, floor=False)) == []
