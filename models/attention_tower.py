@@ -30,6 +30,8 @@ from models.tower_settings import TowerConfig
 
 BLOCK_POSITIONS = 8
 """Positions of a user whose requests share the keys of the recent window: more would be masked for each request."""
+SHRUNK_NORM_EPS = 0.05
+"""Epsilon of the norm of items in a model with a prior: a row that was shrunk to nearly nothing stays small."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class HistoryTower(Recommender):
 
     def __init__(self, config: TowerConfig, *, num_features: int) -> None:
         super().__init__()
-        self.items = ItemEncoder(config.width, num_features=num_features)
+        norm_eps = SHRUNK_NORM_EPS if config.prior else 1e-5
+        self.items = ItemEncoder(config.width, num_features=num_features, norm_eps=norm_eps)
         self.events = EventEncoder(
             config.width,
             num_actions=config.num_actions,
@@ -67,7 +70,9 @@ class HistoryTower(Recommender):
             absolute_time=config.reads_waves,
             dropout=config.dropout,
         )
-        self.head = Head(config.width, hidden=config.head_width, initial_agreement=config.initial_agreement)
+        self.head = Head(
+            config.width, hidden=config.head_width, initial_agreement=config.initial_agreement, adds=config.prior
+        )
         self.request = request_encoder(config)
         self.shift = RequestShift(config.width) if config.reads_request else None
         self.repeats = RepeatScore(time_features=config.time_features, latest=config.latest) if config.repeats else None
@@ -260,16 +265,22 @@ class Head(nn.Module):
     item + found, and a score that depends only on the item, which learns popularity.
 
     An item's inner product with itself would say nothing about the history: the agreement is with what was found alone.
+    With `adds` the logit is added to a prior: it starts at 0, and it is 0 where nothing was found.
     """
 
-    def __init__(self, width: int, *, hidden: int, initial_agreement: float) -> None:
+    def __init__(self, width: int, *, hidden: int, initial_agreement: float, adds: bool = False) -> None:
         super().__init__()
-        self.width, self.hidden = width, hidden
+        self.width, self.hidden, self.adds = width, hidden, adds
         self.item = nn.Linear(width, width + hidden + 1)
         # At the start, agreement is similarity.
         nn.init.eye_(self.item.weight.data[:width]).mul_(initial_agreement)
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
+        if adds:
+            nn.init.zeros_(self.item.weight.data[:width])
+            nn.init.zeros_(self.item.bias.data[:width])
+            if self.last is not None:
+                nn.init.zeros_(self.last.weight)
 
     def of_items(self, item_ID: Tensor) -> Tensor:
         """head_IY: of each item the direction in which `found` raises its logit, its part of the hidden layer, and its
@@ -280,7 +291,10 @@ class Head(nn.Module):
     def forward(self, found_MD: Tensor, *, head_IY: Tensor, item_M: Tensor) -> Tensor:
         """logit_M."""
         target_MD, hidden_MX, popularity_M1 = gather_rows(head_IY, item_M).split([self.width, self.hidden, 1], -1)
-        logit_M = (found_MD * target_MD).sum(-1) / math.sqrt(self.width) + popularity_M1.squeeze(-1)
+        logit_M = (found_MD * target_MD).sum(-1) / math.sqrt(self.width)
+        if not self.adds:
+            logit_M = logit_M + popularity_M1.squeeze(-1)
         if self.state is not None and self.last is not None:
-            logit_M = logit_M + self.last(F.relu(self.state(found_MD) + hidden_MX)).squeeze(-1)
+            active_MX = F.relu(self.state(found_MD) + hidden_MX)
+            logit_M = logit_M + self.last(active_MX - F.relu(hidden_MX) if self.adds else active_MX).squeeze(-1)
         return logit_M

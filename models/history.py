@@ -28,10 +28,10 @@ WAVE_DAYS = tuple(2.0**k for k in range(-2, 14))
 class ItemEncoder(nn.Module):
     """item_ID = LayerNorm(W [item row, mean vector of each item feature]): item side features enter here."""
 
-    def __init__(self, width: int, *, num_features: int) -> None:
+    def __init__(self, width: int, *, num_features: int, norm_eps: float = 1e-5) -> None:
         super().__init__()
         self.project = nn.Linear(width * (1 + num_features), width, bias=False)
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, item_IC: Tensor, features_IFC: Tensor) -> Tensor:
         rows = torch.cat([item_IC[:, None], features_IFC], 1).flatten(1)

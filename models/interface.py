@@ -19,6 +19,9 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+DECAY_EVENTS = 100.0
+"""Half-life of the counts of a user's own items, in events."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredHistories:
@@ -88,6 +91,8 @@ class ModelInput:
     """[B + 1] int64, host."""
     candidate_item_M: Tensor
     """[M] int64 index into I."""
+    item_row_I: Tensor | None = None
+    """[I] int64 rows of the items in the model's item table; read by models with a prior."""
     num_reserved: int = 0
     """The first `num_reserved` of I are not real items: padding, and the row shared by all unknown items."""
     known_candidates_B: Tensor | None = None

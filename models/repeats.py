@@ -103,7 +103,7 @@ def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | No
     """[M, X] float32: the arguments of the MLP; 0 for a candidate that is unknown or does not occur in the last window.
     windows: ascending; None, as the last one, = all events."""
     item_M, device = inputs.candidate_item_M, inputs.candidate_item_M.device
-    seen = _Occurrences.of_stored(inputs) if inputs.stored is not None else _Occurrences.of_given(inputs)
+    seen = Occurrences.of(inputs)
     num_events = seen.item_N.shape[0]
     start_M, end_M, length_M = (
         value_B.to(device, non_blocking=True)[request_M] for value_B in (seen.start_B, seen.end_B, seen.length_B)
@@ -134,7 +134,7 @@ def repeats(inputs: ModelInput, *, request_M: Tensor, windows: Sequence[int | No
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Occurrences:
+class Occurrences:
     """Occurrences of items in the histories, by user and then by time. Every given event is an entry; for a stored
     history, entries for the distinct items of the events that are not given precede them."""
 
@@ -150,11 +150,29 @@ class _Occurrences:
     """Last entry of each request's history, plus one."""
     length_B: Tensor
     """Number of events of the complete history."""
+    user_N: Tensor
+    """[N] int64, ascending: the user of each entry."""
+    decayed_N: Tensor | None = None
+    """[N] float64: sum of the entry's events, decayed to `decay_place_N`; None = 1 each."""
+    decay_place_N: Tensor | None = None
+    """[N] int64: the place in the history to which `decayed_N` is decayed; None = that of the entry."""
+
+    def decay_places(self) -> Tensor:
+        """[N] int64: `decay_place_N`, or the place of each entry among those of its user."""
+        if self.decay_place_N is not None:
+            return self.decay_place_N
+        first_N = torch.searchsorted(self.user_N, self.user_N)
+        return torch.arange(self.user_N.numel(), device=self.user_N.device) - first_N
 
     @staticmethod
-    def of_given(inputs: ModelInput) -> _Occurrences:
+    def of(inputs: ModelInput) -> Occurrences:
+        """The occurrences of a batch, with or without stored histories."""
+        return Occurrences.of_given(inputs) if inputs.stored is None else Occurrences.of_stored(inputs)
+
+    @staticmethod
+    def of_given(inputs: ModelInput) -> Occurrences:
         start_B = inputs.event_offsets_U1[inputs.request_user_B]
-        return _Occurrences(
+        return Occurrences(
             item_N=inputs.event_item_N,
             time_N=inputs.event_time_N,
             count_N=None,
@@ -162,10 +180,11 @@ class _Occurrences:
             start_B=start_B,
             end_B=start_B + inputs.request_position_B,
             length_B=inputs.request_position_B,
+            user_N=torch.repeat_interleave(inputs.event_offsets_U1.diff()).to(inputs.event_item_N.device),
         )
 
     @staticmethod
-    def of_stored(inputs: ModelInput) -> _Occurrences:
+    def of_stored(inputs: ModelInput) -> Occurrences:
         """The occurrences of a batch with stored histories; only users with one have additional entries."""
         stored, offsets_U1 = inputs.stored, inputs.event_offsets_U1
         assert stored is not None
@@ -180,6 +199,7 @@ class _Occurrences:
         owner_N = torch.repeat_interleave(given_U)
         place_n = torch.arange(owner_N.numel()) - offsets_U1[:-1][owner_N]
         owner_E = user_S[torch.repeat_interleave(stored.older_offsets_S1.diff())]
+        length_E = stored.length_S[torch.repeat_interleave(stored.older_offsets_S1.diff())]
         rank_E = torch.arange(owner_E.numel()) - stored.older_offsets_S1[:-1].repeat_interleave(
             stored.older_offsets_S1.diff()
         )
@@ -191,7 +211,7 @@ class _Occurrences:
 
         start_B = start_U[inputs.request_user_B]
         position_B = inputs.request_position_B
-        return _Occurrences(
+        return Occurrences(
             item_N=in_order(inputs.event_item_N, stored.older_item_E),
             time_N=in_order(inputs.event_time_N, stored.older_time_E),
             count_N=in_order(torch.ones_like(place_n), stored.older_count_E),
@@ -199,4 +219,7 @@ class _Occurrences:
             start_B=start_B,
             end_B=start_B + older_U[inputs.request_user_B] + position_B,
             length_B=missing_U[inputs.request_user_B] + position_B,
+            user_N=torch.cat([owner_N, owner_E])[by_place_E].to(inputs.event_item_N.device),
+            decayed_N=in_order(torch.ones_like(place_n).double(), stored.older_decayed_E.double()),
+            decay_place_N=in_order(missing_U[owner_N] + place_n, length_E - 1),
         )

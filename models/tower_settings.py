@@ -47,6 +47,8 @@ class TowerConfig:
     """Hour of day and weekday of the request shift them too, if time_features is on. Off by default: neither better nor
     worse on MovieLens-100K (impressions, 3 epochs, 3 seeds: validation AUC .6994 against .6987, LogLoss .6351 against
     .6357)."""
+    prior: bool = False
+    """The score starts at what counting says (models/prior.py), and what the model learns is added to it."""
     repeats: bool = False
     """The score includes how often and how recently the candidate itself occurs in the history: for data where people
     come back to items."""

@@ -252,16 +252,25 @@ def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tup
     from jobs.training.catalogue import catalogue_of, training_counts
     from jobs.training.dense_engine import PRECISIONS
     from jobs.training.exported import load_export
+    from jobs.training.item_counters import count_items
     from jobs.training.loop import build_model
+    from models.prior import PriorModel, bare_tower
 
     if system.job is None:
         tower, rows, vocabulary, counts = load_export(Path(system.weights))
+        prior = tower.prior if isinstance(tower, PriorModel) else None
     else:
         shards = Shards.open(system.job.shards, number=system.job.manifest)
-        rows, tower = build_model(system.job, shards, checkpoint=Path(system.weights))
+        rows, tower, prior = build_model(system.job, shards, checkpoint=Path(system.weights))
         tower.to(rows.device, PRECISIONS[system.job.parallel.precision])
         vocabulary, counts = shards.vocabulary, training_counts(shards, requests=system.job.requests)
     catalogue = catalogue_of(data, requests=arguments["requests"], training_count=counts, vocabulary=vocabulary)
+    if prior is not None:
+        counters = count_items(
+            data, requests=arguments["requests"], training_count=catalogue.training_count,
+            row_of_item=catalogue.row_of_item,
+        )  # fmt: skip
+        tower = PriorModel(bare_tower(tower), prior, counters).to(rows.device)
     return tower, rows, catalogue
 
 

@@ -243,6 +243,7 @@ class Scorer(RequestReader, PythonModel):
             request_time_B=torch.from_numpy(time),
             candidate_offsets_B1=candidate_offsets_B1,
             candidate_item_M=candidate_item_M,
+            item_row_I=torch.arange(len(self.item_IC)) if index is None else item,
             num_reserved=num_reserved,
             known_candidates_B=known_candidates(
                 candidate_item_M, candidate_offsets_B1=candidate_offsets_B1, num_reserved=num_reserved

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from jobs.training.catalogue import Catalogue
 from jobs.training.model import ItemRows, catalogue_input, user_codes
 from models.attention_tower import EncodedItems, HistoryTower
-from models.interface import Recommender, refuse_bad_rows
+from models.interface import refuse_bad_rows
+from models.prior import bare_tower
 from models.repeats import SeenItems
 from models.sequence_tower import SequenceModel
 from pipeline.batches.batch import Batch
@@ -32,7 +33,7 @@ class CatalogueScorer:
         self._item_IC, self._features_IFC = _look_up_catalogue(tables, catalogue.num_items)
         refuse_bad_rows(self._item_IC, self._features_IFC)
         self._items: EncodedItems | None = None
-        tower = _tower(model)
+        tower = bare_tower(model)
         if isinstance(tower, SequenceModel):
             self._score, candidates = self._by_vectors, SCORES_PER_FORWARD // catalogue.num_items
         elif isinstance(tower, HistoryTower) and not tower.scores_sets:
@@ -73,8 +74,7 @@ class CatalogueScorer:
     def _at_once(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Of all other towers. Where candidates attend to each other, the set is exactly what is ranked, as in `solar
         score`."""
-        tower = _tower(self._model)
-        sets = isinstance(tower, Recommender) and tower.scores_sets
+        sets = bare_tower(self._model).scores_sets
         offered_BI = self._catalogue.ranked(batch.request_time, all_times=not sets)
         scores_BI = torch.full(offered_BI.shape, -torch.inf)
         scores_BI[offered_BI] = self._model(catalogue_input(batch, *rows, candidates=offered_BI)).cpu()
@@ -88,8 +88,3 @@ def _look_up_catalogue(tables: ItemRows, num_items: int) -> tuple[Tensor, Tensor
         for first in range(0, num_items, LOOK_UP_ROWS)
     ]
     return torch.cat([item for item, _ in parts]), torch.cat([features for _, features in parts])
-
-
-def _tower(model: nn.Module) -> nn.Module:
-    """The model, which may be wrapped in a DeepSpeed engine."""
-    return getattr(model, "module", model)

@@ -36,7 +36,8 @@ from jobs.training.checkpoint import (
     random_state,
     remove_committed,
 )
-from jobs.training.dense_state import DenseFragment, gather_dense_state, local_dense_state
+from jobs.training.dense_model import DenseModel
+from jobs.training.dense_state import DenseFragment, gather_dense_state
 from jobs.training.job import CheckpointConfig
 from jobs.training.placement import available_memory, local_world_size
 from jobs.training.tables import ShardedTables, TableShard
@@ -70,14 +71,14 @@ class CheckpointWriter:
         run_dir: Path,
         *,
         tables: ShardedTables,
-        engine: Any,
+        dense: DenseModel,
         facts: Mapping[str, Any],
         config: CheckpointConfig,
         tell: Callable[..., None] = lambda **figures: None,
     ) -> None:
         """`facts` (config, fingerprints) go into every state.json; `tell(step=, path=, stall_seconds=, write_seconds=,
         bytes=)` is called for each committed checkpoint."""
-        self._run_dir, self._tables, self._engine = run_dir, tables, engine
+        self._run_dir, self._tables, self._dense = run_dir, tables, dense
         self._facts, self._config, self._tell = facts, config, tell
         self._group: Any = dist.new_group(backend="gloo", timeout=SLOWEST_DISK)
         self._buffers: dict[tuple[str, int, str], Tensor] = {}
@@ -123,7 +124,7 @@ class CheckpointWriter:
             train_state=dataclasses.asdict(state),
             shards=[shard if direct else self._copy(shard) for shard in self._tables.shards() if len(shard.weight)],
             random_state=random_state(),
-            dense=local_dense_state(self._engine),
+            dense=self._dense.local_state(),
         )
         # Each rank: its thread writes, and joins collectives of its own group.
         self._thread = threading.Thread(target=self._work, args=(copied,), name="solar-checkpoint", daemon=True)

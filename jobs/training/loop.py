@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -27,15 +28,17 @@ from jobs.training.checkpoint import (
 )
 from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.clock import StepClock, cost_of_process
-from jobs.training.dense_engine import dense_engine
-from jobs.training.dense_state import restore_dense_state
+from jobs.training.dense_model import PRIOR, DenseModel
 from jobs.training.in_batch import InBatchNegatives
+from jobs.training.item_counters import count_items
 from jobs.training.job import TrainJob
 from jobs.training.model import item_features, model_settings, model_tables, user_tables
+from jobs.training.prior_fit import fit_prior
 from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
 from jobs.training.validation import Validation
 from models.interface import Recommender
+from models.prior import Prior, PriorModel
 from models.zoo import build_tower
 from pipeline.batches.loader import TrainLoader
 from pipeline.shards.dataset import Shards
@@ -62,7 +65,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     num_steps = sum(batches_per_epoch)
 
     # All ranks: create the model, from scratch or from a checkpoint, and find the steps that end with a validation.
-    state, tables, engine = _create_or_restore(job, shards, loader)
+    state, tables, dense = _create_or_restore(job, shards, loader, training_count=counts)
     epoch_ends = list(itertools.accumulate(batches_per_epoch))
     last_steps = set(epoch_ends[training.eval_every_epochs - 1 :: training.eval_every_epochs])
     last_steps.add(num_steps)
@@ -86,7 +89,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         return read_and_ask() if job.parallel.overlap and state.step + 1 < num_steps else None
 
     checkpoints = CheckpointWriter(
-        run_dir, tables=tables, engine=engine, facts=job.facts, config=job.checkpoint,
+        run_dir, tables=tables, dense=dense, facts=job.facts, config=job.checkpoint,
         tell=functools.partial(reporter.row, "checkpoint"),
     )  # fmt: skip
     asked: AskedBatch | None = None
@@ -98,7 +101,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             state.loader = asked.loader_state
             try:
                 figures, asked = train_step(
-                    job, asked, tables, engine,
+                    job, asked, tables, dense,
                     num_items=num_items, step=state.step, share=share, clock=clock, ask_next=ask_next,
                 )  # fmt: skip
             except NonFiniteLoss as error:
@@ -121,7 +124,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
             out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
             validated = state.step in last_steps or out_of_time
             if validated:
-                validation.run(state, tables, engine, reporter)
+                validation.run(state, tables, dense.model, reporter)
 
             # All ranks agree whether to stop; then they begin a checkpoint together, if one is due.
             stop = reporter.should_stop()
@@ -135,8 +138,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     if asked is not None:
         asked.rows.receive()
     reporter.row("cost", step=state.step, **_cost())
-    # Its hooks hold it from C++: without this it would stay in memory after the job.
-    engine.destroy()
+    dense.destroy()
     return state
 
 
@@ -157,9 +159,11 @@ def _cost() -> dict[str, float]:
     return dict(zip(cost, sums.tolist(), strict=True))
 
 
-def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tuple[ShardedTables, Recommender]:
-    """Sharded tables and the tower, not yet in an engine: initialized with `seed`, then filled with the weights of
-    `checkpoint` if there is one. A collective: all ranks take part."""
+def build_model(
+    job: TrainJob, shards: Shards, *, checkpoint: Path | None
+) -> tuple[ShardedTables, Recommender, Prior | None]:
+    """Sharded tables, the tower, not yet in an engine, and the prior of a model that has one: initialized with `seed`,
+    then filled with the weights of `checkpoint` if there is one. A collective: all ranks take part."""
     vocabulary = shards.vocabulary
     tables = ShardedTables(
         model_tables(job.model, vocabulary),
@@ -174,30 +178,43 @@ def build_model(job: TrainJob, shards: Shards, *, checkpoint: Path | None) -> tu
     # Seed the tower only now: sharding the tables draws random numbers, and how many depends on the world size.
     torch.manual_seed(job.seed)
     tower = build_tower(model_settings(job.model, vocabulary), num_features=len(vocabulary.features))
+    prior = Prior(job.requests.task) if job.model.get("prior") else None
     if checkpoint is not None:
         load_tables(checkpoint, tables.shards())
         dense = load_dense(checkpoint)
         tower.load_state_dict({name: dense[name] for name, _ in tower.named_parameters()})
-    return tables, tower
+        if prior is not None:
+            prior.load_state_dict({name: dense[f"{PRIOR}{name}"] for name, _ in prior.named_parameters()})
+    return tables, tower, prior
 
 
-def _create_or_restore(job: TrainJob, shards: Shards, loader: TrainLoader) -> tuple[TrainState, ShardedTables, Any]:
-    """(state, tables, engine) from the run's own latest checkpoint, else from the warm start's, else from scratch; the
+def _create_or_restore(
+    job: TrainJob, shards: Shards, loader: TrainLoader, *, training_count: np.ndarray
+) -> tuple[TrainState, ShardedTables, DenseModel]:
+    """(state, tables, dense half) from the run's own latest checkpoint, else from the warm start's, else from scratch; the
     loader's cursor is restored, too. A collective: all ranks take part."""
     own = latest_checkpoint(Path(job.run_dir))
     checkpoint = own or (Path(job.warm_start) if job.warm_start else None)
-    tables, tower = build_model(job, shards, checkpoint=checkpoint)
-    engine = dense_engine(tower, optimizer=job.optimizer, parallel=job.parallel)
+    tables, tower, prior = build_model(job, shards, checkpoint=checkpoint)
+    model = tower
+    if prior is not None:
+        counters = count_items(shards, requests=job.requests, training_count=training_count)
+        if checkpoint is None:
+            fit_prior(
+                prior, counters, loader, requests=job.requests, num_items=shards.vocabulary.size, seed=job.seed
+            )
+        model = PriorModel(tower, prior, counters)
+    dense = DenseModel(model, optimizer=job.optimizer, parallel=job.parallel)
     # All ranks drew the same weights above; dropout must differ between ranks.
     torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
     if checkpoint is None:
-        return TrainState(), tables, engine
+        return TrainState(), tables, dense
     document = read_state(checkpoint)
     state = TrainState(**document["train_state"])
-    restore_dense_state(engine, load_dense(checkpoint), num_steps=state.updates)
+    dense.restore_state(load_dense(checkpoint), num_steps=state.updates)
     tables.restore_step(state.updates)
     if own is None:
-        return TrainState(steps_before=state.updates), tables, engine
+        return TrainState(steps_before=state.updates), tables, dense
     loader.load_state_dict(state.loader)
     restore_random_state(document)
-    return state, tables, engine
+    return state, tables, dense

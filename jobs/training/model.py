@@ -135,6 +135,7 @@ def wanted_input(
         user_features_UGC=user_features_UGC,
         event_item_N=wanted.event_item_N,
         candidate_item_M=wanted.candidate_item_M,
+        item_row_I=wanted.rows_I,
         num_reserved=int((wanted.rows_I < NUM_RESERVED).sum()),
     )
 
@@ -161,6 +162,7 @@ def catalogue_input(
         user_features_UGC=user_features_UGC,
         event_item_N=batch.event_item,
         candidate_item_M=item_M,
+        item_row_I=torch.arange(len(item_IC)),
         num_reserved=NUM_RESERVED,
     )
 
@@ -178,6 +180,7 @@ def model_input(
     user_features_UGC: Tensor,
     event_item_N: Tensor,
     candidate_item_M: Tensor,
+    item_row_I: Tensor,
     num_reserved: int,
 ) -> ModelInput:
     """The batch with its items replaced by indices into looked-up rows, on the device of the rows, in the same layout.
@@ -201,6 +204,7 @@ def model_input(
         request_time_B=move(batch.request_time),
         candidate_offsets_B1=batch.candidate_offsets,
         candidate_item_M=move(candidate_item_M),
+        item_row_I=move(item_row_I),
         num_reserved=num_reserved,
         known_candidates_B=known_candidates(
             candidate_item_M, candidate_offsets_B1=batch.candidate_offsets, num_reserved=num_reserved

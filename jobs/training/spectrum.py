@@ -12,6 +12,7 @@ from torch import nn
 from jobs.training.catalogue import Catalogue
 from jobs.training.evaluation import evaluation_loader
 from jobs.training.model import ItemRows, training_input
+from models.prior import PriorModel, bare_tower
 from models.solar import Solar
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
@@ -27,14 +28,16 @@ def energy_by_rank(
 
     A collective: all ranks take part and get the same result.
     """
-    if not isinstance(tower, Solar) or not tower.config.interests:
+    bare = bare_tower(tower)
+    if not isinstance(bare, Solar) or not bare.config.interests:
         return None
     loader = evaluation_loader(shards, requests=requests, part=part, limit=MAX_REQUESTS)
     tower.eval()
     local = []
     for batch in loader:
         with torch.no_grad():
-            interests, _ = tower.interests(training_input(catalogue.translate(batch), tables))
+            inputs = training_input(catalogue.translate(batch), tables)
+            interests, _ = bare.interests(tower.weighed(inputs) if isinstance(tower, PriorModel) else inputs)
         energy_K = interests.energy_K[1:].double()
         share_KR = (interests.singular_KR[1:].double() ** 2).cumsum(1) / energy_K[:, None].clamp_min(1e-30)
         local.append(share_KR[energy_K > 0].cpu().numpy())

@@ -12,8 +12,10 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from jobs.training.clock import StepClock
+from jobs.training.dense_model import DenseModel
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.model import WantedItems, catalogue_input, user_codes, wanted_input
 from jobs.training.tables import AskedRows, ShardedTables
@@ -54,7 +56,7 @@ def train_step(
     job: TrainJob,
     asked: AskedBatch,
     tables: ShardedTables,
-    engine: Any,
+    dense: DenseModel,
     *,
     num_items: int,
     step: int,
@@ -79,8 +81,7 @@ def train_step(
     world_size, count = dist.get_world_size(), max(1, batch.num_global_requests)
     lr_share = job.optimizer.lr_share_at(step, share_done=share)
     tables.begin_step(job.optimizer.sparse_lr * lr_share)
-    for group in engine.optimizer.param_groups:
-        group["lr"] = job.optimizer.dense_lr * lr_share
+    dense.begin_step(lr_share)
 
     # All ranks: receive the rows of this batch (all-to-all), then read the next batch and announce its ids.
     with clock.part("look_up"):
@@ -88,7 +89,7 @@ def train_step(
     following = ask_next()
     # Forward. Under ZeRO-3 all ranks gather weights here.
     with clock.part("dense"):
-        loss = _loss(job.training, job.requests, batch, inputs, engine, num_items=num_items)
+        loss = _loss(job.training, job.requests, batch, inputs, dense.model, num_items=num_items)
     # All ranks: send the ids of the next batch.
     with clock.part("look_up"):
         if following is not None:
@@ -100,10 +101,10 @@ def train_step(
         _refuse_non_finite(Path(job.run_dir), batch, loss=figures["loss"], step=step)
     # Backward, all ranks: DeepSpeed reduces the tower's gradients, TorchRec sends the rows' gradients to their owners.
     with clock.part("dense"):
-        engine.backward(loss.total * (world_size / count))
+        dense.backward(loss.total * (world_size / count))
     # Update the tower (under ZeRO-1 and ZeRO-2 all ranks gather its weights) and, for adam, each rank's table rows.
     with clock.part("optimizer"):
-        engine.step()
+        dense.end_step()
         tables.end_step()
     return figures, following
 
@@ -140,11 +141,11 @@ def _refuse_non_finite(run_dir: Path, batch: Batch, *, loss: float, step: int) -
 
 
 def _loss(
-    training: TrainingConfig, requests: RequestConfig, batch: Batch, inputs: ModelInput, engine: Any, *, num_items: int
+    training: TrainingConfig, requests: RequestConfig, batch: Batch, inputs: ModelInput, model: nn.Module, *, num_items: int
 ) -> RequestLoss:
     """The sums of losses over this rank's requests; one forward."""
     if training.loss == "catalogue":
-        state_BD, vector_ID, repeat_1 = engine(inputs, vectors=True)
+        state_BD, vector_ID, repeat_1 = model(inputs, vectors=True)
         device = state_BD.device
         known = batch.candidate_item >= NUM_RESERVED
         request_P = torch.repeat_interleave(batch.candidate_offsets.diff())[known]
@@ -157,7 +158,7 @@ def _loss(
             repeat_1=repeat_1,
             seen=None if repeat_1 is None else SeenItems.of_requests(inputs, first_item=NUM_RESERVED),
         )
-    logits_M = engine(inputs)
+    logits_M = model(inputs)
     log_q_M = batch.candidate_log_q if training.log_q else None
     return request_loss(
         logits_M,

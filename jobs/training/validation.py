@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import resource
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from jobs.cluster.telemetry import Reporter
 from jobs.training.catalogue import Catalogue
@@ -36,7 +36,7 @@ class Validation:
         self._job, self._shards, self._catalogue = job, shards, catalogue
         self._loader: EvaluationLoader | None = None
 
-    def run(self, state: TrainState, tables: ShardedTables, engine: Any, reporter: Reporter) -> None:
+    def run(self, state: TrainState, tables: ShardedTables, model: nn.Module, reporter: Reporter) -> None:
         """Evaluate the validation part; update the best step in `state`. All ranks get the same metrics."""
         started = time.perf_counter()
         if state.valid_requests is None:
@@ -45,7 +45,7 @@ class Validation:
             limit = state.valid_requests or None
             self._loader = evaluation_loader(self._shards, requests=self._job.requests, part="valid", limit=limit)
         metrics = evaluate(
-            engine,
+            model,
             tables,
             self._loader,
             catalogue=self._catalogue,

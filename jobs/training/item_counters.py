@@ -1,0 +1,56 @@
+"""The counters of a data set's items by day (models/item_counters.py), read from its sequence shards.
+
+They are counted from the events themselves whenever a run begins, in one pass that every rank makes over its share of
+the row groups: so they are right after late events, conflicts, forgetting and compaction, and nothing has to be kept in
+step with the shards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jobs.training.catalogue import my_groups
+from models.item_counters import MS_PER_DAY, ItemCounters
+from pipeline.batches.requests import RequestConfig
+from pipeline.shards.dataset import Shards
+
+
+def count_items(
+    shards: Shards,
+    *,
+    requests: RequestConfig,
+    training_count: np.ndarray,
+    row_of_item: Tensor | None = None,
+    day_ms: int = MS_PER_DAY,
+) -> ItemCounters:
+    """The counters of all events that the task reads. `training_count`: [R] of the model's rows; `row_of_item`: the
+    data's rows -> the model's, None where both are the same. A collective: all ranks take part."""
+    local = np.zeros((4, 0), np.int64)
+    for group in my_groups(shards):
+        events = shards.read(group, min_label=requests.least_label)
+        row = np.asarray(events.item) if row_of_item is None else row_of_item.numpy()[events.item]
+        label = np.zeros(len(row), np.int64) if events.label is None else (events.label > 0).astype(np.int64)
+        counted = np.stack([row, np.asarray(events.time) // day_ms, np.ones_like(row), label])
+        local = _summed(np.concatenate([local, counted], axis=1))
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, local)
+    row, day, events, positives = (torch.from_numpy(each) for each in _summed(np.concatenate(gathered, axis=1)))
+    return ItemCounters(
+        row_K=row, day_K=day, events_K=events, positives_K=positives,
+        training_R=torch.from_numpy(training_count), day_ms=day_ms,
+    )  # fmt: skip
+
+
+def _summed(counts_4K: np.ndarray) -> np.ndarray:
+    """Rows (item row, day, events, positives) with one column for each pair of row and day, in ascending order."""
+    order = np.lexsort((counts_4K[1], counts_4K[0]))
+    row, day, events, positives = (np.ascontiguousarray(each[order]) for each in counts_4K)
+    first = np.flatnonzero(np.append(True, (np.diff(row) != 0) | (np.diff(day) != 0))[: len(row)])
+    if not len(first):
+        return counts_4K
+    return np.stack([row[first], day[first], np.add.reduceat(events, first), np.add.reduceat(positives, first)])

@@ -1,0 +1,199 @@
+"""The start of a prior: the best of what counting can say, chosen on training requests before the first step.
+
+    impressions  logistic regression of the two rates on the candidates of the first batches (Newton's method)
+    next_item    the best of a grid (how much an item of the history is worth, window of popularity) by NDCG@10 among a
+                 sample of the catalogue; then the scale at which its softmax fits best, which changes no ranking
+
+Everything follows from the data and the seed. All ranks take part in every call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from jobs.training.model import WantedItems, model_input, select_requests
+from models.interface import ModelInput
+from models.item_counters import ItemCounters
+from models.prior import WINDOW_DAYS, Prior
+from pipeline.batches.batch import Batch
+from pipeline.batches.loader import TrainLoader
+from pipeline.batches.requests import RequestConfig
+from pipeline.hashing import hash64
+from pipeline.shards.vocabulary import NUM_RESERVED
+
+FIT_REQUESTS = {"next_item": 512, "impressions": 1 << 14}
+"""So many requests, rounded up to whole batches, are read."""
+SAMPLED_ITEMS = 1 << 13
+"""Items of the catalogue among which a target is ranked, besides those of the histories."""
+OWN_STARTS = (0.0, 2.0, 4.0, 6.0, 9.0)
+"""How much an item of the history is worth; at 9 it is above every popular item."""
+POPULARITY_STARTS = (0.5, 1.0)
+SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0)
+NEWTON_STEPS = 20
+RIDGE = 1e-3
+"""Added to the diagonal of the second derivative per candidate: rates that are all alike have no slope."""
+
+
+@torch.no_grad()
+def fit_prior(
+    prior: Prior, counters: ItemCounters, loader: TrainLoader, *, requests: RequestConfig, num_items: int, seed: int
+) -> None:
+    """Set the prior's parameters. `num_items`: rows of the vocabulary in use, the reserved ones included."""
+    if requests.task == "impressions":
+        _fit_rates(prior, counters, loader)
+    else:
+        _fit_ranking(prior, counters, loader, requests=requests, num_items=num_items, seed=seed)
+
+
+def _first_batches(loader: TrainLoader, task: str) -> Iterator[Batch]:
+    """The batches of the first epoch, until they have enough requests over all ranks."""
+    done = 0
+    for batch in loader.epoch(0):
+        yield batch
+        done += batch.num_global_requests
+        if done >= FIT_REQUESTS[task]:
+            return
+
+
+def _fit_rates(prior: Prior, counters: ItemCounters, loader: TrainLoader) -> None:
+    rates, labels = [torch.zeros(0, 3, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
+    for batch in _first_batches(loader, prior.task):
+        found = prior.features(_input(batch), counters, request_M=_owner(batch))
+        rates.append(torch.nn.functional.pad(found["rates"], (0, 1), value=1.0).double())
+        labels.append(batch.candidate_label.double())
+    x_M3, y_M = torch.cat(rates), torch.cat(labels)
+    weight_3 = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    for _ in range(NEWTON_STEPS):
+        p_M = torch.sigmoid(x_M3 @ weight_3)
+        slope_3 = x_M3.mT @ (y_M - p_M)
+        curve_33 = (x_M3 * (p_M * (1 - p_M))[:, None]).mT @ x_M3
+        sums = torch.cat([slope_3, curve_33.flatten(), torch.tensor([float(len(y_M))])])
+        dist.all_reduce(sums)
+        curve_33 = sums[3:12].view(3, 3) + RIDGE * sums[12] * torch.eye(3)
+        weight_3 = weight_3 + torch.linalg.solve(curve_33, sums[:3])
+    prior.rate_2.copy_(weight_3[:2])
+    prior.bias_1.copy_(weight_3[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+    """The targets of a request, and the items among which they are ranked. C items, of which some stand for others."""
+
+    windows_CW: Tensor
+    own_C: Tensor
+    seen_C: Tensor
+    log_weight_C: Tensor
+    """Log of how many items of the catalogue an item stands for."""
+    is_target_C: Tensor
+
+
+def _fit_ranking(
+    prior: Prior, counters: ItemCounters, loader: TrainLoader, *, requests: RequestConfig, num_items: int, seed: int
+) -> None:
+    ranked = [
+        one
+        for batch in _first_batches(loader, prior.task)
+        for one in _ranked(prior, counters, batch, num_items=num_items, seed=seed, seen=requests.seen_items == "kept")
+    ]
+    # All ranks: the quality of every start, then the likelihood of the best one at every scale.
+    own = OWN_STARTS if requests.seen_items == "kept" else (0.0,)
+    starts = list(itertools.product(own, range(len(WINDOW_DAYS)), POPULARITY_STARTS))
+    quality = [sum((_ndcg(one, _logit(one, *start)) for one in ranked), 0.0) for start in starts]
+    best = starts[int(_over_ranks(quality).argmax())]
+    likelihood = [sum((_log_share(one, scale * _logit(one, *best)) for one in ranked), 0.0) for scale in SCALES]
+    scale = SCALES[int(_over_ranks(likelihood).argmax())]
+    own_logit, window, popularity = best
+    prior.own_2.copy_(scale * torch.tensor([own_logit, float(own_logit > 0)]))
+    prior.window_5.zero_()
+    prior.window_5[window] = scale * popularity
+
+
+def _ranked(
+    prior: Prior, counters: ItemCounters, batch: Batch, *, num_items: int, seed: int, seen: bool
+) -> Iterator[_Ranked]:
+    """The batch's requests with a sample of the catalogue and the items of the history (if `seen`) as candidates."""
+    num_sampled = min(SAMPLED_ITEMS, num_items - NUM_RESERVED)
+    drawn = hash64(seed, torch.arange(NUM_RESERVED, num_items).numpy())
+    sample = torch.from_numpy(drawn.argpartition(num_sampled - 1)[:num_sampled]) + NUM_RESERVED
+    stands_for = (num_items - NUM_RESERVED) / num_sampled
+    for b in range(batch.num_requests):
+        one = select_requests(batch, b, b + 1)
+        targets = one.candidate_item[one.candidate_label > 0].unique()
+        targets = targets[targets >= NUM_RESERVED]
+        history = one.event_item[one.event_item >= NUM_RESERVED] if seen else targets[:0]
+        sure = torch.cat([targets, history]).unique()
+        others = sample[~torch.isin(sample, sure)]
+        if not seen:
+            others = others[~torch.isin(others, one.event_item)]
+        items = torch.cat([sure, others])
+        found = prior.features(_of_items(one, items), counters, request_M=torch.zeros(len(items), dtype=torch.int64))
+        known = ~found["unknown"]
+        yield _Ranked(
+            found["windows"][known],
+            found["own"][known],
+            found["seen"][known],
+            torch.cat([torch.zeros(len(sure)), torch.full((len(others),), stands_for).log()])[known],
+            torch.isin(items, targets)[known],
+        )
+
+
+def _logit(one: _Ranked, own: float, window: int, popularity: float) -> Tensor:
+    return torch.where(one.seen_C, own + float(own > 0) * one.own_C, popularity * one.windows_CW[:, window])
+
+
+def _ndcg(one: _Ranked, logit_C: Tensor) -> float:
+    """Sum over the targets of their gain at rank 10, with expected ranks."""
+    target_P, other_O = logit_C[one.is_target_C], logit_C[~one.is_target_C]
+    weight_O = one.log_weight_C[~one.is_target_C].exp()
+    better_P = ((other_O > target_P[:, None]) + 0.5 * (other_O == target_P[:, None])) @ weight_O
+    gain_P = 1 / torch.log2(2 + better_P)
+    return float(gain_P[better_P < 10].sum()) / max(1, len(target_P))
+
+
+def _log_share(one: _Ranked, logit_C: Tensor) -> float:
+    """Mean over the targets of the log of their share in the softmax."""
+    share_C = torch.log_softmax(logit_C + one.log_weight_C, 0)
+    return float(share_C[one.is_target_C].mean()) if bool(one.is_target_C.any()) else 0.0
+
+
+def _over_ranks(values: list[float]) -> Tensor:
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums
+
+
+def _owner(batch: Batch) -> Tensor:
+    return torch.repeat_interleave(batch.candidate_offsets.diff())
+
+
+def _input(batch: Batch) -> ModelInput:
+    """The batch as the prior reads it: without rows."""
+    wanted = WantedItems.of(batch)
+    return model_input(
+        batch,
+        item_IC=torch.zeros(len(wanted.rows_I), 0),
+        features_IFC=torch.zeros(len(wanted.rows_I), 0, 0),
+        user_features_UGC=torch.zeros(batch.num_users, 0, 0),
+        event_item_N=wanted.event_item_N,
+        candidate_item_M=wanted.candidate_item_M,
+        item_row_I=wanted.rows_I,
+        num_reserved=int((wanted.rows_I < NUM_RESERVED).sum()),
+    )
+
+
+def _of_items(one: Batch, items: Tensor) -> ModelInput:
+    """A batch of one request with these items as its candidates."""
+    return _input(
+        dataclasses.replace(
+            one,
+            candidate_offsets=torch.tensor([0, len(items)]),
+            candidate_item=items,
+            candidate_label=torch.zeros(len(items)),
+        )
+    )

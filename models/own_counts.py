@@ -1,0 +1,76 @@
+"""The user's own counts of a candidate, exact for any length of the history: how often it occurs, weighed by recency,
+and which share of the history's labels is positive.
+
+    own_M = sum of 2^(-age / DECAY_EVENTS) over the candidate's events in the history, age in events (the newest has 0)
+
+The letters are those of models/interface.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.interface import DECAY_EVENTS, ModelInput
+from models.repeats import Occurrences
+
+
+def own_counts(inputs: ModelInput, *, request_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(own_M float32, seen_M bool) of every candidate; 0 and False for one that is unknown or not in the history."""
+    device, item_M = inputs.candidate_item_M.device, inputs.candidate_item_M
+    seen = Occurrences.of(inputs)
+    num_entries = seen.item_N.numel()
+    if not num_entries:
+        return torch.zeros(item_M.shape, device=device), torch.zeros(item_M.shape, dtype=torch.bool, device=device)
+    start_B, end_B, length_B = (value.to(device, non_blocking=True) for value in (seen.start_B, seen.end_B, seen.length_B))
+    # Sort the entries by item and place: an item's entries of one user are then one run.
+    stride = num_entries + 1
+    key_N, order_N = torch.sort(seen.item_N * stride + torch.arange(num_entries, device=device))
+    weight_N, place_N = _summed_runs(seen, order_N)
+    last_M = torch.searchsorted(key_N, item_M * stride + end_B[request_M]) - 1
+    found_M = (last_M >= 0) & (item_M >= inputs.num_reserved)
+    last_M = last_M.clamp_min(0)
+    found_M &= key_N[last_M] >= item_M * stride + start_B[request_M]
+    age_M = length_B[request_M] - 1 - place_N[last_M]
+    own_M = weight_N[last_M] * torch.exp2(-age_M / DECAY_EVENTS)
+    return torch.where(found_M, own_M, 0.0).float(), found_M
+
+
+def _summed_runs(seen: Occurrences, order_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight_N, place_N) of the entries in `order_N`: the sum over the entry and those of its user and item before it
+    of their weights as of the entry's place, in float64, and this place in the history.
+
+    The sum doubles its reach with each pass. Every factor is that of two places, so that nothing is lost to the age of
+    a history, as in a difference of two cumulated sums.
+    """
+    item_N, user_N, place_N = seen.item_N[order_N], seen.user_N[order_N], seen.decay_places()[order_N]
+    weight_N = torch.ones_like(place_N, dtype=torch.float64) if seen.decayed_N is None else seen.decayed_N[order_N]
+    run_N = torch.cumsum(F.pad((item_N.diff() != 0) | (user_N.diff() != 0), (1, 0)), 0)
+    longest = int(torch.bincount(run_N).max())
+    step = 1
+    while step < longest:
+        is_same_N = run_N[step:] == run_N[:-step]
+        faded_N = weight_N[:-step] * torch.exp2(-(place_N[step:] - place_N[:-step]) / DECAY_EVENTS)
+        weight_N = weight_N + F.pad(torch.where(is_same_N, faded_N, 0.0), (step, 0))
+        step *= 2
+    return weight_N, place_N
+
+
+def label_counts(inputs: ModelInput) -> tuple[Tensor, Tensor]:
+    """(known_B, positive_B) int64 on the device: events of each history whose label is known, and those with a positive
+    one."""
+    device = inputs.event_label_N.device
+    start_B = inputs.event_offsets_U1[inputs.request_user_B].to(device)
+    end_B = start_B + inputs.request_position_B.to(device)
+    counts = []
+    for has_N in (inputs.event_label_N > 0, inputs.event_label_N > 1):
+        before_N1 = F.pad(has_N.long().cumsum(0), (1, 0))
+        counts.append(before_N1[end_B] - before_N1[start_B])
+    known_B, positive_B = counts
+    if inputs.stored is not None:
+        known_B = known_B.index_add(0, inputs.stored.request_S.to(device), inputs.stored.known_labels_S.to(device))
+        positive_B = positive_B.index_add(
+            0, inputs.stored.request_S.to(device), inputs.stored.positive_labels_S.to(device)
+        )
+    return known_B, positive_B
