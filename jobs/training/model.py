@@ -227,6 +227,7 @@ def select_requests(batch: Batch, first: int, last: int) -> Batch:
         event_item=batch.event_item[event],
         event_time=batch.event_time[event],
         event_action=batch.event_action[event],
+        event_label=batch.event_label[event],
         request_user=renumbered,
         request_position=position,
         request_time=batch.request_time[first:last],
