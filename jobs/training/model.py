@@ -196,6 +196,7 @@ def model_input(
         event_item_N=move(event_item_N),
         event_time_N=move(batch.event_time),
         event_action_N=move(batch.event_action),
+        event_label_N=move(batch.event_label),
         request_user_B=batch.request_user,
         request_position_B=batch.request_position,
         request_time_B=move(batch.request_time),
