@@ -65,6 +65,7 @@ class HistoryTower(Recommender):
             num_actions=config.num_actions,
             time_features=config.time_features,
             absolute_time=config.reads_waves,
+            labels=config.history_labels,
             dropout=config.dropout,
         )
         self.head = Head(config.width, hidden=config.head_width, initial_agreement=config.initial_agreement)

@@ -27,7 +27,8 @@ BASE = SolarConfig(
     absolute_time=True,
     repeats=True,
 )
-"""SOLAR with all its parts, small."""
+"""SOLAR with all its parts but the labels of events, small."""
+LABELLED = dataclasses.replace(BASE, history_labels=True)
 
 
 def random_inputs(
