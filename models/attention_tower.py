@@ -68,6 +68,7 @@ class HistoryTower(Recommender):
             num_actions=config.num_actions,
             time_features=config.time_features,
             absolute_time=config.reads_waves,
+            labels=config.history_labels,
             dropout=config.dropout,
         )
         self.head = Head(

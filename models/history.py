@@ -1,6 +1,6 @@
 """Histories in a tower: events as vectors, and the recent events of a request.
 
-    item vector + action + hour of day + weekday + gap to the previous event + time  --normalise-->  event_ND
+    item vector + action + hour of day + weekday + gap to the previous event + time + label  --normalise-->  event_ND
 
 All these parts are known when the event happens and do not depend on a request, so they may enter before the
 decomposition, which serves every request. Features that depend on the request (how long ago, how many events ago)
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.interface import ModelInput
+from models.interface import NUM_LABEL_CODES, ModelInput
 
 MS_PER_HOUR = 3_600_000
 NUM_GAP_BUCKETS = 32
@@ -39,10 +39,10 @@ class ItemEncoder(nn.Module):
 
 
 class EventEncoder(nn.Module):
-    """event_ND: the item's vector, plus vectors for the event's action and time."""
+    """event_ND: the item's vector, plus vectors for the event's action, time and label."""
 
     def __init__(
-        self, width: int, *, num_actions: int, time_features: bool, absolute_time: bool, dropout: float
+        self, width: int, *, num_actions: int, time_features: bool, absolute_time: bool, labels: bool, dropout: float
     ) -> None:
         super().__init__()
         self.num_actions = num_actions
@@ -56,6 +56,10 @@ class EventEncoder(nn.Module):
         for embedding in (self.action, self.hour, self.weekday, self.gap):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.1)
+        # Last: the weights above are the same draws with labels and without.
+        self.label = nn.Embedding(NUM_LABEL_CODES, width) if labels else None
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.1)
 
     def forward(self, item_ID: Tensor, inputs: ModelInput) -> Tensor:
         event_ND = F.embedding(inputs.event_item_N, item_ID)
@@ -68,6 +72,8 @@ class EventEncoder(nn.Module):
             event_ND = event_ND + self.gap(previous_gap(inputs.event_time_N, inputs.event_offsets_U1))
         if self.waves is not None:
             event_ND = event_ND + self.waves(time_waves(inputs.event_time_N).to(event_ND.dtype))
+        if self.label is not None:
+            event_ND = event_ND + self.label(inputs.event_label_N)
         return self.dropout(self.norm(event_ND))
 
 

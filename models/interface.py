@@ -19,6 +19,11 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+<<<<<<< HEAD
+=======
+NUM_LABEL_CODES = 3
+"""Codes of an event's label: 0 = none known, 1 = label 0, 2 = label above 0."""
+>>>>>>> 6f7afad9103590ba5e5ccb915bd10907de258029
 DECAY_EVENTS = 100.0
 """Half-life of the counts of a user's own items, in events."""
 
@@ -56,6 +61,15 @@ class StoredHistories:
     """[E] int64: position of its last occurrence in the history, from 0."""
     older_time_E: Tensor
     """[E] int64: time of its last occurrence."""
+    older_label_E: Tensor
+    """[E] int64: how many of these occurrences have a label above 0."""
+    older_decayed_E: Tensor
+    """[E] float32: sum over these occurrences of 2^(-age / DECAY_EVENTS); when the history was stored, its latest event
+    had age 0, the one before it age 1."""
+    known_labels_S: Tensor
+    """[S] int64: number of events that are not given and have a known label."""
+    positive_labels_S: Tensor
+    """[S] int64: number of these whose label is above 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +95,8 @@ class ModelInput:
     """[N] int64 milliseconds since 1970 UTC, zero where the log has no times."""
     event_action_N: Tensor
     """[N] int64 action code, below `num_actions` of the model's config; 0 = none."""
+    event_label_N: Tensor
+    """[N] int64 code of the event's label, known from the event's time: 0 = none known, 1 = label 0, 2 = above 0."""
     request_user_B: Tensor
     """[B] int64, host, not decreasing."""
     request_position_B: Tensor

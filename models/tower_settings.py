@@ -55,6 +55,8 @@ class TowerConfig:
     absolute_time: bool = False
     """Events and requests include waves of absolute time, if time_features is on: attention to the whole history can
     then depend on age, and a candidate's score can follow the season."""
+    history_labels: bool = False
+    """Events include the label that they had: whether what was shown was clicked, liked or skipped."""
 
     @property
     def reads_context(self) -> bool:

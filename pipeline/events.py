@@ -312,7 +312,10 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(found[:_NAMED]) + more if found else "no columns"
 
 
-RESERVED_NAMES = ("history", "history_time", "history_action", "candidates", "time", "scores", "user_id", "item_id")
+RESERVED_NAMES = (
+    *("history", "history_time", "history_action", "history_label"),
+    *("candidates", "time", "scores", "user_id", "item_id"),
+)
 """Not allowed as names of user features: in a request, which has one column per user feature, these have another
 meaning."""
 

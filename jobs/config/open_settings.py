@@ -18,6 +18,8 @@ OPEN_SETTINGS: Mapping[str, str] = {
     "set_attention": "Candidates of a request attend to each other. Unset = on for task impressions, off for "
     "next_item: there training sees a few sampled negatives and evaluation the whole catalogue (MovieLens-100K: no "
     "better, and 30 % slower).",
+    "history_labels": "Events include the label that they had: whether what was shown was clicked, liked or skipped. "
+    "Unset = on for task impressions, off for next_item and where the log has no labels.",
 }
 """{setting: what `--help` says of it}. The models have no open settings: in their configs these are plain switches."""
 
@@ -55,9 +57,13 @@ def refuse_other_null(model: Any) -> None:
             raise UserError(f"model.{name}=null: must be true or false")
 
 
-def suited(name: str, *, task: str, has_time: bool) -> tuple[bool, str]:
-    """(the value of an open setting, the reason), for a task and a data set that has times or is only an order."""
+def suited(name: str, *, task: str, has_time: bool, has_labels: bool) -> tuple[bool, str]:
+    """(the value of an open setting, the reason), for a task and a data set that has times or is only an order, and has
+    labels or not."""
     if name == "time_features":
         return has_time, "events have times" if has_time else "the log has an order only, no times"
     shown = task == "impressions"
+    if name == "history_labels":
+        on = shown and has_labels
+        return on, "events have labels" if on else f"the task is {task}" if has_labels else "the log has no labels"
     return shown, "candidates were shown together" if shown else "negatives are sampled"

@@ -175,6 +175,7 @@ class RunConfig:
         training.warm_start also determines them, but is stored in the run's record instead."""
         whole = self.as_dict()
         parts = {key: whole[key] for key in ("seed", "model", "training", "optimizer")}
+        parts["model"] = counted_model(whole["model"])
         parts["training"] = counted_training(whole["training"])
         loader = {key: value for key, value in whole["data"]["loader"].items() if key != "prefetch"}
         # Whether min_label matters depends on the log: jobs/runs/record.py compares it.
@@ -193,6 +194,12 @@ def counted_training(training: Mapping[str, Any]) -> dict[str, Any]:
     a run of these is found again."""
     counted = {key: value for key, value in training.items() if key != "warm_start"}
     return counted | ({"valid_requests": 2000} if counted["valid_requests"] is None else {})
+
+
+def counted_model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The section as it counts in an identity. `history_labels` counts only if it is not off: a run that was stored
+    before it existed is found again."""
+    return {key: value for key, value in model.items() if key != "history_labels" or value is not False}
 
 
 def stored_requests(config: Mapping[str, Any]) -> dict[str, Any]:

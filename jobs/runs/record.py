@@ -194,7 +194,10 @@ def _first_difference(there: Mapping[str, Any], here: dict[str, Any], identity: 
                 return f"{prefix}{key}", old, new
         return None
 
-    there, here = ({**side, "training": counted_training(side["training"])} for side in (there, here))
+    there, here = (
+        {**side, "training": counted_training(side["training"]), "model": {"history_labels": False, **side["model"]}}
+        for side in (there, here)
+    )
     keys = {key: value for key, value in identity.items() if key != "precision"}
     return walk(keys, there, here, "") or (
         "parallel.precision",

@@ -48,17 +48,17 @@ def require_finished(run_dir: Path) -> None:
 
 def settled(config: RunConfig, *, tell: Callable[[str], None] = lambda line: None) -> RunConfig:
     """The config with the settings of the model that it leaves open: as in its run if there is one, else as in the
-    checkpoint that it begins from, else what suits data and task; `tell` gets a line for each that is switched off. The
-    data set must exist."""
+    checkpoint that it begins from, else what suits data and task; `tell` gets a line for each that is switched off. A
+    run or checkpoint that was stored before a setting existed has it off. The data set must exist."""
     model = dict(config.model)
     if not (names := left_open(model)):
         return config
-    known, has_time = _settled_before(config), run_shards(config).manifest.has_time
+    known, manifest, task = _settled_before(config), run_shards(config).manifest, config.data.requests.task
     for name in names:
-        if name in known:
-            model[name] = known[name]
+        if known:
+            model[name] = known.get(name, False)
             continue
-        model[name], reason = suited(name, task=config.data.requests.task, has_time=has_time)
+        model[name], reason = suited(name, task=task, has_time=manifest.has_time, has_labels=manifest.has_labels)
         if not model[name]:
             tell(f"{'train':<12} model.{name}=false: {reason}")
     return dataclasses.replace(config, model=model)

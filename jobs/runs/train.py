@@ -219,6 +219,11 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
             f"model.time_features=true: {config.shards_dir} has only an order, no time stamps: "
             "remove it, or set --model.time_features false"
         )
+    if config.model.get("history_labels") and not shards.manifest.has_labels:
+        raise UserError(
+            f"model.history_labels=true: {config.shards_dir} has no labels: map a label column, or set "
+            "--model.history_labels false"
+        )
     if config.optimizer.sparse == "adam" and config.parallel.table_memory == "cached":
         raise UserError(
             "optimizer.sparse=adam with parallel.table_memory=cached: adam's updates bypass the GPU's cache: set "

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 LATEST_TIME = 4_102_444_800_000
 """Times must lie before the year 2100, as in the log (pipeline/events.py)."""
+LABEL_RULE = "give 0 or 1 (false or true), or null where no label is known"
 NO_TIME = np.iinfo(np.int64).max
 """The time of a request without a time: later than every event, so that all events are its history."""
 
@@ -54,6 +55,8 @@ class Histories:
     """[N] int64 milliseconds since 1970 UTC, zeros if there are no times."""
     action: np.ndarray
     """[N] int64 action codes of the model."""
+    label: np.ndarray
+    """[N] int64 codes of labels: 0 = none known, 1 = label 0, 2 = label above 0."""
     users: tuple[UserFeature, ...] = ()
     """The features of the requests' users, one for each user feature of the model."""
     stored: Any = None
@@ -75,6 +78,7 @@ class Histories:
             row=self.row[places],
             time=self.time[places],
             action=self.action[places],
+            label=self.label[places],
             users=self.users,
             stored=self.stored,
         )
@@ -115,7 +119,8 @@ class Lists:
 
 
 def list_column(batch: pa.RecordBatch, name: str, *, values: str, first_row: int = 0, nulls: bool = False) -> Lists:
-    """A column of lists of "int64", "string" or "time" (milliseconds since 1970 UTC, or timestamps).
+    """A column of lists of "int64", "string", "label" (0, 1, true or false) or "time" (milliseconds since 1970 UTC, or
+    timestamps).
 
     RequestError: the column is absent, has no lists, has other values, or has a null although `nulls` is false.
     """
@@ -198,6 +203,16 @@ def values_of_events(name: str, lists: Lists, *, offsets: np.ndarray, of: str, f
     return lists.values.take(pa.array(place, mask=~is_given))
 
 
+def label_codes(labels: pa.Array, owner: np.ndarray, name: str, *, first_row: int) -> np.ndarray:
+    """[N] int64 codes of labels [N] of rows `owner` [N], as in Histories.label. RequestError: one is not 0 or 1."""
+    label = np.asarray(labels.fill_null(-1)).astype(np.int64)
+    wrong = np.flatnonzero((label > 1) | (label < 0) & ~np.asarray(labels.is_null()))
+    if len(wrong):
+        row = first_row + owner[wrong[0]]
+        raise RequestError(f"row {row}: column {name!r} has {label[wrong[0]]}: {LABEL_RULE}")
+    return label + 1
+
+
 def refuse_wrong_unit(
     time: np.ndarray, owner: np.ndarray, name: str, *, time_range: list[int] | None, first_row: int
 ) -> None:
@@ -247,7 +262,8 @@ def total_order(
 
 
 def cast_values(values: pa.Array, name: str, wanted: str) -> pa.Array:
-    """A column's values as "int64", "string" or "time" (int64 milliseconds). RequestError: they are something else."""
+    """A column's values as "int64", "string", "label" (int64) or "time" (int64 milliseconds). RequestError: they are
+    something else."""
     kind: Any = values.type
     if pa.types.is_dictionary(kind):
         values, kind = values.cast(kind.value_type), kind.value_type
@@ -255,7 +271,9 @@ def cast_values(values: pa.Array, name: str, wanted: str) -> pa.Array:
     try:
         if wanted == "string" and (text or pa.types.is_null(kind)):
             return values.cast(pa.large_string())
-        if wanted in ("int64", "time") and (pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        if wanted == "label" and pa.types.is_boolean(kind):
+            return values.cast(pa.int64())
+        if wanted in ("int64", "label", "time") and (pa.types.is_integer(kind) or pa.types.is_null(kind)):
             return values.cast(pa.int64())
         if wanted == "time" and pa.types.is_timestamp(kind):
             return values.cast(pa.timestamp("ms", kind.tz), safe=False).cast(pa.int64())
@@ -264,6 +282,7 @@ def cast_values(values: pa.Array, name: str, wanted: str) -> pa.Array:
     rule = {
         "int64": "integers, like the ids that the model knows: cast it",
         "string": "strings, like the values that the model knows: cast it",
+        "label": f"labels: {LABEL_RULE}",
         "time": "timestamps, or integers that are milliseconds since 1970 UTC",
     }[wanted]
     raise RequestError(f"column {name!r} holds {kind}: it must hold {rule}")

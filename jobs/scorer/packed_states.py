@@ -1,10 +1,12 @@
 """One state as bytes: a safetensors file, which is written here, and read only after everything in it was checked.
 
     {"solar": {"format", "digest", "length"}}    metadata
-    item time action                             the latest events; all of them if the history is short
+    item time action label                       the latest events; all of them if the history is short
     user_lengths user_row                        values of the user features, feature by feature
     interest gram sum                            only of a long history: what models/interest_checkpoints.py sums up
-    older_row _count _place _time                only of a long history, with `repeats`: one entry per older item
+    older_row _count _place _time _label _decayed
+                                                 only of a long history: one entry per older item
+    older_labels                                 only of a long history: older events with a known label, with label 1
 
 A state comes back from a client, so that it may hold anything. This file becomes a part of the exported `scorer.py`.
 """
@@ -23,14 +25,20 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from jobs.scorer.histories import LATEST_TIME, RequestError
+from models.interface import NUM_LABEL_CODES
 
-STATE_FORMAT = "1"
+STATE_FORMAT = "2"
 WHOLE_EVENTS = 512
-"""A history of at most so many events is stored event by event: 6.5 KiB, less than a Gram matrix, and exact."""
-KEPT = {"item": np.int32, "time": np.int64, "action": np.int16, "user_lengths": np.int32, "user_row": np.int32}
+"""A history of at most so many events is stored event by event: 7.5 KiB, less than a Gram matrix, and exact."""
+EVENTS = {"item": np.int32, "time": np.int64, "action": np.int16, "label": np.int8}
+KEPT = EVENTS | {"user_lengths": np.int32, "user_row": np.int32}
 STORED = {"interest": np.float32, "gram": np.float32, "sum": np.float32}
 OLDER = {"older_row": np.int32, "older_count": np.int32, "older_place": np.int32, "older_time": np.int64}
-_CODES = {np.int16: "I16", np.int32: "I32", np.int64: "I64", np.float32: "F32"}
+OLDER |= {"older_label": np.int32, "older_decayed": np.float32}
+TOTALS = {"older_labels": np.int64}
+_KINDS = KEPT | STORED | OLDER | TOTALS
+_CODES = {np.int8: "I8", np.int16: "I16", np.int32: "I32", np.int64: "I64", np.float32: "F32"}
+_EARLIER = ("1",)
 _FIX = "build it with `solar score --build-states`"
 
 
@@ -45,8 +53,6 @@ class StateShape:
     max_history: int
     rank: int
     width: int
-    repeats: bool
-    """Whether summaries have the older items."""
     num_rows: int
     """Rows of the item table."""
     num_actions: int
@@ -60,8 +66,7 @@ class StateShape:
 
 def packed_state(arrays: dict[str, np.ndarray], *, length: int, digest: str) -> bytes:
     """The bytes of a state of these arrays, of a history of `length` events."""
-    kinds = KEPT | STORED | OLDER
-    typed = {name: np.ascontiguousarray(array.astype(kinds[name])) for name, array in arrays.items()}
+    typed = {name: np.ascontiguousarray(array.astype(_KINDS[name])) for name, array in arrays.items()}
     facts = {"format": STATE_FORMAT, "digest": digest, "length": length}
     # A single metadata entry, because safetensors writes several in any order, and bytes must be reproducible.
     return save_arrays(typed, metadata={"solar": json.dumps(facts)})
@@ -91,14 +96,15 @@ def unpacked_state(state: bytes, shape: StateShape) -> dict[str, Any]:
     facts = _facts(header, shape)
     length, is_long = facts["length"], bool(shape.is_long(facts["length"]))
     # Compare the claimed types and sizes with those of such a state.
-    wanted = KEPT | (STORED | (OLDER if shape.repeats else {}) if is_long else {})
+    wanted = _KINDS if is_long else KEPT
     kept = shape.kept if is_long else length
     sizes = {
-        **{name: [kept] for name in ("item", "time", "action")},
+        **{name: [kept] for name in EVENTS},
         "user_lengths": [len(shape.user_rows)],
         "interest": [shape.rank, shape.width],
         "gram": [shape.width * (shape.width + 1) // 2],
         "sum": [shape.width],
+        "older_labels": [2],
     }
     _refuse_state(header.keys() != wanted.keys())
     for name, entry in header.items():
@@ -110,8 +116,7 @@ def unpacked_state(state: bytes, shape: StateShape) -> dict[str, Any]:
         arrays = load_arrays(state)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RequestError(f"is not a complete state ({type(error).__name__}): {_FIX}") from error
-    kinds = {name: np.float32 if name in STORED else np.int64 for name in arrays}
-    arrays = {name: array.astype(kinds[name]) for name, array in arrays.items()}
+    arrays = {name: array if array.dtype == np.float32 else array.astype(np.int64) for name, array in arrays.items()}
     _refuse_values(arrays, shape, older=length - (kept or 0))
     return arrays | {"length": length, "is_long": is_long}
 
@@ -139,7 +144,8 @@ def _facts(header: dict[str, Any], shape: StateShape) -> dict[str, Any]:
     if digest != shape.digest:
         raise RequestError(f"is a state of another model: {_FIX} for this model")
     if version != STATE_FORMAT:
-        raise RequestError(f"has another format, this model reads {STATE_FORMAT}: {_FIX}")
+        named = f"format {version}" if version in _EARLIER else "another format"
+        raise RequestError(f"is of {named}, this model reads {STATE_FORMAT}: {_FIX}")
     if type(length) is not int or not 0 <= length <= shape.max_history:
         raise RequestError(f"claims a history of other than 0 to {shape.max_history} events: {_FIX}")
     return facts
@@ -149,6 +155,7 @@ def _refuse_values(arrays: dict[str, Any], shape: StateShape, *, older: int) -> 
     """RequestError unless the values are those of a state with so many `older` events."""
     _refuse_outside(arrays["item"], 0, shape.num_rows)
     _refuse_outside(arrays["action"], 0, shape.num_actions)
+    _refuse_outside(arrays["label"], 0, NUM_LABEL_CODES)
     _refuse_outside(arrays["time"], 0, LATEST_TIME)
     _refuse_state(bool((np.diff(arrays["time"]) < 0).any()))
     # The values of each user feature are rows of its table.
@@ -156,17 +163,27 @@ def _refuse_values(arrays: dict[str, Any], shape: StateShape, *, older: int) -> 
     _refuse_state(bool((lengths < 0).any()) or int(lengths.sum()) != len(rows))
     for part, size in zip(np.split(rows, np.cumsum(lengths)[:-1]), shape.user_rows, strict=False):
         _refuse_outside(part, 0, size)
-    # The summary is finite, and the older items are as many as their counts say.
+    # The summary is finite.
     _refuse_state(not all(np.isfinite(arrays[name]).all() for name in STORED if name in arrays))
     if "older_row" in arrays:
-        count = arrays["older_count"]
-        _refuse_state(any(len(arrays[name]) != len(count) for name in OLDER))
-        _refuse_outside(arrays["older_row"], 0, shape.num_rows)
-        _refuse_state(bool((np.diff(arrays["older_row"]) <= 0).any()))
-        _refuse_outside(count, 1, older + 1)
-        _refuse_state(int(count.sum()) > older)
-        _refuse_outside(arrays["older_place"], 0, older)
-        _refuse_outside(arrays["older_time"], 0, LATEST_TIME)
+        _refuse_older(arrays, shape, older=older)
+
+
+def _refuse_older(arrays: dict[str, Any], shape: StateShape, *, older: int) -> None:
+    """RequestError unless the older items are those of so many `older` events, with as many labels as they can have."""
+    count, positive, decayed = arrays["older_count"], arrays["older_label"], arrays["older_decayed"]
+    _refuse_state(any(len(arrays[name]) != len(count) for name in OLDER))
+    _refuse_outside(arrays["older_row"], 0, shape.num_rows)
+    _refuse_state(bool((np.diff(arrays["older_row"]) <= 0).any()))
+    _refuse_outside(count, 1, older + 1)
+    _refuse_state(int(count.sum()) > older)
+    _refuse_outside(arrays["older_place"], 0, older)
+    _refuse_outside(arrays["older_time"], 0, LATEST_TIME)
+    # Not a number fails both comparisons.
+    _refuse_state(not ((decayed >= 0) & (decayed <= count)).all())
+    _refuse_state(bool(((positive < 0) | (positive > count)).any()))
+    known_labels, positive_labels = arrays["older_labels"].tolist()
+    _refuse_state(not int(positive.sum()) <= positive_labels <= known_labels <= older)
 
 
 def _refuse_outside(values: np.ndarray, low: int, high: int) -> None:

@@ -23,6 +23,7 @@ from jobs.scorer.histories import (
     RequestError,
     UserFeature,
     category_column,
+    label_codes,
     list_column,
     refuse_wrong_unit,
     required_column,
@@ -61,8 +62,8 @@ class RequestReader:
     _row_of_value: dict[str, dict[str, int]]
 
     def histories(self, batch: pa.RecordBatch, *, first_row: int = 0) -> Histories:
-        """The histories and users from the columns history, state and latest, with their times and actions, and from
-        the columns of user features. A RequestError counts rows from `first_row`."""
+        """The histories and users from the columns history, state and latest, with their times, actions and labels, and
+        from the columns of user features. A RequestError counts rows from `first_row`."""
         names, given, known = batch.schema.names, None, None
         if "history" in names or "state" not in names:
             given = self.events(batch, "history", first_row=first_row)
@@ -82,20 +83,25 @@ class RequestReader:
         return with_latest(histories, latest, timed=~_is_null(batch, "latest_time"))
 
     def events(self, batch: pa.RecordBatch, name: str, *, first_row: int = 0) -> Histories:
-        """The events of the columns NAME, NAME_time and NAME_action, in total order; without times in the given order.
+        """The events of the columns NAME, NAME_time, NAME_action and NAME_label, in total order; without times in the
+        given order.
 
         RequestError: times are missing although the model needs them, or cannot be milliseconds.
         """
         items = list_column(batch, name, values=self.item_type, first_row=first_row)
         offsets, names = items.offsets, batch.schema.names
         owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        row, time, action = self.rows(items.values), np.zeros(len(owner), np.int64), np.zeros(len(owner), np.int64)
+        row, (time, action, label) = self.rows(items.values), np.zeros((3, len(owner)), np.int64)
         about: dict[str, Any] = {"offsets": offsets, "of": name, "first_row": first_row}
         actions = None
         if f"{name}_action" in names:
             lists = list_column(batch, f"{name}_action", values="string", first_row=first_row, nulls=True)
             actions = values_of_events(f"{name}_action", lists, **about)
             action = self.codes(actions)
+        if f"{name}_label" in names:
+            lists = list_column(batch, f"{name}_label", values="label", first_row=first_row, nulls=True)
+            labels = values_of_events(f"{name}_label", lists, **about)
+            label = label_codes(labels, owner, f"{name}_label", first_row=first_row)
         if self.uses_time and f"{name}_time" not in names:
             raise RequestError(
                 f"column '{name}_time' is missing: give a list of times, milliseconds since 1970 UTC, one for each "
@@ -114,8 +120,8 @@ class RequestReader:
             place = np.where(untimed, np.arange(len(owner)), time)
             order = total_order(owner, place, items.values, actions, ties_by_id=self._ties_by_id)
             if order is not None:
-                row, time, action = row[order], time[order], action[order]
-        return Histories(offsets=offsets, row=row, time=time, action=action)
+                row, time, action, label = row[order], time[order], action[order], label[order]
+        return Histories(offsets=offsets, row=row, time=time, action=action, label=label)
 
     def _refuse_wrong_unit(self, time: np.ndarray, owner: np.ndarray, name: str, *, first_row: int) -> None:
         refuse_wrong_unit(time, owner, name, time_range=self.settings["time_range"], first_row=first_row)
@@ -135,7 +141,6 @@ class RequestReader:
             max_history=self.settings["max_history"],
             rank=model.get("rank", 0),
             width=model["width"],
-            repeats=bool(model.get("repeats")),
             num_rows=self.num_rows,
             num_actions=len(self.settings["actions"]),
             user_rows=tuple(len(table) for table in self.user_tables),

@@ -16,14 +16,19 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.scorer.histories import RequestError, cast_values, category_values
+from jobs.scorer.histories import LABEL_RULE, RequestError, cast_values, category_values
 
-LIST_COLUMNS = ("history", "history_time", "history_action", "latest", "latest_time", "latest_action", "candidates")
+LABEL_COLUMNS = ("history_label", "latest_label")
+LIST_COLUMNS = (
+    *("history", "history_time", "history_action", "history_label"),
+    *("latest", "latest_time", "latest_action", "latest_label", "candidates"),
+)
 REQUEST_COLUMNS = (*LIST_COLUMNS, "state", "time")
 """The columns that a scorer reads, besides the user features of its model."""
 LIMIT_VARIABLE = "SOLAR_MAX_"
 """Prefix of the environment variables that change the limits: SOLAR_MAX_CANDIDATES and so on."""
 _REASON_LENGTH = 120
+_VALUE_LENGTH = 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,8 +98,11 @@ def request_batch(frame: Any, *, item_type: str, user_features: Sequence[str], l
         raise RequestError(f"column 'history' is missing: the frame has {list(frame.columns)[:20]}")
     _refuse_too_much(cells, limits)
     # Convert.
+    for name in (name for name in LABEL_COLUMNS if name in cells):
+        cells[name] = [None if cell is None else _labels(cell, name, row=b) for b, cell in enumerate(cells[name])]
     wanted = dict.fromkeys(("history", "latest", "candidates"), item_type) | dict.fromkeys(user_features, "category")
     wanted |= dict.fromkeys(("history_action", "latest_action"), "string") | {"state": "state"}
+    wanted |= dict.fromkeys(LABEL_COLUMNS, "label")
     columns = {name: _converted(column, name, wanted.get(name, "time")) for name, column in cells.items()}
     return pa.RecordBatch.from_pydict(columns)
 
@@ -166,7 +174,7 @@ def _refuse_no_time(cell: Any, *, row: int) -> None:
 def _characters(values: Any, name: str, *, row: int) -> int:
     """Characters of a list of texts. RequestError: the list has lists in it, or truth values in an array."""
     if isinstance(values, np.ndarray) and values.dtype != object:
-        if values.dtype.kind == "b":
+        if values.dtype.kind == "b" and name not in LABEL_COLUMNS:
             raise RequestError(f"row {row}: column {name!r} holds bool in its list: give numbers or texts")
         return values.nbytes if values.dtype.kind in "US" else 0
     first = next((value for value in values if value is not None), None)
@@ -177,6 +185,26 @@ def _characters(values: Any, name: str, *, row: int) -> int:
     if not isinstance(first, (str, bytes)):
         return 0
     return sum(len(value) for value in values if isinstance(value, (str, bytes)))
+
+
+def _labels(values: Any, name: str, *, row: int) -> list[int | None]:
+    """The labels of a list, None where none is known. pandas makes floats of integers beside missing values.
+
+    RequestError: another value than 0, 1, true or false.
+    """
+    labels: list[int | None] = []
+    for value in values.tolist() if isinstance(values, np.ndarray) else values:
+        is_number = isinstance(value, (bool, int, float, np.bool_, np.integer, np.floating))
+        if not _is_missing(value) and not (is_number and value in (0, 1)):
+            raise RequestError(f"row {row}: column {name!r} has {_shown(value)}: {LABEL_RULE}")
+        labels.append(None if _is_missing(value) else int(value))
+    return labels
+
+
+def _shown(value: Any) -> str:
+    """A value of a request for a message: the value itself if it is short, else its type."""
+    short = isinstance(value, (str, float)) or (isinstance(value, (int, np.number)) and abs(value) < 1 << 64)
+    return repr(value)[:_VALUE_LENGTH] if short else type(value).__name__
 
 
 def _converted(cells: list[Any], name: str, wanted: str) -> pa.Array:

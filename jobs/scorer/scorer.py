@@ -73,19 +73,21 @@ class Scorer(RequestReader, PythonModel):
       candidates      item ids; an id given twice is scored twice, an empty list has empty scores
       history_time    optional: milliseconds since 1970 UTC of each event (or timestamps); needed if the model uses time
       history_action  optional: action name of each event; null = none
+      history_label   optional: label of each event, 0 or 1 (false or true): whether what was shown was clicked, liked
+                      or skipped; null or absent = not known
       time            optional: milliseconds since 1970 UTC of the request (or a timestamp): only events strictly before
                       it are history, and history_time is needed. Null or absent = the last event's time, and every
                       event is history
       state           optional: the state of the user's history that `solar score --build-states` stored for this model,
                       as bytes or base64, instead of a history, which must be null or []; null = none
-      latest, latest_time, latest_action
+      latest, latest_time, latest_action, latest_label
                       optional: further events, as in a history; those later than the last event of the history or of
                       the state are added to it
       NAME            optional: the category, or list of categories, of the request's user in the user feature NAME
                       (listed in scorer.json); null, [] or absent = none
     An unknown item of the history or category has the untrained row 1, an unknown action counts as none, and an unknown
     candidate has the score UNKNOWN_SCORE. Lists of events must have no
-    nulls, except in history_action and latest_action. A row may lack any column but candidates, and the model's times.
+    nulls, except in columns of actions and labels. A row may lack any column but candidates, and the model's times.
     `limits` says how large requests to `predict` may be.
     """
 
@@ -238,6 +240,7 @@ class Scorer(RequestReader, PythonModel):
             event_item_N=(item if index is None else index)[: len(shown.row)],
             event_time_N=torch.from_numpy(shown.time),
             event_action_N=torch.from_numpy(shown.action),
+            event_label_N=torch.from_numpy(shown.label),
             request_user_B=torch.arange(len(time)),
             request_position_B=torch.from_numpy(shown.lengths),
             request_time_B=torch.from_numpy(time),

@@ -1,8 +1,8 @@
 """User states: a user's history in the form that a registered model stores; it gives the scores of the whole history.
 
     a state: the latest events; of a long history also interests, Gram matrix and sum at its last checkpoint
-    (models/interest_checkpoints.py) and, if the model counts repeats, how often and how recently each older item
-    occurred
+    (models/interest_checkpoints.py), how often, how recently and with which labels each older item occurred, and how
+    many older events have labels
 
 packed_states.py turns a state into bytes and back. A state carries the digest of its model, because it uses the model's
 rows and vectors. This file becomes a part of the exported `scorer.py` (see jobs/scorer/scorer.py), so it imports only
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from jobs.scorer.histories import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
-from jobs.scorer.packed_states import KEPT, OLDER, STORED, StateShape, packed_state, unpacked_state
-from models.interface import HistorySums, StoredHistories
+from jobs.scorer.packed_states import EVENTS, OLDER, STORED, TOTALS, StateShape, packed_state, unpacked_state
+from models.interface import DECAY_EVENTS, HistorySums, StoredHistories
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +46,13 @@ class StoredStates:
     older_count: np.ndarray
     older_place: np.ndarray
     older_time: np.ndarray
-    """[E] int64 each: an item's row, number of occurrences, last position and last time."""
+    older_label: np.ndarray
+    """[E] int64 each: an item's row, number of occurrences, last position, last time, and number of occurrences with
+    label 1."""
+    older_decayed: np.ndarray
+    """[E] float32: number of occurrences, each weighed by its age (DECAY_EVENTS)."""
+    older_labels: np.ndarray
+    """[S, 2] int64: number of older events with a known label, and of those with label 1."""
 
     def take(self, requests: np.ndarray, *, num_requests: int) -> StoredStates | None:
         """The states of these requests, in this order; None if none of them has one."""
@@ -61,7 +67,7 @@ class StoredStates:
         return StoredStates(
             request=request,
             older_offsets=flat_offsets(sizes),
-            **{name: getattr(self, name)[chosen] for name in ("length", "kept", *STORED)},
+            **{name: getattr(self, name)[chosen] for name in ("length", "kept", *STORED, *TOTALS)},
             **{name: getattr(self, name)[older] for name in OLDER},
         )
 
@@ -89,6 +95,10 @@ class StoredStates:
             older_count_E=torch.from_numpy(self.older_count[used]),
             older_place_E=torch.from_numpy(self.older_place[used]),
             older_time_E=torch.from_numpy(self.older_time[used]),
+            older_label_E=torch.from_numpy(self.older_label[used]),
+            older_decayed_E=torch.from_numpy(self.older_decayed[used]),
+            known_labels_S=torch.from_numpy(self.older_labels[:, 0]),
+            positive_labels_S=torch.from_numpy(self.older_labels[:, 1]),
         )
 
 
@@ -109,7 +119,7 @@ def pack_states(
     for b, (start, end) in enumerate(zip(histories.offsets[:-1].tolist(), histories.offsets[1:].tolist(), strict=True)):
         first = end - kept if is_long[b] else start
         values = [feature.take(np.array([b])) for feature in histories.users]
-        arrays = {name: getattr(histories, "row" if name == "item" else name)[first:end] for name in list(KEPT)[:3]}
+        arrays = {name: getattr(histories, "row" if name == "item" else name)[first:end] for name in EVENTS}
         arrays["user_lengths"] = np.concatenate([np.zeros(0, np.int64), *(value.lengths for value in values)])
         arrays["user_row"] = np.concatenate([np.zeros(0, np.int64), *(value.row for value in values)])
         if found is not None and is_long[b]:
@@ -117,8 +127,7 @@ def pack_states(
             arrays["interest"] = found.interest_BRD[place[b]].numpy()
             arrays["gram"] = found.gram_BDD[place[b]].numpy()[triangle]
             arrays["sum"] = found.sum_BD[place[b]].numpy()
-            if shape.repeats:
-                arrays |= _older(histories.row[start:first], histories.time[start:first], first_item_row)
+            arrays |= _older(histories, start, first, length=end - start, first_item_row=first_item_row)
         packed.append(packed_state(arrays, length=end - start, digest=shape.digest))
     return packed
 
@@ -157,6 +166,7 @@ def read_states(states: Sequence[bytes | None], shape: StateShape, *, first_row:
         row=_flat([state["item"] for state in found]),
         time=_flat([state["time"] for state in found]),
         action=_flat([state["action"] for state in found]),
+        label=_flat([state["label"] for state in found]),
         users=tuple(users),
         stored=_stored(found, np.flatnonzero(known)),
     )
@@ -172,7 +182,7 @@ def appended(histories: Histories, later: Histories) -> Histories:
         offsets=flat_offsets(histories.lengths + later.lengths),
         **{
             name: np.concatenate([getattr(histories, name), getattr(later, name)])[order]
-            for name in ("row", "time", "action")
+            for name in ("row", "time", "action", "label")
         },
     )
 
@@ -211,12 +221,23 @@ def stored_too_late(histories: Histories, time: np.ndarray) -> np.ndarray:
     return found
 
 
-def _older(row: np.ndarray, time: np.ndarray, first_item_row: int) -> dict[str, np.ndarray]:
-    """The older_* arrays of a state from the older events of a history: one entry per item."""
-    items, last, count = np.unique(row[::-1], return_index=True, return_counts=True)
+def _older(histories: Histories, start: int, first: int, *, length: int, first_item_row: int) -> dict[str, np.ndarray]:
+    """The older_* arrays of a state from the events start .. first - 1, the older ones of a history of `length` events:
+    one entry per item, and their totals."""
+    row, label = histories.row[start:first], histories.label[start:first]
+    items, last, item, count = np.unique(row[::-1], return_index=True, return_inverse=True, return_counts=True)
     place, is_item = len(row) - 1 - last, items >= first_item_row
-    arrays = {"older_row": items, "older_count": count, "older_place": place, "older_time": time[place]}
-    return {name: array[is_item] for name, array in arrays.items()}
+    item, size, age = item[::-1], len(items), length - 1 - np.arange(len(row))
+    arrays = {
+        "older_row": items,
+        "older_count": count,
+        "older_place": place,
+        "older_time": histories.time[start + place],
+        "older_label": np.bincount(item[label == 2], minlength=size),
+        "older_decayed": np.bincount(item, np.exp2(-age / DECAY_EVENTS), minlength=size),
+    }
+    totals = {"older_labels": np.array([(label > 0).sum(), (label == 2).sum()])}
+    return {name: array[is_item] for name, array in arrays.items()} | totals
 
 
 def _stored(found: list[dict[str, Any]], request: np.ndarray) -> StoredStates | None:
@@ -225,15 +246,13 @@ def _stored(found: list[dict[str, Any]], request: np.ndarray) -> StoredStates | 
     if not places:
         return None
     long = [found[place] for place in places]
-    none = np.zeros(0, np.int64)
-    older = {name: [state.get(name, none) for state in long] for name in OLDER}
     return StoredStates(
         request=request[places],
         length=np.array([state["length"] for state in long], np.int64),
         kept=np.array([len(state["item"]) for state in long], np.int64),
-        older_offsets=flat_offsets(np.array([len(part) for part in older["older_row"]])),
-        **{name: np.stack([state[name] for state in long]) for name in STORED},
-        **{name: np.concatenate(parts) for name, parts in older.items()},
+        older_offsets=flat_offsets(np.array([len(state["older_row"]) for state in long])),
+        **{name: np.stack([state[name] for state in long]) for name in (*STORED, *TOTALS)},
+        **{name: np.concatenate([state[name] for state in long]) for name in OLDER},
     )
 
 

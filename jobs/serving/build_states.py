@@ -29,7 +29,7 @@ from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from jobs.scorer.scorer import build_scorer_tower
-from jobs.serving.stored_states import COMMIT, bucket_file, manifest_directory, read_commit
+from jobs.serving.stored_states import COMMIT, COMMIT_FORMAT, bucket_file, manifest_directory, read_commit
 from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
 from pipeline.prepare.staging import staging_directory
@@ -79,6 +79,7 @@ def build_states(
     refuse_models_without_states(model)
     _refuse_other_owner(out, model)
     identity = {
+        "format": COMMIT_FORMAT,
         "digest": model.digest,
         "manifest": data.manifest.number,
         "manifest_fingerprint": data.manifest.fingerprint,
@@ -125,7 +126,6 @@ def _commit(
     """Create COMMIT; returns its content, or that of another process that created it first."""
     commit = {
         **identity,
-        "format": 1,
         "model": model.name,
         "version": model.version,
         "buckets": data.manifest.config["buckets"],
@@ -144,7 +144,7 @@ def _commit(
 def _refuse_other_owner(out: Path, model: RegisteredModel) -> None:
     """UserError if the directory has states of another model: readers take the latest states, of whichever model."""
     for number in Store(str(out)).names():
-        commit = read_commit(f"{out}/{number}") if number.isdigit() else None
+        commit = read_commit(f"{out}/{number}", earlier=True) if number.isdigit() else None
         if commit is not None and commit["digest"] != model.digest:
             raise UserError(
                 f"{out}: holds states of {commit['model']} version {commit['version']} (digest {commit['digest']}), "

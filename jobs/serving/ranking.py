@@ -26,8 +26,8 @@ class ScoreConfig:
 
     requests: str
     """Parquet file with one row per request, or a directory of such files. Columns: history (+ history_time,
-    history_action) or, with --shards, user_id; candidates; time; any user feature of the model by its name. User
-    features and further columns are copied to the result."""
+    history_action, history_label) or, with --shards, user_id; candidates; time; any user feature of the model by its
+    name. User features and further columns are copied to the result."""
     out: str
     """Parquet file of the result."""
     shards: str | None = None

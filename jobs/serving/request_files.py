@@ -26,7 +26,7 @@ ROWS_PER_BLOCK = 256
 ROWS_PER_READ = 4096
 """The same if histories come from shards: more, because each block reads every row group with some of its users."""
 ROWS_PER_READ_OF_STATES = 1024
-"""The same if histories come from states (20 KB each, as a tower reads them; more if the model counts repeats)."""
+"""The same if histories come from states (20 KB each, as a tower reads them, and 44 bytes per distinct older item)."""
 
 EVENTS_PER_BLOCK = 1 << 22
 """Most events that one block reads from shards (100 MB)."""

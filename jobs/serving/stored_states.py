@@ -21,6 +21,8 @@ from pipeline.shards.dataset import bucket_of
 from pipeline.storage import Store
 
 COMMIT = "COMMIT"
+COMMIT_FORMAT, EARLIER_FORMATS = 2, (1,)
+"""Format of COMMIT and of the states that it names (STATE_FORMAT of jobs/scorer/packed_states.py)."""
 FILES_KEPT, ROW_GROUPS_KEPT = 64, 8
 _FILE = re.compile(r"bucket-\d{5}\.parquet")
 _REQUIRED = ("format", "digest", "manifest", "manifest_fingerprint", "buckets", "user_id", "users", "files", "model")
@@ -57,17 +59,26 @@ def find_states(model: RegisteredModel, directory: Path | str) -> StoredUsers | 
     return None
 
 
-def read_commit(directory: str) -> dict[str, Any] | None:
-    """The content of COMMIT; None if there is none: the states are not complete. UserError: COMMIT is damaged, or names
-    files elsewhere."""
+def read_commit(directory: str, *, earlier: bool = False) -> dict[str, Any] | None:
+    """The content of COMMIT; None if there is none: the states are not complete. UserError: COMMIT is damaged, names
+    files elsewhere, or is of an earlier format, unless that is asked for with `earlier`."""
     try:
         commit = json.loads(Store(directory).read(COMMIT))
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{directory}/{COMMIT}: is damaged: remove it and build the states again") from error
-    if not isinstance(commit, dict) or any(key not in commit for key in _REQUIRED) or commit["format"] != 1:
-        raise UserError(f"{directory}/{COMMIT}: is not a commit of format 1: remove it and build the states again")
+    is_commit = isinstance(commit, dict) and all(key in commit for key in _REQUIRED)
+    version = commit["format"] if is_commit else None
+    if version in EARLIER_FORMATS and not earlier:
+        raise UserError(
+            f"{directory}: holds states of format {version}, this version reads {COMMIT_FORMAT}: remove the "
+            "directory and build the states again with --build-states"
+        )
+    if version not in (COMMIT_FORMAT, *EARLIER_FORMATS):
+        raise UserError(
+            f"{directory}/{COMMIT}: is not a commit of format {COMMIT_FORMAT}: remove it and build the states again"
+        )
     for file in commit["files"]:
         if not _FILE.fullmatch(str(file.get("name"))):
             raise UserError(f"{directory}/{COMMIT}: names {file.get('name')!r}, which is not a file of states")

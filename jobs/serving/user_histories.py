@@ -70,6 +70,7 @@ class UserHistories:
             row=self._rows.item[events.item],
             time=events.time,
             action=self._rows.action[events.action],
+            label=events.label_code,
             users=self._rows.users(events.codes, known=known),
         )
 

@@ -44,6 +44,9 @@ class Batch:
     """[N] int64: milliseconds since 1970 UTC; all zero where the log has no times."""
     event_action: Tensor
     """[N] int64: action code, 0 where the log has no actions."""
+    event_label: Tensor
+    """[N] int64: 0 = no label known, 1 = label 0, 2 = label above 0; all zero where the log has no labels. A label
+    counts as known from its event's time."""
     request_user: Tensor
     """[B] int64: index in U of the request's user; not decreasing."""
     request_position: Tensor

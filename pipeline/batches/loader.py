@@ -294,6 +294,7 @@ def _batch(
         event_item=_tensor(events.item[places]),
         event_time=_tensor(events.time[places]),
         event_action=_tensor(events.action[places]),
+        event_label=_tensor(events.label_code[places]),
         request_user=_tensor(chosen.user),
         request_position=_tensor(chosen.position - start[chosen.user]),
         request_time=_tensor(chosen.time),

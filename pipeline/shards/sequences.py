@@ -159,6 +159,11 @@ class UserEvents:
     def num_users(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def label_code(self) -> np.ndarray:
+        """[N] int64: 0 = no label known, 1 = label 0, 2 = label above 0."""
+        return np.zeros(len(self.item), np.int64) if self.label is None else 1 + (self.label > 0).astype(np.int64)
+
     def take(self, users: np.ndarray) -> UserEvents:
         """The users at these places, in this order."""
         starts, lengths = self.offsets[users], self.offsets[users + 1] - self.offsets[users]

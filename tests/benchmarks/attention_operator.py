@@ -83,6 +83,7 @@ class Case:
             event_item_N=none,
             event_time_N=none,
             event_action_N=none,
+            event_label_N=none,
             request_user_B=requests,
             request_position_B=torch.full_like(requests, self.events),
             request_time_B=torch.zeros_like(requests),

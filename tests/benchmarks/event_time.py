@@ -108,6 +108,7 @@ def inputs(length: int, positions: list[int], size: int) -> ModelInput:
         event_item_N=torch.randint(ITEMS, (length,), generator=generator),
         event_time_N=torch.arange(length) * 60_000,
         event_action_N=torch.zeros(length, dtype=torch.long),
+        event_label_N=torch.zeros(length, dtype=torch.long),
         request_user_B=torch.zeros(num_requests, dtype=torch.long),
         request_position_B=torch.tensor(positions),
         request_time_B=torch.tensor(positions) * 60_000,

@@ -246,6 +246,7 @@ def part_of(lengths: np.ndarray, rank_of: np.ndarray, *, seed: int, rows: int = 
         event_item=torch.from_numpy(np.concatenate([none, *item])),
         event_time=torch.zeros(events, dtype=torch.long),
         event_action=torch.zeros(events, dtype=torch.long),
+        event_label=torch.zeros(events, dtype=torch.long),
         request_user=torch.arange(len(mine)).repeat_interleave(torch.from_numpy(asked)),
         request_position=torch.from_numpy(np.concatenate([none, *position])),
         request_time=torch.zeros(requests, dtype=torch.long),

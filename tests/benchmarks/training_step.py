@@ -171,6 +171,7 @@ def batch(events: int, options: argparse.Namespace, *, seed: int) -> Batch:
         event_item=torch.randint(2, ITEMS, (users * events,), generator=generator),
         event_time=times,
         event_action=torch.zeros(users * events, dtype=torch.long),
+        event_label=torch.zeros(users * events, dtype=torch.long),
         request_user=torch.arange(users).repeat_interleave(asked),
         request_position=position.flatten(),
         request_time=torch.full((requests,), events),

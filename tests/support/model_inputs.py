@@ -27,7 +27,8 @@ BASE = SolarConfig(
     absolute_time=True,
     repeats=True,
 )
-"""SOLAR with all its parts, small."""
+"""SOLAR with all its parts but the labels of events, small."""
+LABELLED = dataclasses.replace(BASE, history_labels=True)
 
 
 def random_inputs(
@@ -56,6 +57,7 @@ def random_inputs(
         event_item_N=torch.randint(0, NUM_ITEMS, (num_events,), generator=generator),
         event_time_N=time_N,
         event_action_N=torch.randint(0, 3, (num_events,), generator=generator),
+        event_label_N=torch.randint(0, 3, (num_events,), generator=torch.Generator().manual_seed(seed + 200)),
         request_user_B=user_B,
         request_position_B=position_B,
         request_time_B=time_N[last_B] + 7 * MS_PER_MINUTE if len(requests) else position_B,
@@ -75,6 +77,7 @@ def empty_inputs() -> ModelInput:
         event_item_N=none,
         event_time_N=none,
         event_action_N=none,
+        event_label_N=none,
         request_user_B=none,
         request_position_B=none,
         request_time_B=none,
@@ -96,6 +99,7 @@ def only_request(inputs: ModelInput, b: int) -> ModelInput:
         event_item_N=inputs.event_item_N[events],
         event_time_N=inputs.event_time_N[events],
         event_action_N=inputs.event_action_N[events],
+        event_label_N=inputs.event_label_N[events],
         request_user_B=torch.zeros(1, dtype=torch.long),
         request_position_B=inputs.request_position_B[b : b + 1],
         request_time_B=inputs.request_time_B[b : b + 1],

@@ -17,6 +17,7 @@ from models.linear_attention import LinearAttention, LinearAttentionConfig
 from models.solar import Solar, SolarConfig
 from tests.support.model_inputs import (
     BASE,
+    LABELLED,
     NUM_FEATURES,
     NUM_ITEMS,
     NUM_USER_FEATURES,
@@ -31,7 +32,7 @@ from tests.support.model_inputs import (
 )
 
 COMMON: dict[str, Any] = {"width": WIDTH, "num_heads": 2, "recent_window": 8, "num_actions": 3}
-COMMON |= {"num_user_features": NUM_USER_FEATURES, "absolute_time": True, "repeats": True}
+COMMON |= {"num_user_features": NUM_USER_FEATURES, "absolute_time": True, "repeats": True, "history_labels": True}
 VARIANTS: dict[str, TowerConfig] = {
     "base": BASE,
     "two layers": dataclasses.replace(BASE, num_layers=2),
@@ -47,6 +48,7 @@ VARIANTS: dict[str, TowerConfig] = {
         BASE, gradient="stop", canonical_sign=False, divide_by_events=False, softmax=False, set_attention=False
     ),
     "no time, no actions": dataclasses.replace(BASE, time_features=False, num_actions=1),
+    "labels of events": LABELLED,
     "din": DinConfig(**COMMON),
     "din without window and decay": DinConfig(**{**COMMON, "recent_window": 0}, decay=False),
     "din over the latest events": DinConfig(**COMMON, whole_history=False),
@@ -107,7 +109,7 @@ def test_events_after_the_position_change_nothing(config: TowerConfig) -> None:
             inputs,
             **{
                 name: torch.cat([getattr(inputs, name)[:position], getattr(other, name)[position:]])
-                for name in ("event_item_N", "event_time_N", "event_action_N")
+                for name in ("event_item_N", "event_time_N", "event_action_N", "event_label_N")
             },
         )
         before, after = model(inputs).view(3, 3), model(changed).view(3, 3)
@@ -136,6 +138,7 @@ def test_empty_history_is_the_same_request_as_a_user_without_events(config: Towe
         event_item_N=emptied.event_item_N[:0],
         event_time_N=emptied.event_time_N[:0],
         event_action_N=emptied.event_action_N[:0],
+        event_label_N=emptied.event_label_N[:0],
     )
     assert torch.equal(model(emptied), model(without))
 
@@ -173,7 +176,7 @@ def test_batch_with_equal_sets_equals_the_same_sets_beside_another_size(config: 
         mixed, candidate_item_M=torch.cat([inputs.candidate_item_M[:20], mixed.candidate_item_M[20:]])
     )
     mixed = dataclasses.replace(mixed, item_IC=inputs.item_IC, features_IFC=inputs.features_IFC)
-    for name in ("event_item_N", "event_time_N", "event_action_N", "request_time_B"):
+    for name in ("event_item_N", "event_time_N", "event_action_N", "event_label_N", "request_time_B"):
         mixed = dataclasses.replace(mixed, **{name: getattr(inputs, name)})
     torch.testing.assert_close(model(mixed)[:20], model(inputs)[:20], rtol=1e-6, atol=1e-6)  # Float32 rounding.
 

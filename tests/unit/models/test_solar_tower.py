@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.solar import Solar, SolarConfig
-from tests.support.model_inputs import BASE, NUM_FEATURES, WIDTH, random_inputs, randomise
+from tests.support.model_inputs import BASE, LABELLED, NUM_FEATURES, WIDTH, random_inputs, randomise
 
 
 def build(config: SolarConfig, dtype: torch.dtype = torch.float64) -> Solar:
@@ -45,12 +45,13 @@ def test_nothing_of_size_events_times_candidates_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["features_IFC", "user_features_UGC", "event_time_N", "event_action_N", "request_time_B"]
+    "field",
+    ["features_IFC", "user_features_UGC", "event_time_N", "event_action_N", "event_label_N", "request_time_B"],
 )
 def test_side_information_reaches_the_logits(field: str) -> None:
-    model, inputs = build(BASE), random_inputs()
+    model, inputs = build(LABELLED), random_inputs()
     value = getattr(inputs, field)
-    changed = value.flip(0) if field != "event_action_N" else (value + 1) % 3
+    changed = value.flip(0) if field not in ("event_action_N", "event_label_N") else (value + 1) % 3
     if field == "request_time_B":
         changed = value + 3_600_000
     assert not torch.allclose(model(dataclasses.replace(inputs, **{field: changed})), model(inputs))
@@ -63,6 +64,22 @@ def test_time_and_actions_are_ignored_when_switched_off() -> None:
         inputs, event_time_N=zeros, event_action_N=zeros, request_time_B=torch.zeros_like(inputs.request_time_B)
     )
     assert torch.equal(model(blind), model(inputs))
+
+
+def test_labels_are_ignored_when_switched_off_and_change_no_other_weight() -> None:
+    model, inputs = build(BASE), random_inputs()
+    none = torch.zeros_like(inputs.event_label_N)
+    assert torch.equal(model(dataclasses.replace(inputs, event_label_N=none)), model(inputs))
+    encoders = []
+    for config in (BASE, LABELLED):
+        torch.manual_seed(7)
+        encoders.append(Solar(config, num_features=NUM_FEATURES).events.state_dict())
+    without, weights = encoders
+    label = weights.pop("label.weight")
+    assert label.shape == (3, WIDTH)
+    assert 0.05 < label.std() < 0.2
+    assert without.keys() == weights.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in without.items())
 
 
 def test_spectrum_shares_sum_to_one_at_full_rank() -> None:

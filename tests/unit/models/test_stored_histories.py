@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.interface import ModelInput, StoredHistories
+from models.interface import DECAY_EVENTS, ModelInput, StoredHistories
 from models.solar import Solar
 from tests.support.model_inputs import BASE, NUM_FEATURES, random_inputs, randomise
 
@@ -25,6 +25,7 @@ def cut(inputs: ModelInput, length: int, tower: Solar) -> ModelInput:
     earlier = dataclasses.replace(inputs, request_position_B=torch.tensor([length, *inputs.request_position_B[1:]]))
     sums = tower.history_sums(earlier)
     items, inverse = torch.unique(inputs.event_item_N[:first], return_inverse=True)
+    older_label, age = inputs.event_label_N[:first], length - 1 - torch.arange(first)
     place_E = torch.zeros_like(items).scatter_reduce(0, inverse, torch.arange(first), "amax")
     offsets = inputs.event_offsets_U1.clone()
     offsets[1:] -= first
@@ -36,6 +37,7 @@ def cut(inputs: ModelInput, length: int, tower: Solar) -> ModelInput:
         event_item_N=inputs.event_item_N[first:],
         event_time_N=inputs.event_time_N[first:],
         event_action_N=inputs.event_action_N[first:],
+        event_label_N=inputs.event_label_N[first:],
         request_position_B=position_B,
         stored=StoredHistories(
             request_S=torch.tensor([0]),
@@ -49,6 +51,10 @@ def cut(inputs: ModelInput, length: int, tower: Solar) -> ModelInput:
             older_count_E=torch.bincount(inverse),
             older_place_E=place_E,
             older_time_E=inputs.event_time_N[place_E],
+            older_label_E=torch.bincount(inverse, older_label == 2, minlength=len(items)).long(),
+            older_decayed_E=torch.bincount(inverse, 0.5 ** (age / DECAY_EVENTS), minlength=len(items)).float(),
+            known_labels_S=(older_label > 0).sum()[None],
+            positive_labels_S=(older_label == 2).sum()[None],
         ),
     )
 
@@ -61,6 +67,7 @@ def cut(inputs: ModelInput, length: int, tower: Solar) -> ModelInput:
         {"repeats": False, "set_attention": False},
         {"recent_window": 0, "repeats": False},
         {"num_layers": 2},
+        {"history_labels": True},
     ],
     ids=str,
 )

@@ -13,10 +13,13 @@ from jobs.recipes import RECIPES
 def test_a_recipe_that_says_nothing_leaves_the_switches_open_and_an_explicit_value_closes_them(tmp_path):
     recipe = tmp_path / "bare.yaml"
     recipe.write_text("model: {name: solar, rank: 8}\n")
-    assert left_open(load_config("train", str(recipe), []).model) == ["time_features", "set_attention"]
-    closed = load_config("train", str(recipe), ["--model.time_features", "true", "--model.set_attention", "false"])
+    opened = load_config("train", str(recipe), []).model
+    assert left_open(opened) == ["time_features", "set_attention", "history_labels"]
+    switches = {"time_features": True, "set_attention": False, "history_labels": True}
+    options = [part for name, on in switches.items() for part in (f"--model.{name}", str(on).lower())]
+    closed = load_config("train", str(recipe), options)
     assert left_open(closed.model) == []
-    assert (closed.model["time_features"], closed.model["set_attention"]) == (True, False)
+    assert {name: closed.model[name] for name in switches} == switches
 
 
 def test_null_leaves_a_switch_open_again(tmp_path):
@@ -34,21 +37,33 @@ def test_no_other_switch_may_be_left_open(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "has_time", "value"),
+    ("name", "task", "has_time", "has_labels", "value"),
     [
-        ("time_features", "next_item", True, True),
-        ("time_features", "impressions", False, False),
-        ("set_attention", "impressions", False, True),
-        ("set_attention", "next_item", True, False),
+        ("time_features", "next_item", True, False, True),
+        ("time_features", "impressions", False, True, False),
+        ("set_attention", "impressions", False, True, True),
+        ("set_attention", "next_item", True, True, False),
+        ("history_labels", "impressions", False, True, True),
+        ("history_labels", "impressions", True, False, False),
+        ("history_labels", "next_item", True, True, False),
     ],
 )
-def test_times_and_task_decide(name, task, has_time, value):
-    assert suited(name, task=task, has_time=has_time)[0] is value
+def test_times_labels_and_task_decide(name, task, has_time, has_labels, value):
+    assert suited(name, task=task, has_time=has_time, has_labels=has_labels)[0] is value
+
+
+def test_the_reason_for_no_labels_in_histories_names_the_log_or_the_task():
+    def reason(**facts):
+        return suited("history_labels", has_time=True, **facts)[1]
+
+    assert reason(task="next_item", has_labels=True) == "the task is next_item"
+    assert reason(task="impressions", has_labels=False) == "the log has no labels"
 
 
 def test_models_have_only_the_open_settings_that_are_theirs():
     models = {name: load_config("train", "movielens-100k", ["--model.name", name]).model for name in ("din", "sasrec")}
-    assert {name: left_open(model) for name, model in models.items()} == {"din": ["time_features"], "sasrec": []}
+    found = {name: left_open(model) for name, model in models.items()}
+    assert found == {"din": ["time_features", "history_labels"], "sasrec": []}
 
 
 def test_a_comparison_takes_what_the_run_has_settled_and_leaves_its_own_open():
@@ -64,4 +79,4 @@ def test_no_recipe_of_the_package_changes_with_the_defaults(name):
     if config.data.requests.task == "next_item":
         assert config.model["set_attention"] is False
     else:
-        assert suited("set_attention", task="impressions", has_time=True)[0] is True
+        assert suited("set_attention", task="impressions", has_time=True, has_labels=True)[0] is True

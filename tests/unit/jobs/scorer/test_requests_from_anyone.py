@@ -25,6 +25,7 @@ GOOD: dict[str, Any] = {
     "history": [100, 101, 102],
     "history_time": [NOW, NOW + 1, NOW + 2],
     "history_action": ["click", None, "view"],
+    "history_label": [1, None, 0],
     "candidates": [103, 104, 9999],
     "time": NOW + 3,
     "gender": "f",
@@ -79,7 +80,7 @@ def mutated(rng, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [dict(row) for row in rows]
     for _ in range(rng.integers(1, 4)):
         row = rows[rng.integers(len(rows))]
-        name = str(rng.choice([*GOOD, "state", "latest", "latest_time", "latest_action"]))
+        name = str(rng.choice([*GOOD, "state", "latest", "latest_time", "latest_action", "latest_label"]))
         odd, kind = ODD[rng.integers(len(ODD))], rng.integers(4)
         if kind == 0:
             row.pop(name, None)
@@ -254,6 +255,7 @@ def stateful(data, export, monkeypatch):
         {
             "history": [list(range(100, 105)), [100 + k % 25 for k in range(40)]],
             "history_time": [[NOW + k for k in range(5)], [NOW + k for k in range(40)]],
+            "history_label": [[0, 1, None, 1, 0], [[0, 1, None][k % 3] for k in range(40)]],
             "gender": ["f", "m"],
             "hobbies": [["h1"], []],
         }
@@ -288,7 +290,9 @@ OTHER_FACTS: list[tuple[Any, str]] = [
     (3, "is not a complete state"),
     ({"digest": "x"}, "is a state of another model"),
     ({"digest": None}, "is a state of another model"),
-    ({"format": "2"}, "has another format"),
+    ({"format": "1"}, "is of format 1, this model reads 2: build it with `solar score --build-states`"),
+    ({"format": "3"}, "is of another format, this model reads 2: build it with `solar score --build-states`"),
+    ({"format": ["1"]}, "is of another format"),
     ({"length": None}, "claims a history of other than 0 to 2000 events"),
     ({"length": "5"}, "claims a history of other than 0 to 2000 events"),
     ({"length": -5}, "claims a history of other than 0 to 2000 events"),
@@ -327,6 +331,12 @@ def test_a_state_with_other_arrays_is_refused(stateful):
                 changes += [(state, {name: np.full_like(array, value)}) for value in (-1, least, most)]
     changes += [(short, {"interest": summed["interest"]}), (short, {"extra": whole["item"]})]
     changes += [(short, {"time": whole["time"][::-1].copy()}), (long, {"older_row": summed["older_row"][::-1].copy()})]
+    # More labels than events, or more events than the history has.
+    count, decayed, known = summed["older_count"], summed["older_decayed"], int(summed["older_labels"][0])
+    changes += [(long, {"older_label": count + 1}), (long, {"older_label": count}), (long, {"older_label": -count})]
+    changes += [(long, {"older_decayed": decayed + count}), (long, {"older_decayed": -decayed})]
+    wrong_totals = ([known, 0], [known, known + 1], [34, 1], [-1, -1])
+    changes += [(long, {"older_labels": np.array(totals)}) for totals in wrong_totals]
     same = {"user_lengths", "user_row"}
     for state, change in changes:
         (name,), (value,) = change.keys(), change.values()

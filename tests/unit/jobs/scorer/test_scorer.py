@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from mlflow.models.utils import _enforce_schema
 from jobs.runs.export import scorer_source, signature
 from jobs.scorer import scorer as scorer_module
 from jobs.scorer.histories import NO_TIME, RequestError
+from jobs.scorer.request_frame import Limits, request_batch
 from jobs.scorer.scorer import UNKNOWN_SCORE
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
@@ -120,6 +122,56 @@ def test_history_is_what_is_strictly_before_the_request_and_of_that_the_latest(s
     assert asked.tolist() == [4000, 5000, 0]
 
 
+LABELS: dict[str, Any] = {
+    "integers": [[0, 1, None], None],
+    "truth values": [[False, True, None], None],
+    "both": [[0, True, None], [None]],
+    "floats beside nulls": [np.array([0.0, 1.0, np.nan]), np.array([np.nan])],
+    "objects": [np.array([False, 1, None], object), None],
+}
+
+
+@pytest.mark.parametrize("given", LABELS)
+def test_labels_are_sorted_with_their_events_and_may_be_unknown(data, export, given):
+    scorer = export(data, history_labels=True).scorer()
+    frame = pd.DataFrame({"history": [[101, 102, 103], [104]], "history_time": [[3000, 1000, 2000], [1000]],
+                          "history_label": LABELS[given]})  # fmt: skip
+    batch = request_batch(frame, item_type="int64", user_features=[], limits=Limits())
+    found = scorer.histories(batch)
+    assert found.label.tolist() == [2, 0, 1, 0]
+    assert found.row.tolist() == scorer.rows(pa.array([102, 103, 101, 104])).tolist()
+    later = pd.DataFrame({"history": [[101]], "history_time": [[1000]], "latest": [[102, 103]],
+                          "latest_time": [[3000, 2000]], "latest_label": [np.array([True, False])]})  # fmt: skip
+    batch = request_batch(later, item_type="int64", user_features=[], limits=Limits())
+    assert scorer.histories(batch).label.tolist() == [0, 1, 2]
+
+
+def test_labels_change_scores_only_where_the_model_reads_them(data, export):
+    request = {"history": [[100, 101]], "history_time": [[600_000, 1_200_000]], "candidates": [[102, 103]]}
+
+    def scores(scorer, **labels):
+        return scorer.predict(None, pd.DataFrame(request | labels))["scores"][0]
+
+    reads, plain = export(data, history_labels=True, name="reads").scorer(), export(data).scorer()
+    liked, skipped, unknown = {"history_label": [[1, 1]]}, {"history_label": [[0, 0]]}, {"history_label": [[None] * 2]}
+    assert scores(plain, **liked) == scores(plain, **skipped) == scores(plain)
+    assert scores(reads, **unknown) == scores(reads)
+    different = np.array([scores(reads, **liked), scores(reads, **skipped), scores(reads)])
+    assert np.abs(np.diff(different, axis=0)).max(1).min() > 1e-2
+
+
+def test_wrong_labels_of_a_file_are_refused_by_row(scorer):
+    def labels(values):
+        columns = {"history": [[100], [101, 102]], "history_time": [[1], [1, 2]], "history_label": values}
+        return scorer.histories(pa.RecordBatch.from_pydict(columns), first_row=10).label.tolist()
+
+    assert labels(pa.array([[True], [None, False]])) == labels([[1], [None, 0]]) == [2, 0, 1]
+    with pytest.raises(RequestError, match=r"row 11: column 'history_label' has 3: give 0 or 1 \(false or true\)"):
+        labels([[1], [0, 3]])
+    with pytest.raises(RequestError, match=r"column 'history_label' holds double: it must hold labels: give 0 or 1"):
+        labels([[0.5], [1.0, 0.0]])
+
+
 def test_unknown_items_have_row_1_and_unknown_actions_are_none(scorer):
     assert scorer.rows(pa.array([100, 99999, None, 100])).tolist() == [2, 1, 1, 2]
     assert scorer.codes(pa.array(["view", "other", None, ""])).tolist() == [2, 0, 0, 0]
@@ -190,6 +242,12 @@ def test_a_users_category_may_be_a_value_a_list_or_a_number_beside_none(scorer):
         ({"history_time": [[1, 2], [3, 4]]}, "row 1: history_time and history differ in length (2 and 1)"),
         ({"history_time": [[1.5, 2.0], [3.0]]}, "column 'history_time' holds double"),
         ({"history_action": [["view"], ["view"]]}, "row 0: history_action and history differ in length (1 and 2)"),
+        ({"history_label": [[0, 1], [2]]}, "row 1: column 'history_label' has 2: give 0 or 1 (false or true), or null"),
+        ({"history_label": [[0, 1], ["yes"]]}, "row 1: column 'history_label' has 'yes': give 0 or 1 (false or true)"),
+        ({"history_label": [[0.5, None], [1]]}, "row 0: column 'history_label' has 0.5: give 0 or 1 (false or true)"),
+        ({"history_label": [[0, 1], [[1]]]}, "row 1: column 'history_label' holds list in its list"),
+        ({"history_label": [[0], [1]]}, "row 0: history_label and history differ in length (1 and 2): give one entry"),
+        ({"latest": [[], [1]], "latest_time": [[], [9]], "latest_label": [None, [-1]]}, "column 'latest_label' has -1"),
         ({"candidates": [[1], None]}, "row 1: column 'candidates' is null"),
         ({"time": ["today", "now"]}, "column 'time' holds"),
         ({"history": [["a", 1], [2]]}, "column 'history' mixes types"),

@@ -233,17 +233,35 @@ def test_a_commit_that_names_files_elsewhere_is_refused(long_log, export, tmp_pa
     place = tmp_path / "states" / "00000001"
     place.mkdir(parents=True)
     commit = {
-        **{"format": 1, "digest": model.digest, "manifest": 1, "manifest_fingerprint": "", "buckets": 2},
+        **{"format": 2, "digest": model.digest, "manifest": 1, "manifest_fingerprint": "", "buckets": 2},
         **{"user_id": "int64", "users": 1, "model": "tiny", "version": "1"},
     }
     for name in ("../bucket-00000.parquet", "/etc/passwd", "bucket-00000.parquet/x", None):
         (place / "COMMIT").write_text(json.dumps(commit | {"files": [{"name": name, "bucket": 0}]}))
         with pytest.raises(UserError, match="which is not a file of states"):
             find_states(model, tmp_path / "states")
-    for content in ("{", "[]", json.dumps({"format": 2})):
+    for content in ("{", "[]", json.dumps({"format": 2}), json.dumps(commit | {"format": 3})):
         (place / "COMMIT").write_text(content)
         with pytest.raises(UserError, match="remove it and build the states again"):
             find_states(model, tmp_path / "states")
     (place / "COMMIT").unlink()
     assert find_states(model, tmp_path / "states") is None
     assert find_states(model, tmp_path / "nowhere") is None
+
+
+@pytest.mark.usefixtures("serial")
+def test_states_of_an_earlier_format_are_refused_by_name_and_built_again(long_log, export, tmp_path):
+    model, out = export(long_log), tmp_path / "states"
+    built(model, long_log, out)
+    commit = out / "00000001" / "COMMIT"
+    commit.write_text(json.dumps(json.loads(commit.read_text()) | {"format": 1}))
+    refusal = r"states/00000001: holds states of format 1, this version reads 2: remove the directory and build"
+    with pytest.raises(UserError, match=refusal):
+        ask(model, tmp_path, {"user_id": [1], "candidates": [[100]]}, states=str(out))
+    with pytest.raises(UserError, match=refusal):
+        built(model, long_log, out)
+    # Beside those of a later manifest they harm nothing.
+    (out / "00000001").rename(out / "00000000")
+    assert not built(model, long_log, out).reused
+    _, counts = ask(model, tmp_path, {"user_id": [1], "candidates": [[100]]}, states=str(out))
+    assert counts.from_states == 1

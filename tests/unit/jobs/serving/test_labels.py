@@ -10,6 +10,7 @@ import pytest
 
 from jobs.cluster.session import ClusterConfig
 from jobs.host.console import Console
+from jobs.scorer import packed_states
 from jobs.scorer.checksums import write_checksums
 from jobs.serving.build_states import build_states
 from jobs.serving.user_histories import UserHistories
@@ -25,9 +26,9 @@ LONGER = 200
 
 @pytest.fixture
 def open_log(prepare, write_log, tmp_path):
-    def make(log, name):
+    def make(log, name, **others):
         write_log(log, f"{name}/events.parquet")
-        columns = EventColumns(timestamp_unit="ms", label="label")
+        columns = EventColumns(timestamp_unit="ms", label="label", **others)
         prepare(tmp_path / name, tmp_path / f"{name}-shards", columns=columns, buckets=2, row_group_events=80)
         return Shards.open(str(tmp_path / f"{name}-shards"))
 
@@ -87,6 +88,47 @@ def test_scores_from_states_equal_those_of_evaluation(data, open_log, export, tm
     assert (counts.from_states, counts.cold) == (1, 1)
     raw, _ = run(model, tmp_path, silent.to_arrow(), shards=before.path)
     assert rows[0]["scores"] == pytest.approx(raw[0]["scores"], abs=1e-3)
+
+
+def test_a_history_with_labels_has_one_score_in_every_form(open_log, export, tmp_path, monkeypatch):
+    """In evaluation, from shards, in the request, as a state, and as an earlier state with the latest events."""
+    command_without_ray(monkeypatch.setattr)
+    monkeypatch.setattr(packed_states, "WHOLE_EVENTS", 10)
+    data = open_log(shown_log(), "labelled", request_id="request_id")
+    model = export(data, max_history=LONGER, history_labels=True, repeats=False)
+    requests = RequestConfig(task="impressions", min_history=0, max_history=LONGER)
+    expected = evaluated(model, data, requests, catalogue=True)
+    asked = asked_of(expected)
+    log = shown_log().join(asked.select("user_id", "time"), on="user_id")
+    log = log.filter(pl.col("timestamp") < pl.col("time"))
+
+    def columns(events, name):
+        lists = {name: "item_id", f"{name}_time": "timestamp", f"{name}_label": "label"}
+        found = events.sample(fraction=1, shuffle=True, seed=1).group_by("user_id").agg(**lists)
+        return asked.join(found, on="user_id", how="left", maintain_order="left")
+
+    rows, _ = run(model, tmp_path, asked.to_arrow(), shards=data.path)
+    assert np.quantile(differences(rows, expected), 0.99) <= 1e-4
+    given = columns(log, "history")
+    rows, _ = run(model, tmp_path, given.to_arrow())
+    assert np.quantile(differences(rows, expected), 0.99) <= 1e-4
+    rows, _ = run(model, tmp_path, given.drop("history_label").to_arrow())
+    assert differences(rows, expected).max() > 1e-2
+    place, size = pl.int_range(pl.len()).over("user_id"), pl.len().over("user_id")
+    for since in (0, 3):
+        known = log.filter(place < size - since)
+        before = open_log(known.drop("time"), f"before-{since}", request_id="request_id")
+        assert before.manifest.users == len(expected)
+        out = tmp_path / f"states-{since}"
+        build_states(
+            model, shards=before.path, manifest=None, out=out, console=Console(), cluster=ClusterConfig(), parallel=1
+        )
+        latest = columns(log.filter(place >= size - since), "latest") if since else asked
+        rows, counts = run(model, tmp_path, latest.to_arrow(), states=str(out))
+        assert counts.from_states == len(expected)
+        assert np.quantile(differences(rows, expected), 0.99) <= 1e-3
+    rows, _ = run(model, tmp_path, latest.drop("latest_label").to_arrow(), states=str(out))
+    assert differences(rows, expected).max() > 1e-2
 
 
 def test_a_model_exported_before_labels_mattered_reads_every_event(data, export):

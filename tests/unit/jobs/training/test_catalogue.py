@@ -33,8 +33,8 @@ def values_of(batch, vocabulary):
     return found
 
 
-def only_batch(data):
-    (batch,) = EvaluationLoader(data, requests=RequestConfig(), part="test", batch_events=10**6)
+def only_batch(data, **requests):
+    (batch,) = EvaluationLoader(data, requests=RequestConfig(**requests), part="test", batch_events=10**6)
     return batch
 
 
@@ -69,6 +69,16 @@ def test_selected_requests_bring_the_values_of_their_users(data):
         batch, user_feature_lengths=batch.user_feature_lengths[:, :0], user_feature_values=batch.user_feature_values[:0]
     )
     assert select_requests(without, 1, 3).user_feature_lengths.shape == (2, 0)
+
+
+def test_selected_requests_bring_the_labels_of_their_events(data):
+    batch = only_batch(data, min_label=0)
+    assert set(batch.event_label.tolist()) == {1, 2}
+    part = select_requests(batch, 2, 5)
+    for place, user in enumerate(part.user.tolist()):
+        start, end = part.event_offsets[place : place + 2].tolist()
+        first = int(batch.event_offsets[batch.user.tolist().index(user)])
+        assert part.event_label[start:end].tolist() == batch.event_label[first : first + end - start].tolist()
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def batch_of(users: list[int]) -> Batch:
         event_item=empty,
         event_time=empty,
         event_action=empty,
+        event_label=empty,
         request_user=torch.tensor([place for place, items in enumerate(positives) for _ in items], dtype=torch.int64),
         request_position=torch.zeros(number, dtype=torch.int64),
         request_time=torch.zeros(number, dtype=torch.int64),

@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.batches.loader import EvaluationLoader, TrainLoader, training_item_counts
 from pipeline.batches.loader_config import LoaderConfig
@@ -155,6 +156,31 @@ def test_impressions_have_what_was_shown_as_candidates_and_in_histories(open_log
         before = events[events.timestamp < last.timestamp.iloc[0]].item_id.tolist()
         expected.append((user, before, labels, int(last.timestamp.iloc[0])))
     assert found == sorted(expected, key=lambda request: (request[0], request[3]))
+
+
+@pytest.mark.parametrize("task", ["next_item", "impressions"])
+def test_events_say_what_their_labels_were(open_log, task):
+    log = shown_log()
+    data, config = open_log(log), dataclasses.replace(LAST, task=task, min_label=0)
+    known = {(user, time): label for user, time, label in log.select("user_id", "timestamp", "label").iter_rows()}
+    loader = TrainLoader(data, requests=config, loader=LOADER, seed=1)
+    batches = [*loader.epoch(0), *EvaluationLoader(data, requests=config, part="test", batch_events=200)]
+    found: set[int] = set()
+    for batch in batches:
+        user = torch.repeat_interleave(batch.user, batch.event_offsets.diff()).tolist()
+        events = zip(data.user_ids.take(user).to_pylist(), batch.event_time.tolist(), strict=True)
+        expected = [1 + known[event] for event in events]
+        assert batch.event_label.tolist() == expected
+        assert batch.event_label.dtype == torch.int64
+        found |= {*expected}
+    assert found == {1, 2}
+
+
+def test_events_of_a_log_without_labels_have_none(open_log):
+    data = open_log(shown_log().drop("label"))
+    (batch,) = EvaluationLoader(data, requests=LAST, part="test", batch_events=10**6)
+    assert batch.event_label.shape == batch.event_item.shape
+    assert batch.event_label.eq(0).all()
 
 
 def test_counts_of_an_earlier_version_are_used_only_where_they_mean_the_same(open_log):
