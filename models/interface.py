@@ -19,11 +19,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-=======
 NUM_LABEL_CODES = 3
 """Codes of an event's label: 0 = none known, 1 = label 0, 2 = label above 0."""
->>>>>>> 6f7afad9103590ba5e5ccb915bd10907de258029
 DECAY_EVENTS = 100.0
 """Half-life of the counts of a user's own items, in events."""
 
