@@ -75,9 +75,10 @@ class ItemCounters(nn.Module):
         return (float(self.positives_K1[-1]) + 1) / (float(self.events_K1[-1]) + 2)
 
     def days(self, time_X: Tensor) -> Tensor:
-        """day_X: the day of a request's time, from the first day of the counters on; at most the day after the last."""
+        """day_X: the day of a request's time, from the first day of the counters on; the day after the last one for a
+        later time, and for 0, which is no time."""
         day_X = torch.div(time_X, self.day_ms, rounding_mode="floor") - self.first_day
-        return day_X.clamp(0, self.num_days - 1)
+        return torch.where(time_X == 0, self.num_days - 1, day_X.clamp(0, self.num_days - 1))
 
     def place(self, row_X: Tensor, day_X: Tensor) -> Tensor:
         """place_X in K of the row's first pair on this day or later; rows beyond R have no pairs."""

@@ -23,7 +23,9 @@ def own_counts(inputs: ModelInput, *, request_M: Tensor) -> tuple[Tensor, Tensor
     num_entries = seen.item_N.numel()
     if not num_entries:
         return torch.zeros(item_M.shape, device=device), torch.zeros(item_M.shape, dtype=torch.bool, device=device)
-    start_B, end_B, length_B = (value.to(device, non_blocking=True) for value in (seen.start_B, seen.end_B, seen.length_B))
+    start_B, end_B, length_B = (
+        value.to(device, non_blocking=True) for value in (seen.start_B, seen.end_B, seen.length_B)
+    )
     # Sort the entries by item and place: an item's entries of one user are then one run.
     stride = num_entries + 1
     key_N, order_N = torch.sort(seen.item_N * stride + torch.arange(num_entries, device=device))

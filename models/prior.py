@@ -24,6 +24,8 @@ from models.interface import HistorySums, ModelInput, Recommender
 from models.item_counters import ItemCounters
 from models.own_counts import label_counts, own_counts
 
+PRIOR_PREFIX = "prior."
+"""Of the names of the prior's parameters beside those of the tower."""
 WINDOW_DAYS = (7, 30, 180, 730, None)
 """Windows in which an item's events are counted; None = all days."""
 ITEM_EVENTS, USER_EVENTS = 8.0, 5.0
@@ -37,10 +39,13 @@ EVIDENCE_EVENTS = 5.0
 """A row with n training positives is scaled by n / (n + this): a row that training never moved says nothing."""
 
 
-class Prior(nn.Module):
-    """The logit of the prior. `task`: next_item or impressions."""
+Task = Literal["next_item", "impressions"]
 
-    def __init__(self, task: Literal["next_item", "impressions"]) -> None:
+
+class Prior(nn.Module):
+    """The logit of the prior."""
+
+    def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
         self.bias_1 = nn.Parameter(torch.zeros(1))
@@ -127,6 +132,20 @@ class PriorModel(Recommender):
 
     def history_sums(self, inputs: ModelInput) -> HistorySums:
         return bare_tower(self).history_sums(self.weighed(inputs))
+
+
+class PriorAlone(Recommender):
+    """The prior of a model without what the model learned, as a baseline."""
+
+    def __init__(self, model: PriorModel) -> None:
+        super().__init__()
+        self.prior, self.counters = model.prior, model.counters
+
+    def forward(self, inputs: ModelInput) -> Tensor:
+        """logits_M."""
+        device = inputs.candidate_item_M.device
+        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(device, non_blocking=True)
+        return self.prior(inputs, self.counters, request_M=request_M)
 
 
 def bare_tower(model: nn.Module) -> Recommender:

@@ -20,8 +20,13 @@ OPEN_SETTINGS: Mapping[str, str] = {
     "better, and 30 % slower).",
     "history_labels": "Events include the label that they had: whether what was shown was clicked, liked or skipped. "
     "Unset = on for task impressions, off for next_item and where the log has no labels.",
+    "prior": "The score starts at what counting says of a candidate (models/prior.py), and what the model learns is "
+    "added to it. Unset = on for split temporal, off for leave_one_out, where nothing says what was known when.",
 }
 """{setting: what `--help` says of it}. The models have no open settings: in their configs these are plain switches."""
+
+LATER = ("history_labels", "prior")
+"""Those that runs of an earlier version lack: in such a run they are off."""
 
 
 def open_settings_of(model: str) -> list[str]:
@@ -57,11 +62,13 @@ def refuse_other_null(model: Any) -> None:
             raise UserError(f"model.{name}=null: must be true or false")
 
 
-def suited(name: str, *, task: str, has_time: bool, has_labels: bool) -> tuple[bool, str]:
-    """(the value of an open setting, the reason), for a task and a data set that has times or is only an order, and has
-    labels or not."""
+def suited(name: str, *, task: str, split: str, has_time: bool, has_labels: bool) -> tuple[bool, str]:
+    """(the value of an open setting, the reason), for a task and a split of a data set that has times or is only an
+    order, and has labels or not."""
     if name == "time_features":
         return has_time, "events have times" if has_time else "the log has an order only, no times"
+    if name == "prior":
+        return split == "temporal", f"the split is {split}"
     shown = task == "impressions"
     if name == "history_labels":
         on = shown and has_labels

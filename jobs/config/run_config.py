@@ -17,7 +17,7 @@ from typing import Any
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import ClusterConfig
 from jobs.config.nightly_config import NightlyConfig
-from jobs.config.open_settings import open_settings_of
+from jobs.config.open_settings import LATER, open_settings_of
 from jobs.host.notify import NotifyConfig
 from jobs.host.places import NAME, Place
 from jobs.host.secrets import redacted
@@ -197,9 +197,9 @@ def counted_training(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def counted_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The section as it counts in an identity. `history_labels` counts only if it is not off: a run that was stored
-    before it existed is found again."""
-    return {key: value for key, value in model.items() if key != "history_labels" or value is not False}
+    """The section as it counts in an identity. Settings of LATER count only if they are not off: a run that was stored
+    before they existed is found again."""
+    return {key: value for key, value in model.items() if key not in LATER or value is not False}
 
 
 def stored_requests(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,10 @@ def _why_cold(night: NightContext, before: ChampionBefore, warm: RunConfig) -> s
         return f"version {before.version} has no tag that names its checkpoint"
     try:
         model = settled(warm).model
-        begin_from(before.checkpoint, model=model, sparse=warm.optimizer.sparse, shards=open_shards(night.config))
+        begin_from(
+            before.checkpoint, model=model, task=warm.data.requests.task, sparse=warm.optimizer.sparse,
+            shards=open_shards(night.config),
+        )  # fmt: skip
     except CheckpointError as error:
         return str(error)
     return None

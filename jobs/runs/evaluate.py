@@ -270,7 +270,8 @@ def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tup
             data, requests=arguments["requests"], training_count=catalogue.training_count,
             row_of_item=catalogue.row_of_item,
         )  # fmt: skip
-        tower = PriorModel(bare_tower(tower), prior, counters).to(rows.device)
+        device = next(bare_tower(tower).parameters()).device
+        tower = PriorModel(bare_tower(tower), prior, counters).to(device)
     return tower, rows, catalogue
 
 

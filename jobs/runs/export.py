@@ -19,10 +19,11 @@ from torch import Tensor
 
 from jobs.config.run_config import RunConfig
 from jobs.runs.record import record_of
-from jobs.scorer.checksums import CHECKSUMS, write_checksums
+from jobs.scorer.checksums import CHECKSUMS, COUNTERS, write_checksums
 from jobs.scorer.request_frame import REQUEST_COLUMNS
 from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import table_files
+from jobs.training.item_counters import count_items
 from jobs.training.model import model_settings, user_features
 from models.embeddings import ITEM_TABLE, USER_TABLE
 from models.zoo import MODELS, tower_class
@@ -86,8 +87,11 @@ def write_export(
         values = [(name, value) for name in known for value in vocabulary.user_features[name]]
         listed = {"feature": [name for name, _ in values], "value": [value for _, value in values]}
         pq.write_table(pa.table(listed), directory / "user-values.parquet")
-    counts = torch.from_numpy(training_item_counts(shards, requests=requests)[: vocabulary.size])
-    save_file({"training_events": counts.contiguous()}, directory / "item-counts.safetensors")
+    counts = training_item_counts(shards, requests=requests)[: vocabulary.size]
+    save_file({"training_events": torch.from_numpy(counts).contiguous()}, directory / "item-counts.safetensors")
+    if model.get("prior"):
+        counters = count_items(shards, requests=requests, training_count=counts)
+        save_file(counters.tensors(), directory / COUNTERS)
     # Settings, and the checksums of all files. An export that has checksums is complete.
     settings = {
         "model": model_settings(model, vocabulary),
@@ -97,6 +101,7 @@ def write_export(
         "first_item_row": NUM_RESERVED,
         "max_history": requests.max_history,
         "min_label": requests.least_label,
+        "task": requests.task,
         "unknown_last": True,
         "log_columns": shards.manifest.schema["columns"],
         "time_range": shards.manifest.time_range,
@@ -129,7 +134,8 @@ def log_export(directory: Path, *, model: dict[str, Any], vocabulary: Vocabulary
 def scorer_source(model: str) -> str:
     """The source of scorer.py: the files of jobs/scorer and every file of models/ that the tower needs, in one file."""
     config_class, tower = MODELS[model][0], tower_class(model)
-    parts = [_module_body(path) for path in _imported_files(REPOSITORY / f"{tower.__module__.replace('.', '/')}.py")]
+    needed = (REPOSITORY / f"{tower.__module__.replace('.', '/')}.py", REPOSITORY / "models" / "prior.py")
+    parts = [_module_body(path) for path in _imported_files(*needed)]
     *others, scorer = [_module_body(REPOSITORY / "jobs" / "scorer" / name) for name in SCORER_FILES]
     lines = scorer.splitlines()
     start = next(index for index, line in enumerate(lines) if "# scorer: replaced at export" in line)
@@ -141,8 +147,8 @@ def scorer_source(model: str) -> str:
     return f"{body}\n\nimport mlflow  # noqa: E402\n\nmlflow.models.set_model(Scorer())\n"
 
 
-def _imported_files(path: Path) -> list[Path]:
-    """Every file of models/ that `path` imports, directly or indirectly, then `path`; each after its own imports."""
+def _imported_files(*paths: Path) -> list[Path]:
+    """Every file of models/ that `paths` import, directly or indirectly, and they; each after its own imports."""
     ordered: list[Path] = []
 
     def visit(file: Path) -> None:
@@ -152,7 +158,8 @@ def _imported_files(path: Path) -> list[Path]:
         if file not in ordered:
             ordered.append(file)
 
-    visit(path)
+    for path in paths:
+        visit(path)
     return ordered
 
 

@@ -56,7 +56,8 @@ def grow(text: str, console: Console, *, shards_dir: str, out: str) -> Path:
     document = read_state(checkpoint, checksums=True)
     config = stored_config("grow", document["config"], str(checkpoint), [])
     shards = Shards.open(absolute(shards_dir))
-    if problem := misfit(checkpoint, document, model=config.model, sparse=config.optimizer.sparse, shards=shards):
+    task, sparse = config.data.requests.task, config.optimizer.sparse
+    if problem := misfit(checkpoint, document, model=config.model, task=task, sparse=sparse, shards=shards):
         raise UserError(f"{checkpoint}: {problem}")
 
     # Keep all files but state.json, add the new rows, and write state.json anew.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.config.open_settings import LATER
 from jobs.config.run_config import RunConfig, counted_training, stored_requests
 from jobs.host.code_version import git_commit
 from jobs.host.documents import as_json, from_json, stored_with
@@ -195,7 +196,11 @@ def _first_difference(there: Mapping[str, Any], here: dict[str, Any], identity: 
         return None
 
     there, here = (
-        {**side, "training": counted_training(side["training"]), "model": {"history_labels": False, **side["model"]}}
+        {
+            **side,
+            "training": counted_training(side["training"]),
+            "model": {**dict.fromkeys(LATER, False), **side["model"]},
+        }
         for side in (there, here)
     )
     keys = {key: value for key, value in identity.items() if key != "precision"}

@@ -53,12 +53,14 @@ def settled(config: RunConfig, *, tell: Callable[[str], None] = lambda line: Non
     model = dict(config.model)
     if not (names := left_open(model)):
         return config
-    known, manifest, task = _settled_before(config), run_shards(config).manifest, config.data.requests.task
+    known, manifest, requests = _settled_before(config), run_shards(config).manifest, config.data.requests
     for name in names:
         if known:
             model[name] = known.get(name, False)
             continue
-        model[name], reason = suited(name, task=task, has_time=manifest.has_time, has_labels=manifest.has_labels)
+        model[name], reason = suited(
+            name, task=requests.task, split=requests.split, has_time=manifest.has_time, has_labels=manifest.has_labels
+        )
         if not model[name]:
             tell(f"{'train':<12} model.{name}=false: {reason}")
     return dataclasses.replace(config, model=model)

@@ -104,8 +104,9 @@ def _begin(config: RunConfig, shards: Shards, console: Console) -> Begun | None:
         return None
     try:
         begun = begin_from(
-            config.training.warm_start, model=config.model, sparse=config.optimizer.sparse, shards=shards
-        )
+            config.training.warm_start, model=config.model, task=config.data.requests.task,
+            sparse=config.optimizer.sparse, shards=shards,
+        )  # fmt: skip
     except CheckpointError as error:
         raise UserError(f"training.warm_start={config.training.warm_start}: {error}") from error
     console.line(f"{'train':<12} begins from {begun.path} ({begun.key})")
@@ -224,6 +225,8 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
             f"model.history_labels=true: {config.shards_dir} has no labels: map a label column, or set "
             "--model.history_labels false"
         )
+    if config.model.get("prior"):
+        _check_prior(config)
     if config.optimizer.sparse == "adam" and config.parallel.table_memory == "cached":
         raise UserError(
             "optimizer.sparse=adam with parallel.table_memory=cached: adam's updates bypass the GPU's cache: set "
@@ -237,6 +240,19 @@ def _check_model(config: RunConfig, shards: Shards) -> None:
         raise UserError(
             f"model.feature_width: {config.shards_dir} has no feature {unknown[0]!r}: it has "
             f"{', '.join(features) or 'none'}; remove {unknown[0]!r}"
+        )
+
+
+def _check_prior(config: RunConfig) -> None:
+    if config.data.requests.split != "temporal":
+        raise UserError(
+            f"model.prior=true: data.requests.split is {config.data.requests.split}, under which nothing says what was "
+            "known when: set --data.requests.split temporal, or --model.prior false"
+        )
+    if config.training.loss == "catalogue":
+        raise UserError(
+            "model.prior=true: training.loss=catalogue compares vectors alone: set --training.loss candidates, or "
+            "--model.prior false"
         )
 
 

@@ -32,12 +32,14 @@ from mlflow.pyfunc.model import PythonModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.scorer.checksums import checked_digest
+from jobs.scorer.checksums import COUNTERS, checked_digest
 from jobs.scorer.histories import NO_TIME, Histories, RequestError, UserFeature, flat_offsets, flat_ranges
 from jobs.scorer.request_columns import UNKNOWN_ROW, RequestReader
 from jobs.scorer.request_frame import Limits, request_batch
 from jobs.scorer.user_states import pack_states, stored_too_late
 from models.interface import HistorySums, ModelInput, Recommender, known_candidates
+from models.item_counters import ItemCounters
+from models.prior import PRIOR_PREFIX, Prior, PriorModel
 
 FORWARD_ENTRIES = 1 << 16
 """Events plus candidates of one forward (about 1 KB each at width 64). A request with more has a forward of its own, or
@@ -143,9 +145,16 @@ class Scorer(RequestReader, PythonModel):
             name: {value: row for row, value in enumerate(values, start=first)}
             for name, values in self.user_values.items()
         }
-        # The tower.
+        # The tower, and the prior of a model that has one.
+        weights = load_file(directory / "model.safetensors")
+        of_prior = {name: weights.pop(name) for name in list(weights) if name.startswith(PRIOR_PREFIX)}
         self.tower: Recommender = build_scorer_tower(self.settings["model"], num_features=len(features))
-        self.tower.load_state_dict(load_file(directory / "model.safetensors"))
+        self.tower.load_state_dict(weights)
+        if of_prior:
+            prior = Prior(self.settings["task"])
+            prior.load_state_dict({name.removeprefix(PRIOR_PREFIX): value for name, value in of_prior.items()})
+            counters = ItemCounters.from_tensors(load_file(directory / COUNTERS))
+            self.tower = PriorModel(self.tower, prior, counters)
         self.tower.eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:

@@ -19,10 +19,8 @@ from jobs.training.dense_engine import dense_engine
 from jobs.training.dense_state import MOMENTS, DenseFragment, local_dense_state, restore_dense_state
 from jobs.training.optimizers import OptimizerConfig
 from models.interface import Recommender
-from models.prior import Prior, PriorModel
+from models.prior import PRIOR_PREFIX, Prior, PriorModel
 
-PRIOR = "prior."
-"""Prefix of the prior's parameters in dense.safetensors."""
 PRIOR_LR = 0.001
 """Peak learning rate of the prior, which starts at its best fit: so small that it follows the model."""
 PRIOR_CLIP = 1.0
@@ -81,7 +79,7 @@ class DenseModel:
         for (name, parameter), moment in itertools.product(self._prior.named_parameters(), (None, *MOMENTS)):
             tensor = self._adamw.state[parameter][moment] if moment else parameter
             values = tensor.detach().to("cpu", torch.float32, copy=True) if dist.get_rank() == 0 else torch.zeros(0)
-            key = f"{PRIOR}{name}/{moment}" if moment else f"{PRIOR}{name}"
+            key = f"{PRIOR_PREFIX}{name}/{moment}" if moment else f"{PRIOR_PREFIX}{name}"
             found.append(DenseFragment(key, parameter.shape, 0, values))
         return found
 
@@ -91,7 +89,7 @@ class DenseModel:
         if self._prior is None or self._adamw is None:
             return
         for name, parameter in self._prior.named_parameters():
-            moments = {moment: state[f"{PRIOR}{name}/{moment}"].to(parameter.device) for moment in MOMENTS}
+            moments = {moment: state[f"{PRIOR_PREFIX}{name}/{moment}"].to(parameter.device) for moment in MOMENTS}
             self._adamw.state[parameter] = {"step": torch.tensor(float(num_steps)), **moments}
 
     def destroy(self) -> None:

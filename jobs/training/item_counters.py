@@ -29,16 +29,19 @@ def count_items(
     day_ms: int = MS_PER_DAY,
 ) -> ItemCounters:
     """The counters of all events that the task reads. `training_count`: [R] of the model's rows; `row_of_item`: the
-    data's rows -> the model's, None where both are the same. A collective: all ranks take part."""
+    data's rows -> the model's, None where both are the same. A collective: all ranks take part; without
+    a process group one process reads everything."""
     local = np.zeros((4, 0), np.int64)
-    for group in my_groups(shards):
+    for group in my_groups(shards) if dist.is_initialized() else range(shards.num_groups):
         events = shards.read(group, min_label=requests.least_label)
         row = np.asarray(events.item) if row_of_item is None else row_of_item.numpy()[events.item]
         label = np.zeros(len(row), np.int64) if events.label is None else (events.label > 0).astype(np.int64)
         counted = np.stack([row, np.asarray(events.time) // day_ms, np.ones_like(row), label])
         local = _summed(np.concatenate([local, counted], axis=1))
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, local)
+    gathered: list[Any] = [local]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, local)
     row, day, events, positives = (torch.from_numpy(each) for each in _summed(np.concatenate(gathered, axis=1)))
     return ItemCounters(
         row_K=row, day_K=day, events_K=events, positives_K=positives,

@@ -10,7 +10,6 @@ import functools
 import itertools
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from jobs.training.checkpoint import (
 )
 from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.clock import StepClock, cost_of_process
-from jobs.training.dense_model import PRIOR, DenseModel
+from jobs.training.dense_model import DenseModel
 from jobs.training.in_batch import InBatchNegatives
 from jobs.training.item_counters import count_items
 from jobs.training.job import TrainJob
@@ -38,7 +37,7 @@ from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
 from jobs.training.tables import ShardedTables
 from jobs.training.validation import Validation
 from models.interface import Recommender
-from models.prior import Prior, PriorModel
+from models.prior import PRIOR_PREFIX, Prior, PriorModel
 from models.zoo import build_tower
 from pipeline.batches.loader import TrainLoader
 from pipeline.shards.dataset import Shards
@@ -184,15 +183,15 @@ def build_model(
         dense = load_dense(checkpoint)
         tower.load_state_dict({name: dense[name] for name, _ in tower.named_parameters()})
         if prior is not None:
-            prior.load_state_dict({name: dense[f"{PRIOR}{name}"] for name, _ in prior.named_parameters()})
+            prior.load_state_dict({name: dense[f"{PRIOR_PREFIX}{name}"] for name, _ in prior.named_parameters()})
     return tables, tower, prior
 
 
 def _create_or_restore(
     job: TrainJob, shards: Shards, loader: TrainLoader, *, training_count: np.ndarray
 ) -> tuple[TrainState, ShardedTables, DenseModel]:
-    """(state, tables, dense half) from the run's own latest checkpoint, else from the warm start's, else from scratch; the
-    loader's cursor is restored, too. A collective: all ranks take part."""
+    """(state, tables, dense half) from the run's own latest checkpoint, else from the warm start's, else from scratch;
+    the loader's cursor is restored, too. A collective: all ranks take part."""
     own = latest_checkpoint(Path(job.run_dir))
     checkpoint = own or (Path(job.warm_start) if job.warm_start else None)
     tables, tower, prior = build_model(job, shards, checkpoint=checkpoint)
@@ -200,9 +199,7 @@ def _create_or_restore(
     if prior is not None:
         counters = count_items(shards, requests=job.requests, training_count=training_count)
         if checkpoint is None:
-            fit_prior(
-                prior, counters, loader, requests=job.requests, num_items=shards.vocabulary.size, seed=job.seed
-            )
+            fit_prior(prior, counters, loader, requests=job.requests, num_items=shards.vocabulary.size, seed=job.seed)
         model = PriorModel(tower, prior, counters)
     dense = DenseModel(model, optimizer=job.optimizer, parallel=job.parallel)
     # All ranks drew the same weights above; dropout must differ between ranks.

@@ -2,7 +2,7 @@
 
     impressions  logistic regression of the two rates on the candidates of the first batches (Newton's method)
     next_item    the best of a grid (how much an item of the history is worth, window of popularity) by NDCG@10 among a
-                 sample of the catalogue; then the scale at which its softmax fits best, which changes no ranking
+                 sample of the catalogue; then the scale and the bias that fit best, which change no ranking
 
 Everything follows from the data and the seed. All ranks take part in every call.
 """
@@ -108,6 +108,10 @@ def _fit_ranking(
     best = starts[int(_over_ranks(quality).argmax())]
     likelihood = [sum((_log_share(one, scale * _logit(one, *best)) for one in ranked), 0.0) for scale in SCALES]
     scale = SCALES[int(_over_ranks(likelihood).argmax())]
+    # The bias makes logits probabilities: it is the mean of what normalises a request's softmax.
+    shifts = [torch.logsumexp(scale * _logit(one, *best) + one.log_weight_C, 0).item() for one in ranked]
+    shift, count = _over_ranks([sum(shifts, 0.0), float(len(ranked))])
+    prior.bias_1.fill_(-float(shift / count.clamp_min(1)))
     own_logit, window, popularity = best
     prior.own_2.copy_(scale * torch.tensor([own_logit, float(own_logit > 0)]))
     prior.window_5.zero_()

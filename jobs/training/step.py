@@ -141,7 +141,13 @@ def _refuse_non_finite(run_dir: Path, batch: Batch, *, loss: float, step: int) -
 
 
 def _loss(
-    training: TrainingConfig, requests: RequestConfig, batch: Batch, inputs: ModelInput, model: nn.Module, *, num_items: int
+    training: TrainingConfig,
+    requests: RequestConfig,
+    batch: Batch,
+    inputs: ModelInput,
+    model: nn.Module,
+    *,
+    num_items: int,
 ) -> RequestLoss:
     """The sums of losses over this rank's requests; one forward."""
     if training.loss == "catalogue":

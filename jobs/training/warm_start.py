@@ -24,6 +24,7 @@ from jobs.training.checkpoint import (
 )
 from jobs.training.model import model_settings, model_tables
 from models.embeddings import ITEM_TABLE, TableSpec
+from models.prior import PRIOR_PREFIX, Prior, Task
 from models.zoo import build_tower
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
@@ -64,18 +65,18 @@ def best_of(run_dir: Path) -> Path:
     return best if best in committed else committed[-1]
 
 
-def begin_from(text: str, *, model: Mapping[str, Any], sparse: str, shards: Shards) -> Begun:
+def begin_from(text: str, *, model: Mapping[str, Any], task: Task, sparse: str, shards: Shards) -> Begun:
     """The checkpoint that a path names, after its checksums and its fit to the model and the data were verified.
     CheckpointError names in one line what does not fit."""
     path = find_checkpoint(text)
     document = read_state(path, checksums=True)
-    if problem := misfit(path, document, model=model, sparse=sparse, shards=shards):
+    if problem := misfit(path, document, model=model, task=task, sparse=sparse, shards=shards):
         raise CheckpointError(f"{path}: {problem}")
     return Begun(path=path, key=checkpoint_key(path))
 
 
 def misfit(
-    checkpoint: Path, document: Mapping[str, Any], *, model: Mapping[str, Any], sparse: str, shards: Shards
+    checkpoint: Path, document: Mapping[str, Any], *, model: Mapping[str, Any], task: Task, sparse: str, shards: Shards
 ) -> str | None:
     """Why a checkpoint (`document` is its state.json) cannot initialize this model on these shards; None = it can."""
     if (name := document["config"]["model"]["name"]) != model["name"]:
@@ -85,7 +86,7 @@ def misfit(
         _other_tables(document, specs)
         or _other_optimizer(checkpoint, specs, sparse=sparse)
         or _other_vocabulary(document, shards)
-        or _other_tower(checkpoint, model, shards)
+        or _other_tower(checkpoint, model, shards, task=task)
     )
 
 
@@ -147,10 +148,13 @@ def _other_vocabulary(document: Mapping[str, Any], shards: Shards) -> str | None
     return f"its vocabulary is not the beginning of that of {shards.path} ({difference}): {RECOVERY_HINT}"
 
 
-def _other_tower(checkpoint: Path, model: Mapping[str, Any], shards: Shards) -> str | None:
+def _other_tower(checkpoint: Path, model: Mapping[str, Any], shards: Shards, *, task: Task) -> str | None:
     vocabulary = shards.vocabulary
     tower = build_tower(model_settings(model, vocabulary), num_features=len(vocabulary.features))
-    here = {name: list(parameter.shape) for name, parameter in tower.named_parameters()}
+    parameters = [*tower.named_parameters()]
+    if model.get("prior"):
+        parameters += [(f"{PRIOR_PREFIX}{name}", each) for name, each in Prior(task).named_parameters()]
+    here = {name: list(parameter.shape) for name, parameter in parameters}
     # Names with a slash (NAME/exp_avg) are optimizer state.
     there = {name: shape for name, shape in stored_shapes(checkpoint / "dense.safetensors").items() if "/" not in name}
     for name in [*here, *there]:

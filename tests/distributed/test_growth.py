@@ -60,7 +60,13 @@ def job_of(config: RunConfig, shards: Shards, run_dir: Path, *, warm_start: Path
     """As the driver makes it, with what it checks."""
     begun = None
     if warm_start is not None:
-        begun = begin_from(str(warm_start), model=config.model, sparse=config.optimizer.sparse, shards=shards)
+        begun = begin_from(
+            str(warm_start),
+            model=config.model,
+            task=config.data.requests.task,
+            sparse=config.optimizer.sparse,
+            shards=shards,
+        )
     facts = facts_of(config, shards, warm_start=begun.key if begun else None)
     return dataclasses.replace(train_job(config, shards, facts=facts, begun=begun), run_dir=str(run_dir))
 

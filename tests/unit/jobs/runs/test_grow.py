@@ -101,7 +101,9 @@ def test_state_says_the_new_data_and_where_it_comes_from(days, checkpoint, tmp_p
     assert after["train_state"] == before["train_state"]
     # It is a beginning like any other, and grows no further on the same data.
     config = tiny_config(directory)
-    begin_from(str(out), model=config.model, sparse=config.optimizer.sparse, shards=second)
+    begin_from(
+        str(out), model=config.model, task=config.data.requests.task, sparse=config.optimizer.sparse, shards=second
+    )
     again = grow(str(out), Console(), shards_dir=second.path, out=str(tmp_path / "again"))
     assert {file.name for file in again.iterdir()} == {file.name for file in out.iterdir()}
 

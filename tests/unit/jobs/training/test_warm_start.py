@@ -41,7 +41,13 @@ def checkpoint(days, tmp_path) -> Path:
 def begin(checkpoint: Path, days, *arguments: str, shards: Shards | None = None):
     directory, _, second = days
     config = tiny_config(directory, *arguments)
-    return begin_from(str(checkpoint), model=config.model, sparse=config.optimizer.sparse, shards=shards or second)
+    return begin_from(
+        str(checkpoint),
+        model=config.model,
+        task=config.data.requests.task,
+        sparse=config.optimizer.sparse,
+        shards=shards or second,
+    )
 
 
 def test_every_table_of_the_second_day_is_larger(days):
