@@ -76,7 +76,9 @@ class HistoryTower(Recommender):
         )
         self.request = request_encoder(config)
         self.shift = RequestShift(config.width) if config.reads_request else None
-        self.repeats = RepeatScore(time_features=config.time_features, latest=config.latest) if config.repeats else None
+        self.repeats = None
+        if config.repeats:
+            self.repeats = RepeatScore(time_features=config.time_features, latest=config.latest, adds=config.prior)
 
     def queries(self, item_ID: Tensor) -> Tensor:
         """query_ID: every item's query to a history."""
@@ -122,6 +124,10 @@ class HistoryTower(Recommender):
         found_MD = self.found(
             items, history=history, query_shift_MD=query_shift_MD, inputs=inputs, candidates=candidates
         )
+        if self.head.adds:
+            # Without a history nothing was found: the prior stands, and what the request's features say.
+            empty_B = (inputs.request_position_B == 0).to(found_MD.device, non_blocking=True)
+            found_MD = found_MD.masked_fill(empty_B[candidates.request_M][:, None], 0.0)
         if state_shift_MD is not None:
             found_MD = found_MD + state_shift_MD
         logit_M = self.head(found_MD, head_IY=items.head_IY, item_M=inputs.candidate_item_M)

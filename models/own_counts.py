@@ -46,11 +46,13 @@ def _summed_runs(seen: Occurrences, order_N: Tensor) -> tuple[Tensor, Tensor]:
     The sum doubles its reach with each pass. Every factor is that of two places, so that nothing is lost to the age of
     a history, as in a difference of two cumulated sums.
     """
-    item_N, user_N, place_N = seen.item_N[order_N], seen.user_N[order_N], seen.decay_places()[order_N]
+    device, size_U = order_N.device, seen.first_U1.diff()
+    first_N = torch.repeat_interleave(seen.first_U1[:-1], size_U).to(device, non_blocking=True)[order_N]
+    item_N = seen.item_N[order_N]
+    place_N = order_N - first_N if seen.decay_place_N is None else seen.decay_place_N[order_N]
     weight_N = torch.ones_like(place_N, dtype=torch.float64) if seen.decayed_N is None else seen.decayed_N[order_N]
-    run_N = torch.cumsum(F.pad((item_N.diff() != 0) | (user_N.diff() != 0), (1, 0)), 0)
-    longest = int(torch.bincount(run_N).max())
-    step = 1
+    run_N = torch.cumsum(F.pad((item_N.diff() != 0) | (first_N.diff() != 0), (1, 0)), 0)
+    step, longest = 1, int(size_U.max())
     while step < longest:
         is_same_N = run_N[step:] == run_N[:-step]
         faded_N = weight_N[:-step] * torch.exp2(-(place_N[step:] - place_N[:-step]) / DECAY_EVENTS)

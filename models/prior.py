@@ -75,7 +75,6 @@ class Prior(nn.Module):
         assert inputs.item_row_I is not None, "the input of a model with a prior names the rows of its items"
         row_M = inputs.item_row_I[inputs.candidate_item_M]
         day_M = counters.days(inputs.request_time_B)[request_M]
-        own_M, seen_M = own_counts(inputs, request_M=request_M)
         if self.task == "impressions":
             events_M, positives_M = counters.before(row_M, day_M)
             known_B, liked_B = label_counts(inputs)
@@ -85,7 +84,8 @@ class Prior(nn.Module):
                 _logit(liked_B, known_B, mean=mean, added=USER_EVENTS)[request_M],
             )
             # Bar nothing: candidates that were shown together are ranked whether they are known or not.
-            return {"rates": torch.stack(rates, 1), "unknown": torch.zeros_like(seen_M)}
+            return {"rates": torch.stack(rates, 1), "unknown": torch.zeros_like(request_M, dtype=torch.bool)}
+        own_M, seen_M = own_counts(inputs, request_M=request_M)
         windows_MW = counters.events_within(row_M, day_M, WINDOW_DAYS)
         return {
             "windows": torch.log1p(windows_MW.float()),

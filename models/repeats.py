@@ -33,9 +33,11 @@ NEVER = torch.iinfo(torch.int32).max
 class RepeatScore(nn.Module):
     """One number per candidate, added to its logit; the same for all candidates that are not in their history."""
 
-    def __init__(self, *, time_features: bool, latest: int | None = None) -> None:
-        """latest: number of latest events of a history that are read; None = all."""
+    def __init__(self, *, time_features: bool, latest: int | None = None, adds: bool = False) -> None:
+        """latest: number of latest events of a history that are read; None = all. adds: the score is added to a prior,
+        and is 0 for candidates that are not in their history."""
         super().__init__()
+        self.adds = adds
         self.time_features = time_features
         self.windows = (*(window for window in WINDOWS if latest is None or window < latest), latest)
         self.hidden = nn.Linear(len(self.windows) + 1 + time_features, HIDDEN)
@@ -47,7 +49,8 @@ class RepeatScore(nn.Module):
         found_MX = repeats(
             inputs, request_M=candidates.request_M, windows=self.windows, time_features=self.time_features
         )
-        return self.last(torch.relu(self.hidden(found_MX.to(self.hidden.weight.dtype)))).squeeze(-1)
+        score_M = self.last(torch.relu(self.hidden(found_MX.to(self.hidden.weight.dtype)))).squeeze(-1)
+        return score_M * (found_MX[:, len(self.windows) - 1] > 0) if self.adds else score_M
 
 
 class RepeatBias(nn.Module):
@@ -150,19 +153,12 @@ class Occurrences:
     """Last entry of each request's history, plus one."""
     length_B: Tensor
     """Number of events of the complete history."""
-    user_N: Tensor
-    """[N] int64, ascending: the user of each entry."""
+    first_U1: Tensor
+    """[U + 1] int64, host: user u has the entries first_U1[u] : first_U1[u + 1]."""
     decayed_N: Tensor | None = None
     """[N] float64: sum of the entry's events, decayed to `decay_place_N`; None = 1 each."""
     decay_place_N: Tensor | None = None
     """[N] int64: the place in the history to which `decayed_N` is decayed; None = that of the entry."""
-
-    def decay_places(self) -> Tensor:
-        """[N] int64: `decay_place_N`, or the place of each entry among those of its user."""
-        if self.decay_place_N is not None:
-            return self.decay_place_N
-        first_N = torch.searchsorted(self.user_N, self.user_N)
-        return torch.arange(self.user_N.numel(), device=self.user_N.device) - first_N
 
     @staticmethod
     def of(inputs: ModelInput) -> Occurrences:
@@ -180,7 +176,7 @@ class Occurrences:
             start_B=start_B,
             end_B=start_B + inputs.request_position_B,
             length_B=inputs.request_position_B,
-            user_N=torch.repeat_interleave(inputs.event_offsets_U1.diff()).to(inputs.event_item_N.device),
+            first_U1=inputs.event_offsets_U1,
         )
 
     @staticmethod
@@ -219,7 +215,7 @@ class Occurrences:
             start_B=start_B,
             end_B=start_B + older_U[inputs.request_user_B] + position_B,
             length_B=missing_U[inputs.request_user_B] + position_B,
-            user_N=torch.cat([owner_N, owner_E])[by_place_E].to(inputs.event_item_N.device),
+            first_U1=F.pad((older_U + given_U).cumsum(0), (1, 0)),
             decayed_N=in_order(torch.ones_like(place_n).double(), stored.older_decayed_E.double()),
             decay_place_N=in_order(missing_U[owner_N] + place_n, length_E - 1),
         )

@@ -31,7 +31,7 @@ from jobs.runs.run_dir import Trained, run_shards, settled
 from jobs.runs.summary import SUMMARY, EvaluationKey, Slice, Summary, read_summary
 from jobs.runs.train import train_job
 from jobs.runs.weights import System
-from jobs.training.baselines import baselines
+from jobs.training.baselines import PRIOR, baselines
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.extent import Extent
 from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
@@ -97,9 +97,11 @@ def evaluate(
     staging.mkdir(parents=True)
 
     # Count the requests; then the workers measure every system.
+    main_model = systems[0].job.model if systems[0].job else config.model
+    own_baselines = [PRIOR] if main_model.get("prior") else []
     arguments = {
         "systems": systems,
-        "baselines": baselines(config.data.requests) if beside else [],
+        "baselines": [*own_baselines, *baselines(config.data.requests)] if beside else [],
         "beside": beside,
         "shards": shards.path,
         "manifest": shards.manifest.number,
@@ -204,6 +206,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
     from jobs.training.evaluation import evaluate_baseline, evaluation_loader
     from jobs.training.spectrum import energy_by_rank
     from jobs.training.trial import extent_of
+    from models.prior import PriorAlone
     from pipeline.batches.batch import Batch
 
     directory, reporter, done = Path(arguments["directory"]), arguments["reporter"], 0
@@ -238,7 +241,10 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
             )
             record(name, emptied)
             for baseline in arguments["baselines"]:
-                record(baseline, evaluate_baseline(baseline, loader, catalogue=catalogue, shards=data))
+                if baseline == PRIOR:
+                    record(PRIOR, evaluate_part(PriorAlone(tower), rows, loader, catalogue=catalogue))
+                else:
+                    record(baseline, evaluate_baseline(baseline, loader, catalogue=catalogue, shards=data))
             spectrum = energy_by_rank(tower, rows, data, catalogue=catalogue, **selection)
             if spectrum is not None and dist.get_rank() == 0:
                 write_json(directory / "spectrum.json", spectrum)

@@ -5,7 +5,8 @@
     user_lengths user_row                        values of the user features, feature by feature
     interest gram sum                            only of a long history: what models/interest_checkpoints.py sums up
     older_row _count _place _time _label _decayed
-                                                 only of a long history: one entry per older item
+                                                 only of a long history, and of a model that counts the user's own items
+                                                 (`repeats`, or a prior of next_item): one entry per older item
     older_labels                                 only of a long history: older events with a known label, with label 1
 
 A state comes back from a client, so that it may hold anything. This file becomes a part of the exported `scorer.py`.
@@ -53,6 +54,8 @@ class StateShape:
     max_history: int
     rank: int
     width: int
+    older: bool
+    """Whether summaries have the older items."""
     num_rows: int
     """Rows of the item table."""
     num_actions: int
@@ -96,7 +99,7 @@ def unpacked_state(state: bytes, shape: StateShape) -> dict[str, Any]:
     facts = _facts(header, shape)
     length, is_long = facts["length"], bool(shape.is_long(facts["length"]))
     # Compare the claimed types and sizes with those of such a state.
-    wanted = _KINDS if is_long else KEPT
+    wanted = KEPT | (STORED | TOTALS | (OLDER if shape.older else {}) if is_long else {})
     kept = shape.kept if is_long else length
     sizes = {
         **{name: [kept] for name in EVENTS},
@@ -165,6 +168,9 @@ def _refuse_values(arrays: dict[str, Any], shape: StateShape, *, older: int) -> 
         _refuse_outside(part, 0, size)
     # The summary is finite.
     _refuse_state(not all(np.isfinite(arrays[name]).all() for name in STORED if name in arrays))
+    if "older_labels" in arrays:
+        known, positive = arrays["older_labels"].tolist()
+        _refuse_state(not 0 <= positive <= known <= older)
     if "older_row" in arrays:
         _refuse_older(arrays, shape, older=older)
 
@@ -182,8 +188,7 @@ def _refuse_older(arrays: dict[str, Any], shape: StateShape, *, older: int) -> N
     # Not a number fails both comparisons.
     _refuse_state(not ((decayed >= 0) & (decayed <= count)).all())
     _refuse_state(bool(((positive < 0) | (positive > count)).any()))
-    known_labels, positive_labels = arrays["older_labels"].tolist()
-    _refuse_state(not int(positive.sum()) <= positive_labels <= known_labels <= older)
+    _refuse_state(int(positive.sum()) > int(arrays["older_labels"][1]))
 
 
 def _refuse_outside(values: np.ndarray, low: int, high: int) -> None:

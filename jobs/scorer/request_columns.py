@@ -141,6 +141,7 @@ class RequestReader:
             max_history=self.settings["max_history"],
             rank=model.get("rank", 0),
             width=model["width"],
+            older=bool(model.get("repeats")) or (bool(model.get("prior")) and self.settings["task"] == "next_item"),
             num_rows=self.num_rows,
             num_actions=len(self.settings["actions"]),
             user_rows=tuple(len(table) for table in self.user_tables),

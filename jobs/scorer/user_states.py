@@ -127,7 +127,8 @@ def pack_states(
             arrays["interest"] = found.interest_BRD[place[b]].numpy()
             arrays["gram"] = found.gram_BDD[place[b]].numpy()[triangle]
             arrays["sum"] = found.sum_BD[place[b]].numpy()
-            arrays |= _older(histories, start, first, length=end - start, first_item_row=first_item_row)
+            older = _older(histories, start, first, length=end - start, first_item_row=first_item_row)
+            arrays |= {name: array for name, array in older.items() if shape.older or name in TOTALS}
         packed.append(packed_state(arrays, length=end - start, digest=shape.digest))
     return packed
 
@@ -245,7 +246,8 @@ def _stored(found: list[dict[str, Any]], request: np.ndarray) -> StoredStates | 
     places = [place for place, state in enumerate(found) if state["is_long"]]
     if not places:
         return None
-    long = [found[place] for place in places]
+    none = {name: np.zeros(0, np.float32 if name == "older_decayed" else np.int64) for name in OLDER}
+    long = [none | found[place] for place in places]
     return StoredStates(
         request=request[places],
         length=np.array([state["length"] for state in long], np.int64),

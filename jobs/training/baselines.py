@@ -5,6 +5,7 @@ quality (jobs/runs/floor.py).
     own items     next_item, where users return to items: the user's own, by how often and how recently
     latest items  the same, by how recently alone
     item rate     impressions: the item's share of positive labels in training
+    prior         the counting that a model with a prior begins with (models/prior.py), without what it learned
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 
 POPULARITY, OWN_ITEMS, LATEST_ITEMS, ITEM_RATE = "popularity", "own items", "latest items", "item rate"
-BASELINES = (OWN_ITEMS, LATEST_ITEMS, ITEM_RATE, POPULARITY)
+PRIOR = "prior"
+BASELINES = (PRIOR, OWN_ITEMS, LATEST_ITEMS, ITEM_RATE, POPULARITY)
 """All of them, in the order of tables."""
 OWN_HALF_LIFE = 100.0
 """`own items`: an event that is older by this many events has half the weight."""
@@ -32,7 +34,7 @@ RATE_EVENTS = 8.0
 
 
 def baselines(requests: RequestConfig) -> list[str]:
-    """The baselines that the task has, in the order of tables."""
+    """The baselines that the task has for every model, in the order of tables."""
     if requests.task == "impressions":
         return [ITEM_RATE, POPULARITY]
     return [OWN_ITEMS, LATEST_ITEMS, POPULARITY] if requests.seen_items == "kept" else [POPULARITY]

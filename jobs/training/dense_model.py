@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from jobs.cluster.parallel import ParallelConfig
 from jobs.training.dense_engine import dense_engine
-from jobs.training.dense_state import MOMENTS, DenseFragment, local_dense_state, restore_dense_state
+from jobs.training.dense_state import (
+    MOMENTS,
+    DenseFragment,
+    create_moments,
+    local_dense_state,
+    restore_dense_state,
+)
 from jobs.training.optimizers import OptimizerConfig
 from models.interface import Recommender
 from models.prior import PRIOR_PREFIX, Prior, PriorModel
@@ -41,6 +47,18 @@ class DenseModel:
             self.model = PriorModel(self.engine, model.prior, model.counters).to(self.engine.device)
             self._prior = model.prior
             self._adamw = torch.optim.AdamW(model.prior.parameters(), betas=optimizer.betas, weight_decay=0.0)
+
+    @property
+    def starts_at_prior(self) -> bool:
+        """Whether the model is of use before its first step."""
+        return self._prior is not None
+
+    def create_state(self) -> None:
+        """Create the optimizers' state, so that it can be stored before the first step. A collective."""
+        create_moments(self.engine, num_steps=0)
+        named = self._prior.named_parameters() if self._prior is not None else ()
+        zeros = {f"{PRIOR_PREFIX}{name}/{moment}": torch.zeros_like(each) for name, each in named for moment in MOMENTS}
+        self._restore_prior(zeros, num_steps=0)
 
     def begin_step(self, lr_share: float) -> None:
         """Set the learning rates of the next step, as a share of their peaks. Not a collective."""
@@ -86,6 +104,9 @@ class DenseModel:
     def restore_state(self, state: Mapping[str, Tensor], *, num_steps: int) -> None:
         """Restore the optimizers' state after `num_steps` steps; weights were loaded before. A collective."""
         restore_dense_state(self.engine, state, num_steps=num_steps)
+        self._restore_prior(state, num_steps=num_steps)
+
+    def _restore_prior(self, state: Mapping[str, Tensor], *, num_steps: int) -> None:
         if self._prior is None or self._adamw is None:
             return
         for name, parameter in self._prior.named_parameters():

@@ -34,7 +34,7 @@ class DenseFragment:
 def local_dense_state(engine: Any) -> list[DenseFragment]:
     """This rank's part of every parameter and its moments, in the same order on all ranks. Not a collective.
 
-    At least one optimizer step must have been made before.
+    At least one optimizer step must have been made before, or `create_moments`.
     """
     _link_moments(engine)
     return [
@@ -92,7 +92,7 @@ def restore_dense_state(engine: Any, state: Mapping[str, Tensor], *, num_steps: 
     """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    _create_moments(engine, num_steps=num_steps)
+    create_moments(engine, num_steps=num_steps)
     stage = engine.zero_optimization_stage() if engine.zero_optimization() else 0
     for name, parameter in engine.module.named_parameters():
         if stage == 3:
@@ -106,8 +106,8 @@ def restore_dense_state(engine: Any, state: Mapping[str, Tensor], *, num_steps: 
                 engine.optimizer.state[parameter][moment].copy_(state[f"{name}/{moment}"])
 
 
-def _create_moments(engine: Any, *, num_steps: int) -> None:
-    """Create the tensors of AdamW's state, which AdamW itself creates only in its first step."""
+def create_moments(engine: Any, *, num_steps: int) -> None:
+    """Create the tensors of AdamW's state, all zero, which AdamW itself creates only in its first step."""
     zero = engine.optimizer
     adamw = getattr(zero, "optimizer", zero)
     stage3_partitions = getattr(zero, "fp32_partitioned_groups_flat", None)

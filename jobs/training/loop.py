@@ -93,6 +93,10 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     )  # fmt: skip
     asked: AskedBatch | None = None
     with checkpoints:
+        # All ranks: a model with a prior is of use before its first step, which may stay the best one.
+        if dense.starts_at_prior and state.best_metric is None and state.step == 0:
+            validation.run(state, tables, dense.model, reporter)
+            checkpoints.begin(state)
         while state.step < num_steps:
             # Step, all ranks: forward, backward and update; `asked` becomes the next batch if its look-up has begun.
             started = time.perf_counter()
@@ -205,6 +209,7 @@ def _create_or_restore(
     # All ranks drew the same weights above; dropout must differ between ranks.
     torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
     if checkpoint is None:
+        dense.create_state()
         return TrainState(), tables, dense
     document = read_state(checkpoint)
     state = TrainState(**document["train_state"])

@@ -28,6 +28,8 @@ BASE = SolarConfig(
     repeats=True,
 )
 """SOLAR with all its parts but the labels of events, small."""
+FIRST_ROW = 3
+"""Row of the first item of `random_inputs` in the table."""
 LABELLED = dataclasses.replace(BASE, history_labels=True)
 
 
@@ -63,6 +65,7 @@ def random_inputs(
         request_time_B=time_N[last_B] + 7 * MS_PER_MINUTE if len(requests) else position_B,
         candidate_offsets_B1=torch.tensor([0, *sizes]).cumsum(0),
         candidate_item_M=torch.randint(0, NUM_ITEMS, (num_candidates,), generator=generator),
+        item_row_I=torch.arange(NUM_ITEMS) + FIRST_ROW,
     )
 
 
@@ -83,6 +86,7 @@ def empty_inputs() -> ModelInput:
         request_time_B=none,
         candidate_offsets_B1=zero,
         candidate_item_M=none,
+        item_row_I=none,
     )
 
 

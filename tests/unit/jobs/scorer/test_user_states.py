@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -16,10 +18,12 @@ KEPT, NOW = 7, 20_000_000
 
 @pytest.fixture
 def scorer(data, export, monkeypatch):
-    """Of a model without repeats: its states have the older items all the same."""
+    """Of a small model, whose states have the older items as if it counted repeats."""
     monkeypatch.setattr(packed_states, "WHOLE_EVENTS", 10)
     found = export(data, max_history=2000, repeats=False, history_labels=True).scorer()
     assert found.tower.kept_events == KEPT
+    assert not found.state_shape.older
+    found.state_shape = dataclasses.replace(found.state_shape, older=True)
     return found
 
 
