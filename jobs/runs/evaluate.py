@@ -258,7 +258,7 @@ def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tup
     from jobs.training.catalogue import catalogue_of, training_counts
     from jobs.training.dense_engine import PRECISIONS
     from jobs.training.exported import load_export
-    from jobs.training.item_counters import count_items
+    from jobs.training.item_counters import with_prior
     from jobs.training.loop import build_model
     from models.prior import PriorModel, bare_tower
 
@@ -271,13 +271,7 @@ def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tup
         tower.to(rows.device, PRECISIONS[system.job.parallel.precision])
         vocabulary, counts = shards.vocabulary, training_counts(shards, requests=system.job.requests)
     catalogue = catalogue_of(data, requests=arguments["requests"], training_count=counts, vocabulary=vocabulary)
-    if prior is not None:
-        counters = count_items(
-            data, requests=arguments["requests"], training_count=catalogue.training_count,
-            row_of_item=catalogue.row_of_item,
-        )  # fmt: skip
-        device = next(bare_tower(tower).parameters()).device
-        tower = PriorModel(bare_tower(tower), prior, counters).to(device)
+    tower = with_prior(bare_tower(tower), prior, data, requests=arguments["requests"], catalogue=catalogue)
     return tower, rows, catalogue
 
 

@@ -24,7 +24,6 @@ from jobs.training.dense_state import (
     restore_dense_state,
 )
 from jobs.training.optimizers import OptimizerConfig
-from models.interface import Recommender
 from models.prior import PRIOR_PREFIX, Prior, PriorModel
 
 PRIOR_LR = 0.001
@@ -35,7 +34,7 @@ PRIOR_CLIP = 1.0
 class DenseModel:
     """`model` computes logits; a step is `begin_step`, `model`, `backward`, `end_step`, all of them collectives."""
 
-    def __init__(self, model: Recommender, *, optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
+    def __init__(self, model: nn.Module, *, optimizer: OptimizerConfig, parallel: ParallelConfig) -> None:
         """`model`: a tower, or a PriorModel of one. A collective."""
         tower = model.tower if isinstance(model, PriorModel) else model
         self.engine: Any = dense_engine(tower, optimizer=optimizer, parallel=parallel)

@@ -14,10 +14,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.training.catalogue import my_groups
+from jobs.training.catalogue import Catalogue, my_groups
+from models.interface import Recommender
 from models.item_counters import MS_PER_DAY, ItemCounters
+from models.prior import Prior, PriorModel
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
+
+
+def with_prior(
+    tower: Recommender, prior: Prior | None, shards: Shards, *, requests: RequestConfig, catalogue: Catalogue
+) -> Recommender:
+    """The model that is evaluated on `shards`: the tower and its prior with the counters of these shards, by the rows
+    of the model; the tower alone if there is no prior. A collective: all ranks take part."""
+    if prior is None:
+        return tower
+    counters = count_items(
+        shards, requests=requests, training_count=catalogue.training_count, row_of_item=catalogue.row_of_item
+    )
+    return PriorModel(tower, prior, counters).to(next(tower.parameters()).device)
 
 
 def count_items(

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster.parallel import ParallelConfig
 from jobs.training.checkpoint import TrainState
 from jobs.training.checkpoint_writer import CheckpointWriter
-from jobs.training.dense_engine import dense_engine
+from jobs.training.dense_model import DenseModel
 from jobs.training.job import CheckpointConfig
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.tables import ShardedTables
@@ -66,7 +66,7 @@ def measure(rows: int, directory: str) -> dict[str, float]:
     specs = [TableSpec(name=ITEM_TABLE, capacity=rows, width=WIDTH)]
     tables = ShardedTables(specs, [], optimizer=optimizer, device="cpu")
     tables.initialize(seed=1, std=0.02)
-    engine = dense_engine(tower, optimizer=optimizer, parallel=ParallelConfig(num_workers=dist.get_world_size()))
+    dense = DenseModel(tower, optimizer=optimizer, parallel=ParallelConfig(num_workers=dist.get_world_size()))
     generator, state = torch.Generator().manual_seed(dist.get_rank()), TrainState()
 
     def step() -> float:
@@ -74,8 +74,8 @@ def measure(rows: int, directory: str) -> dict[str, float]:
         started = time.perf_counter()
         tables.begin_step(optimizer.sparse_lr)
         moved = sum(parameter.sum() for parameter in tower.parameters() if parameter.requires_grad)
-        engine.backward(tables.look_up(asked)[0].pow(2).mean() + 0 * moved)
-        engine.step()
+        dense.backward(tables.look_up(asked)[0].pow(2).mean() + 0 * moved)
+        dense.end_step()
         tables.end_step()
         state.step += 1
         return time.perf_counter() - started
@@ -85,7 +85,7 @@ def measure(rows: int, directory: str) -> dict[str, float]:
     def writer(*, asynchronous: bool) -> CheckpointWriter:
         config = CheckpointConfig(keep=1, asynchronous=asynchronous)
         return CheckpointWriter(
-            Path(directory), tables=tables, engine=engine, facts={}, config=config,
+            Path(directory), tables=tables, dense=dense, facts={}, config=config,
             tell=lambda **figures: told.append(figures),
         )  # fmt: skip
 

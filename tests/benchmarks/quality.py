@@ -231,6 +231,7 @@ def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -
     from jobs.cluster.telemetry import Reporter
     from jobs.runs.run_dir import best_checkpoint
     from jobs.training.evaluation import evaluate, evaluation_loader
+    from jobs.training.item_counters import with_prior
     from jobs.training.loop import build_model, train
 
     class Curve(Reporter):
@@ -249,9 +250,10 @@ def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -
     Path(job.run_dir).mkdir(parents=True, exist_ok=True)
     curve = Curve()
     state = train(job, reporter=curve)
-    tables, tower = build_model(job, shards, checkpoint=best_checkpoint(Path(job.run_dir)))
+    tables, tower, prior = build_model(job, shards, checkpoint=best_checkpoint(Path(job.run_dir)))
     loader = evaluation_loader(shards, requests=job.requests, part=part)
-    result = evaluate(tower, tables, loader, catalogue=catalogue)
+    model = with_prior(tower, prior, shards, requests=job.requests, catalogue=catalogue)
+    result = evaluate(model, tables, loader, catalogue=catalogue)
     return result, {
         "steps": state.step,
         "best_step": state.best_step,

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster.parallel import ParallelConfig
 from jobs.training.checkpoint import TrainState, latest_checkpoint, load_tables
 from jobs.training.checkpoint_writer import CheckpointWriter
-from jobs.training.dense_engine import dense_engine
+from jobs.training.dense_model import DenseModel
 from jobs.training.job import CheckpointConfig
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.tables import ShardedTables
@@ -67,21 +67,21 @@ def measure(rows: int, directory: str) -> dict[str, Any]:
         specs = [TableSpec(name=ITEM_TABLE, capacity=rows, width=WIDTH)]
         tables = ShardedTables(specs, [], optimizer=optimizer, device="cpu")
         tables.initialize(seed=1, std=0.02)
-    engine = dense_engine(tower, optimizer=optimizer, parallel=ParallelConfig(num_workers=dist.get_world_size()))
+    dense = DenseModel(tower, optimizer=optimizer, parallel=ParallelConfig(num_workers=dist.get_world_size()))
     generator, seconds = torch.Generator().manual_seed(dist.get_rank()), []
     with phase(found, "step"):
         for _ in range(STEPS):
             asked = torch.randint(rows, (LOOKED_UP,), generator=generator).unique()
             started = time.perf_counter()
             tables.begin_step(optimizer.sparse_lr)
-            engine.backward(engine(tables.look_up(asked)[0]).pow(2).mean())
-            engine.step()
+            dense.backward(dense.model(tables.look_up(asked)[0]).pow(2).mean())
+            dense.end_step()
             tables.end_step()
             seconds.append(time.perf_counter() - started)
     found["step"] = (statistics.median(seconds), found["step"][1])
     with phase(found, "write"):
         config = CheckpointConfig(asynchronous=False)
-        CheckpointWriter(Path(directory), tables=tables, engine=engine, facts={}, config=config).begin(
+        CheckpointWriter(Path(directory), tables=tables, dense=dense, facts={}, config=config).begin(
             TrainState(step=STEPS)
         )
     with phase(found, "read"):

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.session import quiet_environment
 from jobs.training.clock import PARTS, StepClock
-from jobs.training.dense_engine import dense_engine
+from jobs.training.dense_model import DenseModel
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.step import AskedBatch, ask, train_step
@@ -293,14 +293,14 @@ class Joint:
         self._tables.initialize(seed=1, std=STD)
         torch.manual_seed(1)
         tower = build_tower(MODEL, num_features=0)
-        self._engine = dense_engine(tower, optimizer=self._job.optimizer, parallel=self._job.parallel)
+        self._dense = DenseModel(tower, optimizer=self._job.optimizer, parallel=self._job.parallel)
         self._asked: AskedBatch | None = None
 
     def step(self) -> float:
         """Its loss. All ranks join."""
         asked = self._asked or self._ask(self._done)
         figures, self._asked = train_step(
-            self._job, asked, self._tables, self._engine,
+            self._job, asked, self._tables, self._dense,
             num_items=self._rows, step=self._done, share=0.0, clock=self.clock, ask_next=self._ask_next,
         )  # fmt: skip
         self._done += 1

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.worker import quiet_libraries
 from jobs.training.clock import StepClock
-from jobs.training.dense_engine import dense_engine
+from jobs.training.dense_model import DenseModel
 from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.step import ask, train_step
@@ -84,18 +84,18 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
     )
     tables.initialize(seed=1, std=0.02)
     torch.manual_seed(1)
-    engine = dense_engine(build_tower(settings, num_features=0), optimizer=job.optimizer, parallel=job.parallel)
+    dense = DenseModel(build_tower(settings, num_features=0), optimizer=job.optimizer, parallel=job.parallel)
     batches = [batch(events, options, seed=seed) for seed in range(options.steps)]
-    one_step(job, batches[0], tables, engine, step=0)
+    one_step(job, batches[0], tables, dense, step=0)
     clocks: dict[str, float] = defaultdict(float)
     with contextlib.ExitStack() as stack:
         for name, owner, function in parts(options.model):
             stack.enter_context(clocked(clocks, name, owner, function))
-        stack.enter_context(clocked(clocks, "backward", engine, "backward"))
-        stack.enter_context(clocked(clocks, "optimizer of the tower", engine, "step"))
+        stack.enter_context(clocked(clocks, "backward", dense, "backward"))
+        stack.enter_context(clocked(clocks, "optimizer of the tower", dense, "end_step"))
         started = time.perf_counter()
         for step, each in enumerate(batches):
-            one_step(job, each, tables, engine, step=step)
+            one_step(job, each, tables, dense, step=step)
         seconds = (time.perf_counter() - started) / len(batches)
     clocks = {name: total / len(batches) for name, total in clocks.items()}
     inside = sum(clocks.get(name, 0.0) for name in ("Gram, backward", "running sums, backward", "eigh, backward"))
@@ -117,9 +117,9 @@ def report(events: int, every: int | None, options: argparse.Namespace) -> None:
             print(f"  {name:<28} {1e3 * spent:>8.1f} ms {spent / seconds:>6.1%}")
 
 
-def one_step(job: TrainJob, batch: Batch, tables: ShardedTables, engine: Any, *, step: int) -> None:
+def one_step(job: TrainJob, batch: Batch, tables: ShardedTables, dense: DenseModel, *, step: int) -> None:
     asked = ask(job, batch, tables, num_items=ITEMS)
-    train_step(job, asked, tables, engine, num_items=ITEMS, step=step, share=0.0, clock=StepClock())
+    train_step(job, asked, tables, dense, num_items=ITEMS, step=step, share=0.0, clock=StepClock())
 
 
 def parts(model: str) -> Iterator[tuple[str, Any, str]]:
