@@ -90,7 +90,7 @@ def write_export(
     counts = training_item_counts(shards, requests=requests)[: vocabulary.size]
     save_file({"training_events": torch.from_numpy(counts).contiguous()}, directory / "item-counts.safetensors")
     if model.get("prior"):
-        counters = count_items(shards, requests=requests, training_count=counts)
+        counters = count_items(shards, min_label=requests.least_label, training_count=counts)
         save_file(counters.tensors(), directory / COUNTERS)
     # Settings, and the checksums of all files. An export that has checksums is complete.
     settings = {

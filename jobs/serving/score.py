@@ -21,17 +21,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from jobs.cluster.actor_pool import map_in_actors
 from jobs.cluster.session import ClusterConfig, ray_session
 from jobs.host.console import Console, Stage
 from jobs.host.errors import UserError
 from jobs.serving.build_states import refuse_models_without_states
+from jobs.serving.model_rows import ModelRows
 from jobs.serving.ranking import Ranking, ScoreConfig, ScoreCounts
 from jobs.serving.request_files import Part, RequestFile, Requests, Sources
 from jobs.serving.stored_states import StoredUsers, find_states
 from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
+from jobs.training.item_counters import count_items
+from models.item_counters import ItemCounters
+from models.prior import PriorModel
 from pipeline.prepare.staging import staging_directory
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
@@ -74,16 +80,17 @@ def score(
         _check_options(requests, config)
         states = _states(model, config, console)
         data = stack.enter_context(_shards(model, config, console))
+        counters = _counters(model, data)
         parts = requests.parts(_rows_per_part(model, requests))
         # Score one part here, several parts in actors.
         facts = {"model": model.name, "version": model.version, "digest": model.digest}
         started = time.monotonic()
         if len(parts) == 1:
-            batches = PartScorer(model, config, states, data).batches(parts[0], counts)
+            batches = PartScorer(model, config, states, data, counters).batches(parts[0], counts)
         else:
             # Absolute paths: actors may run in another directory.
             elsewhere = dataclasses.replace(model, directory=model.directory.absolute())
-            opened = functools.partial(PartScorer, elsewhere, config, states, data)
+            opened = functools.partial(PartScorer, elsewhere, config, states, data, counters)
             batches = _scored_in_actors(
                 opened, parts, counts, stage, out=out, cluster=cluster or ClusterConfig(), parallel=parallel
             )
@@ -183,6 +190,22 @@ def _shards(model: RegisteredModel, config: ScoreConfig, console: Console) -> It
         yield data
 
 
+def _counters(model: RegisteredModel, data: Shards | None) -> dict[str, Tensor] | None:
+    """The counters of the data set's items, for a model with a prior. None: those of the model's registration are read,
+    or none."""
+    if data is None or not model.settings["model"].get("prior"):
+        return None
+    scorer = model.scorer()
+    assert isinstance(scorer.tower, PriorModel)
+    counters = count_items(
+        data,
+        min_label=scorer.settings["min_label"],
+        training_count=scorer.tower.counters.training_R.numpy(),
+        row_of_item=torch.from_numpy(ModelRows(scorer, data.vocabulary).item),
+    )
+    return counters.tensors()
+
+
 def _check_options(requests: Requests, config: ScoreConfig) -> None:
     given = "candidates" in requests.schema.names
     if not given and config.top_k is None:
@@ -202,10 +225,14 @@ class PartScorer:
     """Scores parts: `batches` yields the result's rows of a part, a call writes them to a file."""
 
     def __init__(
-        self, model: RegisteredModel, config: ScoreConfig, states: StoredUsers | None, data: Shards | None
-    ) -> None:
+        self, model: RegisteredModel, config: ScoreConfig, states: StoredUsers | None, data: Shards | None,
+        counters: dict[str, Tensor] | None,
+    ) -> None:  # fmt: skip
+        """`counters`: those of the data's items, if not those of the model's registration are read."""
         self._config = config
         self._scorer = model.scorer()
+        if counters is not None and isinstance(self._scorer.tower, PriorModel):
+            self._scorer.tower.counters = ItemCounters.from_tensors(counters)
         # The driver has computed the digest: do not read every byte of the model again.
         self._scorer.digest = model.digest
         self._sources = Sources(

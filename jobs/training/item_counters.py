@@ -30,7 +30,10 @@ def with_prior(
     if prior is None:
         return tower
     counters = count_items(
-        shards, requests=requests, training_count=catalogue.training_count, row_of_item=catalogue.row_of_item
+        shards,
+        min_label=requests.least_label,
+        training_count=catalogue.training_count,
+        row_of_item=catalogue.row_of_item,
     )
     return PriorModel(tower, prior, counters).to(next(tower.parameters()).device)
 
@@ -38,17 +41,17 @@ def with_prior(
 def count_items(
     shards: Shards,
     *,
-    requests: RequestConfig,
+    min_label: int,
     training_count: np.ndarray,
     row_of_item: Tensor | None = None,
     day_ms: int = MS_PER_DAY,
 ) -> ItemCounters:
-    """The counters of all events that the task reads. `training_count`: [R] of the model's rows; `row_of_item`: the
+    """The counters of all events whose label is at least `min_label`, as the task reads them. `training_count`: [R] of the model's rows; `row_of_item`: the
     data's rows -> the model's, None where both are the same. A collective: all ranks take part; without
     a process group one process reads everything."""
     local = np.zeros((4, 0), np.int64)
     for group in my_groups(shards) if dist.is_initialized() else range(shards.num_groups):
-        events = shards.read(group, min_label=requests.least_label)
+        events = shards.read(group, min_label=min_label)
         row = np.asarray(events.item) if row_of_item is None else row_of_item.numpy()[events.item]
         label = np.zeros(len(row), np.int64) if events.label is None else (events.label > 0).astype(np.int64)
         counted = np.stack([row, np.asarray(events.time) // day_ms, np.ones_like(row), label])

@@ -201,7 +201,7 @@ def _create_or_restore(
     tables, tower, prior = build_model(job, shards, checkpoint=checkpoint)
     model = tower
     if prior is not None:
-        counters = count_items(shards, requests=job.requests, training_count=training_count)
+        counters = count_items(shards, min_label=job.requests.least_label, training_count=training_count)
         if checkpoint is None:
             fit_prior(prior, counters, loader, requests=job.requests, num_items=shards.vocabulary.size, seed=job.seed)
         model = PriorModel(tower, prior, counters)
