@@ -3,6 +3,8 @@ candidate.
 
     user_B = W mean(item rows of the history)        logit = <user_B, item> / sqrt(C) + popularity(item)
 
+With a prior popularity is its part, and user_B starts at 0.
+
 The letters are those of models/interface.py.
 """
 
@@ -27,7 +29,9 @@ class MeanPooling(Recommender):
         self.item = nn.Linear(config.width * (1 + num_features), config.width, bias=False)
         self.norm = nn.LayerNorm(config.width)
         self.user = nn.Linear(config.width, config.width, bias=False)
-        self.popularity = nn.Linear(config.width, 1)
+        self.popularity = None if config.prior else nn.Linear(config.width, 1)
+        if config.prior:
+            nn.init.zeros_(self.user.weight)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, inputs: ModelInput) -> Tensor:
@@ -37,6 +41,8 @@ class MeanPooling(Recommender):
         request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(item_IC.device, non_blocking=True)
         candidate_MC = F.embedding(inputs.candidate_item_M, item_IC)
         agreement_M = (F.embedding(request_M, user_BC) * candidate_MC).sum(-1) / math.sqrt(self.config.width)
+        if self.popularity is None:
+            return agreement_M.float()
         return (agreement_M + F.embedding(inputs.candidate_item_M, self.popularity(item_IC)).squeeze(-1)).float()
 
 

@@ -106,9 +106,9 @@ class PriorModel(Recommender):
         self.tower, self.prior, self.counters = tower, prior, counters
 
     def forward(self, inputs: ModelInput, **options: Any) -> Any:
-        """logits_M; with `encode` what the tower encodes. `options` are the tower's."""
+        """logits_M; with `encode` or `vectors` what the tower returns, without the prior. `options` are the tower's."""
         result = self.tower(self.weighed(inputs), **options)
-        if options.get("encode"):
+        if options.get("encode") or options.get("vectors"):
             return result
         request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(result.device, non_blocking=True)
         return result + self.prior(inputs, self.counters, request_M=request_M)

@@ -24,6 +24,8 @@ class SequenceConfig:
     shift_windows: bool = False
     """In training the windows of a history longer than max_length end at a random place, drawn again each time, so that
     no event is always at the start of a window. (The published forms have no windows shared by requests.)"""
+    prior: bool = False
+    """The score starts at what counting says (models/prior.py), and what the model learns is added to it."""
     repeats: bool = False
     """Add a learned number to the logits of the items in the complete history. It excludes seen items where nobody
     comes back to them, so that a state need not remember every item, and it raises them where people come back."""

@@ -238,6 +238,8 @@ class MeanPoolingConfig:
     """Width of the tables of item features, as in attention towers (models/attention_tower.py)."""
     dropout: float = 0.1
     """Probability that a unit of the pooled vector is zeroed in training."""
+    prior: bool = False
+    """The score starts at what counting says (models/prior.py), and what the model learns is added to it."""
 
     def __post_init__(self) -> None:
         if self.width < 1:

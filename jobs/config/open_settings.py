@@ -21,7 +21,8 @@ OPEN_SETTINGS: Mapping[str, str] = {
     "history_labels": "Events include the label that they had: whether what was shown was clicked, liked or skipped. "
     "Unset = on for task impressions, off for next_item and where the log has no labels.",
     "prior": "The score starts at what counting says of a candidate (models/prior.py), and what the model learns is "
-    "added to it. Unset = on for split temporal, off for leave_one_out, where nothing says what was known when.",
+    "added to it. Unset = on for split temporal, off for leave_one_out, where nothing says what was known when, and "
+    "for loss catalogue.",
 }
 """{setting: what `--help` says of it}. The models have no open settings: in their configs these are plain switches."""
 
@@ -62,13 +63,16 @@ def refuse_other_null(model: Any) -> None:
             raise UserError(f"model.{name}=null: must be true or false")
 
 
-def suited(name: str, *, task: str, split: str, has_time: bool, has_labels: bool) -> tuple[bool, str]:
-    """(the value of an open setting, the reason), for a task and a split of a data set that has times or is only an
-    order, and has labels or not."""
+def suited(
+    name: str, *, task: str, split: str, has_time: bool, has_labels: bool, loss: str = "candidates"
+) -> tuple[bool, str]:
+    """(the value of an open setting, the reason), for a task, split and loss on a data set that has times or is
+    only an order, and has labels or not."""
     if name == "time_features":
         return has_time, "events have times" if has_time else "the log has an order only, no times"
     if name == "prior":
-        return split == "temporal", f"the split is {split}"
+        reason = f"the split is {split}" if split != "temporal" else f"the loss is over the {loss}"
+        return split == "temporal" and loss == "candidates", reason
     shown = task == "impressions"
     if name == "history_labels":
         on = shown and has_labels

@@ -59,8 +59,9 @@ def settled(config: RunConfig, *, tell: Callable[[str], None] = lambda line: Non
             model[name] = known.get(name, False)
             continue
         model[name], reason = suited(
-            name, task=requests.task, split=requests.split, has_time=manifest.has_time, has_labels=manifest.has_labels
-        )
+            name, task=requests.task, split=requests.split, loss=config.training.loss,
+            has_time=manifest.has_time, has_labels=manifest.has_labels,
+        )  # fmt: skip
         if not model[name]:
             tell(f"{'train':<12} model.{name}=false: {reason}")
     return dataclasses.replace(config, model=model)

@@ -10,7 +10,7 @@ from jobs.training.catalogue import Catalogue
 from jobs.training.model import ItemRows, catalogue_input, user_codes
 from models.attention_tower import EncodedItems, HistoryTower
 from models.interface import refuse_bad_rows
-from models.prior import bare_tower
+from models.prior import PriorAlone, PriorModel, bare_tower
 from models.repeats import SeenItems
 from models.sequence_tower import SequenceModel
 from pipeline.batches.batch import Batch
@@ -56,6 +56,9 @@ class CatalogueScorer:
         scores_BI = state_BD @ vector_ID.mT
         if repeat_1 is not None:
             scores_BI += repeat_1 * SeenItems.of_requests(inputs).before(slice(None))
+        if isinstance(self._model, PriorModel):
+            offered = catalogue_input(batch, *rows, candidates=range(self._catalogue.num_items))
+            scores_BI += PriorAlone(self._model)(offered).view_as(scores_BI)
         return scores_BI
 
     def _by_blocks(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -46,9 +46,11 @@ def count_items(
     row_of_item: Tensor | None = None,
     day_ms: int = MS_PER_DAY,
 ) -> ItemCounters:
-    """The counters of all events whose label is at least `min_label`, as the task reads them. `training_count`: [R] of the model's rows; `row_of_item`: the
-    data's rows -> the model's, None where both are the same. A collective: all ranks take part; without
-    a process group one process reads everything."""
+    """The counters of all events whose label is at least `min_label`, as the task reads them.
+
+    `training_count`: [R] of the model's rows; `row_of_item`: the data's rows -> the model's, None where both are the
+    same. A collective: all ranks take part; without a process group one process reads everything.
+    """
     local = np.zeros((4, 0), np.int64)
     for group in my_groups(shards) if dist.is_initialized() else range(shards.num_groups):
         events = shards.read(group, min_label=min_label)
