@@ -22,6 +22,7 @@ from jobs.host.console import Console
 from jobs.runs.grow import grow
 from jobs.runs.train import train_job
 from jobs.training import loop
+from jobs.training.catalogue import training_counts
 from jobs.training.checkpoint import checkpoint_key, committed_checkpoints, read_state
 from jobs.training.job import TrainJob
 from jobs.training.loop import build_model
@@ -105,7 +106,7 @@ def rows_of(loads: list[tuple[TrainJob, Path]]) -> list[list[tuple[str, int, dic
     """This rank's rows of every table after each checkpoint was loaded."""
     found = []
     for job, checkpoint in loads:
-        tables, _ = build_model(job, Shards.open(job.shards), checkpoint=checkpoint)
+        tables, *_ = build_model(job, Shards.open(job.shards), checkpoint=checkpoint)
         parts = [(shard.table, shard.first_row, shard.tensors) for shard in tables.shards()]
         found.append([(*place, {name: part.clone() for name, part in tensors.items()}) for *place, tensors in parts])
     return found
@@ -229,8 +230,9 @@ def begin_each(jobs: list[TrainJob]) -> list[dict[str, Any]]:
             shards, requests=job.requests, loader=job.loader, seed=job.seed, rank=dist.get_rank(),
             world_size=dist.get_world_size(),
         )  # fmt: skip
-        state, tables, engine = loop._create_or_restore(job, shards, loader)
-        adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        counts = training_counts(shards, requests=job.requests)
+        state, tables, dense = loop._create_or_restore(job, shards, loader, training_count=counts)
+        adamw = getattr(dense.engine.optimizer, "optimizer", dense.engine.optimizer)
         found.append(
             {
                 "state": state,

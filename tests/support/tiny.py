@@ -73,7 +73,8 @@ data:
   requests: {{num_negatives: 8, min_label: 0}}
   loader: {{batch_events: 1500, window_row_groups: 2}}
 model: {{name: solar, width: 16, rank: 4, recent_window: 8, checkpoint_every: 4, dropout: 0.1,
-        context_features: true, time_features: true, set_attention: true, history_labels: false}}
+        context_features: true, time_features: true, set_attention: true, history_labels: false,
+        prior: false}}
 optimizer: {{warmup_steps: 5}}
 training: {{epochs: 2}}
 parallel: {{num_workers: 1}}

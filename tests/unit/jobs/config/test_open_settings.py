@@ -14,8 +14,8 @@ def test_a_recipe_that_says_nothing_leaves_the_switches_open_and_an_explicit_val
     recipe = tmp_path / "bare.yaml"
     recipe.write_text("model: {name: solar, rank: 8}\n")
     opened = load_config("train", str(recipe), []).model
-    assert left_open(opened) == ["time_features", "set_attention", "history_labels"]
-    switches = {"time_features": True, "set_attention": False, "history_labels": True}
+    assert left_open(opened) == ["time_features", "set_attention", "history_labels", "prior"]
+    switches = {"time_features": True, "set_attention": False, "history_labels": True, "prior": False}
     options = [part for name, on in switches.items() for part in (f"--model.{name}", str(on).lower())]
     closed = load_config("train", str(recipe), options)
     assert left_open(closed.model) == []
@@ -37,24 +37,33 @@ def test_no_other_switch_may_be_left_open(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "has_time", "has_labels", "value"),
+    ("name", "task", "split", "has_time", "has_labels", "value"),
     [
-        ("time_features", "next_item", True, False, True),
-        ("time_features", "impressions", False, True, False),
-        ("set_attention", "impressions", False, True, True),
-        ("set_attention", "next_item", True, True, False),
-        ("history_labels", "impressions", False, True, True),
-        ("history_labels", "impressions", True, False, False),
-        ("history_labels", "next_item", True, True, False),
+        ("time_features", "next_item", "leave_one_out", True, False, True),
+        ("time_features", "impressions", "temporal", False, True, False),
+        ("set_attention", "impressions", "leave_one_out", False, True, True),
+        ("set_attention", "next_item", "temporal", True, True, False),
+        ("history_labels", "impressions", "leave_one_out", False, True, True),
+        ("history_labels", "impressions", "temporal", True, False, False),
+        ("history_labels", "next_item", "temporal", True, True, False),
+        ("prior", "impressions", "temporal", True, True, True),
+        ("prior", "next_item", "temporal", True, False, True),
+        ("prior", "impressions", "leave_one_out", True, True, False),
+        ("prior", "next_item", "leave_one_out", True, False, False),
     ],
 )
-def test_times_labels_and_task_decide(name, task, has_time, has_labels, value):
-    assert suited(name, task=task, has_time=has_time, has_labels=has_labels)[0] is value
+def test_times_labels_task_and_split_decide(name, task, split, has_time, has_labels, value):
+    assert suited(name, task=task, split=split, has_time=has_time, has_labels=has_labels)[0] is value
+
+
+def test_a_loss_that_compares_vectors_alone_has_no_prior():
+    found = suited("prior", task="next_item", split="temporal", has_time=True, has_labels=False, loss="catalogue")
+    assert found == (False, "the loss is over the catalogue")
 
 
 def test_the_reason_for_no_labels_in_histories_names_the_log_or_the_task():
     def reason(**facts):
-        return suited("history_labels", has_time=True, **facts)[1]
+        return suited("history_labels", split="temporal", has_time=True, **facts)[1]
 
     assert reason(task="next_item", has_labels=True) == "the task is next_item"
     assert reason(task="impressions", has_labels=False) == "the log has no labels"
@@ -63,7 +72,7 @@ def test_the_reason_for_no_labels_in_histories_names_the_log_or_the_task():
 def test_models_have_only_the_open_settings_that_are_theirs():
     models = {name: load_config("train", "movielens-100k", ["--model.name", name]).model for name in ("din", "sasrec")}
     found = {name: left_open(model) for name, model in models.items()}
-    assert found == {"din": ["time_features", "history_labels"], "sasrec": []}
+    assert found == {"din": ["time_features", "history_labels", "prior"], "sasrec": []}
 
 
 def test_a_comparison_takes_what_the_run_has_settled_and_leaves_its_own_open():
@@ -79,4 +88,5 @@ def test_no_recipe_of_the_package_changes_with_the_defaults(name):
     if config.data.requests.task == "next_item":
         assert config.model["set_attention"] is False
     else:
-        assert suited("set_attention", task="impressions", has_time=True, has_labels=True)[0] is True
+        split = config.data.requests.split
+        assert suited("set_attention", task="impressions", split=split, has_time=True, has_labels=True)[0] is True

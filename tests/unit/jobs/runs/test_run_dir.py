@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
-from jobs.config.open_settings import left_open
+from jobs.config.open_settings import LATER, left_open
 from jobs.config.reader import load_config
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
@@ -20,6 +21,9 @@ from pipeline import build
 from pipeline.events import EventColumns
 from pipeline.shards.dataset import Shards
 from tests.unit.jobs.training.test_checkpoint_damage import write_checkpoint
+
+LATE: dict[str, Any] = {"split": "temporal", "valid_from": 20_000, "test_from": 30_000}
+"""Requests of the temporal split."""
 
 
 @pytest.fixture
@@ -47,6 +51,12 @@ def config(tmp_path) -> RunConfig:
     )
 
 
+def asking(config: RunConfig, **requests: Any) -> RunConfig:
+    """The config with other requests."""
+    changed = dataclasses.replace(config.data.requests, **requests)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, requests=changed))
+
+
 def switches(config: RunConfig) -> tuple[bool, bool]:
     return config.model["time_features"], config.model["set_attention"]
 
@@ -60,25 +70,24 @@ def test_an_order_without_times_switches_time_features_off_and_says_so(shards, c
         "train        model.time_features=false: the log has an order only, no times",
         "train        model.set_attention=false: negatives are sampled",
         "train        model.history_labels=false: the log has no labels",
+        "train        model.prior=false: the split is leave_one_out",
     ]
     assert left_open(found.model) == []
     assert settled(found, tell=lines.append) is found
 
 
-def test_times_and_impressions_keep_all_on_without_a_word(shards, config):
+def test_times_impressions_and_a_temporal_split_keep_all_on_without_a_word(shards, config):
     shards(timed=True, labelled=True)
-    requests = dataclasses.replace(config.data.requests, task="impressions")
-    shown = dataclasses.replace(config, data=dataclasses.replace(config.data, requests=requests))
     lines: list[str] = []
-    found = settled(shown, tell=lines.append)
+    found = settled(asking(config, task="impressions", **LATE), tell=lines.append)
     assert switches(found) == (True, True)
-    assert found.model["history_labels"] is True
+    assert found.model["history_labels"] is found.model["prior"] is True
     assert lines == []
 
 
 def test_settled_settings_have_the_identity_of_explicit_ones(shards, config):
     shards(timed=True)
-    switched = {"time_features": True, "set_attention": False, "history_labels": False}
+    switched = {"time_features": True, "set_attention": False, "history_labels": False, "prior": False}
     explicit = dataclasses.replace(config, model=config.model | switched)
     assert settled(config).fingerprint() == explicit.fingerprint() != config.fingerprint()
 
@@ -93,15 +102,16 @@ def test_a_run_keeps_the_settings_that_it_began_with(shards, config):
     assert switches(settled(explicit)) == (True, False)
 
 
+@pytest.mark.parametrize("name", LATER)
 @pytest.mark.parametrize("begins", ["the run", "a checkpoint"])
-def test_what_was_stored_before_events_had_labels_keeps_them_out(shards, config, tmp_path, begins):
-    """Although labels suit the data and the task."""
+def test_what_was_stored_before_a_setting_existed_keeps_it_out(shards, config, tmp_path, begins, name):
+    """Although it suits the data, the task and the split."""
     data = shards(timed=True, labelled=True)
-    requests = dataclasses.replace(config.data.requests, task="impressions")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, requests=requests))
-    earlier = settled(config).model | {"history_labels": False}
+    config = asking(config, task="impressions", **LATE)
+    assert settled(config).model[name] is True
+    earlier = settled(config).model | {name: False}
     facts = as_json(run_facts(dataclasses.replace(config, model=earlier), data))
-    del facts["config"]["model"]["history_labels"]
+    del facts["config"]["model"][name]
     if begins == "the run":
         config.run_dir.mkdir(parents=True)
         write_json(config.run_dir / "run.json", facts)
@@ -110,12 +120,22 @@ def test_what_was_stored_before_events_had_labels_keeps_them_out(shards, config,
         training = dataclasses.replace(config.training, warm_start=str(checkpoint))
         config = dataclasses.replace(config, training=training)
     found = settled(config)
-    assert found.model["history_labels"] is False
+    assert found.model[name] is False
     if begins == "the run":
         assert previous_run(found, data) is not None
-        on = dataclasses.replace(found, model=found.model | {"history_labels": True})
-        with pytest.raises(UserError, match=r"\(model.history_labels is False there, True here\)"):
+        on = dataclasses.replace(found, model=found.model | {name: True})
+        with pytest.raises(UserError, match=rf"\(model.{name} is False there, True here\)"):
             previous_run(on, data)
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_setting_that_came_later_is_part_of_a_runs_identity_only_where_it_is_on(shards, config, name):
+    shards(timed=True)
+    off = settled(config)
+    assert off.model[name] is False
+    without = dataclasses.replace(off, model={key: value for key, value in off.model.items() if key != name})
+    on = dataclasses.replace(off, model=off.model | {name: True})
+    assert without.fingerprint() == off.fingerprint() != on.fingerprint()
 
 
 def test_labels_in_histories_that_the_log_does_not_have_are_refused(shards, config):
@@ -123,6 +143,27 @@ def test_labels_in_histories_that_the_log_does_not_have_are_refused(shards, conf
     asked = dataclasses.replace(config, model=config.model | {"history_labels": True})
     with pytest.raises(UserError, match=r"model.history_labels=true: .* has no labels: map a label column"):
         train(asked, Said(), resume=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("requests", "training", "words"),
+    [
+        ({}, {}, "data.requests.split is leave_one_out, under which nothing says what was known when: set --data.requ"),
+        (True, {"loss": "catalogue"}, "training.loss=catalogue compares vectors alone: set --training.loss candidates"),
+    ],
+)
+def test_a_prior_that_the_split_or_the_loss_does_not_allow_is_refused(shards, config, requests, training, words):
+    shards(timed=True)
+    asked = dataclasses.replace(
+        asking(config, **(LATE if requests else {})),
+        model=config.model | {"prior": True},
+        training=dataclasses.replace(config.training, **training),
+    )
+    with pytest.raises(UserError) as refusal:
+        train(asked, Said(), resume=False)  # type: ignore[arg-type]
+    assert str(refusal.value).startswith(f"model.prior=true: {words}")
+    assert str(refusal.value).endswith("or --model.prior false")
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_run_whose_users_were_forgotten_names_how_to_start_a_new_one(shards, config):
