@@ -16,7 +16,7 @@ from pathlib import Path
 CHECKSUMS = "checksums.json"
 COUNTERS = "item-counters.safetensors"
 """Counters of items by day, which a model with a prior reads. They are of the data, not of the model: the digest leaves
-them out, so that states stay valid when they are renewed."""
+them and their checksum out, so that states stay valid when they are renewed."""
 
 
 class DamagedModel(ValueError):
@@ -35,7 +35,8 @@ def file_digests(directory: Path) -> dict[str, str]:
 def export_digest(digests: dict[str, str]) -> str:
     """Digest of all exported files: models that score differently have different digests."""
     whole = hashlib.sha256()
-    for name in sorted(digests.keys() - {COUNTERS}):
+    left_out = {COUNTERS, CHECKSUMS} if COUNTERS in digests else set()
+    for name in sorted(digests.keys() - left_out):
         whole.update(f"{name} {digests[name]}\n".encode())
     return whole.hexdigest()[:32]
 

@@ -73,7 +73,8 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     reporter.row("plan", **tables.described_plan)
 
     # All ranks: prepare validation, and the two functions that read a batch and begin its look-up.
-    validation = Validation(job, shards, catalogue_of(shards, requests=job.requests, training_count=counts))
+    catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
+    validation = Validation(job, shards, catalogue, planned_scores=_planned_scores(job, loader))
     add_negatives = InBatchNegatives(job.requests, item_counts=counts, seed=job.seed)
     batches, clock, num_items = iter(loader), StepClock(), shards.vocabulary.size
 
@@ -96,6 +97,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         # All ranks: a model with a prior is of use before its first step, which may stay the best one.
         if dense.starts_at_prior and state.best_metric is None and state.step == 0:
             validation.run(state, tables, dense.model, reporter)
+            state.loader = loader.state_dict()
             checkpoints.begin(state)
         while state.step < num_steps:
             # Step, all ranks: forward, backward and update; `asked` becomes the next batch if its look-up has begun.
@@ -143,6 +145,14 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
     reporter.row("cost", step=state.step, **_cost())
     dense.destroy()
     return state
+
+
+def _planned_scores(job: TrainJob, loader: TrainLoader) -> int:
+    """About how many candidates are scored between two validations; 0 where a limit of time decides."""
+    if job.training.max_seconds:
+        return 0
+    candidates = 1 + job.requests.num_negatives + job.requests.history_negatives
+    return job.training.eval_every_epochs * loader.num_requests(0) * candidates
 
 
 def _with_recovery_hint(error: NonFiniteLoss, run_dir: Path) -> NonFiniteLoss:

@@ -32,8 +32,10 @@ validation: 3 to 6 times with SOLAR on MovieLens-100K. A constant, not a clock: 
 class Validation:
     """The validation of one training run. Methods are collectives."""
 
-    def __init__(self, job: TrainJob, shards: Shards, catalogue: Catalogue) -> None:
-        self._job, self._shards, self._catalogue = job, shards, catalogue
+    def __init__(self, job: TrainJob, shards: Shards, catalogue: Catalogue, *, planned_scores: int = 0) -> None:
+        """`planned_scores`: how many candidates are to be scored until the second validation, where the first one comes
+        before the first step."""
+        self._job, self._shards, self._catalogue, self._planned = job, shards, catalogue, planned_scores
         self._loader: EvaluationLoader | None = None
 
     def run(self, state: TrainState, tables: ShardedTables, model: nn.Module, reporter: Reporter) -> None:
@@ -65,7 +67,8 @@ class Validation:
             return asked
         if self._job.requests.task != "next_item":
             return MOST_REQUESTS
-        affordable = SHARE * TRAINED_PER_RANKED * state.scored / self._catalogue.num_items
+        scored = state.scored or self._planned
+        affordable = SHARE * TRAINED_PER_RANKED * scored / self._catalogue.num_items
         return round(min(max(affordable, LEAST_REQUESTS), MOST_REQUESTS))
 
 
