@@ -12,6 +12,7 @@ import torch
 from jobs.runs.export import write_export
 from jobs.tracking.registry import RegisteredModel
 from jobs.training.model import model_settings, model_tables
+from models.prior import PRIOR_PREFIX, Prior, Task
 from models.solar import SolarConfig
 from models.zoo import build_tower
 from pipeline.batches.requests import RequestConfig
@@ -61,7 +62,7 @@ def export(tmp_path):
 
 
 def random_export(
-    data: Shards, directory: Path, *, max_history: int = 7, min_label: int = 0, **model: Any
+    data: Shards, directory: Path, *, max_history: int = 7, min_label: int = 0, task: Task = "next_item", **model: Any
 ) -> RegisteredModel:
     """SOLAR with random weights, exported to `directory`; `model` changes its settings. It reads every event, unless
     `min_label` is 1."""
@@ -70,10 +71,14 @@ def random_export(
     tower = randomise(build_tower(model_settings(whole, data.vocabulary), num_features=len(data.vocabulary.features)))
     specs = model_tables(whole, data.vocabulary)
     tables = {spec.name: torch.randn(spec.capacity, spec.width) for spec in specs}
+    weights = tower.state_dict()
+    if whole["prior"]:
+        prior = randomise(Prior(task))
+        weights |= {f"{PRIOR_PREFIX}{name}": parameter.detach() for name, parameter in prior.named_parameters()}
     write_export(
         directory, shards=data, config={}, model=whole,
-        requests=RequestConfig(max_history=max_history, min_label=min_label),
-        table=tables.__getitem__, tower=tower.state_dict(),
+        requests=RequestConfig(task=task, max_history=max_history, min_label=min_label),
+        table=tables.__getitem__, tower=weights,
     )  # fmt: skip
     return RegisteredModel(name="tiny", version="1", alias=None, directory=directory, tags={})
 

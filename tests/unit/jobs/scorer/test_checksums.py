@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+from safetensors.torch import load_file, save_file
 
 from jobs.host.errors import UserError
-from jobs.scorer.checksums import CHECKSUMS, write_checksums
+from jobs.scorer.checksums import CHECKSUMS, COUNTERS, export_digest, file_digests, write_checksums
 from jobs.training.exported import load_export
+from models.item_counters import MS_PER_DAY
 from pipeline.events import DataError
 
 
@@ -84,6 +89,45 @@ def test_a_model_of_before_the_checksums_loads_and_this_is_said_once(data, expor
     assert [record.getMessage() for record in caplog.records] == [
         f"{model.directory}: was registered without checksums, so damage would not be noticed: register the model again"
     ]
+
+
+def test_newer_counters_of_items_change_scores_but_not_the_digest(data, export):
+    model = export(data, prior=True, max_history=50)
+    file, before = model.directory / COUNTERS, model.scorer()
+    request = {"history": [[105]], "history_time": [[600_000]], "candidates": [[100, 101]], "time": [10 * MS_PER_DAY]}
+    first = before.predict(None, pd.DataFrame(request))["scores"][0]
+    counters = load_file(file)
+    assert (counters["day_K"] == 0).all()
+    row = int(before.rows(pa.array([100]))[0])
+    counters["events_K"] = counters["events_K"] + 1000 * (counters["row_K"] == row).int()
+    save_file(counters, file)
+    # They are of the data, but a damaged file is still refused.
+    with pytest.raises(UserError, match=rf"{COUNTERS}: its checksum"):
+        model.scorer()
+    write_checksums(model.directory)
+    after = model.scorer()
+    assert after.digest == before.digest == model.digest
+    second = after.predict(None, pd.DataFrame(request))["scores"][0]
+    assert abs(second[0] - first[0]) > 1e-2
+    assert second[1] == pytest.approx(first[1], abs=1e-5)
+
+
+def test_a_model_without_a_prior_has_no_counters_and_a_digest_of_all_its_files(data, export):
+    plain = export(data)
+    assert not (plain.directory / COUNTERS).exists()
+    # The digest that states of registered models carry.
+    files = sorted(plain.directory.iterdir())
+    lines = [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files]
+    assert plain.digest == hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
+def test_every_other_file_of_a_model_with_counters_is_in_its_digest(data, export):
+    directory = export(data, prior=True).directory
+    digests, found = file_digests(directory), set()
+    for name in sorted(digests.keys() - {CHECKSUMS, COUNTERS}):
+        found.add(export_digest(digests | {name: "other"}))
+    assert len(found) == len(digests) - 2
+    assert export_digest(digests) not in found
 
 
 def test_checksums_are_those_of_the_files_as_they_are_when_written_again(data, export):

@@ -300,9 +300,17 @@ def test_exported_source_imports_few_packages_and_repeats_no_name(model):
     assert roots - sys.stdlib_module_names == {"mlflow", "numpy", "pandas", "pyarrow", "safetensors", "torch"}
 
 
-@pytest.mark.parametrize("feature_width", [None, {"genre": 8, "gender": 4}])
-def test_exported_source_scores_the_same(data, export, feature_width):
-    registered = export(data, feature_width=feature_width)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"feature_width": {"genre": 8, "gender": 4}},
+        {"prior": True},
+        {"prior": True, "history_labels": True, "task": "impressions"},
+    ],
+)
+def test_exported_source_scores_the_same(data, export, settings):
+    registered = export(data, **settings)
     module = type(sys)("exported_scorer")
     sys.modules["exported_scorer"] = module
     try:

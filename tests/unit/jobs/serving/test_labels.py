@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -22,6 +23,20 @@ from tests.support.shown import shown_log
 from tests.unit.jobs.serving.test_score import differences, evaluated, run
 
 LONGER = 200
+EVERY_EVENT = RequestConfig(max_history=LONGER, min_label=0)
+SHOWN = RequestConfig(task="impressions", min_history=0, max_history=LONGER)
+IN_EVERY_FORM: dict[str, tuple[RequestConfig, dict[str, Any]]] = {
+    "labels": (SHOWN, {"history_labels": True, "repeats": False}),
+    "labels and a prior": (SHOWN, {"history_labels": True, "repeats": False, "prior": True}),
+    "repeats and a prior": (EVERY_EVENT, {"prior": True}),
+    "a prior alone counts repeats": (EVERY_EVENT, {"prior": True, "repeats": False}),
+}
+
+
+def log_of_weeks() -> pl.DataFrame:
+    """The log with sixty times longer pauses: an item's counters say something only from its second day on."""
+    log = shown_log()
+    return log.with_columns(timestamp=log["timestamp"].min() + 60 * (pl.col("timestamp") - log["timestamp"].min()))
 
 
 @pytest.fixture
@@ -90,16 +105,18 @@ def test_scores_from_states_equal_those_of_evaluation(data, open_log, export, tm
     assert rows[0]["scores"] == pytest.approx(raw[0]["scores"], abs=1e-3)
 
 
-def test_a_history_with_labels_has_one_score_in_every_form(open_log, export, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", IN_EVERY_FORM)
+def test_a_history_has_one_score_in_every_form(open_log, export, tmp_path, monkeypatch, kind):
     """In evaluation, from shards, in the request, as a state, and as an earlier state with the latest events."""
     command_without_ray(monkeypatch.setattr)
     monkeypatch.setattr(packed_states, "WHOLE_EVENTS", 10)
-    data = open_log(shown_log(), "labelled", request_id="request_id")
-    model = export(data, max_history=LONGER, history_labels=True, repeats=False)
-    requests = RequestConfig(task="impressions", min_history=0, max_history=LONGER)
+    requests, settings = IN_EVERY_FORM[kind]
+    whole, reads_labels = log_of_weeks(), "history_labels" in settings
+    data = open_log(whole, "labelled", request_id="request_id")
+    model = export(data, max_history=LONGER, task=requests.task, **settings)
     expected = evaluated(model, data, requests, catalogue=True)
     asked = asked_of(expected)
-    log = shown_log().join(asked.select("user_id", "time"), on="user_id")
+    log = whole.join(asked.select("user_id", "time"), on="user_id")
     log = log.filter(pl.col("timestamp") < pl.col("time"))
 
     def columns(events, name):
@@ -113,7 +130,7 @@ def test_a_history_with_labels_has_one_score_in_every_form(open_log, export, tmp
     rows, _ = run(model, tmp_path, given.to_arrow())
     assert np.quantile(differences(rows, expected), 0.99) <= 1e-4
     rows, _ = run(model, tmp_path, given.drop("history_label").to_arrow())
-    assert differences(rows, expected).max() > 1e-2
+    assert (differences(rows, expected).max() > 1e-2) == reads_labels
     place, size = pl.int_range(pl.len()).over("user_id"), pl.len().over("user_id")
     for since in (0, 3):
         known = log.filter(place < size - since)
@@ -128,7 +145,7 @@ def test_a_history_with_labels_has_one_score_in_every_form(open_log, export, tmp
         assert counts.from_states == len(expected)
         assert np.quantile(differences(rows, expected), 0.99) <= 1e-3
     rows, _ = run(model, tmp_path, latest.drop("latest_label").to_arrow(), states=str(out))
-    assert differences(rows, expected).max() > 1e-2
+    assert (differences(rows, expected).max() > 1e-2) == reads_labels
 
 
 def test_a_model_exported_before_labels_mattered_reads_every_event(data, export):

@@ -22,8 +22,10 @@ from jobs.serving import request_files as score_input
 from jobs.serving import score as scoring
 from jobs.serving.ranking import ScoreConfig, best_first
 from jobs.serving.score import score
+from jobs.training.item_counters import count_items
 from jobs.training.model import item_features, model_tables, training_input, user_tables
 from models.embeddings import EmbeddingCollections, look_up_ids, pool_features, pool_user_features
+from models.prior import PRIOR_PREFIX, Prior, PriorModel
 from models.zoo import build_tower
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.batches.requests import RequestConfig
@@ -53,12 +55,24 @@ class TrainingTables:
         return (*pool_features(found, self.features), pool_user_features(found, self.user_tables))
 
 
+def weighted(model, data):
+    """The tower with its weights; of a model with a prior the PriorModel, with counters from the shards."""
+    settings, weights = model.settings, load_file(model.directory / "model.safetensors")
+    of_prior = {name: weights.pop(name) for name in [*weights] if name.startswith(PRIOR_PREFIX)}
+    tower = build_tower(settings["model"], num_features=len(settings["features"]))
+    tower.load_state_dict(weights)
+    if not settings["model"]["prior"]:
+        return tower
+    prior = Prior(settings["task"])
+    prior.load_state_dict({name.removeprefix(PRIOR_PREFIX): value for name, value in of_prior.items()})
+    training = load_file(model.directory / "item-counts.safetensors")["training_events"].numpy()
+    return PriorModel(tower, prior, count_items(data, min_label=settings["min_label"], training_count=training))
+
+
 def evaluated(model, data, requests, *, catalogue=False):
     """{user id: (request time, tied with its last event, {item: logit of evaluation})} on the test part."""
     tables: Any = TrainingTables(model, data.vocabulary)
-    tower = build_tower(model.settings["model"], num_features=len(model.settings["features"]))
-    tower.load_state_dict(load_file(model.directory / "model.safetensors"))
-    tower.eval()
+    tower = weighted(model, data).eval()
     found = {}
     for batch in EvaluationLoader(data, requests=requests, part="test", batch_events=150):
         if catalogue:
