@@ -1,0 +1,272 @@
+"""The start of a prior against plain searches for it, and item counters against a loop over the raw events."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from jobs.training import prior_fit
+from jobs.training.baselines import OWN_ITEMS, ranking_scores
+from jobs.training.catalogue import catalogue_of
+from jobs.training.item_counters import count_items
+from jobs.training.model import catalogue_input
+from jobs.training.prior_fit import fit_prior
+from models.item_counters import MS_PER_DAY, ItemCounters
+from models.prior import ITEM_EVENTS, USER_EVENTS, Prior
+from pipeline.batches.loader import TrainLoader, training_item_counts
+from pipeline.batches.loader_config import LoaderConfig
+from pipeline.batches.requests import RequestConfig
+from pipeline.build import index_requests
+from pipeline.events import EventColumns
+from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED, UNKNOWN
+
+USERS, ITEMS, DAYS, FIRST_DAY = 20, 40, 20, 19_000
+VALID_FROM = (FIRST_DAY + 16) * MS_PER_DAY
+TEMPORAL: dict[str, Any] = {
+    "split": "temporal", "valid_from": VALID_FROM, "test_from": VALID_FROM + 2 * MS_PER_DAY, "max_requests": 1000,
+}  # fmt: skip
+SHOWN = RequestConfig(task="impressions", **TEMPORAL)
+RETURNING = RequestConfig(seen_items="kept", min_label=0, num_negatives=4, **TEMPORAL)
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    """A process group of this process alone: fitting and counting are collectives."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def open_log(prepare, write_log, tmp_path):
+    """Shards of a log, with its requests counted."""
+
+    def make(log: pl.DataFrame, requests: RequestConfig) -> Shards:
+        write_log(log)
+        columns = EventColumns(timestamp_unit="ms", label="label", request_id="request_id")
+        prepare(tmp_path / "log", tmp_path / "shards", columns=columns, buckets=2, row_group_events=150)
+        data = Shards.open(str(tmp_path / "shards"))
+        index_requests(data, config=requests)
+        return data
+
+    return make
+
+
+def shown_log(seed: int = 0) -> pl.DataFrame:
+    """What is shown together has one time; whether it is liked depends on the item and on the user."""
+    rng = np.random.default_rng(seed)
+    of_item, of_user = rng.normal(0, 1, ITEMS), rng.normal(0, 1, USERS)
+    rows = []
+    for user in range(USERS):
+        times = np.sort(rng.choice(DAYS * 24, 30, replace=False)) * (MS_PER_DAY // 24)
+        for request, time in enumerate(times):
+            for item in rng.choice(ITEMS, 4, replace=False):
+                liked = rng.random() < 1 / (1 + math.exp(0.5 - of_item[item] - of_user[user]))
+                rows.append((user, 100 + item, FIRST_DAY * MS_PER_DAY + int(time), int(liked), request))
+    return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "label", "request_id"], orient="row")
+
+
+def returning_log(seed: int = 0) -> pl.DataFrame:
+    """Everybody comes back to three items of their own."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(USERS // 2):
+        own = rng.choice(ITEMS, 3, replace=False)
+        for request, time in enumerate(np.sort(rng.choice(DAYS * 24 * 60, 30, replace=False))):
+            item = rng.choice(own) if rng.random() < 0.8 else rng.integers(ITEMS)
+            rows.append((user, 100 + item, FIRST_DAY * MS_PER_DAY + 60_000 * int(time), 1, request))
+    return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "label", "request_id"], orient="row")
+
+
+def loader_of(data: Shards, requests: RequestConfig, *, seed: int = 1) -> TrainLoader:
+    loader = LoaderConfig(batch_events=1500, window_row_groups=2)
+    return TrainLoader(data, requests=requests, loader=loader, seed=seed)
+
+
+def counters_of(data: Shards, requests: RequestConfig) -> ItemCounters:
+    counts = training_item_counts(data, requests=requests)
+    return count_items(data, min_label=requests.least_label, training_count=counts)
+
+
+def fitted(data: Shards, requests: RequestConfig, *, seed: int = 1) -> Prior:
+    prior, loader = Prior(requests.task), loader_of(data, requests, seed=seed)
+    before = loader.state_dict()
+    fit_prior(prior, counters_of(data, requests), loader, requests=requests, num_items=data.vocabulary.size, seed=seed)
+    assert loader.state_dict() == before
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in prior.parameters())
+    return prior
+
+
+def shrunk(positives: int, events: int, *, mean: float, added: float) -> float:
+    rate = (positives + added * mean) / (events + added)
+    return math.log(rate / (1 - rate)) - math.log(mean / (1 - mean))
+
+
+def shown_rates(log: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """([M, 3] rates of item and user and a 1, [M] labels) of all that was shown before VALID_FROM, from the raw log."""
+    rows = log.rows(named=True)
+    mean = (int(log["label"].sum()) + 1) / (log.height + 2)
+    features, labels = [], []
+    for row in rows:
+        if row["timestamp"] >= VALID_FROM:
+            continue
+        day = row["timestamp"] // MS_PER_DAY
+        of_item = [r["label"] for r in rows if r["item_id"] == row["item_id"] and r["timestamp"] // MS_PER_DAY < day]
+        of_user = [r["label"] for r in rows if r["user_id"] == row["user_id"] and r["timestamp"] < row["timestamp"]]
+        features.append(
+            (
+                shrunk(sum(of_item), len(of_item), mean=mean, added=ITEM_EVENTS),
+                shrunk(sum(of_user), len(of_user), mean=mean, added=USER_EVENTS),
+                1.0,
+            )
+        )
+        labels.append(row["label"])
+    return np.array(features), np.array(labels, float)
+
+
+def test_rates_of_impressions_get_the_weights_of_a_logistic_regression(open_log):
+    log = shown_log()
+    prior = fitted(open_log(log, SHOWN), SHOWN)
+    features, labels = shown_rates(log)
+    weights = np.zeros(3)
+    for _ in range(5000):
+        weights += features.T @ (labels - 1 / (1 + np.exp(-features @ weights))) / len(labels)
+    found = torch.cat([prior.rate_2, prior.bias_1]).tolist()
+    # The product keeps rates in float32.
+    assert found == pytest.approx(weights.tolist(), rel=1e-4, abs=1e-4)
+    assert min(found[:2]) > 0.3
+
+
+def ndcg(scores_BI: torch.Tensor, target_B: torch.Tensor) -> float:
+    """Of one target a request, ties with expected ranks."""
+    scores_BI = scores_BI.clone()
+    scores_BI[:, :NUM_RESERVED] = -math.inf
+    target_B1 = scores_BI.gather(1, target_B[:, None])
+    ties_B = (scores_BI == target_B1).sum(1) - 1
+    rank_B = (scores_BI > target_B1).sum(1) + 0.5 * ties_B
+    return float(torch.where(rank_B < 10, 1 / torch.log2(2 + rank_B), 0.0).mean())
+
+
+def test_where_people_come_back_the_prior_ranks_no_worse_than_their_own_items(open_log):
+    data = open_log(returning_log(), RETURNING)
+    prior, counters = fitted(data, RETURNING).eval(), counters_of(data, RETURNING)
+    assert prior.own_2[0] > 0
+    assert prior.own_2[1] > 0
+    assert (prior.window_5 > 0).sum() == 1
+    counts = training_item_counts(data, requests=RETURNING)
+    catalogue = catalogue_of(data, requests=RETURNING, training_count=counts[: data.vocabulary.size])
+    own, size = ranking_scores(OWN_ITEMS, catalogue), data.vocabulary.size
+    found: list[tuple[float, float, float, int]] = []
+    requests = dataclasses.replace(RETURNING, num_negatives=0)
+    for batch in loader_of(data, requests).epoch(0):
+        none = torch.zeros(size, 0)
+        users = torch.zeros(batch.num_users, 0, 0)
+        inputs = catalogue_input(batch, none, none[..., None], users, candidates=range(size))
+        request_M = torch.arange(batch.num_requests).repeat_interleave(size)
+        scores_BI = prior(inputs, counters, request_M=request_M).view(-1, size)
+        # Popularity of all training would know what comes later: items outside the history count as nothing here.
+        own_BI, target_B = own(batch).expand(batch.num_requests, -1), batch.candidate_item
+        popular_BI = torch.from_numpy(counts[:size]).float().expand(batch.num_requests, -1)
+        own_BI = torch.where(own_BI >= 1, own_BI, 0.0)
+        each = (ndcg(one, target_B) for one in (scores_BI, own_BI, popular_BI))
+        found.append((*each, batch.num_requests))  # type: ignore[arg-type]
+    of_prior, of_own, of_popularity, _ = np.average(found, axis=0, weights=[row[-1] for row in found])
+    assert sum(row[-1] for row in found) > 200
+    assert of_prior >= of_own > of_popularity
+
+
+def test_where_nobody_comes_back_the_own_items_are_worth_nothing(open_log):
+    requests = dataclasses.replace(RETURNING, seen_items="removed")
+    prior = fitted(open_log(returning_log(), requests), requests)
+    assert prior.own_2.tolist() == [0, 0]
+    assert float(prior.window_5.max()) > 0
+
+
+@pytest.mark.parametrize(("log", "requests"), [(shown_log, SHOWN), (returning_log, RETURNING)])
+def test_a_fit_follows_from_the_data_and_the_seed_changes_no_more_than_an_order_of_sums(open_log, log, requests):
+    data = open_log(log(), requests)
+    first, again, other = (fitted(data, requests, seed=seed).state_dict() for seed in (1, 1, 2))
+    for name, tensor in first.items():
+        assert torch.equal(again[name], tensor), name
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_other_samples_of_the_catalogue_give_nearly_the_same_prior(open_log, monkeypatch):
+    data = open_log(returning_log(), RETURNING)
+    whole = fitted(data, RETURNING)
+    monkeypatch.setattr(prior_fit, "SAMPLED_ITEMS", ITEMS // 2)
+    first, second = (fitted(data, RETURNING, seed=seed) for seed in (1, 2))
+    assert not torch.equal(first.bias_1, second.bias_1)
+    for prior in (first, second):
+        # One step of the grid, and what half of the items says of a sum over all.
+        assert float(whole.own_2[0]) / 3 <= float(prior.own_2[0]) <= 3 * float(whole.own_2[0])
+        assert float(prior.bias_1) == pytest.approx(float(whole.bias_1), abs=1.0)
+
+
+def counted(data: Shards, *, min_label: int, row_of_item: dict[int, int]) -> dict[tuple[int, int], tuple[int, int]]:
+    """{(row, day): (events, positives)} by a loop over the raw events."""
+    found: dict[tuple[int, int], list[int]] = defaultdict(lambda: [0, 0])
+    for event in data.raw_events(range(data.num_groups)).rows(named=True):
+        if event["label"] >= min_label:
+            cell = found[row_of_item[event["item_id"]], event["timestamp"] // MS_PER_DAY]
+            cell[0] += 1
+            cell[1] += event["label"] > 0
+    return {pair: (events, positives) for pair, (events, positives) in found.items()}
+
+
+def stored(counters: ItemCounters) -> dict[tuple[int, int], tuple[int, int]]:
+    columns = (counters.tensors()[name].tolist() for name in ("row_K", "day_K", "events_K", "positives_K"))
+    return {(row, day): (events, positives) for row, day, events, positives in zip(*columns, strict=True)}
+
+
+def at_midnight(log: pl.DataFrame) -> pl.DataFrame:
+    """Half of the times at the first millisecond of a day in UTC, or at the last one."""
+    last, kind = pl.col("timestamp") // MS_PER_DAY * MS_PER_DAY, pl.int_range(pl.len()) % 4
+    moved = pl.when(kind == 0).then(last).when(kind == 1).then(last - 1).otherwise(pl.col("timestamp"))
+    return log.with_columns(timestamp=moved).unique(["user_id", "item_id", "timestamp"], maintain_order=True)
+
+
+@pytest.mark.parametrize("min_label", [0, 1])
+def test_counters_are_those_of_a_loop_over_all_events(open_log, min_label):
+    data = open_log(at_midnight(shown_log()), SHOWN)
+    counts = training_item_counts(data, requests=SHOWN)
+    counters = count_items(data, min_label=min_label, training_count=counts)
+    items = data.vocabulary.items.to_pylist()
+    expected = counted(
+        data, min_label=min_label, row_of_item={item: row for row, item in enumerate(items, start=NUM_RESERVED)}
+    )
+    assert stored(counters) == expected
+    # Also the days of the test.
+    assert max(day for _, day in expected) > (VALID_FROM + 2 * MS_PER_DAY) // MS_PER_DAY
+    assert torch.equal(counters.training_R, torch.from_numpy(counts))
+
+
+def test_counters_for_the_rows_of_another_vocabulary(open_log):
+    """One that has its own order and lacks every third item."""
+    data = open_log(shown_log(), SHOWN)
+    rows = np.full(data.vocabulary.capacity, UNKNOWN)
+    items = data.vocabulary.items.to_pylist()
+    for place in range(len(items)):
+        if place % 3:
+            rows[NUM_RESERVED + place] = NUM_RESERVED + len(items) - place
+    model_rows = NUM_RESERVED + len(items) + 1
+    counters = count_items(
+        data, min_label=0, training_count=np.zeros(model_rows, np.int64), row_of_item=torch.from_numpy(rows)
+    )
+    known = {item: int(rows[NUM_RESERVED + place]) for place, item in enumerate(items)}
+    expected = counted(data, min_label=0, row_of_item=known)
+    found = stored(counters)
+    assert {pair: cell for pair, cell in found.items() if pair[0] >= NUM_RESERVED} == {
+        pair: cell for pair, cell in expected.items() if pair[0] >= NUM_RESERVED
+    }
+    assert counters.training_R.shape == (model_rows,)
