@@ -189,7 +189,7 @@ def test_where_nobody_comes_back_the_own_items_are_worth_nothing(open_log):
     requests = dataclasses.replace(RETURNING, seen_items="removed")
     prior = fitted(open_log(returning_log(), requests), requests)
     assert prior.own_2.tolist() == [0, 0]
-    assert float(prior.window_5.max()) > 0
+    assert prior.window_5.max() > 0
 
 
 @pytest.mark.parametrize(("log", "requests"), [(shown_log, SHOWN), (returning_log, RETURNING)])
