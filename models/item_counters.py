@@ -38,8 +38,6 @@ class ItemCounters(nn.Module):
         those with a positive label; training_R: [R] int64, how often each row is a positive of a training request."""
         super().__init__()
         self.day_ms = day_ms
-        self.mean_rate = (int(positives_K.sum()) + 1) / (int(events_K.sum()) + 2)
-        """Share of positive labels over all days, with one event of each kind added."""
         self.first_day = int(day_K.min()) if day_K.numel() else 0
         self.num_days = int(day_K.max()) - self.first_day + 2 if day_K.numel() else 1
         key_K = row_K * self.num_days + day_K - self.first_day

@@ -52,6 +52,8 @@ class Prior(nn.Module):
         self.bias_1 = nn.Parameter(torch.zeros(1))
         if task == "impressions":
             self.rate_2 = nn.Parameter(torch.zeros(2))
+            # The mean rate of training, to which rates are shrunk: a constant of the run, stored like a parameter.
+            self.mean_1 = nn.Parameter(torch.full((1,), 0.5), requires_grad=False)
         else:
             self.window_5 = nn.Parameter(torch.zeros(len(WINDOW_DAYS)))
             self.own_2 = nn.Parameter(torch.zeros(2))
@@ -80,10 +82,9 @@ class Prior(nn.Module):
         if self.task == "impressions":
             events_M, positives_M = counters.before(row_M, day_M)
             known_B, liked_B = label_counts(inputs)
-            mean = counters.mean_rate
             rates = (
-                _logit(positives_M, events_M, mean=mean, added=ITEM_EVENTS),
-                _logit(liked_B, known_B, mean=mean, added=USER_EVENTS)[request_M],
+                _log_odds(positives_M, events_M, mean_1=self.mean_1, added=ITEM_EVENTS),
+                _log_odds(liked_B, known_B, mean_1=self.mean_1, added=USER_EVENTS)[request_M],
             )
             # Bar nothing: candidates that were shown together are ranked whether they are known or not.
             return {"rates": torch.stack(rates, 1), "unknown": torch.zeros_like(request_M, dtype=torch.bool)}
@@ -156,7 +157,8 @@ def bare_tower(model: nn.Module) -> Recommender:
     return getattr(tower, "module", tower)
 
 
-def _logit(positives_X: Tensor, events_X: Tensor, *, mean: float, added: float) -> Tensor:
+def _log_odds(positives_X: Tensor, events_X: Tensor, *, mean_1: Tensor, added: float) -> Tensor:
     """Log odds of a rate with `added` events of the mean rate, minus those of the mean."""
-    rate_X = (positives_X.double() + added * mean) / (events_X.double() + added)
-    return (torch.logit(rate_X) - torch.logit(torch.tensor(mean, dtype=torch.float64))).float()
+    mean_1 = mean_1.double()
+    rate_X = (positives_X.double() + added * mean_1) / (events_X.double() + added)
+    return (torch.logit(rate_X) - torch.logit(mean_1)).float()

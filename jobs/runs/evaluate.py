@@ -258,7 +258,7 @@ def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tup
     from jobs.training.catalogue import catalogue_of, training_counts
     from jobs.training.dense_engine import PRECISIONS
     from jobs.training.exported import load_export
-    from jobs.training.item_counters import with_prior
+    from jobs.training.item_counting import with_prior
     from jobs.training.loop import build_model
     from models.prior import PriorModel, bare_tower
 

@@ -23,7 +23,7 @@ from jobs.scorer.checksums import CHECKSUMS, COUNTERS, write_checksums
 from jobs.scorer.request_frame import REQUEST_COLUMNS
 from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import table_files
-from jobs.training.item_counters import count_items
+from jobs.training.item_counting import count_items
 from jobs.training.model import model_settings, user_features
 from models.embeddings import ITEM_TABLE, USER_TABLE
 from models.zoo import MODELS, tower_class

@@ -35,7 +35,7 @@ from jobs.serving.request_files import Part, RequestFile, Requests, Sources
 from jobs.serving.stored_states import StoredUsers, find_states
 from jobs.serving.user_histories import UserHistories
 from jobs.tracking.registry import RegisteredModel
-from jobs.training.item_counters import count_items
+from jobs.training.item_counting import count_items
 from models.item_counters import ItemCounters
 from models.prior import PriorModel
 from pipeline.prepare.staging import staging_directory

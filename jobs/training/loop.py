@@ -29,7 +29,7 @@ from jobs.training.checkpoint_writer import CheckpointWriter
 from jobs.training.clock import StepClock, cost_of_process
 from jobs.training.dense_model import DenseModel
 from jobs.training.in_batch import InBatchNegatives
-from jobs.training.item_counters import count_items
+from jobs.training.item_counting import count_items
 from jobs.training.job import TrainJob
 from jobs.training.model import item_features, model_settings, model_tables, user_tables
 from jobs.training.prior_fit import fit_prior

@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -62,12 +63,16 @@ def _first_batches(loader: TrainLoader, task: str) -> Iterator[Batch]:
 
 
 def _fit_rates(prior: Prior, counters: ItemCounters, loader: TrainLoader) -> None:
-    rates, labels = [torch.zeros(0, 3, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
-    for batch in _first_batches(loader, prior.task):
+    batches = list(_first_batches(loader, prior.task))
+    labels = [torch.zeros(0, dtype=torch.float64), *(batch.candidate_label.double() for batch in batches)]
+    y_M = torch.cat(labels)
+    sums = _over_ranks([float(y_M.sum()) + 1, len(y_M) + 2.0])
+    prior.mean_1.fill_(float(sums[0] / sums[1]))
+    rates = [torch.zeros(0, 3, dtype=torch.float64)]
+    for batch in batches:
         found = prior.features(_input(batch), counters, request_M=_owner(batch))
         rates.append(torch.nn.functional.pad(found["rates"], (0, 1), value=1.0).double())
-        labels.append(batch.candidate_label.double())
-    x_M3, y_M = torch.cat(rates), torch.cat(labels)
+    x_M3 = torch.cat(rates)
     weight_3 = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
     for _ in range(NEWTON_STEPS):
         p_M = torch.sigmoid(x_M3 @ weight_3)
@@ -100,6 +105,7 @@ def _fit_ranking(
         one
         for batch in _first_batches(loader, prior.task)
         for one in _ranked(prior, counters, batch, num_items=num_items, seed=seed, seen=requests.seen_items == "kept")
+        if bool(one.is_target_C.any())
     ]
     # All ranks: the quality of every start, then the likelihood of the best one at every scale.
     own = OWN_STARTS if requests.seen_items == "kept" else (0.0,)
@@ -121,12 +127,15 @@ def _fit_ranking(
 def _ranked(
     prior: Prior, counters: ItemCounters, batch: Batch, *, num_items: int, seed: int, seen: bool
 ) -> Iterator[_Ranked]:
-    """The batch's requests with a sample of the catalogue and the items of the history (if `seen`) as candidates."""
+    """Requests of the batch, each with a sample of the catalogue and (if `seen`) its history's items as candidates."""
     num_sampled = min(SAMPLED_ITEMS, num_items - NUM_RESERVED)
     drawn = hash64(seed, torch.arange(NUM_RESERVED, num_items).numpy())
     sample = torch.from_numpy(drawn.argpartition(num_sampled - 1)[:num_sampled]) + NUM_RESERVED
     stands_for = (num_items - NUM_RESERVED) / num_sampled
-    for b in range(batch.num_requests):
+    # Of a large batch only some requests, the same ones on any number of ranks.
+    drawn_B = hash64(seed, batch.user[batch.request_user].numpy(), batch.request_key.numpy(), np.uint64(5))
+    share = min(1.0, FIT_REQUESTS[prior.task] / max(1, batch.num_global_requests))
+    for b in np.flatnonzero(drawn_B < np.uint64(share * (2**64 - 2**11))).tolist():
         one = select_requests(batch, b, b + 1)
         targets = one.candidate_item[one.candidate_label > 0].unique()
         targets = targets[targets >= NUM_RESERVED]
@@ -157,13 +166,13 @@ def _ndcg(one: _Ranked, logit_C: Tensor) -> float:
     weight_O = one.log_weight_C[~one.is_target_C].exp()
     better_P = ((other_O > target_P[:, None]) + 0.5 * (other_O == target_P[:, None])) @ weight_O
     gain_P = 1 / torch.log2(2 + better_P)
-    return float(gain_P[better_P < 10].sum()) / max(1, len(target_P))
+    return float(gain_P[better_P < 10].sum()) / len(target_P)
 
 
 def _log_share(one: _Ranked, logit_C: Tensor) -> float:
     """Mean over the targets of the log of their share in the softmax."""
     share_C = torch.log_softmax(logit_C + one.log_weight_C, 0)
-    return float(share_C[one.is_target_C].mean()) if bool(one.is_target_C.any()) else 0.0
+    return float(share_C[one.is_target_C].mean())
 
 
 def _over_ranks(values: list[float]) -> Tensor:

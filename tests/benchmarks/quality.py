@@ -231,7 +231,7 @@ def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -
     from jobs.cluster.telemetry import Reporter
     from jobs.runs.run_dir import best_checkpoint
     from jobs.training.evaluation import evaluate, evaluation_loader
-    from jobs.training.item_counters import with_prior
+    from jobs.training.item_counting import with_prior
     from jobs.training.loop import build_model, train
 
     class Curve(Reporter):

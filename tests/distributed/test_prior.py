@@ -20,7 +20,7 @@ from jobs.training.catalogue import catalogue_of, training_counts
 from jobs.training.checkpoint import committed_checkpoints, read_state
 from jobs.training.dense_state import MOMENTS
 from jobs.training.evaluation import evaluate, evaluation_loader
-from jobs.training.item_counters import count_items, with_prior
+from jobs.training.item_counting import count_items, with_prior
 from jobs.training.job import CheckpointConfig, TrainJob
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.results import primary_metric

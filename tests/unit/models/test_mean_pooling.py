@@ -22,6 +22,7 @@ def test_logits_equal_a_loop_over_requests() -> None:
     model, inputs = build(), random_inputs()
     rows_IC = torch.cat([inputs.item_IC[:, None], inputs.features_IFC], 1).flatten(1).double()
     item_IC = model.norm(model.item(rows_IC))
+    assert model.popularity is not None
     expected = []
     for b, (user, position) in enumerate(zip(inputs.request_user_B, inputs.request_position_B, strict=True)):
         start = int(inputs.event_offsets_U1[user])

@@ -22,7 +22,7 @@ from jobs.serving import request_files as score_input
 from jobs.serving import score as scoring
 from jobs.serving.ranking import ScoreConfig, best_first
 from jobs.serving.score import score
-from jobs.training.item_counters import count_items
+from jobs.training.item_counting import count_items
 from jobs.training.model import item_features, model_tables, training_input, user_tables
 from models.embeddings import EmbeddingCollections, look_up_ids, pool_features, pool_user_features
 from models.prior import PRIOR_PREFIX, Prior, PriorModel

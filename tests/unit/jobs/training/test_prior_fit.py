@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 from jobs.training import prior_fit
 from jobs.training.baselines import OWN_ITEMS, ranking_scores
 from jobs.training.catalogue import catalogue_of
-from jobs.training.item_counters import count_items
+from jobs.training.item_counting import count_items
 from jobs.training.model import catalogue_input
 from jobs.training.prior_fit import fit_prior
 from models.item_counters import MS_PER_DAY, ItemCounters
@@ -115,7 +115,8 @@ def shrunk(positives: int, events: int, *, mean: float, added: float) -> float:
 def shown_rates(log: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """([M, 3] rates of item and user and a 1, [M] labels) of all that was shown before VALID_FROM, from the raw log."""
     rows = log.rows(named=True)
-    mean = (int(log["label"].sum()) + 1) / (log.height + 2)
+    trained = [row["label"] for row in rows if row["timestamp"] < VALID_FROM]
+    mean = (sum(trained) + 1) / (len(trained) + 2)
     features, labels = [], []
     for row in rows:
         if row["timestamp"] >= VALID_FROM:

@@ -20,6 +20,7 @@ from models.item_counters import MS_PER_DAY, ItemCounters
 from models.prior import Prior, PriorModel
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
+from pipeline.shards.vocabulary import NUM_RESERVED
 
 
 def with_prior(
@@ -57,6 +58,8 @@ def count_items(
         row = np.asarray(events.item) if row_of_item is None else row_of_item.numpy()[events.item]
         label = np.zeros(len(row), np.int64) if events.label is None else (events.label > 0).astype(np.int64)
         counted = np.stack([row, np.asarray(events.time) // day_ms, np.ones_like(row), label])
+        # What the model does not know is many items in one row: nothing is known of any of them.
+        counted = counted[:, row >= NUM_RESERVED]
         local = _summed(np.concatenate([local, counted], axis=1))
     gathered: list[Any] = [local]
     if dist.is_initialized():
