@@ -124,15 +124,13 @@ class HistoryTower(Recommender):
         found_MD = self.found(
             items, history=history, query_shift_MD=query_shift_MD, inputs=inputs, candidates=candidates
         )
-        empty_M1 = None
         if self.head.adds:
             # Without a history nothing was found: the prior stands, and what the request's features say.
             empty_B = (inputs.request_position_B == 0).to(found_MD.device, non_blocking=True)
-            empty_M1 = empty_B[candidates.request_M][:, None]
-            found_MD = found_MD.masked_fill(empty_M1, 0.0)
+            found_MD = found_MD.masked_fill(empty_B[candidates.request_M][:, None], 0.0)
         if state_shift_MD is not None:
             found_MD = found_MD + state_shift_MD
-        logit_M = self.head(found_MD, head_IY=items.head_IY, item_M=inputs.candidate_item_M, empty_M1=empty_M1)
+        logit_M = self.head(found_MD, head_IY=items.head_IY, item_M=inputs.candidate_item_M)
         if self.repeats is not None:
             logit_M = logit_M + self.repeats(inputs, candidates=candidates)
         return logit_M.float()
@@ -274,7 +272,7 @@ class Head(nn.Module):
     item + found, and a score that depends only on the item, which learns popularity.
 
     An item's inner product with itself would say nothing about the history: the agreement is with what was found alone.
-    With `adds` the logit is added to a prior: it starts at 0, and where the history is empty it is 0 for `found` = 0.
+    With `adds` the logit is added to a prior: it starts at 0, and it is 0 where nothing was found.
     """
 
     def __init__(self, width: int, *, hidden: int, initial_agreement: float, adds: bool = False) -> None:
@@ -286,9 +284,8 @@ class Head(nn.Module):
         self.state = nn.Linear(width, hidden, bias=False) if hidden else None
         self.last = nn.Linear(hidden, 1, bias=False) if hidden else None
         if adds:
-            for part in (slice(width), slice(width + hidden, None)):
-                nn.init.zeros_(self.item.weight.data[part])
-                nn.init.zeros_(self.item.bias.data[part])
+            nn.init.zeros_(self.item.weight.data[:width])
+            nn.init.zeros_(self.item.bias.data[:width])
             if self.last is not None:
                 nn.init.zeros_(self.last.weight)
 
@@ -298,16 +295,13 @@ class Head(nn.Module):
         head_IY = self.item(item_ID)
         return head_IY if self.state is None else head_IY + F.pad(self.state(item_ID), (self.width, 1))
 
-    def forward(self, found_MD: Tensor, *, head_IY: Tensor, item_M: Tensor, empty_M1: Tensor | None = None) -> Tensor:
-        """logit_M. `empty_M1`: with `adds`, [M, 1] bool: candidates of requests without a history."""
+    def forward(self, found_MD: Tensor, *, head_IY: Tensor, item_M: Tensor) -> Tensor:
+        """logit_M."""
         target_MD, hidden_MX, popularity_M1 = gather_rows(head_IY, item_M).split([self.width, self.hidden, 1], -1)
         logit_M = (found_MD * target_MD).sum(-1) / math.sqrt(self.width)
-        if empty_M1 is not None:
-            popularity_M1 = popularity_M1.masked_fill(empty_M1, 0.0)
-        logit_M = logit_M + popularity_M1.squeeze(-1)
+        if not self.adds:
+            logit_M = logit_M + popularity_M1.squeeze(-1)
         if self.state is not None and self.last is not None:
             active_MX = F.relu(self.state(found_MD) + hidden_MX)
-            if empty_M1 is not None:
-                active_MX = active_MX - F.relu(hidden_MX).masked_fill(~empty_M1, 0.0)
-            logit_M = logit_M + self.last(active_MX).squeeze(-1)
+            logit_M = logit_M + self.last(active_MX - F.relu(hidden_MX) if self.adds else active_MX).squeeze(-1)
         return logit_M

@@ -2,7 +2,6 @@
 
     next_item    outside the history   sum over windows of w log(1 + events of the item in the latest days)
                  in the history        b + a log(0.01 + sum of 2^(-age / 100) over its events there, age in events)
-                                       + sum over windows of v log(1 + events), where v starts at 0
     impressions  a logit(like rate of the item) + b logit(like rate of the user), rates shrunk towards the mean
     both         + c
 
@@ -57,7 +56,6 @@ class Prior(nn.Module):
         else:
             self.window_5 = nn.Parameter(torch.zeros(len(WINDOW_DAYS)))
             self.own_2 = nn.Parameter(torch.zeros(2))
-            self.own_window_5 = nn.Parameter(torch.zeros(len(WINDOW_DAYS)))
 
     def forward(self, inputs: ModelInput, counters: ItemCounters, *, request_M: Tensor) -> Tensor:
         """prior_M, float32."""
@@ -69,9 +67,9 @@ class Prior(nn.Module):
         """prior_M of the features, without bars."""
         if self.task == "impressions":
             return features["rates"] @ self.rate_2 + self.bias_1
-        windows_MW = features["windows"]
-        own_M = self.own_2[0] + features["own"] * self.own_2[1] + windows_MW @ self.own_window_5
-        return torch.where(features["seen"], own_M, windows_MW @ self.window_5) + self.bias_1
+        own_M = torch.where(features["seen"], self.own_2[0] + features["own"] * self.own_2[1], 0.0)
+        popularity_M = features["windows"] @ self.window_5
+        return own_M + torch.where(features["seen"], 0.0, popularity_M) + self.bias_1
 
     def features(self, inputs: ModelInput, counters: ItemCounters, *, request_M: Tensor) -> dict[str, Tensor]:
         """What the prior reads of each candidate; impressions: rates [M, 2]; next_item: windows [M, 5], own [M] and
