@@ -52,15 +52,18 @@ def count_items(
     `training_count`: [R] of the model's rows; `row_of_item`: the data's rows -> the model's, None where both are the
     same. A collective: all ranks take part; without a process group one process reads everything.
     """
-    local = np.zeros((4, 0), np.int64)
+    local, waiting = np.zeros((4, 0), np.int64), []
     for group in my_groups(shards) if dist.is_initialized() else range(shards.num_groups):
         events = shards.read(group, min_label=min_label)
         row = np.asarray(events.item) if row_of_item is None else row_of_item.numpy()[events.item]
         label = np.zeros(len(row), np.int64) if events.label is None else (events.label > 0).astype(np.int64)
         counted = np.stack([row, np.asarray(events.time) // day_ms, np.ones_like(row), label])
         # What the model does not know is many items in one row: nothing is known of any of them.
-        counted = counted[:, row >= NUM_RESERVED]
-        local = _summed(np.concatenate([local, counted], axis=1))
+        waiting.append(_summed(counted[:, row >= NUM_RESERVED]))
+        # Merge when as much waits as there is, so that a pair is sorted a few times, however many row groups there are.
+        if sum(part.shape[1] for part in waiting) >= local.shape[1]:
+            local, waiting = _summed(np.concatenate([local, *waiting], axis=1)), []
+    local = _summed(np.concatenate([local, *waiting], axis=1))
     gathered: list[Any] = [local]
     if dist.is_initialized():
         gathered = [None] * dist.get_world_size()
