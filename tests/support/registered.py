@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -50,7 +51,7 @@ def registered(place: Path, data: Shards) -> RegisteredModel:
     """SOLAR as models:/tiny/1."""
     import mlflow
 
-    settings = {"repeats": False}
+    settings: dict[str, Any] = {"repeats": False}
     random_export(data, place / "model", max_history=2000, **settings)
     mlflow.set_tracking_uri(store(place))
     experiment = mlflow.create_experiment("tiny", artifact_location=(place / "artifacts").as_uri())
