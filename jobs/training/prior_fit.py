@@ -107,11 +107,11 @@ def _fit_ranking(
         for one in _ranked(prior, counters, batch, num_items=num_items, seed=seed, seen=requests.seen_items == "kept")
         if bool(one.is_target_C.any())
     ]
-    # All ranks: the quality of every start, then the likelihood of the best one at every scale.
+    # All ranks: the best window, with the history's items above all others, then how much those are worth.
     own = OWN_STARTS if requests.seen_items == "kept" else (0.0,)
-    starts = list(itertools.product(own, range(len(WINDOW_DAYS)), POPULARITY_STARTS))
-    quality = [sum((_ndcg(one, _logit(one, *start)) for one in ranked), 0.0) for start in starts]
-    best = starts[int(_over_ranks(quality).argmax())]
+    best = _best(ranked, [(own[-1], window, POPULARITY_STARTS[0]) for window in range(len(WINDOW_DAYS))])
+    best = _best(ranked, [(worth, best[1], scale) for worth, scale in itertools.product(own, POPULARITY_STARTS)])
+    # Then the likelihood of the best one at every scale.
     likelihood = [sum((_log_share(one, scale * _logit(one, *best)) for one in ranked), 0.0) for scale in SCALES]
     scale = SCALES[int(_over_ranks(likelihood).argmax())]
     # The bias makes logits probabilities: it is the mean of what normalises a request's softmax.
@@ -154,6 +154,13 @@ def _ranked(
             torch.cat([torch.zeros(len(sure)), torch.full((len(others),), stands_for).log()])[known],
             torch.isin(items, targets)[known],
         )
+
+
+def _best(ranked: list[_Ranked], starts: list[tuple[float, int, float]]) -> tuple[float, int, float]:
+    """The start (worth of the history's items, window, weight of popularity) with the best NDCG@10; of equal ones the
+    first."""
+    quality = [sum((_ndcg(one, _logit(one, *start)) for one in ranked), 0.0) for start in starts]
+    return starts[int(_over_ranks(quality).argmax())]
 
 
 def _logit(one: _Ranked, own: float, window: int, popularity: float) -> Tensor:
