@@ -106,6 +106,9 @@ class ModelInput:
     """[M] int64 index into I."""
     item_row_I: Tensor | None = None
     """[I] int64 rows of the items in the model's item table; read by models with a prior."""
+    counted_until_B: Tensor | None = None
+    """[B] int64 milliseconds since 1970 UTC, as of which counters of items are read; None = the request's times. Later
+    where a request is of no time but now."""
     num_reserved: int = 0
     """The first `num_reserved` of I are not real items: padding, and the row shared by all unknown items."""
     known_candidates_B: Tensor | None = None

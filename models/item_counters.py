@@ -35,7 +35,8 @@ class ItemCounters(nn.Module):
     ) -> None:  # fmt: skip
         """row_K, day_K: int64, distinct pairs in ascending order of (row of the item table, day), where a day is the
         time in milliseconds since 1970 UTC divided by `day_ms`; events_K, positives_K: int64, events of the pair and
-        those with a positive label; training_R: [R] int64, how often each row is a positive of a training request."""
+        those with a positive label; training_R: [R] int64, how often training moved each row: the
+        positives of all training requests, also of those that earlier runs trained on."""
         super().__init__()
         self.day_ms = day_ms
         self.first_day = int(day_K.min()) if day_K.numel() else 0
@@ -53,27 +54,26 @@ class ItemCounters(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> ItemCounters:
+    def from_tensors(cls, tensors: dict[str, Tensor], *, training_R: Tensor) -> ItemCounters:
         """The counters that `tensors` gave."""
-        day_ms = int(tensors["day_ms"])
-        return cls(**{name: tensor.long() for name, tensor in tensors.items() if name != "day_ms"}, day_ms=day_ms)
+        day_ms, pairs = int(tensors["day_ms"]), {name: value.long() for name, value in tensors.items() if value.ndim}
+        return cls(**pairs, training_R=training_R, day_ms=day_ms)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The arguments of the constructor, to store them."""
+        """The arguments of the constructor that are of the data, to store them; `training_R` is of the model."""
         return {
             "row_K": torch.div(self.key_K, self.num_days, rounding_mode="floor").int(),
             "day_K": (self.key_K % self.num_days + self.first_day),
             "events_K": self.events_K1.diff().int(),
             "positives_K": self.positives_K1.diff().int(),
-            "training_R": self.training_R.clone(),
             "day_ms": torch.tensor(self.day_ms),
         }
 
     def days(self, time_X: Tensor) -> Tensor:
-        """day_X: the day of a request's time, from the first day of the counters on; the day after the last one for a
-        later time, and for 0, which is no time."""
+        """day_X: the day of a time, from the first day of the counters on; the day after the last one for later
+        times."""
         day_X = torch.div(time_X, self.day_ms, rounding_mode="floor") - self.first_day
-        return torch.where(time_X == 0, self.num_days - 1, day_X.clamp(0, self.num_days - 1))
+        return day_X.clamp(0, self.num_days - 1)
 
     def place(self, row_X: Tensor, day_X: Tensor) -> Tensor:
         """place_X in K of the row's first pair on this day or later; rows beyond R have no pairs."""

@@ -76,7 +76,8 @@ class Prior(nn.Module):
         seen [M]; both: unknown [M]."""
         assert inputs.item_row_I is not None, "the input of a model with a prior names the rows of its items"
         row_M = inputs.item_row_I[inputs.candidate_item_M]
-        day_M = counters.days(inputs.request_time_B)[request_M]
+        until_B = inputs.request_time_B if inputs.counted_until_B is None else inputs.counted_until_B
+        day_M = counters.days(until_B)[request_M]
         if self.task == "impressions":
             events_M, positives_M = counters.before(row_M, day_M)
             known_B, liked_B = label_counts(inputs)
@@ -149,7 +150,7 @@ class PriorAlone(Recommender):
         return self.prior(inputs, self.counters, request_M=request_M)
 
 
-def bare_tower(model: nn.Module) -> Recommender:
+def bare_tower(model: nn.Module) -> Any:
     """The tower of a model, without its prior and its training engine."""
     tower: Any = model.tower if isinstance(model, PriorModel) else model
     return getattr(tower, "module", tower)

@@ -255,7 +255,7 @@ def _evaluate_worker(arguments: dict[str, Any]) -> None:
 
 def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tuple[Any, Any, Any]:
     """(tower, item rows, catalogue) of a system, for the data that it is evaluated on. All ranks take part."""
-    from jobs.training.catalogue import catalogue_of, training_counts
+    from jobs.training.catalogue import catalogue_of, evidence_counts, training_counts
     from jobs.training.dense_engine import PRECISIONS
     from jobs.training.exported import load_export
     from jobs.training.item_counting import with_prior
@@ -264,14 +264,19 @@ def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tup
 
     if system.job is None:
         tower, rows, vocabulary, counts = load_export(Path(system.weights))
-        prior = tower.prior if isinstance(tower, PriorModel) else None
+        prior, evidence = None, counts
+        if isinstance(tower, PriorModel):
+            prior, evidence = tower.prior, tower.counters.training_R.numpy()
     else:
         shards = Shards.open(system.job.shards, number=system.job.manifest)
         rows, tower, prior = build_model(system.job, shards, checkpoint=Path(system.weights))
         tower.to(rows.device, PRECISIONS[system.job.parallel.precision])
         vocabulary, counts = shards.vocabulary, training_counts(shards, requests=system.job.requests)
+        evidence = evidence_counts(shards, requests=system.job.requests, training_count=counts)
     catalogue = catalogue_of(data, requests=arguments["requests"], training_count=counts, vocabulary=vocabulary)
-    tower = with_prior(bare_tower(tower), prior, data, requests=arguments["requests"], catalogue=catalogue)
+    tower = with_prior(
+        bare_tower(tower), prior, data, requests=arguments["requests"], catalogue=catalogue, evidence=evidence
+    )
     return tower, rows, catalogue
 
 

@@ -88,10 +88,13 @@ def write_export(
         listed = {"feature": [name for name, _ in values], "value": [value for _, value in values]}
         pq.write_table(pa.table(listed), directory / "user-values.parquet")
     counts = training_item_counts(shards, requests=requests)[: vocabulary.size]
-    save_file({"training_events": torch.from_numpy(counts).contiguous()}, directory / "item-counts.safetensors")
+    stored = {"training_events": torch.from_numpy(counts).contiguous()}
     if model.get("prior"):
-        counters = count_items(shards, min_label=requests.least_label, training_count=counts)
+        evidence = training_item_counts(shards, requests=requests.of_all_times)[: vocabulary.size]
+        stored["evidence_events"] = torch.from_numpy(evidence).contiguous()
+        counters = count_items(shards, min_label=requests.least_label, evidence=evidence)
         save_file(counters.tensors(), directory / COUNTERS)
+    save_file(stored, directory / "item-counts.safetensors")
     # Settings, and the checksums of all files. An export that has checksums is complete.
     settings = {
         "model": model_settings(model, vocabulary),

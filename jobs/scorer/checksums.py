@@ -33,7 +33,8 @@ def file_digests(directory: Path) -> dict[str, str]:
 
 
 def export_digest(digests: dict[str, str]) -> str:
-    """Digest of all exported files: models that score differently have different digests."""
+    """Digest of all exported files: models that score differently, with equal counters of the data, have different
+    digests."""
     whole = hashlib.sha256()
     left_out = {COUNTERS, CHECKSUMS} if COUNTERS in digests else set()
     for name in sorted(digests.keys() - left_out):

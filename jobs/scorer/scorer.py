@@ -79,7 +79,7 @@ class Scorer(RequestReader, PythonModel):
                       or skipped; null or absent = not known
       time            optional: milliseconds since 1970 UTC of the request (or a timestamp): only events strictly before
                       it are history, and history_time is needed. Null or absent = the last event's time, and every
-                      event is history
+                      event is history; a prior then reads counters of items as they are now
       state           optional: the state of the user's history that `solar score --build-states` stored for this model,
                       as bytes or base64, instead of a history, which must be null or []; null = none
       latest, latest_time, latest_action, latest_label
@@ -153,7 +153,8 @@ class Scorer(RequestReader, PythonModel):
         if of_prior:
             prior = Prior(self.settings["task"])
             prior.load_state_dict({name.removeprefix(PRIOR_PREFIX): value for name, value in of_prior.items()})
-            counters = ItemCounters.from_tensors(load_file(directory / COUNTERS))
+            evidence_R = load_file(directory / "item-counts.safetensors")["evidence_events"]
+            counters = ItemCounters.from_tensors(load_file(directory / COUNTERS), training_R=evidence_R)
             self.tower = PriorModel(self.tower, prior, counters)
         self.tower.eval()
 
@@ -201,11 +202,9 @@ class Scorer(RequestReader, PythonModel):
         return pack_states(shown, shape=self.state_shape, sums=sums, first_item_row=self.settings["first_item_row"])
 
     def shown(self, histories: Histories, time: np.ndarray) -> tuple[Histories, np.ndarray]:
-        """(the histories that the tower sees, each request's time [B]) for given times [B], which may be NO_TIME."""
+        """(the histories that the tower sees, the times) for times of requests [B], which may be NO_TIME."""
         earlier = histories.before(time) if (time < NO_TIME).any() else histories
-        shown = earlier.latest(self.settings["max_history"])
-        last = np.concatenate([shown.time, [0]])[np.where(shown.lengths > 0, shown.offsets[1:] - 1, len(shown.time))]
-        return shown, np.where(time < NO_TIME, time, last)
+        return earlier.latest(self.settings["max_history"]), time
 
     def logits(self, shown: Histories, time: np.ndarray, offsets: np.ndarray, row: np.ndarray) -> np.ndarray:
         """[M] float32: one logit per candidate, UNKNOWN_SCORE for unknown ones; request b has the candidates
@@ -236,6 +235,8 @@ class Scorer(RequestReader, PythonModel):
         item, index = torch.from_numpy(np.concatenate([shown.row, row])), None
         if len(item) < len(self.item_IC):
             item, index = torch.unique(item, return_inverse=True)
+        # A request without a time is of the time of its last event; counters of items are read as they are now.
+        last = np.concatenate([shown.time, [0]])[np.where(shown.lengths > 0, shown.offsets[1:] - 1, len(shown.time))]
         # Look up the distinct rows, in ascending order; with more entries than items, use the whole table (no index).
         first_item_row = self.settings["first_item_row"]
         num_reserved = first_item_row if index is None else int((item < first_item_row).sum())
@@ -252,7 +253,8 @@ class Scorer(RequestReader, PythonModel):
             event_label_N=torch.from_numpy(shown.label),
             request_user_B=torch.arange(len(time)),
             request_position_B=torch.from_numpy(shown.lengths),
-            request_time_B=torch.from_numpy(time),
+            request_time_B=torch.from_numpy(np.where(time < NO_TIME, time, last)),
+            counted_until_B=torch.from_numpy(time),
             candidate_offsets_B1=candidate_offsets_B1,
             candidate_item_M=candidate_item_M,
             item_row_I=torch.arange(len(self.item_IC)) if index is None else item,

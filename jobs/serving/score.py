@@ -84,6 +84,8 @@ def score(
         parts = requests.parts(_rows_per_part(model, requests))
         # Score one part here, several parts in actors.
         facts = {"model": model.name, "version": model.version, "digest": model.digest}
+        if counters is not None and data is not None:
+            facts["counters"] = f"manifest {data.manifest.number} ({data.manifest.fingerprint})"
         started = time.monotonic()
         if len(parts) == 1:
             batches = PartScorer(model, config, states, data, counters).batches(parts[0], counts)
@@ -200,7 +202,7 @@ def _counters(model: RegisteredModel, data: Shards | None) -> dict[str, Tensor] 
     counters = count_items(
         data,
         min_label=scorer.settings["min_label"],
-        training_count=scorer.tower.counters.training_R.numpy(),
+        evidence=scorer.tower.counters.training_R.numpy(),
         row_of_item=torch.from_numpy(ModelRows(scorer, data.vocabulary).item),
     )
     return counters.tensors()
@@ -232,7 +234,8 @@ class PartScorer:
         self._config = config
         self._scorer = model.scorer()
         if counters is not None and isinstance(self._scorer.tower, PriorModel):
-            self._scorer.tower.counters = ItemCounters.from_tensors(counters)
+            evidence_R = self._scorer.tower.counters.training_R
+            self._scorer.tower.counters = ItemCounters.from_tensors(counters, training_R=evidence_R)
         # The driver has computed the digest: do not read every byte of the model again.
         self._scorer.digest = model.digest
         self._sources = Sources(

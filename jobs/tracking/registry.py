@@ -84,7 +84,7 @@ class RegisteredModel:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Digest of all exported files: models that score differently have different digests. Reads every byte."""
+        """Digest of all exported files but the counters of the data. Reads every byte."""
         return export_digest(file_digests(self.directory))
 
     def scorer(self) -> Scorer:

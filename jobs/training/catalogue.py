@@ -139,6 +139,14 @@ def training_counts(shards: Shards, *, requests: RequestConfig) -> np.ndarray:
     return counts.numpy()
 
 
+def evidence_counts(shards: Shards, *, requests: RequestConfig, training_count: np.ndarray) -> np.ndarray:
+    """[capacity] int64: how often each row is a positive of any training request, also of those before `train_from`,
+    on which earlier runs trained the weights. `training_count`: those of this run. A collective."""
+    if requests.train_from is None:
+        return training_count
+    return training_counts(shards, requests=requests.of_all_times)
+
+
 def _first_times(shards: Shards, row_of_item: Tensor | None, num_items: int) -> Tensor:
     """[I] time of each item's first event, ALWAYS if it has none. A collective: each rank reads its row groups."""
     latest = torch.iinfo(torch.int64).max

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from jobs.training.catalogue import Catalogue
 from jobs.training.model import ItemRows, catalogue_input, user_codes
 from models.attention_tower import EncodedItems, HistoryTower
-from models.interface import refuse_bad_rows
+from models.interface import Recommender, refuse_bad_rows
 from models.prior import PriorAlone, PriorModel, bare_tower
 from models.repeats import SeenItems
 from models.sequence_tower import SequenceModel
@@ -77,7 +77,8 @@ class CatalogueScorer:
     def _at_once(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Of all other towers. Where candidates attend to each other, the set is exactly what is ranked, as in `solar
         score`."""
-        sets = bare_tower(self._model).scores_sets
+        tower = bare_tower(self._model)
+        sets = isinstance(tower, Recommender) and tower.scores_sets
         offered_BI = self._catalogue.ranked(batch.request_time, all_times=not sets)
         scores_BI = torch.full(offered_BI.shape, -torch.inf)
         scores_BI[offered_BI] = self._model(catalogue_input(batch, *rows, candidates=offered_BI)).cpu()

@@ -24,16 +24,18 @@ from pipeline.shards.vocabulary import NUM_RESERVED
 
 
 def with_prior(
-    tower: Recommender, prior: Prior | None, shards: Shards, *, requests: RequestConfig, catalogue: Catalogue
-) -> Recommender:
+    tower: Recommender, prior: Prior | None, shards: Shards, *, requests: RequestConfig, catalogue: Catalogue,
+    evidence: np.ndarray,
+) -> Recommender:  # fmt: skip
     """The model that is evaluated on `shards`: the tower and its prior with the counters of these shards, by the rows
-    of the model; the tower alone if there is no prior. A collective: all ranks take part."""
+    of the model; the tower alone if there is no prior. `evidence`: [R] as for `count_items`. A collective: all ranks
+    take part."""
     if prior is None:
         return tower
     counters = count_items(
         shards,
         min_label=requests.least_label,
-        training_count=catalogue.training_count,
+        evidence=evidence,
         row_of_item=catalogue.row_of_item,
     )
     return PriorModel(tower, prior, counters).to(next(tower.parameters()).device)
@@ -43,14 +45,15 @@ def count_items(
     shards: Shards,
     *,
     min_label: int,
-    training_count: np.ndarray,
+    evidence: np.ndarray,
     row_of_item: Tensor | None = None,
     day_ms: int = MS_PER_DAY,
 ) -> ItemCounters:
     """The counters of all events whose label is at least `min_label`, as the task reads them.
 
-    `training_count`: [R] of the model's rows; `row_of_item`: the data's rows -> the model's, None where both are the
-    same. A collective: all ranks take part; without a process group one process reads everything.
+    `evidence`: [R] how often training moved each of the model's rows; `row_of_item`: the data's rows -> the model's,
+    None where both are the same. A collective: all ranks take part; without a process group one process reads
+    everything.
     """
     local, waiting = np.zeros((4, 0), np.int64), []
     for group in my_groups(shards) if dist.is_initialized() else range(shards.num_groups):
@@ -71,7 +74,7 @@ def count_items(
     row, day, events, positives = (torch.from_numpy(each) for each in _summed(np.concatenate(gathered, axis=1)))
     return ItemCounters(
         row_K=row, day_K=day, events_K=events, positives_K=positives,
-        training_R=torch.from_numpy(training_count), day_ms=day_ms,
+        training_R=torch.from_numpy(evidence), day_ms=day_ms,
     )  # fmt: skip
 
 

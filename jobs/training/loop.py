@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.cluster.telemetry import Reporter, said_by_rank_0
-from jobs.training.catalogue import catalogue_of, training_counts
+from jobs.training.catalogue import catalogue_of, evidence_counts, training_counts
 from jobs.training.checkpoint import (
     TrainState,
     latest_checkpoint,
@@ -211,7 +211,8 @@ def _create_or_restore(
     tables, tower, prior = build_model(job, shards, checkpoint=checkpoint)
     model = tower
     if prior is not None:
-        counters = count_items(shards, min_label=job.requests.least_label, training_count=training_count)
+        evidence = evidence_counts(shards, requests=job.requests, training_count=training_count)
+        counters = count_items(shards, min_label=job.requests.least_label, evidence=evidence)
         if checkpoint is None:
             fit_prior(prior, counters, loader, requests=job.requests, num_items=shards.vocabulary.size, seed=job.seed)
         model = PriorModel(tower, prior, counters)

@@ -1,6 +1,6 @@
 """The start of a prior: the best of what counting can say, chosen on training requests before the first step.
 
-    impressions  logistic regression of the two rates on the candidates of the first batches (Newton's method)
+    impressions  logistic regression of the two rates on the candidates of the first batches (damped Newton steps)
     next_item    the best of a grid (how much an item of the history is worth, window of popularity) by NDCG@10 among a
                  sample of the catalogue; then the scale and the bias that fit best, which change no ranking
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,9 +37,9 @@ OWN_STARTS = (0.0, 2.0, 4.0, 6.0, 9.0)
 """How much an item of the history is worth; at 9 it is above every popular item."""
 POPULARITY_STARTS = (0.5, 1.0)
 SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0)
-NEWTON_STEPS = 20
-RIDGE = 1e-3
-"""Added to the diagonal of the second derivative per candidate: rates that are all alike have no slope."""
+NEWTON_STEPS, NEWTON_HALVINGS = 20, 10
+RIDGE = 1e-5
+"""Penalty per candidate on half the squared distance from a constant prediction."""
 
 
 @torch.no_grad()
@@ -68,22 +69,45 @@ def _fit_rates(prior: Prior, counters: ItemCounters, loader: TrainLoader) -> Non
     y_M = torch.cat(labels)
     sums = _over_ranks([float(y_M.sum()) + 1, len(y_M) + 2.0])
     prior.mean_1.fill_(float(sums[0] / sums[1]))
-    rates = [torch.zeros(0, 3, dtype=torch.float64)]
+    rates = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in batches:
         found = prior.features(_input(batch), counters, request_M=_owner(batch))
-        rates.append(torch.nn.functional.pad(found["rates"], (0, 1), value=1.0).double())
-    x_M3 = torch.cat(rates)
-    weight_3 = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+        rates.append(found["rates"].double())
+    rate_2, bias = fit_logistic(torch.cat(rates), y_M, mean=float(prior.mean_1))
+    prior.rate_2.copy_(rate_2)
+    prior.bias_1.fill_(bias)
+
+
+def fit_logistic(rates_M2: Tensor, label_M: Tensor, *, mean: float) -> tuple[Tensor, float]:
+    """(weight_2, bias) of the logistic regression of labels on rates, over the candidates of all ranks.
+
+    Damped Newton steps from the constant `mean`, with a light penalty on the distance from it: so the fit is finite
+    where the labels are all alike or separable, and never worse than the constant. A collective.
+    """
+    x_M3 = torch.nn.functional.pad(rates_M2, (0, 1), value=1.0)
+    start_3 = torch.tensor([0.0, 0.0, math.log(mean / (1 - mean))], dtype=torch.float64)
+
+    def loss_at(weight_3: Tensor) -> float:
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(x_M3 @ weight_3, label_M, reduction="sum")
+        total, count = _over_ranks([float(loss), float(len(label_M))])
+        return float(total / count + RIDGE / 2 * (weight_3 - start_3).square().sum())
+
+    weight_3, loss = start_3, loss_at(start_3)
     for _ in range(NEWTON_STEPS):
         p_M = torch.sigmoid(x_M3 @ weight_3)
-        slope_3 = x_M3.mT @ (y_M - p_M)
         curve_33 = (x_M3 * (p_M * (1 - p_M))[:, None]).mT @ x_M3
-        sums = torch.cat([slope_3, curve_33.flatten(), torch.tensor([float(len(y_M))])])
-        dist.all_reduce(sums)
-        curve_33 = sums[3:12].view(3, 3) + RIDGE * sums[12] * torch.eye(3)
-        weight_3 = weight_3 + torch.linalg.solve(curve_33, sums[:3])
-    prior.rate_2.copy_(weight_3[:2])
-    prior.bias_1.copy_(weight_3[2:])
+        slope_3 = x_M3.mT @ (label_M - p_M)
+        sums = _over_ranks([*slope_3.tolist(), *curve_33.flatten().tolist(), float(len(label_M))])
+        slope_3 = sums[:3] / sums[12] - RIDGE * (weight_3 - start_3)
+        step_3 = torch.linalg.solve(sums[3:12].view(3, 3) / sums[12] + RIDGE * torch.eye(3), slope_3)
+        shares = (0.5**k for k in range(NEWTON_HALVINGS))
+        better = next(
+            (weight_3 + share * step_3 for share in shares if loss_at(weight_3 + share * step_3) < loss), None
+        )
+        if better is None:
+            break
+        weight_3, loss = better, loss_at(better)
+    return weight_3[:2], float(weight_3[2])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,6 +167,11 @@ class RequestConfig:
         return 1 if self.min_label is None else self.min_label
 
     @property
+    def of_all_times(self) -> RequestConfig:
+        """The same without `train_from`: all requests before `valid_from` train."""
+        return dataclasses.replace(self, train_from=None, replay_share=0.0)
+
+    @property
     def bounds(self) -> tuple[int, int]:
         """temporal: (valid_from, test_from) in milliseconds since 1970 UTC."""
         return _milliseconds("valid_from", self.valid_from), _milliseconds("test_from", self.test_from)

@@ -66,7 +66,7 @@ def main() -> None:
             tell(name, part, evaluate_baseline(name, asked, catalogue=catalogue, shards=shards).metrics())
     for name, day_ms in RESOLUTIONS.items():
         started = time.perf_counter()
-        counters = count_items(shards, min_label=requests.least_label, training_count=counts, day_ms=day_ms)
+        counters = count_items(shards, min_label=requests.least_label, evidence=counts, day_ms=day_ms)
         counted, prior = time.perf_counter() - started, Prior(requests.task)
         fit_prior(prior, counters, loader, requests=requests, num_items=shards.vocabulary.size, seed=config.seed)
         seconds = time.perf_counter() - started - counted

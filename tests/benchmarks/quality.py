@@ -252,7 +252,9 @@ def trained_and_evaluated(job: Any, shards: Any, *, catalogue: Any, part: str) -
     state = train(job, reporter=curve)
     tables, tower, prior = build_model(job, shards, checkpoint=best_checkpoint(Path(job.run_dir)))
     loader = evaluation_loader(shards, requests=job.requests, part=part)
-    model = with_prior(tower, prior, shards, requests=job.requests, catalogue=catalogue)
+    model = with_prior(
+        tower, prior, shards, requests=job.requests, catalogue=catalogue, evidence=catalogue.training_count
+    )
     result = evaluate(model, tables, loader, catalogue=catalogue)
     return result, {
         "steps": state.step,

@@ -144,7 +144,7 @@ def evaluated_at_step_0(job: TrainJob, checkpoint: Path) -> tuple[dict[str, floa
     tables, tower, prior = loop.build_model(job, shards, checkpoint=checkpoint)
     counts = training_counts(shards, requests=job.requests)
     catalogue = catalogue_of(shards, requests=job.requests, training_count=counts)
-    model = with_prior(tower, prior, shards, requests=job.requests, catalogue=catalogue)
+    model = with_prior(tower, prior, shards, requests=job.requests, catalogue=catalogue, evidence=counts)
     assert isinstance(model, PriorModel)
     limit = read_state(checkpoint)["train_state"]["valid_requests"] or None
     part = evaluation_loader(shards, requests=job.requests, part="valid", limit=limit)
@@ -221,7 +221,7 @@ def test_one_and_two_ranks_begin_at_one_prior_and_train_alike(runs, shards_dir, 
 def stored_counters(shards_dir: str, day_ms: int) -> dict[str, torch.Tensor]:
     shards = Shards.open(shards_dir)
     counts = training_counts(shards, requests=TEMPORAL)
-    return count_items(shards, min_label=0, training_count=counts, day_ms=day_ms).tensors()
+    return count_items(shards, min_label=0, evidence=counts, day_ms=day_ms).tensors()
 
 
 @pytest.mark.parametrize("day_ms", [MS_PER_DAY, 1_000])

@@ -119,7 +119,10 @@ def test_history_is_what_is_strictly_before_the_request_and_of_that_the_latest(s
     rows = scorer.rows(pa.array(list(range(100, 112))))
     assert shown.row[of_request(shown, 0)].tolist() == rows[1:8].tolist()
     assert shown.row[of_request(shown, 1)].tolist() == rows[5:].tolist()
-    assert asked.tolist() == [4000, 5000, 0]
+    # Without a time a request is of the time of its last event, but counters of items are read as they are now.
+    inputs = scorer._inputs(shown, asked, np.zeros(4, np.int64), np.zeros(0, np.int64))
+    assert inputs.request_time_B.tolist() == [4000, 5000, 0]
+    assert inputs.counted_until_B.tolist() == [4000, NO_TIME, 0]
 
 
 LABELS: dict[str, Any] = {

@@ -66,7 +66,7 @@ def weighted(model, data):
     prior = Prior(settings["task"])
     prior.load_state_dict({name.removeprefix(PRIOR_PREFIX): value for name, value in of_prior.items()})
     training = load_file(model.directory / "item-counts.safetensors")["training_events"].numpy()
-    return PriorModel(tower, prior, count_items(data, min_label=settings["min_label"], training_count=training))
+    return PriorModel(tower, prior, count_items(data, min_label=settings["min_label"], evidence=training))
 
 
 def evaluated(model, data, requests, *, catalogue=False):

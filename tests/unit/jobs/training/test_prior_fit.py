@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from jobs.training import prior_fit
 from jobs.training.baselines import OWN_ITEMS, ranking_scores
-from jobs.training.catalogue import catalogue_of
+from jobs.training.catalogue import catalogue_of, evidence_counts
 from jobs.training.item_counting import count_items
 from jobs.training.model import catalogue_input
 from jobs.training.prior_fit import fit_prior
@@ -95,7 +95,7 @@ def loader_of(data: Shards, requests: RequestConfig, *, seed: int = 1) -> TrainL
 
 def counters_of(data: Shards, requests: RequestConfig) -> ItemCounters:
     counts = training_item_counts(data, requests=requests)
-    return count_items(data, min_label=requests.least_label, training_count=counts)
+    return count_items(data, min_label=requests.least_label, evidence=counts)
 
 
 def fitted(data: Shards, requests: RequestConfig, *, seed: int = 1) -> Prior:
@@ -241,7 +241,7 @@ def at_midnight(log: pl.DataFrame) -> pl.DataFrame:
 def test_counters_are_those_of_a_loop_over_all_events(open_log, min_label):
     data = open_log(at_midnight(shown_log()), SHOWN)
     counts = training_item_counts(data, requests=SHOWN)
-    counters = count_items(data, min_label=min_label, training_count=counts)
+    counters = count_items(data, min_label=min_label, evidence=counts)
     items = data.vocabulary.items.to_pylist()
     expected = counted(
         data, min_label=min_label, row_of_item={item: row for row, item in enumerate(items, start=NUM_RESERVED)}
@@ -262,7 +262,7 @@ def test_counters_for_the_rows_of_another_vocabulary(open_log):
             rows[NUM_RESERVED + place] = NUM_RESERVED + len(items) - place
     model_rows = NUM_RESERVED + len(items) + 1
     counters = count_items(
-        data, min_label=0, training_count=np.zeros(model_rows, np.int64), row_of_item=torch.from_numpy(rows)
+        data, min_label=0, evidence=np.zeros(model_rows, np.int64), row_of_item=torch.from_numpy(rows)
     )
     known = {item: int(rows[NUM_RESERVED + place]) for place, item in enumerate(items)}
     expected = counted(data, min_label=0, row_of_item=known)
@@ -271,3 +271,35 @@ def test_counters_for_the_rows_of_another_vocabulary(open_log):
         pair: cell for pair, cell in expected.items() if pair[0] >= NUM_RESERVED
     }
     assert counters.training_R.shape == (model_rows,)
+
+
+@pytest.mark.parametrize("case", ["opposite", "all positive", "separable", "noise", "one candidate"])
+def test_a_logistic_regression_is_finite_and_never_worse_than_the_mean(case):
+    """Rates of a past that says nothing, or the opposite, of the labels; labels that a line separates."""
+    rng = np.random.default_rng(1)
+    rates = torch.from_numpy(rng.normal(size=(1 if case == "one candidate" else 4000, 2)) * 3)
+    label = {
+        "opposite": (rates[:, 0] < 0).double() * torch.from_numpy(rng.random(len(rates)) < 0.2),
+        "all positive": torch.ones(len(rates), dtype=torch.float64),
+        "separable": (rates[:, 0] > 0.5).double(),
+        "noise": torch.from_numpy(rng.integers(0, 2, len(rates))).double(),
+        "one candidate": torch.ones(1, dtype=torch.float64),
+    }[case]
+    mean = (float(label.sum()) + 1) / (len(label) + 2)
+    weight_2, bias = prior_fit.fit_logistic(rates, label, mean=mean)
+
+    def loss(logit: torch.Tensor) -> float:
+        return float(torch.nn.functional.binary_cross_entropy_with_logits(logit, label))
+
+    constant = torch.full_like(label, math.log(mean / (1 - mean)))
+    assert loss(rates @ weight_2 + bias) <= loss(constant)
+    assert max(*weight_2.abs().tolist(), abs(bias)) < 50
+
+
+def test_a_window_of_training_takes_no_evidence_from_rows_that_were_trained_before(open_log):
+    data = open_log(returning_log(), RETURNING)
+    late = dataclasses.replace(RETURNING, train_from=VALID_FROM - MS_PER_DAY, replay_share=0.1)
+    index_requests(data, config=late)
+    whole, windowed = (training_item_counts(data, requests=requests) for requests in (RETURNING, late))
+    assert windowed.sum() < whole.sum() / 2
+    assert np.array_equal(evidence_counts(data, requests=late, training_count=windowed), whole)
