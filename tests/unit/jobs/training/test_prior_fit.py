@@ -143,8 +143,8 @@ def test_rates_of_impressions_get_the_weights_of_a_logistic_regression(open_log)
     for _ in range(5000):
         weights += features.T @ (labels - 1 / (1 + np.exp(-features @ weights))) / len(labels)
     found = torch.cat([prior.rate_2, prior.bias_1]).tolist()
-    # The product keeps rates in float32.
-    assert found == pytest.approx(weights.tolist(), rel=1e-4, abs=1e-4)
+    # The product keeps rates in float32, and its fit has a light penalty.
+    assert found == pytest.approx(weights.tolist(), rel=1e-3, abs=1e-3)
     assert min(found[:2]) > 0.3
 
 
