@@ -115,7 +115,8 @@ def only_request(inputs: ModelInput, b: int) -> ModelInput:
 def on_meta(inputs: ModelInput) -> ModelInput:
     """The same batch without values, but for what a tower reads on the host."""
     host = {"event_offsets_U1", "request_user_B", "request_position_B", "candidate_offsets_B1", "num_reserved"}
-    fields = {field.name for field in dataclasses.fields(inputs)} - host - {"known_candidates_B", "stored", "counted_until_B"}
+    absent = {"known_candidates_B", "stored", "counted_until_B"}
+    fields = {field.name for field in dataclasses.fields(inputs)} - host - absent
     on_device = {name: getattr(inputs, name).detach().to("meta") for name in fields}
     on_device["item_IC"].requires_grad_()
     return dataclasses.replace(inputs, **on_device)
