@@ -16,32 +16,35 @@ from models.interface import DECAY_EVENTS, ModelInput
 from models.repeats import Occurrences
 
 
-def own_counts(inputs: ModelInput, *, request_M: Tensor) -> tuple[Tensor, Tensor]:
-    """(own_M float32, seen_M bool) of every candidate; 0 and False for one that is unknown or not in the history."""
+def own_counts(inputs: ModelInput, *, request_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(own_M float32, age_M float32, seen_M bool) of every candidate; age_M: how many events ago it occurred last, from
+    0. All are 0 for a candidate that is unknown or not in the history."""
     device, item_M = inputs.candidate_item_M.device, inputs.candidate_item_M
     seen = Occurrences.of(inputs)
     num_entries = seen.item_N.numel()
     if not num_entries:
-        return torch.zeros(item_M.shape, device=device), torch.zeros(item_M.shape, dtype=torch.bool, device=device)
+        none_M = torch.zeros(item_M.shape, device=device)
+        return none_M, none_M, none_M.bool()
     start_B, end_B, length_B = (
         value.to(device, non_blocking=True) for value in (seen.start_B, seen.end_B, seen.length_B)
     )
     # Sort the entries by item and place: an item's entries of one user are then one run.
     stride = num_entries + 1
     key_N, order_N = torch.sort(seen.item_N * stride + torch.arange(num_entries, device=device))
-    weight_N, place_N = _summed_runs(seen, order_N)
+    weight_N, place_N, latest_N = _summed_runs(seen, order_N)
     last_M = torch.searchsorted(key_N, item_M * stride + end_B[request_M]) - 1
     found_M = (last_M >= 0) & (item_M >= inputs.num_reserved)
     last_M = last_M.clamp_min(0)
     found_M &= key_N[last_M] >= item_M * stride + start_B[request_M]
-    age_M = length_B[request_M] - 1 - place_N[last_M]
-    own_M = weight_N[last_M] * torch.exp2(-age_M / DECAY_EVENTS)
-    return torch.where(found_M, own_M, 0.0).float(), found_M
+    end_M = length_B[request_M] - 1
+    own_M = weight_N[last_M] * torch.exp2(-(end_M - place_N[last_M]) / DECAY_EVENTS)
+    age_M = end_M - latest_N[last_M]
+    return torch.where(found_M, own_M, 0.0).float(), torch.where(found_M, age_M, 0).float(), found_M
 
 
-def _summed_runs(seen: Occurrences, order_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight_N, place_N) of the entries in `order_N`: the sum over the entry and those of its user and item before it
-    of their weights as of the entry's place, in float64, and this place in the history.
+def _summed_runs(seen: Occurrences, order_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight_N, place_N, latest_N) of the entries in `order_N`: the sum over the entry and those of its user and item
+    before it of their weights as of `place_N`, in float64, and the place in the history of the entry's last event.
 
     The sum doubles its reach with each pass. Every factor is that of two places, so that nothing is lost to the age of
     a history, as in a difference of two cumulated sums.
@@ -58,7 +61,7 @@ def _summed_runs(seen: Occurrences, order_N: Tensor) -> tuple[Tensor, Tensor]:
         faded_N = weight_N[:-step] * torch.exp2(-(place_N[step:] - place_N[:-step]) / DECAY_EVENTS)
         weight_N = weight_N + F.pad(torch.where(is_same_N, faded_N, 0.0), (step, 0))
         step *= 2
-    return weight_N, place_N
+    return weight_N, place_N, order_N - first_N if seen.place_N is None else seen.place_N[order_N]
 
 
 def label_counts(inputs: ModelInput) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
     next_item    outside the history   sum over windows of w log(1 + events of the item in the latest days)
                  in the history        b + a log(0.01 + sum of 2^(-age / 100) over its events there, age in events)
+                                         - r log(1 + age of its latest event there)
     impressions  a logit(like rate of the item) + b logit(like rate of the user), rates shrunk towards the mean
     both         + c
 
@@ -55,7 +56,7 @@ class Prior(nn.Module):
             self.mean_1 = nn.Parameter(torch.full((1,), 0.5), requires_grad=False)
         else:
             self.window_5 = nn.Parameter(torch.zeros(len(WINDOW_DAYS)))
-            self.own_2 = nn.Parameter(torch.zeros(2))
+            self.own_3 = nn.Parameter(torch.zeros(3))
 
     def forward(self, inputs: ModelInput, counters: ItemCounters, *, request_M: Tensor) -> Tensor:
         """prior_M, float32."""
@@ -67,13 +68,13 @@ class Prior(nn.Module):
         """prior_M of the features, without bars."""
         if self.task == "impressions":
             return features["rates"] @ self.rate_2 + self.bias_1
-        own_M = torch.where(features["seen"], self.own_2[0] + features["own"] * self.own_2[1], 0.0)
+        own_M = self.own_3[0] + self.own_3[1] * features["often"] + self.own_3[2] * features["lately"]
         popularity_M = features["windows"] @ self.window_5
-        return own_M + torch.where(features["seen"], 0.0, popularity_M) + self.bias_1
+        return torch.where(features["seen"], own_M, popularity_M) + self.bias_1
 
     def features(self, inputs: ModelInput, counters: ItemCounters, *, request_M: Tensor) -> dict[str, Tensor]:
-        """What the prior reads of each candidate; impressions: rates [M, 2]; next_item: windows [M, 5], own [M] and
-        seen [M]; both: unknown [M]."""
+        """What the prior reads of each candidate; impressions: rates [M, 2]; next_item: windows [M, 5], often, lately
+        and seen [M]; both: unknown [M]."""
         assert inputs.item_row_I is not None, "the input of a model with a prior names the rows of its items"
         row_M = inputs.item_row_I[inputs.candidate_item_M]
         until_B = inputs.request_time_B if inputs.counted_until_B is None else inputs.counted_until_B
@@ -87,11 +88,12 @@ class Prior(nn.Module):
             )
             # Bar nothing: candidates that were shown together are ranked whether they are known or not.
             return {"rates": torch.stack(rates, 1), "unknown": torch.zeros_like(request_M, dtype=torch.bool)}
-        own_M, seen_M = own_counts(inputs, request_M=request_M)
+        own_M, age_M, seen_M = own_counts(inputs, request_M=request_M)
         windows_MW = counters.events_within(row_M, day_M, WINDOW_DAYS)
         return {
             "windows": torch.log1p(windows_MW.float()),
-            "own": torch.log(own_M + LEAST_OWN),
+            "often": torch.log(own_M + LEAST_OWN),
+            "lately": -torch.log1p(age_M),
             "seen": seen_M,
             "unknown": (windows_MW[:, -1] == 0) & ~seen_M,
         }

@@ -1,8 +1,9 @@
 """The start of a prior: the best of what counting can say, chosen on training requests before the first step.
 
     impressions  logistic regression of the two rates on the candidates of the first batches (damped Newton steps)
-    next_item    the best of a grid (how much an item of the history is worth, window of popularity) by NDCG@10 among a
-                 sample of the catalogue; then the scale and the bias that fit best, which change no ranking
+    next_item    the best of a grid (worth of the history's items, by how often or how lately, window of popularity) by
+                 NDCG@10 among a sample of the catalogue; then the scale and the bias that fit best, which change no
+                 ranking
 
 Everything follows from the data and the seed. All ranks take part in every call.
 """
@@ -35,11 +36,24 @@ SAMPLED_ITEMS = 1 << 13
 """Items of the catalogue among which a target is ranked, besides those of the histories."""
 OWN_STARTS = (0.0, 2.0, 4.0, 6.0, 9.0)
 """How much an item of the history is worth; at 9 it is above every popular item."""
+OWN_FORMS = ((1.0, 0.0), (0.0, 1.0))
+"""Weights of how often and of how lately: the baselines `own items` and `latest items`."""
 POPULARITY_STARTS = (0.5, 1.0)
 SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0)
 NEWTON_STEPS, NEWTON_HALVINGS = 20, 10
 RIDGE = 1e-5
 """Penalty per candidate on half the squared distance from a constant prediction."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A point of the grid."""
+
+    worth: float
+    form: tuple[float, float]
+    window: int
+    """Index in WINDOW_DAYS."""
+    popularity: float
 
 
 @torch.no_grad()
@@ -115,7 +129,8 @@ class _Ranked:
     """The targets of a request, and the items among which they are ranked. C items, of which some stand for others."""
 
     windows_CW: Tensor
-    own_C: Tensor
+    often_C: Tensor
+    lately_C: Tensor
     seen_C: Tensor
     log_weight_C: Tensor
     """Log of how many items of the catalogue an item stands for."""
@@ -133,19 +148,20 @@ def _fit_ranking(
     ]
     # All ranks: the best window, with the history's items above all others, then how much those are worth.
     own = OWN_STARTS if requests.seen_items == "kept" else (0.0,)
-    best = _best(ranked, [(own[-1], window, POPULARITY_STARTS[0]) for window in range(len(WINDOW_DAYS))])
-    best = _best(ranked, [(worth, best[1], scale) for worth, scale in itertools.product(own, POPULARITY_STARTS)])
+    windows, first = range(len(WINDOW_DAYS)), POPULARITY_STARTS[0]
+    best = _best(ranked, [Start(own[-1], OWN_FORMS[0], window, first) for window in windows])
+    grid = itertools.product(own, OWN_FORMS, POPULARITY_STARTS)
+    best = _best(ranked, [Start(worth, form, best.window, weight) for worth, form, weight in grid])
     # Then the likelihood of the best one at every scale.
-    likelihood = [sum((_log_share(one, scale * _logit(one, *best)) for one in ranked), 0.0) for scale in SCALES]
+    likelihood = [sum((_log_share(one, scale * _logit(one, best)) for one in ranked), 0.0) for scale in SCALES]
     scale = SCALES[int(_over_ranks(likelihood).argmax())]
     # The bias makes logits probabilities: it is the mean of what normalises a request's softmax.
-    shifts = [torch.logsumexp(scale * _logit(one, *best) + one.log_weight_C, 0).item() for one in ranked]
+    shifts = [torch.logsumexp(scale * _logit(one, best) + one.log_weight_C, 0).item() for one in ranked]
     shift, count = _over_ranks([sum(shifts, 0.0), float(len(ranked))])
     prior.bias_1.fill_(-float(shift / count.clamp_min(1)))
-    own_logit, window, popularity = best
-    prior.own_2.copy_(scale * torch.tensor([own_logit, float(own_logit > 0)]))
+    prior.own_3.copy_(scale * torch.tensor([best.worth, *(best.form if best.worth else (0.0, 0.0))]))
     prior.window_5.zero_()
-    prior.window_5[window] = scale * popularity
+    prior.window_5[best.window] = scale * best.popularity
 
 
 def _ranked(
@@ -173,22 +189,24 @@ def _ranked(
         known = ~found["unknown"]
         yield _Ranked(
             found["windows"][known],
-            found["own"][known],
+            found["often"][known],
+            found["lately"][known],
             found["seen"][known],
             torch.cat([torch.zeros(len(sure)), torch.full((len(others),), stands_for).log()])[known],
             torch.isin(items, targets)[known],
         )
 
 
-def _best(ranked: list[_Ranked], starts: list[tuple[float, int, float]]) -> tuple[float, int, float]:
-    """The start (worth of the history's items, window, weight of popularity) with the best NDCG@10; of equal ones the
-    first."""
-    quality = [sum((_ndcg(one, _logit(one, *start)) for one in ranked), 0.0) for start in starts]
+def _best(ranked: list[_Ranked], starts: list[Start]) -> Start:
+    """The start with the best NDCG@10; of equal ones the first."""
+    quality = [sum((_ndcg(one, _logit(one, start)) for one in ranked), 0.0) for start in starts]
     return starts[int(_over_ranks(quality).argmax())]
 
 
-def _logit(one: _Ranked, own: float, window: int, popularity: float) -> Tensor:
-    return torch.where(one.seen_C, own + float(own > 0) * one.own_C, popularity * one.windows_CW[:, window])
+def _logit(one: _Ranked, start: Start) -> Tensor:
+    often, lately = start.form if start.worth else (0.0, 0.0)
+    own_C = start.worth + often * one.often_C + lately * one.lately_C
+    return torch.where(one.seen_C, own_C, start.popularity * one.windows_CW[:, start.window])
 
 
 def _ndcg(one: _Ranked, logit_C: Tensor) -> float:

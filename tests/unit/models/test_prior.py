@@ -107,7 +107,7 @@ def test_own_counts_are_those_of_a_loop_over_the_history() -> None:
         requests=((0, 0), (1, 7), (1, 0), (2, 400), (2, 333), (3, 5)),
     )
     request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff())
-    own_M, seen_M = own_counts(inputs, request_M=request_M)
+    own_M, age_M, seen_M = own_counts(inputs, request_M=request_M)
     for m, b in enumerate(request_M.tolist()):
         start = int(inputs.event_offsets_U1[inputs.request_user_B[b]])
         length = int(inputs.request_position_B[b])
@@ -115,6 +115,7 @@ def test_own_counts_are_those_of_a_loop_over_the_history() -> None:
         assert bool(seen_M[m]) == bool(places)
         wanted = sum((2.0 ** (-(length - 1 - k) / DECAY_EVENTS) for k in places), 0.0)
         torch.testing.assert_close(own_M[m].item(), wanted, rtol=1e-6, atol=0)
+        assert age_M[m] == (length - 1 - places[-1] if places else 0)
 
 
 def test_own_counts_of_a_hundred_thousand_events_lose_nothing_to_age() -> None:
@@ -124,8 +125,9 @@ def test_own_counts_of_a_hundred_thousand_events_lose_nothing_to_age() -> None:
     item_N = torch.zeros(length, dtype=torch.int64)
     item_N[[0, 2, length - 1]] = 4
     inputs = dataclasses.replace(inputs, event_item_N=item_N, candidate_item_M=torch.tensor([4, 4]))
-    own_M, _ = own_counts(inputs, request_M=torch.tensor([0, 1]))
+    own_M, age_M, _ = own_counts(inputs, request_M=torch.tensor([0, 1]))
     torch.testing.assert_close(own_M, torch.tensor([2 ** (-2 / DECAY_EVENTS) + 1, 1.0]))
+    assert age_M.tolist() == [0, 0]
 
 
 def test_labels_are_counted_in_the_history_alone() -> None:

@@ -161,8 +161,8 @@ def ndcg(scores_BI: torch.Tensor, target_B: torch.Tensor) -> float:
 def test_where_people_come_back_the_prior_ranks_no_worse_than_their_own_items(open_log):
     data = open_log(returning_log(), RETURNING)
     prior, counters = fitted(data, RETURNING).eval(), counters_of(data, RETURNING)
-    assert prior.own_2[0] > 0
-    assert prior.own_2[1] > 0
+    assert prior.own_3[0] > 0
+    assert float(prior.own_3[1:].detach().sum()) > 0
     assert (prior.window_5 > 0).sum() == 1
     counts = training_item_counts(data, requests=RETURNING)
     catalogue = catalogue_of(data, requests=RETURNING, training_count=counts[: data.vocabulary.size])
@@ -189,7 +189,7 @@ def test_where_people_come_back_the_prior_ranks_no_worse_than_their_own_items(op
 def test_where_nobody_comes_back_the_own_items_are_worth_nothing(open_log):
     requests = dataclasses.replace(RETURNING, seen_items="removed")
     prior = fitted(open_log(returning_log(), requests), requests)
-    assert prior.own_2.tolist() == [0, 0]
+    assert prior.own_3.tolist() == [0, 0, 0]
     assert prior.window_5.max() > 0
 
 
@@ -210,7 +210,7 @@ def test_other_samples_of_the_catalogue_give_nearly_the_same_prior(open_log, mon
     assert not torch.equal(first.bias_1, second.bias_1)
     for prior in (first, second):
         # One step of the grid, and what half of the items says of a sum over all.
-        assert float(whole.own_2[0]) / 3 <= float(prior.own_2[0]) <= 3 * float(whole.own_2[0])
+        assert float(whole.own_3[0]) / 3 <= float(prior.own_3[0]) <= 3 * float(whole.own_3[0])
         assert float(prior.bias_1) == pytest.approx(float(whole.bias_1), abs=1.0)
 
 
