@@ -21,8 +21,8 @@ OPEN_SETTINGS: Mapping[str, str] = {
     "history_labels": "Events include the label that they had: whether what was shown was clicked, liked or skipped. "
     "Unset = on for task impressions, off for next_item and where the log has no labels.",
     "prior": "The score starts at what counting says of a candidate (models/prior.py), and what the model learns is "
-    "added to it. Unset = on for split temporal, off for leave_one_out, where nothing says what was known when, and "
-    "for loss catalogue.",
+    "added to it. Unset = on for task impressions under split temporal; off for next_item, where it pays on some logs "
+    "only, for leave_one_out, where nothing says what was known when, and for loss catalogue.",
 }
 """{setting: what `--help` says of it}. The models have no open settings: in their configs these are plain switches."""
 
@@ -71,8 +71,9 @@ def suited(
     if name == "time_features":
         return has_time, "events have times" if has_time else "the log has an order only, no times"
     if name == "prior":
-        reason = f"the split is {split}" if split != "temporal" else f"the loss is over the {loss}"
-        return split == "temporal" and loss == "candidates", reason
+        reasons = {"task": (task, "impressions"), "split": (split, "temporal"), "loss": (loss, "candidates")}
+        against = [f"the {what} is {value}" for what, (value, wanted) in reasons.items() if value != wanted]
+        return not against, against[0] if against else "what was shown has rates"
     shown = task == "impressions"
     if name == "history_labels":
         on = shown and has_labels

@@ -13,10 +13,10 @@ from models.prior import BARRED
 from tests.support.commands import refused, succeeded
 from tests.support.tiny import write_tiny_log, write_tiny_recipe
 
-# Every event of a user's first fifteen trains, the next five validate; unset, a prior suits this split.
+# Every event of a user's first fifteen trains, the next five validate.
 TEMPORAL = [
     *("--data.requests.split", "temporal", "--data.requests.seen_items", "kept", "--compare", "[]"),
-    *("--data.requests.valid_from", "1075000000", "--data.requests.test_from", "1100000000", "--model.prior", "null"),
+    *("--data.requests.valid_from", "1075000000", "--data.requests.test_from", "1100000000", "--model.prior", "true"),
 ]
 
 

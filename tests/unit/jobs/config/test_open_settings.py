@@ -47,7 +47,7 @@ def test_no_other_switch_may_be_left_open(tmp_path):
         ("history_labels", "impressions", "temporal", True, False, False),
         ("history_labels", "next_item", "temporal", True, True, False),
         ("prior", "impressions", "temporal", True, True, True),
-        ("prior", "next_item", "temporal", True, False, True),
+        ("prior", "next_item", "temporal", True, False, False),
         ("prior", "impressions", "leave_one_out", True, True, False),
         ("prior", "next_item", "leave_one_out", True, False, False),
     ],
@@ -57,8 +57,8 @@ def test_times_labels_task_and_split_decide(name, task, split, has_time, has_lab
 
 
 def test_a_loss_that_compares_vectors_alone_has_no_prior():
-    found = suited("prior", task="next_item", split="temporal", has_time=True, has_labels=False, loss="catalogue")
-    assert found == (False, "the loss is over the catalogue")
+    found = suited("prior", task="impressions", split="temporal", has_time=True, has_labels=False, loss="catalogue")
+    assert found == (False, "the loss is catalogue")
 
 
 def test_the_reason_for_no_labels_in_histories_names_the_log_or_the_task():

@@ -70,7 +70,7 @@ def test_an_order_without_times_switches_time_features_off_and_says_so(shards, c
         "train        model.time_features=false: the log has an order only, no times",
         "train        model.set_attention=false: negatives are sampled",
         "train        model.history_labels=false: the log has no labels",
-        "train        model.prior=false: the split is leave_one_out",
+        "train        model.prior=false: the task is next_item",
     ]
     assert left_open(found.model) == []
     assert settled(found, tell=lines.append) is found
