@@ -58,9 +58,9 @@ class Prior(nn.Module):
             self.window_5 = nn.Parameter(torch.zeros(len(WINDOW_DAYS)))
             self.own_3 = nn.Parameter(torch.zeros(3))
 
-    def forward(self, inputs: ModelInput, counters: ItemCounters, *, request_M: Tensor) -> Tensor:
+    def forward(self, inputs: ModelInput, counters: ItemCounters) -> Tensor:
         """prior_M, float32."""
-        features = self.features(inputs, counters, request_M=request_M)
+        features = self.features(inputs, counters)
         logit_M = self.of_features(features)
         return logit_M if self.training else logit_M + BARRED * features["unknown"].float()
 
@@ -72,11 +72,12 @@ class Prior(nn.Module):
         popularity_M = features["windows"] @ self.window_5
         return torch.where(features["seen"], own_M, popularity_M) + self.bias_1
 
-    def features(self, inputs: ModelInput, counters: ItemCounters, *, request_M: Tensor) -> dict[str, Tensor]:
+    def features(self, inputs: ModelInput, counters: ItemCounters) -> dict[str, Tensor]:
         """What the prior reads of each candidate; impressions: rates [M, 2]; next_item: windows [M, 5], often, lately
         and seen [M]; both: unknown [M]."""
         assert inputs.item_row_I is not None, "the input of a model with a prior names the rows of its items"
         row_M = inputs.item_row_I[inputs.candidate_item_M]
+        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(row_M.device, non_blocking=True)
         until_B = inputs.request_time_B if inputs.counted_until_B is None else inputs.counted_until_B
         day_M = counters.days(until_B)[request_M]
         if self.task == "impressions":
@@ -114,8 +115,7 @@ class PriorModel(Recommender):
         result = self.tower(self.weighed(inputs), **options)
         if options.get("encode") or options.get("vectors"):
             return result
-        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(result.device, non_blocking=True)
-        return result + self.prior(inputs, self.counters, request_M=request_M)
+        return result + self.prior(inputs, self.counters)
 
     def weighed(self, inputs: ModelInput) -> ModelInput:
         """The input with every item's row scaled by its evidence, n / (n + EVIDENCE_EVENTS)."""
@@ -147,9 +147,7 @@ class PriorAlone(Recommender):
 
     def forward(self, inputs: ModelInput) -> Tensor:
         """logits_M."""
-        device = inputs.candidate_item_M.device
-        request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(device, non_blocking=True)
-        return self.prior(inputs, self.counters, request_M=request_M)
+        return self.prior(inputs, self.counters)
 
 
 def bare_tower(model: nn.Module) -> Any:

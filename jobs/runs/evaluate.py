@@ -272,7 +272,9 @@ def _load_system(system: System, data: Shards, arguments: dict[str, Any]) -> tup
         rows, tower, prior = build_model(system.job, shards, checkpoint=Path(system.weights))
         tower.to(rows.device, PRECISIONS[system.job.parallel.precision])
         vocabulary, counts = shards.vocabulary, training_counts(shards, requests=system.job.requests)
-        evidence = evidence_counts(shards, requests=system.job.requests, training_count=counts)
+        evidence = counts
+        if prior is not None:
+            evidence = evidence_counts(shards, requests=system.job.requests, training_count=counts)
     catalogue = catalogue_of(data, requests=arguments["requests"], training_count=counts, vocabulary=vocabulary)
     tower = with_prior(
         bare_tower(tower), prior, data, requests=arguments["requests"], catalogue=catalogue, evidence=evidence

@@ -22,12 +22,12 @@ from jobs.runs.record import record_of
 from jobs.scorer.checksums import CHECKSUMS, COUNTERS, write_checksums
 from jobs.scorer.request_frame import REQUEST_COLUMNS
 from jobs.tracking.registry import EXPORT
+from jobs.training.catalogue import evidence_counts, training_counts
 from jobs.training.checkpoint import table_files
 from jobs.training.item_counting import count_items
 from jobs.training.model import model_settings, user_features
 from models.embeddings import ITEM_TABLE, USER_TABLE
 from models.zoo import MODELS, tower_class
-from pipeline.batches.loader import training_item_counts
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import lease
@@ -87,11 +87,11 @@ def write_export(
         values = [(name, value) for name in known for value in vocabulary.user_features[name]]
         listed = {"feature": [name for name, _ in values], "value": [value for _, value in values]}
         pq.write_table(pa.table(listed), directory / "user-values.parquet")
-    counts = training_item_counts(shards, requests=requests)[: vocabulary.size]
-    stored = {"training_events": torch.from_numpy(counts).contiguous()}
+    counts = training_counts(shards, requests=requests)[: vocabulary.size]
+    stored = {"training_events": torch.tensor(counts)}
     if model.get("prior"):
-        evidence = training_item_counts(shards, requests=requests.of_all_times)[: vocabulary.size]
-        stored["evidence_events"] = torch.from_numpy(evidence).contiguous()
+        evidence = evidence_counts(shards, requests=requests, training_count=counts)[: vocabulary.size]
+        stored["evidence_events"] = torch.tensor(evidence)
         counters = count_items(shards, min_label=requests.least_label, evidence=evidence)
         save_file(counters.tensors(), directory / COUNTERS)
     save_file(stored, directory / "item-counts.safetensors")

@@ -133,15 +133,18 @@ def catalogue_of(
 
 
 def training_counts(shards: Shards, *, requests: RequestConfig) -> np.ndarray:
-    """[capacity] int64: how often each row is a positive of a training request, before any cap. A collective."""
+    """[capacity] int64: how often each row is a positive of a training request, before any cap. A collective; without a
+    process group one process counts everything."""
     counts = torch.from_numpy(training_item_counts(shards, requests=requests, groups=my_groups(shards)))
-    dist.all_reduce(counts)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
     return counts.numpy()
 
 
 def evidence_counts(shards: Shards, *, requests: RequestConfig, training_count: np.ndarray) -> np.ndarray:
     """[capacity] int64: how often each row is a positive of any training request, also of those before `train_from`,
-    on which earlier runs trained the weights. `training_count`: those of this run. A collective."""
+    on which earlier runs trained the weights. `training_count`: those of this run. A collective, like
+    `training_counts`."""
     if requests.train_from is None:
         return training_count
     return training_counts(shards, requests=requests.of_all_times)
@@ -162,5 +165,6 @@ def _first_times(shards: Shards, row_of_item: Tensor | None, num_items: int) -> 
 
 
 def my_groups(shards: Shards) -> range:
-    """The row groups that this rank reads."""
-    return range(dist.get_rank(), shards.num_groups, dist.get_world_size())
+    """The row groups that this rank reads; without a process group all."""
+    first, step = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(first, shards.num_groups, step)

@@ -56,7 +56,7 @@ def count_items(
     everything.
     """
     local, waiting = np.zeros((4, 0), np.int64), []
-    for group in my_groups(shards) if dist.is_initialized() else range(shards.num_groups):
+    for group in my_groups(shards):
         events = shards.read(group, min_label=min_label)
         row = np.asarray(events.item) if row_of_item is None else row_of_item.numpy()[events.item]
         label = np.zeros(len(row), np.int64) if events.label is None else (events.label > 0).astype(np.int64)

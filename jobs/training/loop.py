@@ -220,7 +220,8 @@ def _create_or_restore(
     # All ranks drew the same weights above; dropout must differ between ranks.
     torch.manual_seed(job.seed * 1_000_003 + dist.get_rank())
     if checkpoint is None:
-        dense.create_state()
+        if dense.starts_at_prior:
+            dense.create_state()
         return TrainState(), tables, dense
     document = read_state(checkpoint)
     state = TrainState(**document["train_state"])

@@ -1,9 +1,9 @@
 """The start of a prior: the best of what counting can say, chosen on training requests before the first step.
 
     impressions  logistic regression of the two rates on the candidates of the first batches (damped Newton steps)
-    next_item    the best of a grid (worth of the history's items, by how often or how lately, window of popularity) by
-                 NDCG@10 among a sample of the catalogue; then the scale and the bias that fit best, which change no
-                 ranking
+    next_item    the start with the best NDCG@10 among a sample of the catalogue: how much an item of the history
+                 counts, whether by how often or by how recently it occurred, and in which window popularity is
+                 counted; then the scale and the bias that fit best, which change no ranking
 
 Everything follows from the data and the seed. All ranks take part in every call.
 """
@@ -37,7 +37,7 @@ SAMPLED_ITEMS = 1 << 13
 OWN_STARTS = (0.0, 2.0, 4.0, 6.0, 9.0)
 """How much an item of the history is worth; at 9 it is above every popular item."""
 OWN_FORMS = ((1.0, 0.0), (0.0, 1.0))
-"""Weights of how often and of how lately: the baselines `own items` and `latest items`."""
+"""Weights of how often and of how recently: the baselines `own items` and `latest items`."""
 POPULARITY_STARTS = (0.5, 1.0)
 SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0)
 NEWTON_STEPS, NEWTON_HALVINGS = 20, 10
@@ -85,7 +85,7 @@ def _fit_rates(prior: Prior, counters: ItemCounters, loader: TrainLoader) -> Non
     prior.mean_1.fill_(float(sums[0] / sums[1]))
     rates = [torch.zeros(0, 2, dtype=torch.float64)]
     for batch in batches:
-        found = prior.features(_input(batch), counters, request_M=_owner(batch))
+        found = prior.features(_input(batch), counters)
         rates.append(found["rates"].double())
     rate_2, bias = fit_logistic(torch.cat(rates), y_M, mean=float(prior.mean_1))
     prior.rate_2.copy_(rate_2)
@@ -185,7 +185,7 @@ def _ranked(
         if not seen:
             others = others[~torch.isin(others, one.event_item)]
         items = torch.cat([sure, others])
-        found = prior.features(_of_items(one, items), counters, request_M=torch.zeros(len(items), dtype=torch.int64))
+        found = prior.features(_of_items(one, items), counters)
         known = ~found["unknown"]
         yield _Ranked(
             found["windows"][known],
@@ -228,10 +228,6 @@ def _over_ranks(values: list[float]) -> Tensor:
     sums = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums
-
-
-def _owner(batch: Batch) -> Tensor:
-    return torch.repeat_interleave(batch.candidate_offsets.diff())
 
 
 def _input(batch: Batch) -> ModelInput:

@@ -14,24 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from jobs.config.run_config import RunConfig
 from jobs.host.console import Console
 from jobs.runs.grow import grow
 from jobs.runs.train import train_job
-from jobs.training import loop
-from jobs.training.catalogue import training_counts
 from jobs.training.checkpoint import checkpoint_key, committed_checkpoints, read_state
 from jobs.training.job import TrainJob
 from jobs.training.loop import build_model
 from jobs.training.warm_start import begin_from
 from models.embeddings import initial_rows
-from pipeline.batches.loader import TrainLoader
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
-from tests.distributed.test_training_loop import losses, run_each, weights
+from tests.distributed.test_training_loop import begin, losses, run_each, weights
 from tests.support.growth import commit, facts_of, first_day, second_day, sizes_of, specs_of, tiny_config, whole_table
 from tests.support.ranks import run_ranks
 from tests.support.serial import without_ray
@@ -225,13 +221,7 @@ def begin_each(jobs: list[TrainJob]) -> list[dict[str, Any]]:
     """What each run is before its first step."""
     found = []
     for job in jobs:
-        shards = Shards.open(job.shards)
-        loader = TrainLoader(
-            shards, requests=job.requests, loader=job.loader, seed=job.seed, rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-        )  # fmt: skip
-        counts = training_counts(shards, requests=job.requests)
-        state, tables, dense = loop._create_or_restore(job, shards, loader, training_count=counts)
+        state, loader, tables, dense = begin(job)
         adamw = getattr(dense.engine.optimizer, "optimizer", dense.engine.optimizer)
         found.append(
             {

@@ -12,7 +12,6 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from jobs.training import loop
@@ -28,11 +27,11 @@ from jobs.training.warm_start import best_of
 from models.item_counters import MS_PER_DAY
 from models.prior import PRIOR_PREFIX, Prior, PriorAlone, PriorModel
 from models.solar import SolarConfig
-from pipeline.batches.loader import TrainLoader
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.dataset import Shards
 from tests.distributed.test_training_loop import (
     SMALL,
+    begin,
     losses,
     make_job,
     run_each,
@@ -176,13 +175,7 @@ def test_a_run_goes_on_from_its_first_checkpoint_as_if_it_had_never_stopped(runs
 
 def priors_of_begun(job: TrainJob) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], set[float]]:
     """(the prior's parameters before the first step, its second moments, the steps that its optimizer counts)"""
-    shards = Shards.open(job.shards)
-    loader = TrainLoader(
-        shards, requests=job.requests, loader=job.loader, seed=job.seed, rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-    )  # fmt: skip
-    counts = training_counts(shards, requests=job.requests)
-    _, _, dense = loop._create_or_restore(job, shards, loader, training_count=counts)
+    _, _, _, dense = begin(job)
     assert isinstance(dense.model, PriorModel)
     assert dense._adamw is not None
     named = dict(dense.model.prior.named_parameters())

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.telemetry import Reporter
 from jobs.host.locks import RunInUse
-from jobs.training import checkpoint_writer
+from jobs.training import checkpoint_writer, loop
 from jobs.training import step as step_module
+from jobs.training.catalogue import training_counts
 from jobs.training.checkpoint import (
     CheckpointError,
     committed_checkpoints,
@@ -28,11 +29,13 @@ from jobs.training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
+from jobs.training.dense_model import DenseModel
 from jobs.training.group_lock import sole_group
 from jobs.training.job import CheckpointConfig, TrainingConfig, TrainJob
 from jobs.training.loop import train
 from jobs.training.optimizers import OptimizerConfig
 from jobs.training.step import NonFiniteLoss
+from jobs.training.tables import ShardedTables
 from jobs.training.validation import LEAST_REQUESTS
 from models.solar import SolarConfig
 from pipeline.batches.loader import TrainLoader
@@ -118,6 +121,18 @@ class RecordingReporter(Reporter):
 
     def should_stop(self) -> bool:
         return self._step == self._stop_at
+
+
+def begin(job: TrainJob) -> tuple[Any, TrainLoader, ShardedTables, DenseModel]:
+    """(state, loader, tables, dense half) of a run before its first step. A collective."""
+    shards = Shards.open(job.shards)
+    loader = TrainLoader(
+        shards, requests=job.requests, loader=job.loader, seed=job.seed, rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )  # fmt: skip
+    counts = training_counts(shards, requests=job.requests)
+    state, tables, dense = loop._create_or_restore(job, shards, loader, training_count=counts)
+    return state, loader, tables, dense
 
 
 def run_each(jobs: list[tuple[TrainJob, list[int | None]]]) -> list[list[dict[str, Any]]]:

@@ -180,8 +180,7 @@ def test_an_untrained_row_is_its_features() -> None:
 
 def test_an_item_that_nothing_knows_is_barred_in_evaluation_alone() -> None:
     model, inputs = with_prior(), random_inputs()
-    request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff())
-    features = model.prior.features(inputs, model.counters, request_M=request_M)
+    features = model.prior.features(inputs, model.counters)
     unknown_M = features["unknown"]
     assert 0 < int(unknown_M.sum()) < len(unknown_M)
     in_evaluation = PriorAlone(model).eval()(inputs)
@@ -198,7 +197,7 @@ def test_rates_are_shrunk_towards_the_mean() -> None:
     )
     prior = Prior("impressions")
     prior.mean_1.data.fill_(5 / 12)
-    rates = prior.features(inputs, counters, request_M=torch.zeros(3, dtype=torch.int64))["rates"]
+    rates = prior.features(inputs, counters)["rates"]
     mean, odds = 5 / 12, lambda rate: math.log(rate / (1 - rate))
     wanted = [odds((4 + 8 * mean) / 12) - odds(mean), odds(8 * mean / 14) - odds(mean), 0.0]
     torch.testing.assert_close(rates[:, 0].tolist(), wanted, rtol=1e-5, atol=1e-6)

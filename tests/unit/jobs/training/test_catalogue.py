@@ -94,7 +94,11 @@ def always_warned():
 
 def test_first_times_of_items_are_read_from_arrays_that_nobody_may_write_to(data, monkeypatch, always_warned):
     alone = SimpleNamespace(
-        get_rank=lambda: 0, get_world_size=lambda: 1, all_reduce=lambda *_, **__: None, ReduceOp=dist.ReduceOp
+        is_initialized=lambda: True,
+        get_rank=lambda: 0,
+        get_world_size=lambda: 1,
+        all_reduce=lambda *_, **__: None,
+        ReduceOp=dist.ReduceOp,
     )
     monkeypatch.setattr(catalogue, "dist", alone)
     events = [data.read(group) for group in range(data.num_groups)]

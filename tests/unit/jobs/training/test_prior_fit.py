@@ -173,8 +173,7 @@ def test_where_people_come_back_the_prior_ranks_no_worse_than_their_own_items(op
         none = torch.zeros(size, 0)
         users = torch.zeros(batch.num_users, 0, 0)
         inputs = catalogue_input(batch, none, none[..., None], users, candidates=range(size))
-        request_M = torch.arange(batch.num_requests).repeat_interleave(size)
-        scores_BI = prior(inputs, counters, request_M=request_M).view(-1, size)
+        scores_BI = prior(inputs, counters).view(-1, size)
         # Popularity of all training would know what comes later: items outside the history count as nothing here.
         own_BI, target_B = own(batch).expand(batch.num_requests, -1), batch.candidate_item
         popular_BI = torch.from_numpy(counts[:size]).float().expand(batch.num_requests, -1)
