@@ -13,6 +13,7 @@ quiet_libraries()
 
 for name in (
     "torch",
+    "torch.distributed.optim",
     "torchrec",
     "deepspeed",
     "mlflow.store.model_registry.sqlalchemy_store",

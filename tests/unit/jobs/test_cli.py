@@ -21,7 +21,7 @@ from jobs.host.errors import UserError
 from jobs.host.locks import RunInUse
 from jobs.tracking import registry
 from pipeline.events import DataError, NotNow
-from tests.support.serial import without_ray
+from tests.support.serial import command_without_ray
 from tests.support.tiny import prepare_tiny, write_tiny_log
 
 
@@ -203,7 +203,7 @@ def test_a_missing_argument_is_named_as_it_is_written(capfd, arguments, says):
 @pytest.mark.parametrize("arguments", [["import", "files", "LOG/events-00000.parquet"], ["prepare", "--events", "LOG"]])
 @pytest.mark.parametrize("out", ["/proc/x", "/proc/x/below"])
 def test_out_where_nothing_can_be_created_is_one_line(arguments, out, tmp_path, capfd, monkeypatch):
-    without_ray(monkeypatch.setattr)
+    command_without_ray(monkeypatch.setattr)
     log = str(write_tiny_log(tmp_path / "log"))
     words = [word.replace("LOG", log) for word in arguments]
     code = cli.run([*words, "--out", out, "--workspace", str(tmp_path / "ws")])

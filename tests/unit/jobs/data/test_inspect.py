@@ -15,13 +15,13 @@ from pipeline import build
 from pipeline.shards.leases import current_leases
 from pipeline.shards.manifest import Manifest, manifest_name
 from pipeline.sources.event_log import write_event_log
-from tests.support.serial import without_ray
+from tests.support.serial import command_without_ray
 
 
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
     """Prepare a log of these lines; its manifest."""
-    without_ray(monkeypatch.setattr)
+    command_without_ray(monkeypatch.setattr)
 
     def run(header, *lines) -> Manifest:
         (tmp_path / "log.csv").write_text("\n".join([header, *lines]) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import os
@@ -12,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from jsonschema.validators import validator_for
 
 from jobs import cli
 from jobs.cli import COMMANDS
@@ -90,6 +91,7 @@ def unknown_fields(value: Any, schema: dict[str, Any], path: str = "") -> Iterat
                 yield f"{path}.{key}"
 
 
+@functools.cache
 def kuberay_schema(kind: str) -> dict[str, Any]:
     return json.loads(gzip.decompress((SCHEMAS / f"{kind}.v1.json.gz").read_bytes()))
 
@@ -106,7 +108,8 @@ def test_ray_s_kinds_are_valid_and_have_no_field_that_kuberay_does_not_know(emit
     documents = emit("kuberay", *gpu, recipe=recipe)
     for kind in ("RayJob", "RayCronJob"):
         manifest, schema = of_kind(documents, kind), kuberay_schema(kind)
-        jsonschema.validate(manifest, schema)
+        # Not `jsonschema.validate`, which checks the schema itself each time: five seconds.
+        validator_for(schema)(schema).validate(manifest)
         assert list(unknown_fields(manifest, schema)) == []
     cluster = of_kind(documents, "RayJob")["spec"]["rayClusterSpec"]
     assert list(unknown_fields({"spec": cluster}, kuberay_schema("RayCluster"))) == []
