@@ -53,12 +53,13 @@ class RepeatScore(nn.Module):
         return score_M * (found_MX[:, len(self.windows) - 1] > 0) if self.adds else score_M
 
 
-class RepeatBias(nn.Module):
-    """b, one learned number: far below 0 where nobody comes back to items, above 0 where people do."""
+class LearnedNumber(nn.Module):
+    """b, one learned number: added to the logits of the items in the history (far below 0 where nobody comes back to
+    items, above 0 where people do), or to all logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: float = 0.0) -> None:
         super().__init__()
-        self.bias_1 = nn.Parameter(torch.zeros(1))
+        self.bias_1 = nn.Parameter(torch.full((1,), float(start)))
 
     def forward(self) -> Tensor:
         # Return a copy: if the parameter is sharded over ranks, it is complete only inside this forward.

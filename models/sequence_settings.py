@@ -4,6 +4,7 @@ imported."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -30,10 +31,17 @@ class SequenceConfig:
     """Add a learned number to the logits of the items in the complete history. It excludes seen items where nobody
     comes back to them, so that a state need not remember every item, and it raises them where people come back."""
 
+    initial_logit: float | None = None
+    """Add a learned number to all logits, which begins here; null = none, as published. A loss that compares logits
+    with 0, as gBCE does, otherwise lowers all of them through the rows of the items, which the events are made of. Set
+    it to about the log odds of a candidate being the positive: -5.5 with 256 negatives."""
+
     def __post_init__(self) -> None:
         for name in ("width", "num_layers", "max_length"):
             self._refuse_below(name, 1)
         self._refuse_no_share("dropout")
+        if self.initial_logit is not None and not math.isfinite(self.initial_logit):
+            raise ValueError(f"initial_logit = {self.initial_logit} must be a number, or null for none")
 
     def _refuse_below(self, name: str, least: int) -> None:
         if getattr(self, name) < least:

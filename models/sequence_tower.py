@@ -1,4 +1,4 @@
-"""Sequence models: a request is a vector, a candidate is a vector, and the logit is their inner product [+ repeat].
+"""Sequence models: a request is a vector, a candidate is a vector; their inner product is the logit [+ repeat + level].
 
     user's events       a b c d e f g h | i j          max_length = 4, requests after c, f and h
 
@@ -18,7 +18,7 @@ The letters are those of models/interface.py; K counts windows, T their position
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,23 @@ from torch import Tensor, nn
 
 from models.candidate_sets import gather_rows
 from models.interface import ModelInput, Recommender
-from models.repeats import RepeatBias, repeats
+from models.repeats import LearnedNumber, repeats
 from models.sequence_settings import SelfAttentionConfig, SequenceConfig
 
 PADDING_SEED = 20_250_613
 """Fixed, so that all ranks draw the same padding vector: it is not trained, so no optimizer keeps it equal."""
 INITIAL_STD = 0.02
 """Initial standard deviation of linear maps, positions and padding, as in most public code of the field."""
+
+
+class Vectors(NamedTuple):
+    """What logits are made of, in float32: a logit is the inner product of a state and a vector, plus repeat_1 if the
+    candidate occurs in the history, plus level_1. (A tuple: DeepSpeed looks for tensors in what an engine returns.)"""
+
+    state_BD: Tensor
+    vector_ID: Tensor
+    repeat_1: Tensor | None
+    level_1: Tensor | None
 
 
 class SequenceModel(Recommender):
@@ -56,7 +66,8 @@ class SequenceModel(Recommender):
         self.padding_D: Tensor
         drawn_D = torch.randn(config.width, generator=generator) * INITIAL_STD
         self.register_buffer("padding_D", drawn_D, persistent=False)
-        self.repeat = RepeatBias() if config.repeats else None
+        self.repeat = LearnedNumber() if config.repeats else None
+        self.level = None if config.initial_logit is None else LearnedNumber(config.initial_logit)
 
     def item_vectors(self, inputs: ModelInput) -> Tensor:
         """vector_ID: the item vectors that both events and candidates use."""
@@ -97,16 +108,16 @@ class SequenceModel(Recommender):
     def forward(self, inputs: ModelInput) -> Tensor: ...
 
     @overload
-    def forward(self, inputs: ModelInput, *, vectors: Literal[True]) -> tuple[Tensor, Tensor, Tensor | None]: ...
+    def forward(self, inputs: ModelInput, *, vectors: Literal[True]) -> Vectors: ...
 
-    def forward(self, inputs: ModelInput, *, vectors: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor | None]:
-        """logits_M; with `vectors` instead (state_BD, vector_ID, repeat_1) in float32: a logit is the inner product of
-        a state and a vector, plus repeat_1 if the candidate occurs in the history."""
+    def forward(self, inputs: ModelInput, *, vectors: bool = False) -> Tensor | Vectors:
+        """logits_M; with `vectors` what they are made of."""
         vector_ID = self.item_vectors(inputs)
         state_BD = self.request_states(inputs, vector_ID)
         repeat_1 = None if self.repeat is None else self.repeat()
+        level_1 = None if self.level is None else self.level()
         if vectors:
-            return state_BD.float(), vector_ID.float(), repeat_1
+            return Vectors(state_BD=state_BD.float(), vector_ID=vector_ID.float(), repeat_1=repeat_1, level_1=level_1)
         request_M = torch.repeat_interleave(inputs.candidate_offsets_B1.diff()).to(vector_ID.device, non_blocking=True)
         state_MD = gather_rows(state_BD, request_M)
         candidate_MD = gather_rows(vector_ID, inputs.candidate_item_M)
@@ -115,7 +126,7 @@ class SequenceModel(Recommender):
         if repeat_1 is not None:
             found_M1 = repeats(inputs, request_M=request_M, windows=(None,), time_features=False)[:, :1]
             logit_M = logit_M + torch.where(found_M1 > 0, repeat_1, 0).squeeze(1)
-        return logit_M
+        return logit_M if level_1 is None else logit_M + level_1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,8 @@ OPEN_SETTINGS: Mapping[str, str] = {
 }
 """{setting: what `--help` says of it}. The models have no open settings: in their configs these are plain switches."""
 
-LATER = ("history_labels", "prior")
-"""Those that runs of an earlier version lack: in such a run they are off."""
+LATER: Mapping[str, bool | None] = {"history_labels": False, "prior": False, "initial_logit": None}
+"""{a setting that runs of an earlier version lack: its value in such a run}."""
 
 
 def open_settings_of(model: str) -> list[str]:

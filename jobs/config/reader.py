@@ -27,7 +27,7 @@ from jobs.host.yaml_text import parse_yaml
 from jobs.recipes import RECIPES, board_names, recipe_names
 from jobs.training.job import TrainingConfig
 from models.sequence_settings import SequenceConfig
-from models.zoo import MODELS
+from models.zoo import MODELS, current_settings
 from pipeline.batches.requests import RequestConfig
 
 _NAMELESS = "recipe"
@@ -79,6 +79,7 @@ def stored_config(command: str, stored: Mapping[str, Any], origin: str, argument
     """A config that `as_dict` stored (with a checkpoint or in the registry), overridden by further arguments."""
     values = {key: value for key, value in stored.items() if key != "recipe"}
     values["data"] = {**stored["data"], "requests": stored_requests(stored)}
+    values["model"] = current_settings(stored["model"])
     return _resolve(command, values, origin, arguments, recipe=stored["recipe"], default_name=stored["name"])
 
 
@@ -162,6 +163,7 @@ def _resolve(
     _check_run(parsed, model)
     _check_log_q(built.training, built.data.requests)
     _check_loss(built.training, built.data.requests, models=(model, *parsed.compare))
+    _check_level(built.training, getattr(built.model, "initial_logit", None))
     return RunConfig(
         recipe=recipe,
         name=parsed.name or (default_name or _name_by_data(parsed)) + suffix,
@@ -230,6 +232,17 @@ def _check_loss(training: TrainingConfig, requests: RequestConfig, *, models: Se
         )
 
 
+def _check_level(training: TrainingConfig, initial_logit: float | None) -> None:
+    """Check that the loss can learn a number that all logits share."""
+    invariant = training.loss == "catalogue" or training.pointwise_loss_weight == 0
+    if initial_logit is not None and invariant:
+        key = "training.loss=catalogue" if training.loss == "catalogue" else "training.pointwise_loss_weight=0"
+        raise UserError(
+            f"model.initial_logit={initial_logit}: {key} is the same for any number that all logits share: set "
+            "--model.initial_logit null"
+        )
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = parse_yaml(path.read_text())
@@ -256,9 +269,14 @@ def _model_name(layers: Sequence[tuple[str, dict[str, Any]]], arguments: Sequenc
 
 
 def _for_model(values: Mapping[str, Any], model: str, *, written_for: str) -> dict[str, Any]:
-    """A recipe that was written for another model, without the settings that only that model has."""
-    ours, theirs = ({field.name for field in dataclasses.fields(MODELS[name][0])} for name in (model, written_for))
-    section = {key: value for key, value in (values.get("model") or {}).items() if key not in theirs - ours}
+    """A recipe that was written for another model, without the settings that only that model has, or that have other
+    values there (`form`)."""
+    ours, theirs = (
+        {(field.name, str(field.type)) for field in dataclasses.fields(MODELS[name][0])}
+        for name in (model, written_for)
+    )
+    others = {name for name, _ in theirs - ours}
+    section = {key: value for key, value in (values.get("model") or {}).items() if key not in others}
     return {**values, "model": {**section, "name": model}}
 
 

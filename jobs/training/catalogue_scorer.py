@@ -12,7 +12,7 @@ from models.attention_tower import EncodedItems, HistoryTower
 from models.interface import Recommender, refuse_bad_rows
 from models.prior import PriorAlone, PriorModel, bare_tower
 from models.repeats import SeenItems
-from models.sequence_tower import SequenceModel
+from models.sequence_tower import SequenceModel, Vectors
 from pipeline.batches.batch import Batch
 from pipeline.shards.vocabulary import NUM_RESERVED
 
@@ -52,10 +52,12 @@ class CatalogueScorer:
     def _by_vectors(self, batch: Batch, rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Of models whose score is an inner product."""
         inputs = catalogue_input(batch, *rows)
-        state_BD, vector_ID, repeat_1 = self._model(inputs, vectors=True)
-        scores_BI = state_BD @ vector_ID.mT
-        if repeat_1 is not None:
-            scores_BI += repeat_1 * SeenItems.of_requests(inputs).before(slice(None))
+        vectors: Vectors = self._model(inputs, vectors=True)
+        scores_BI = vectors.state_BD @ vectors.vector_ID.mT
+        if vectors.repeat_1 is not None:
+            scores_BI += vectors.repeat_1 * SeenItems.of_requests(inputs).before(slice(None))
+        if vectors.level_1 is not None:
+            scores_BI += vectors.level_1
         if isinstance(self._model, PriorModel):
             offered = catalogue_input(batch, *rows, candidates=range(self._catalogue.num_items))
             scores_BI += PriorAlone(self._model)(offered).view_as(scores_BI)

@@ -22,6 +22,7 @@ from jobs.training.tables import AskedRows, ShardedTables
 from models.interface import ModelInput, refuse_bad_rows
 from models.losses import RequestLoss, calibrated_positive_weight, catalogue_loss, request_loss
 from models.repeats import SeenItems
+from models.sequence_tower import Vectors
 from pipeline.batches.batch import Batch
 from pipeline.batches.requests import RequestConfig
 from pipeline.shards.vocabulary import NUM_RESERVED
@@ -151,14 +152,14 @@ def _loss(
 ) -> RequestLoss:
     """The sums of losses over this rank's requests; one forward."""
     if training.loss == "catalogue":
-        state_BD, vector_ID, repeat_1 = model(inputs, vectors=True)
-        device = state_BD.device
+        vectors: Vectors = model(inputs, vectors=True)
+        device, repeat_1 = vectors.state_BD.device, vectors.repeat_1
         known = batch.candidate_item >= NUM_RESERVED
         request_P = torch.repeat_interleave(batch.candidate_offsets.diff())[known]
         positive_P = batch.candidate_item[known] - NUM_RESERVED
         return catalogue_loss(
-            state_BD,
-            vector_ID[NUM_RESERVED:],
+            vectors.state_BD,
+            vectors.vector_ID[NUM_RESERVED:],
             positive_P=positive_P.to(device),
             request_P=request_P.to(device),
             repeat_1=repeat_1,

@@ -160,7 +160,19 @@ def test_a_recipe_serves_other_models_with_what_they_have_too():
     assert (config.model["name"], config.model["user_features"], config.model["whole_history"]) == ("din", False, False)
     assert config.name == "movielens-100k-din"
     assert load_config("train", "movielens-100k", ["--model.name", "recgrela"]).model["form"] == "causal"
+    # The recipe's form is one that only SOLAR has.
+    assert load_config("train", "synthetic-moods", ["--model.name", "linear_attention"]).model["form"] == "linear"
     assert "model.rank" in complaint("--model.name", "din", "--model.rank", "8")
+
+
+@pytest.mark.parametrize(("key", "value"), [("training.loss", "catalogue"), ("training.pointwise_loss_weight", "0")])
+def test_a_number_that_all_logits_share_needs_a_loss_that_it_changes(key, value):
+    sasrec = ["--model.name", "sasrec", "--model.initial_logit", "-5.5", "--compare", "[]"]
+    said = complaint(*sasrec, "--data.requests.num_negatives", "0", f"--{key}", value)
+    assert said == (
+        f"model.initial_logit=-5.5: {key}={value} is the same for any number that all logits share: set "
+        "--model.initial_logit null"
+    )
 
 
 def test_a_misspelt_key_of_a_recipe_is_found_with_any_model(tmp_path):
