@@ -138,43 +138,23 @@ def attend(
     bias_BHS: Tensor,
     num_heads: int,
     candidates: CandidateSets,
-    softmax: bool = True,
 ) -> Tensor:
     """out_MD = softmax_S(Q_h K_h^T + bias) V_h, heads side by side; keys are already scaled.
 
-    Keys that do not exist have bias MASKED_SCORE and value 0; a request without any key gets 0. Without softmax such
-    keys must be 0 as well, and there is no bias.
+    Keys that do not exist have bias MASKED_SCORE and value 0; a request without any key gets 0.
     """
 
     def compute(query_bTD: Tensor, _: Members, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        return attend_dense(
-            query_bTD, key_bSD=key, value_bSD=value, bias_bHS=bias, num_heads=num_heads, softmax=softmax
-        )
+        return attend_dense(query_bTD, key_bSD=key, value_bSD=value, bias_bHS=bias, num_heads=num_heads)
 
     return candidates.map(compute, query_MD, key_BSD, value_BSD, bias_BHS)
 
 
-def attend_dense(
-    query_bTD: Tensor,
-    *,
-    key_bSD: Tensor,
-    value_bSD: Tensor,
-    bias_bHS: Tensor,
-    num_heads: int,
-    softmax: bool = True,
-) -> Tensor:
+def attend_dense(query_bTD: Tensor, *, key_bSD: Tensor, value_bSD: Tensor, bias_bHS: Tensor, num_heads: int) -> Tensor:
     """out_bTD: `attend` for requests with equally many candidates."""
-    if softmax:
-        return attend_in_heads(
-            query_bTD, key_GSD=key_bSD, value_GSD=value_bSD, bias_GPHS=bias_bHS[:, None], num_heads=num_heads
-        )
-    b, size, width = query_bTD.shape
-
-    def heads(value: Tensor) -> Tensor:
-        return value.reshape(b, value.shape[1], num_heads, width // num_heads).transpose(1, 2).flatten(0, 1)
-
-    mixed = torch.bmm(torch.bmm(heads(query_bTD), heads(key_bSD).transpose(1, 2)), heads(value_bSD))
-    return mixed.unflatten(0, (b, num_heads)).transpose(1, 2).reshape(b, size, width)
+    return attend_in_heads(
+        query_bTD, key_GSD=key_bSD, value_GSD=value_bSD, bias_GPHS=bias_bHS[:, None], num_heads=num_heads
+    )
 
 
 def start_as_similarity(*linears: nn.Linear) -> None:

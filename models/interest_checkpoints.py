@@ -67,8 +67,7 @@ def checkpoint_interests(
         half_life=half_life,
     )
     place_B = found.prefixes.place_B.to(event_ND.device, non_blocking=True)
-    names = [field.name for field in dataclasses.fields(Interests)]
-    return Interests(**{name: _with_empty_history(getattr(found.interests, name)) for name in names}), place_B
+    return Interests(**{name: _with_empty_history(value) for name, value in _tensors(found.interests)}), place_B
 
 
 @torch.no_grad()
@@ -107,6 +106,7 @@ def stored_interests(
     then_S = stored.length_S // every * every
     now_S = (missing_S + inputs.request_position_B[stored.request_S]) // every * every
     interest_SRD = stored.interest_SRD.double()
+    mean_SD = stored.sum_SD.double() / weight_of(then_S, half_life).clamp_min(1.0)[:, None]
     moved = torch.nonzero(now_S > then_S).flatten()
     if moved.numel():
         # Add the events between the two checkpoints to the stored sums, then decompose.
@@ -127,19 +127,21 @@ def stored_interests(
             single_K=(now_S[moved] > EXACT_EVENTS) & (event_ND.dtype != torch.float64),
         )
         interest_SRD = interest_SRD.index_copy(0, moved, found.interest_KRD)
+        if found.mean_KD is not None:
+            mean_SD = mean_SD.index_copy(0, moved, found.mean_KD)
     none_SR = interest_SRD.new_zeros(interest_SRD.shape[:2])
     return Interests(
         interest_KRD=interest_SRD,
         valid_KR=interest_SRD.abs().amax(-1) > 0,
         singular_KR=none_SR,
         energy_K=none_SR.sum(-1),
+        mean_KD=mean_SD if how.with_mean else None,
     )
 
 
 def joined_interests(parts: Sequence[Interests]) -> Interests:
     """The interests of all parts, concatenated."""
-    names = [field.name for field in dataclasses.fields(Interests)]
-    return Interests(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    return Interests(**{name: torch.cat([getattr(part, name) for part in parts]) for name, _ in _tensors(parts[0])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,10 @@ class _Checkpoints:
             # If U is treated as a constant, only one of the two factors of X^T X gets a gradient.
             left_N1D = event_N1D.detach() if how.gradient == "stop" else event_N1D
             gram_K1DD, sum_K1D = prefixes.outer_sums(left_N1D, event_N1D, half_life=half_life)
+            if how.with_mean:
+                # The sums that come with a Gram have no gradient; these have one.
+                one_N11 = torch.ones_like(event_N1D[:, :, :1])
+                sum_K1D = prefixes.outer_sums(one_N11, event_N1D, half_life=half_life)[0][:, :, 0]
             interests = interests_from_gram(
                 gram_K1DD[:, 0],
                 sum_KD=sum_K1D[:, 0],
@@ -178,6 +184,12 @@ class _Checkpoints:
                 single_K=(prefixes.length_K > EXACT_EVENTS) & (event_ND.dtype != torch.float64),
             )
         return _Checkpoints(prefixes=prefixes, gram_KDD=gram_K1DD[:, 0], sum_KD=sum_K1D[:, 0], interests=interests)
+
+
+def _tensors(interests: Interests) -> list[tuple[str, Tensor]]:
+    """The fields that are there, by name."""
+    fields = [(field.name, getattr(interests, field.name)) for field in dataclasses.fields(Interests)]
+    return [(name, value) for name, value in fields if value is not None]
 
 
 def _with_empty_history(value: Tensor) -> Tensor:

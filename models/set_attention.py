@@ -33,7 +33,7 @@ class SetAttention(nn.Module):
         self.log_temperature_2H = nn.Parameter(torch.zeros(2, num_heads))
         """Row 0 for the exact form, row 1 for the low-rank form."""
         nn.init.uniform_(self.weight_4DD, -1 / math.sqrt(width), 1 / math.sqrt(width))
-        nn.init.constant_(self.log_temperature_2H[1], math.log(START_TEMPERATURE))
+        nn.init.constant_(self.log_temperature_2H[1], math.log(START_TEMPERATURE["softmax"]))
 
     def forward(self, candidate_MD: Tensor, *, candidates: CandidateSets) -> Tensor:
         head_width = candidate_MD.shape[1] // self.num_heads

@@ -145,7 +145,7 @@ class SolarBlock(nn.Module):
         width, heads, self.checkpoint_every = config.width, config.num_heads, config.checkpoint_every
         self.norm = nn.LayerNorm(width)
         self.query = nn.Linear(width, width, bias=False)
-        self.lifelong = SvdAttention(width, num_heads=heads, softmax=config.softmax) if config.interests else None
+        self.lifelong = SvdAttention(width, num_heads=heads, form=config.form) if config.interests else None
         self.recent = RecentAttention(config) if config.recent_window else None
         self.output = nn.Linear(width, width, bias=False)
         start_as_similarity(self.query, self.output)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
 from models.head_attention import attend_in_heads
 from models.request_blocks import RequestBlocks
-from models.tower_settings import Decomposition
+from models.tower_settings import Decomposition, Form
 
-START_TEMPERATURE = 6.0
-"""P / sqrt(N) alone gives nearly uniform weights (entropy 3.45 of 3.47 at 32 interests): start at 4 to 8 times that."""
+START_TEMPERATURE: Mapping[Form, float] = {"softmax": 6.0, "bilinear": 6.0, "gaussian": 1.0}
+"""Softmax: P / sqrt(N) alone gives nearly uniform weights (entropy 3.45 of 3.47 at 32 interests), so it starts at 4 to
+8 times that."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class Interests:
     """[K, R] singular values of the history (not divided by sqrt(N)), without gradient."""
     energy_K: Tensor
     """[K] sum of all squared singular values, without gradient."""
+    mean_KD: Tensor | None = None
+    """[K, D] weighted mean of the events; None where it is not needed."""
 
 
 def reference_interests(history_ND: Tensor, *, rank: int, half_life: float = 0.0) -> Tensor:
@@ -74,9 +78,10 @@ def interests_from_gram(
     """Interests of K histories from G = X^T X, the sum of the events and the sum of their weights; equal to the
     reference.
 
-    Without decay `weight_K` is the number of events. Components with s_i <= sqrt(D eps) s_1 are masked, because they
-    consist of rounding errors. `single_K` (bool, on the host) says which histories are decomposed in float32, with its
-    eps; the others use the Gram's dtype. ValueError: more interests than D.
+    Without decay `weight_K` is the number of events. `sum_KD` needs a gradient only for the mean. Components with
+    s_i <= sqrt(D eps) s_1 are masked, because they consist of rounding errors. `single_K` (bool, on the host) says
+    which histories are decomposed in float32, with its eps; the others use the Gram's dtype. ValueError: more interests
+    than D.
     """
     # Decompose.
     width = gram_KDD.shape[-1]
@@ -115,6 +120,7 @@ def interests_from_gram(
         valid_KR=valid_KR,
         singular_KR=singular_KR.detach(),
         energy_K=value_KD.detach().sum(-1),
+        mean_KD=sum_KD / torch.where(weight_K > 0, weight_K, 1.0)[:, None] if how.with_mean else None,
     )
 
 
@@ -125,47 +131,57 @@ def reference_svd_attention(
     key_DD: Tensor,
     value_DD: Tensor,
     temperature_H: Tensor,
-    softmax: bool = True,
+    form: Form = "softmax",
+    mean_D: Tensor | None = None,
 ) -> Tensor:
-    """O = softmax(Q (P W_K)^T / tau) P W_V of one request, head by head; zero rows of P are ignored.
+    """The candidates of one request read its interests, head by head; zero rows of P are ignored.
 
-    tau = sqrt(D / H) / temperature. Without any interest the result is zero. Without softmax the form is bilinear.
+        softmax     O = softmax(Q (P W_K)^T / tau) P W_V
+        bilinear    O = Q (P W_K)^T P W_V / tau
+        gaussian    O = mu W_V + Q W_K^T (P^T P - mu mu^T) W_V / tau      mu: the mean of the events
+
+    tau = sqrt(D / H) / temperature. Without any interest the result is zero.
     """
     interest_RD = interest_RD[interest_RD.abs().sum(1) > 0]
     heads = temperature_H.numel()
     if interest_RD.shape[0] == 0:
         return torch.zeros_like(query_MD)
     outputs = []
-    for h, (query, key, value) in enumerate(
-        zip(
-            query_MD.chunk(heads, 1),
-            (interest_RD @ key_DD).chunk(heads, 1),
-            (interest_RD @ value_DD).chunk(heads, 1),
-            strict=True,
-        )
+    for h, (query, key_DX, value_DX) in enumerate(
+        zip(query_MD.chunk(heads, 1), key_DD.chunk(heads, 1), value_DD.chunk(heads, 1), strict=True)
     ):
-        score_MR = query @ key.T * temperature_H[h] / math.sqrt(query.shape[1])
-        outputs.append((torch.softmax(score_MR, -1) if softmax else score_MR) @ value)
+        query = query * temperature_H[h] / math.sqrt(query.shape[1])
+        if form == "gaussian":
+            assert mean_D is not None
+            covariance_DD = interest_RD.T @ interest_RD - torch.outer(mean_D, mean_D)
+            outputs.append(mean_D @ value_DX + query @ key_DX.T @ covariance_DD @ value_DX)
+            continue
+        score_MR = query @ (interest_RD @ key_DX).T
+        outputs.append((torch.softmax(score_MR, -1) if form == "softmax" else score_MR) @ (interest_RD @ value_DX))
     return torch.cat(outputs, 1)
 
 
 class SvdAttention(nn.Module):
-    """Candidates attend to the interests of their request's history.
+    """Candidates read the interests of their request's history in one of three forms (`reference_svd_attention`).
 
     W_K and W_V are linear and without bias, as the lemma requires: everything non-linear acts on events before the
-    decomposition. One decomposition serves every head, layer and candidate of a request. Without `softmax` this is the
-    bilinear form of the lemma, an ablation.
+    decomposition. One decomposition serves every head, layer and candidate of a request.
+
+    softmax is the published form. It depends on the signs of the interests, which are a convention. bilinear is the
+    lemma's: nothing is lost where the history has no more than R components. gaussian is what softmax attention over
+    the events themselves gives if their keys are normally distributed and R = D: for x ~ N(mu, C) the mean of x under
+    weights proportional to e^(b x) is mu + C b. It needs the mean of the events beside their interests.
     """
 
-    def __init__(self, width: int, *, num_heads: int, softmax: bool = True) -> None:
+    def __init__(self, width: int, *, num_heads: int, form: Form = "softmax") -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width = {width} must be a multiple of num_heads = {num_heads}; change one")
-        self.num_heads, self.softmax = num_heads, softmax
+        self.num_heads, self.form = num_heads, form
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         start_as_similarity(self.key, self.value)
-        self.log_temperature_H = nn.Parameter(torch.full((num_heads,), math.log(START_TEMPERATURE)))
+        self.log_temperature_H = nn.Parameter(torch.full((num_heads,), math.log(START_TEMPERATURE[form])))
 
     def forward(
         self,
@@ -179,10 +195,16 @@ class SvdAttention(nn.Module):
         """out_MD; zero for a request whose history has no interest. `blocks`: of requests with the same checkpoint."""
         interest_KRD = interests.interest_KRD.to(query_MD.dtype)
         scale = self.log_temperature_H.exp() / math.sqrt(query_MD.shape[1] / self.num_heads)
-        key_KRD = self.key(interest_KRD) * scale.repeat_interleave(query_MD.shape[1] // self.num_heads)
-        value_KRD = self.value(interest_KRD)
+        scale_D = scale.repeat_interleave(query_MD.shape[1] // self.num_heads)
+        key_KRD, value_KRD = self.key(interest_KRD) * scale_D, self.value(interest_KRD)
+        if self.form != "softmax":
+            mean_KD = None if interests.mean_KD is None else interests.mean_KD.to(query_MD.dtype)
+            return self._without_softmax(
+                query_MD, key_KRD=key_KRD, value_KRD=value_KRD, mean_KD=mean_KD, scale_D=scale_D,
+                checkpoint_B=checkpoint_B, candidates=candidates, blocks=blocks,
+            )  # fmt: skip
         bias_KR = mask_bias(interests.valid_KR, dtype=query_MD.dtype)
-        if blocks is not None and self.softmax:
+        if blocks is not None:
             checkpoint_G = blocks.of_first(checkpoint_B)
             found_GXD = attend_in_heads(
                 blocks.spread(query_MD),
@@ -199,8 +221,34 @@ class SvdAttention(nn.Module):
             bias_BHS=bias_KR[checkpoint_B][:, None],
             num_heads=self.num_heads,
             candidates=candidates,
-            softmax=self.softmax,
         )
+
+    def _without_softmax(
+        self, query_MD: Tensor, *, key_KRD: Tensor, value_KRD: Tensor, mean_KD: Tensor | None, scale_D: Tensor,
+        checkpoint_B: Tensor, candidates: CandidateSets, blocks: RequestBlocks | None,
+    ) -> Tensor:  # fmt: skip
+        """The other forms: keys and values are multiplied first, so that a candidate costs D^2 / H whatever R is."""
+        # One more row of the gaussian form, (-q k) v of the mean, and the value of the mean itself.
+        constant_KD = value_KRD.new_zeros(len(value_KRD), value_KRD.shape[2])
+        if self.form == "gaussian":
+            assert mean_KD is not None
+            constant_KD = self.value(mean_KD)
+            key_KRD = torch.cat([key_KRD, -(self.key(mean_KD) * scale_D)[:, None]], 1)
+            value_KRD = torch.cat([value_KRD, constant_KD[:, None]], 1)
+        width = query_MD.shape[1] // self.num_heads
+        columns = [slice(first, first + width) for first in range(0, query_MD.shape[1], width)]
+        product_KDd = torch.cat([key_KRD[..., part].mT @ value_KRD[..., part] for part in columns], 1)
+
+        def mixed(query_GXD: Tensor, product_GDd: Tensor, constant_GD: Tensor) -> Tensor:
+            found = [query_GXD[..., part] @ product_GDd[:, part] for part in columns]
+            return torch.cat(found, -1) + constant_GD[:, None]
+
+        if blocks is not None:
+            checkpoint_G = blocks.of_first(checkpoint_B)
+            chosen = (gather_rows(each, checkpoint_G) for each in (product_KDd, constant_KD))
+            return blocks.collect(mixed(blocks.spread(query_MD), *chosen))
+        chosen = (gather_rows(each, checkpoint_B) for each in (product_KDd, constant_KD))
+        return candidates.map(lambda query_bTD, _, *of_b: mixed(query_bTD, *of_b), query_MD, *chosen)
 
 
 class _StableEigh(torch.autograd.Function):

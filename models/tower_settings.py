@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 GRADIENT_EPS = 1e-6
 """Damping of the eigenvector gradient, relative to the pair of eigenvalues. Cosine to the exact gradient: 1.000, 0.998,
@@ -97,6 +97,9 @@ class TowerConfig:
             raise ValueError(f"{name} = {getattr(self, name)} {rule}")
 
 
+Form = Literal["softmax", "bilinear", "gaussian"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decomposition:
     """How interests are computed from a Gram."""
@@ -112,6 +115,8 @@ class Decomposition:
     """Interests point along the sum of the events; off (signs as LAPACK returns them) is an ablation."""
     divide_by_events: bool = True
     """Interests are divided by sqrt(N), so that attention does not sharpen as a history grows; off is an ablation."""
+    with_mean: bool = False
+    """The mean of the events is computed beside the interests, with its gradient."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -142,8 +147,10 @@ class SolarConfig(TowerConfig):
     """Interests point along the sum of their events; off is an ablation."""
     divide_by_events: bool = True
     """Interests are divided by the square root of the history's length; off is an ablation."""
-    softmax: bool = True
-    """Softmax over the interests; off (the bilinear form) is an ablation."""
+    form: Form = "softmax"
+    """How candidates read the interests: softmax over them, as published; bilinear, without the softmax; gaussian,
+    softmax attention over all events as if their keys were normally distributed. The signs of the interests matter to
+    softmax alone."""
     set_attention: bool = True
     """Candidates of a request attend to each other. Switch it off where negatives are sampled: training then sees sets
     of 17 and evaluation the whole catalogue (MovieLens-100K, next item: no better, and 30 % slower)."""
@@ -171,6 +178,10 @@ class SolarConfig(TowerConfig):
             )
         if not self.interests and self.recent_window == 0:
             raise ValueError("interests = false and recent_window = 0 leave no history; switch one of them on")
+        if self.form not in get_args(Form):
+            raise ValueError(f"form = {self.form!r} must be one of {', '.join(get_args(Form))}")
+        if self.form == "gaussian" and not self.divide_by_events:
+            raise ValueError("form = 'gaussian' reads a covariance: switch divide_by_events on")
         self.decomposition  # noqa: B018 (raises ValueError for invalid settings)
 
     @property
@@ -181,6 +192,7 @@ class SolarConfig(TowerConfig):
             gradient=self.gradient,
             canonical_sign=self.canonical_sign,
             divide_by_events=self.divide_by_events,
+            with_mean=self.form == "gaussian",
         )
 
 

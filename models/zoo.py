@@ -48,10 +48,20 @@ def tower_class(name: str) -> type[Recommender]:
     return getattr(importlib.import_module(f"models.{name}"), MODELS[name][1])
 
 
+def current_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a model, which an earlier version may have stored, in today's names: `softmax` of SOLAR is
+    `form`."""
+    if "softmax" not in settings:
+        return settings
+    kept = {key: value for key, value in settings.items() if key != "softmax"}
+    return kept | {"form": "softmax" if settings["softmax"] else "bilinear"}
+
+
 def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommender:
     """A tower with weights drawn from torch's current random state; `settings`: `name` and the config's fields."""
     config_class = MODELS[settings["name"]][0]
-    config: Any = config_class(**{key: value for key, value in settings.items() if key != "name"})
+    values = {key: value for key, value in current_settings(settings).items() if key != "name"}
+    config: Any = config_class(**values)
     switches = [field.name for field in dataclasses.fields(config_class) if field.type == "bool"]
     assert all(getattr(config, name) is not None for name in switches), "a switch is left open: settle it first"
     tower: Any = tower_class(settings["name"])

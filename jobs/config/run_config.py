@@ -197,9 +197,12 @@ def counted_training(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def counted_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The section as it counts in an identity. Settings of LATER count only if they are not off: a run that was stored
-    before they existed is found again."""
-    return {key: value for key, value in model.items() if key not in LATER or value is not False}
+    """The section as it counts in an identity. Settings of LATER count only if they are on, and SOLAR's forms by
+    the name that two of them had: a run that was stored before they existed is found again."""
+    counted = {key: value for key, value in model.items() if key not in LATER or value is not LATER[key]}
+    if model["name"] == "solar" and model["form"] != "gaussian":
+        counted["softmax"] = counted.pop("form") == "softmax"
+    return counted
 
 
 def stored_requests(config: Mapping[str, Any]) -> dict[str, Any]:

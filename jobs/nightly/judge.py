@@ -35,8 +35,10 @@ from jobs.runs.summary import Summary, read_summary
 from jobs.runs.weights import System
 from jobs.scorer.checksums import CHECKSUMS
 from jobs.tracking.champions import champion_at_night
+from jobs.tracking.export_settings import read_settings
 from jobs.tracking.registry import EXPORT
 from jobs.training.checkpoint import remove_committed
+from models.zoo import current_settings
 from pipeline.batches.requests import RequestConfig
 
 PAIRS = "pairs.npz"
@@ -133,11 +135,17 @@ def judge(
 def challenger_export(night: NightContext, trained: TrainedChallenger) -> Path:
     """Directory of the challenger's export, as it would be served; written once per night."""
     directory = night.journal.directory / "export" / EXPORT
-    # The checksums are written last: an export without them was cut short by a kill.
-    if not (directory / CHECKSUMS).exists():
+    # The checksums are written last: an export without them was cut short by a kill. The code that reads an export is
+    # today's, so one with settings of an earlier version is written again.
+    if not (directory / CHECKSUMS).exists() or not _has_current_settings(directory):
         remove_committed(directory)
         export_model(night.trained_config(trained), trained.checkpoint, directory, tell=night.tell)
     return directory
+
+
+def _has_current_settings(export: Path) -> bool:
+    settings = read_settings(export, uri=str(export))["model"]
+    return settings == current_settings(settings)
 
 
 def _reference(night: NightContext, version: str) -> str | None:

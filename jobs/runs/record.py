@@ -21,6 +21,7 @@ from jobs.tracking.unsent import is_locked
 from jobs.training.checkpoint import checkpoint_key, latest_checkpoint, read_state
 from jobs.training.placement import PLAN_FILE
 from jobs.training.warm_start import find_checkpoint
+from models.zoo import current_settings
 from pipeline.batches.request_index import settings_on
 from pipeline.shards.dataset import Shards
 
@@ -199,11 +200,12 @@ def _first_difference(there: Mapping[str, Any], here: dict[str, Any], identity: 
         {
             **side,
             "training": counted_training(side["training"]),
-            "model": {**dict.fromkeys(LATER, False), **side["model"]},
+            "model": {**LATER, **current_settings(side["model"])},
         }
         for side in (there, here)
     )
-    keys = {key: value for key, value in identity.items() if key != "precision"}
+    # The model by today's names.
+    keys = {key: value for key, value in identity.items() if key != "precision"} | {"model": here["model"]}
     return walk(keys, there, here, "") or (
         "parallel.precision",
         there["parallel"]["precision"],

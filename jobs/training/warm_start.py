@@ -25,7 +25,7 @@ from jobs.training.checkpoint import (
 from jobs.training.model import model_settings, model_tables
 from models.embeddings import ITEM_TABLE, TableSpec
 from models.prior import PRIOR_PREFIX, Prior, Task
-from models.zoo import build_tower
+from models.zoo import build_tower, current_settings
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
 from pipeline.shards.vocabulary_growth import beginnings_of, first_difference
@@ -79,8 +79,11 @@ def misfit(
     checkpoint: Path, document: Mapping[str, Any], *, model: Mapping[str, Any], task: Task, sparse: str, shards: Shards
 ) -> str | None:
     """Why a checkpoint (`document` is its state.json) cannot initialize this model on these shards; None = it can."""
-    if (name := document["config"]["model"]["name"]) != model["name"]:
+    there = current_settings(document["config"]["model"])
+    if (name := there["name"]) != model["name"]:
         return f"is of model {name}, not of {model['name']}: choose a checkpoint of that model"
+    if name == "solar" and there["form"] != model["form"]:
+        return f"has form {there['form']}, whose weights mean something else: set --model.form {there['form']}"
     specs = model_tables(model, shards.vocabulary)
     return (
         _other_tables(document, specs)

@@ -49,16 +49,18 @@ def scores_and_gradients(tower: torch.nn.Module, inputs: ModelInput) -> list[tor
     window=st.sampled_from([0, 8, 60]),
     layers=st.sampled_from([1, 2]),
     time_features=st.booleans(),
+    form=st.sampled_from(["softmax", "bilinear", "gaussian"]),
     seed=st.integers(0, 99),
 )
 def test_blocks_of_requests_change_neither_scores_nor_gradients(
-    skipped, size, every, window, layers, time_features, seed
+    skipped, size, every, window, layers, time_features, form, seed
 ) -> None:
     requests = dense_requests(LENGTHS, skipped)
     inputs = random_inputs(lengths=LENGTHS, requests=requests, sizes=(size,) * len(requests), seed=seed)
     config = dataclasses.replace(
-        BASE, checkpoint_every=every, recent_window=window, num_layers=layers, time_features=time_features, dropout=0.0
-    )
+        BASE, checkpoint_every=every, recent_window=window, num_layers=layers, time_features=time_features, form=form,
+        dropout=0.0,
+    )  # fmt: skip
     tower = randomise(Solar(config, num_features=NUM_FEATURES)).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(request_blocks, "LEAST_FILLED", 2.0)

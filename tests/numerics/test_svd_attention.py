@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -21,8 +22,10 @@ from models.svd_attention import (
     reference_interests,
     reference_svd_attention,
 )
+from models.tower_settings import Form
 
 WIDTH, RANK = 8, 4
+FORMS: list[Form] = ["softmax", "bilinear", "gaussian"]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -37,13 +40,13 @@ def random_history(num_events: int, *, rank: int = WIDTH, seed: int = 0) -> Tens
     return torch.linalg.qr(left)[0][:, :rank] * scale @ torch.linalg.qr(right.T)[0].T * math.sqrt(num_events)
 
 
-def interests_of(history_ND: Tensor, *, rank: int = RANK) -> Interests:
+def interests_of(history_ND: Tensor, *, rank: int = RANK, with_mean: bool = False) -> Interests:
     """Gram form of one history."""
     return interests_from_gram(
         (history_ND.T @ history_ND)[None],
         sum_KD=history_ND.sum(0, keepdim=True),
         weight_K=torch.tensor([history_ND.shape[0]], dtype=history_ND.dtype),
-        how=Decomposition(rank=rank),
+        how=Decomposition(rank=rank, with_mean=with_mean),
     )
 
 
@@ -239,22 +242,25 @@ def _gram_over_count(event_ND: Tensor, *, weight_BDD: Tensor, **case) -> Tensor:
     return total
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
-def test_attention_module_equals_the_reference_with_its_gradient(num_heads: int) -> None:
+@pytest.mark.parametrize("half_life", [0.0, 7.0])
+def test_attention_module_equals_the_reference_with_its_gradient(num_heads: int, form: Form, half_life: float) -> None:
     torch.manual_seed(0)
     lengths, sizes = [5, 0, 40], [3, 1, 6]
     offsets_U1, candidate_offsets_B1 = torch.tensor([0, *lengths]).cumsum(0), torch.tensor([0, *sizes]).cumsum(0)
     event_ND = (torch.randn(sum(lengths), WIDTH).double() + 0.5).requires_grad_()
     query_MD = torch.randn(sum(sizes), WIDTH).double().requires_grad_()
-    attention = SvdAttention(WIDTH, num_heads=num_heads).double()
+    attention = SvdAttention(WIDTH, num_heads=num_heads, form=form).double()
     positions = torch.tensor(lengths)
     interests, checkpoint_B = checkpoint_interests(
         event_ND,
         event_offsets_U1=offsets_U1,
         request_user_B=torch.arange(3),
         request_position_B=positions,
-        how=Decomposition(rank=RANK, gradient="exact"),
+        how=Decomposition(rank=RANK, gradient="exact", with_mean=form == "gaussian"),
         every=5,
+        half_life=half_life,
     )
     sets = CandidateSets.from_offsets(candidate_offsets_B1, device=torch.device("cpu"))
     found_MD = attention(query_MD, interests=interests, checkpoint_B=checkpoint_B, candidates=sets)
@@ -262,10 +268,12 @@ def test_attention_module_equals_the_reference_with_its_gradient(num_heads: int)
         [
             reference_svd_attention(
                 query,
-                interest_RD=reference_interests(history, rank=RANK),
+                interest_RD=reference_interests(history, rank=RANK, half_life=half_life),
                 key_DD=attention.key.weight.T,
                 value_DD=attention.value.weight.T,
                 temperature_H=attention.log_temperature_H.exp(),
+                form=form,
+                mean_D=weighted_mean(history, half_life=half_life),
             )
             for query, history in zip(query_MD.split(sizes), event_ND.split(lengths), strict=True)
         ]
@@ -278,6 +286,54 @@ def test_attention_module_equals_the_reference_with_its_gradient(num_heads: int)
     expected = torch.autograd.grad((expected_MD * weight_MD).sum(), leaves)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def weighted_mean(history_ND: Tensor, *, half_life: float) -> Tensor:
+    """mean_D, weighed by age; 0 of no events."""
+    age_N = torch.arange(history_ND.shape[0] - 1, -1, -1, dtype=torch.float64)
+    weight_N = 2.0 ** (-age_N / half_life) if half_life else torch.ones_like(age_N)
+    return weight_N @ history_ND / weight_N.sum().clamp_min(1.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_softmax_reads_a_meaning_into_signs(form: Form) -> None:
+    torch.manual_seed(0)
+    attention, query_MD = SvdAttention(WIDTH, num_heads=2, form=form).double(), torch.randn(3, WIDTH).double()
+    interests = interests_of(random_history(40) + 0.3, with_mean=True)
+    signs = torch.tensor([-1.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    flipped = dataclasses.replace(interests, interest_KRD=interests.interest_KRD * signs[:, None])
+    sets = CandidateSets.from_offsets(torch.tensor([0, 3]), device=torch.device("cpu"))
+    options = {"checkpoint_B": torch.zeros(1, dtype=torch.long), "candidates": sets}
+    found, other = (attention(query_MD, interests=each, **options) for each in (interests, flipped))
+    if form == "softmax":
+        assert (found - other).abs().max() > 0.1
+    else:
+        # (-q k) (-v) = (q k) v: the same products in the same order.
+        assert torch.equal(found, other)
+
+
+def test_gaussian_form_is_softmax_attention_over_normally_distributed_events() -> None:
+    generator = seeded(5)
+    mix_DD = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64) / math.sqrt(WIDTH)
+    mean_D = torch.randn(WIDTH, generator=generator, dtype=torch.float64)
+    event_ND = mean_D + torch.randn(400_000, WIDTH, generator=generator, dtype=torch.float64) @ mix_DD
+    key_DD, value_DD = (torch.randn(2, WIDTH, WIDTH, generator=generator, dtype=torch.float64) / 3).unbind(0)
+    query_MD = torch.randn(20, WIDTH, generator=generator, dtype=torch.float64)
+    weight_MN = torch.softmax(query_MD @ (event_ND @ key_DD).T / math.sqrt(WIDTH), -1)
+    over_events = weight_MN @ (event_ND @ value_DD)
+    found = reference_svd_attention(
+        query_MD,
+        interest_RD=reference_interests(event_ND, rank=WIDTH),
+        key_DD=key_DD,
+        value_DD=value_DD,
+        temperature_H=torch.ones(1, dtype=torch.float64),
+        form="gaussian",
+        mean_D=event_ND.mean(0),
+    )
+    # The sampling error of 400,000 events, of which some weigh a few times as much as others.
+    assert (found - over_events).norm() < 0.02 * over_events.norm()
+    # What is measured is the effect of the query, not the mean that every query gets.
+    assert (over_events - mean_D @ value_DD).norm() > 0.2 * over_events.norm()
 
 
 def test_other_users_change_nothing() -> None:

@@ -45,8 +45,9 @@ VARIANTS: dict[str, TowerConfig] = {
     ),
     "decay": dataclasses.replace(BASE, half_life=6.0),
     "ablations": dataclasses.replace(
-        BASE, gradient="stop", canonical_sign=False, divide_by_events=False, softmax=False, set_attention=False
+        BASE, gradient="stop", canonical_sign=False, divide_by_events=False, form="bilinear", set_attention=False
     ),
+    "gaussian": dataclasses.replace(BASE, form="gaussian", half_life=6.0),
     "no time, no actions": dataclasses.replace(BASE, time_features=False, num_actions=1),
     "labels of events": LABELLED,
     "din": DinConfig(**COMMON),

@@ -68,6 +68,9 @@ def cut(inputs: ModelInput, length: int, tower: Solar) -> ModelInput:
         {"recent_window": 0, "repeats": False},
         {"num_layers": 2},
         {"history_labels": True},
+        {"form": "bilinear"},
+        {"form": "gaussian"},
+        {"form": "gaussian", "half_life": 300.0, "num_layers": 2},
     ],
     ids=str,
 )

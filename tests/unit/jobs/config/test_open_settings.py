@@ -31,8 +31,8 @@ def test_null_leaves_a_switch_open_again(tmp_path):
 
 def test_no_other_switch_may_be_left_open(tmp_path):
     recipe = tmp_path / "odd.yaml"
-    recipe.write_text("model: {name: solar, softmax: null}\n")
-    with pytest.raises(UserError, match=r"model\.softmax"):
+    recipe.write_text("model: {name: solar, interests: null}\n")
+    with pytest.raises(UserError, match=r"model\.interests"):
         load_config("train", str(recipe), [])
 
 

@@ -101,6 +101,7 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path, days):
             ["--model.recent_window", "4"],
             "parameter blocks.0.recent.position_WH is [8, 2] in the checkpoint and [4, 2] in this model",
         ),
+        (["--model.form", "gaussian"], "has form softmax, whose weights mean something else: set --model.form softmax"),
         (["--model.prior", "true"], "parameter prior.bias_1 is absent in the checkpoint and [1] in this model"),
     ],
 )  # fmt: skip
