@@ -34,7 +34,7 @@ from jobs.runs.weights import System
 from jobs.training.baselines import PRIOR, baselines
 from jobs.training.checkpoint import checkpoint_key
 from jobs.training.extent import Extent
-from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric
+from jobs.training.results import RankedTargets, ScoredImpressions, primary_metric, primary_per_user
 from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.request_index import RequestCounts, leaves_out, settings_on
 from pipeline.shards.dataset import Shards
@@ -310,15 +310,9 @@ def _summarise(
     main, requests = systems[0], config.data.requests
     results = {system: read_result(directory, system, task=requests.task) for system in systems}
 
-    def per_user(system: str, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        result = results[system]
-        if isinstance(result, RankedTargets):
-            return result.per_user(mask, seen_items=requests.seen_items)
-        return result.per_user(mask)
-
     slices = []
     for name, mask in results[main].slices().items():
-        sums = {system: per_user(system, mask) for system in systems}
+        sums = {system: primary_per_user(results[system], requests=requests, mask=mask) for system in systems}
         users = len(sums[main][1])
         if not users:
             continue
@@ -326,7 +320,7 @@ def _summarise(
         floor = floor_of(sums[main], sums, seed=config.seed)
         weight = float(sums[main][1].sum())
         slices.append(Slice(name=name, users=users, weight=weight, systems=intervals, floor=floor))
-    sums_of_all = {system: per_user(system, np.ones(len(results[system].user), bool))[0] for system in systems}
+    sums_of_all = {system: primary_per_user(results[system], requests=requests)[0] for system in systems}
     return Summary(
         **vars(key),
         task=requests.task,

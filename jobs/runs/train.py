@@ -95,6 +95,7 @@ def train(
             check_requests(config, shards, count_requests(shards, config.data.requests), console)
             run_id = _train(config, shards, console, previous, begun=begun)
         _tell_few_steps(config, console)
+        _tell_that_the_prior_stays(config, console)
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 
 
@@ -165,6 +166,17 @@ def _tell_few_steps(config: RunConfig, console: Console) -> None:
         f"{'train':<12} note: only {steps} steps, which is little to learn from: lower data.loader.batch_events "
         f"({config.data.loader.batch_events:,}) or raise {longer}, in a run of another --name"
     )
+
+
+def _tell_that_the_prior_stays(config: RunConfig, console: Console) -> None:
+    """Say so if the best checkpoint of a model that starts at a prior is the one before the first step."""
+    latest = latest_checkpoint(config.run_dir)
+    state = read_train_state(latest) if latest else None
+    if state is not None and state.step and state.best_step == 0 and state.users_at_start is not None:
+        console.line(
+            f"{'train':<12} note: no later checkpoint is clearly better on the validation part than the prior, which "
+            "counts (one-sided 95 %, paired over users): the model is its prior"
+        )
 
 
 def _finished_before(config: RunConfig, facts: RunRecord, previous: RunRecord | None) -> Trained:

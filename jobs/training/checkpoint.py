@@ -57,6 +57,9 @@ class TrainState:
     """Best value of the primary metric in a validation so far; None before the first validation."""
     best_step: int = 0
     """The step of `best_metric`."""
+    users_at_start: list[float] | None = None
+    """Of a model that starts at a prior, each validation user's sum of the primary metric before the first step; None
+    for others, and for runs that begin from another run's checkpoint."""
     validations_since_best: int = 0
     """Number of validations after `best_step`."""
     train_seconds: float = 0.0

@@ -153,6 +153,16 @@ class ScoredImpressions:
         return known[:, 0], known[:, 1]
 
 
+def primary_per_user(
+    result: RankedTargets | ScoredImpressions, *, requests: RequestConfig, mask: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(sum of the primary metric times weight, sum of weights) for every user that counts in `mask`; None = all."""
+    mask = np.ones(len(result.user), bool) if mask is None else mask
+    if isinstance(result, RankedTargets):
+        return result.per_user(mask, seen_items=requests.seen_items)
+    return result.per_user(mask)
+
+
 def length_buckets(history_length: np.ndarray) -> dict[str, np.ndarray]:
     """{"10-99 events": [n] mask} for every bucket that is not empty."""
     bucket = np.searchsorted(LENGTH_BUCKETS, history_length, side="right") - 1

@@ -1,4 +1,8 @@
-"""Validation: the same requests after every epoch, as many as training leaves time for."""
+"""Validation: the same requests after every epoch, as many as training leaves time for.
+
+The best checkpoint is that with the best primary metric. A model that starts at a prior is of use before its first step
+already, so a later checkpoint takes its place only where the validation part tells the difference from chance.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 import resource
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,13 +20,16 @@ from jobs.training.catalogue import Catalogue
 from jobs.training.checkpoint import TrainState
 from jobs.training.evaluation import evaluate, evaluation_loader
 from jobs.training.job import TrainJob
-from jobs.training.results import primary_metric
+from jobs.training.results import primary_metric, primary_per_user
 from jobs.training.tables import ShardedTables
+from models.metrics import bootstrap_ratio_interval
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.shards.dataset import Shards
 
 MOST_REQUESTS, LEAST_REQUESTS = 2_000, 200
 """Bounds of the number of requests that is chosen; fewer would choose a checkpoint by chance."""
+LEAST_USERS, MOST_USERS = 10, 10_000
+"""Fewer users do not tell a difference from chance. Of more the first ones are compared: checkpoints hold them."""
 SHARE = 0.1
 """Share of the training between two validations that one validation may cost."""
 TRAINED_PER_RANKED = 4
@@ -46,17 +54,22 @@ class Validation:
         if self._loader is None:
             limit = state.valid_requests or None
             self._loader = evaluation_loader(self._shards, requests=self._job.requests, part="valid", limit=limit)
-        metrics = evaluate(
+        result = evaluate(
             model,
             tables,
             self._loader,
             catalogue=self._catalogue,
             progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
-        ).metrics()
+        )
+        metrics = result.metrics()
         primary = metrics[primary_metric(self._job.requests)]
+        value_U, weight_U = primary_per_user(result, requests=self._job.requests)
+        if state.step == 0 and self._job.warm_start is None:
+            state.users_at_start = value_U[:MOST_USERS].tolist()
         state.peak_gib = _peak_gib()
         state.validations_since_best += 1
-        if not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric):
+        is_best = not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric)
+        if is_best and (state.step == 0 or is_clear(value_U, weight_U, start_U=state.users_at_start)):
             state.best_metric, state.best_step, state.validations_since_best = primary, state.step, 0
         reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, **metrics)
 
@@ -70,6 +83,15 @@ class Validation:
         scored = state.scored or self._planned
         affordable = SHARE * TRAINED_PER_RANKED * scored / self._catalogue.num_items
         return round(min(max(affordable, LEAST_REQUESTS), MOST_REQUESTS))
+
+
+def is_clear(value_U: np.ndarray, weight_U: np.ndarray, *, start_U: list[float] | None) -> bool:
+    """Whether users have more than at the start, by the one-sided 95 % bound of the paired difference. True without a
+    start, and where users are too few to tell."""
+    if start_U is None or len(value_U) < LEAST_USERS:
+        return True
+    more_U = value_U[:MOST_USERS] - np.array(start_U)
+    return bootstrap_ratio_interval(more_U, weight_U[:MOST_USERS], seed=0, level=0.9).low > 0
 
 
 def _peak_gib() -> float:
