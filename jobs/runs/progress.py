@@ -74,8 +74,7 @@ class Follower:
                 self._latest.append(row)
                 self._sums.update(_summed(row))
             elif row["kind"] == "valid":
-                value = row[self._primary]
-                self._best = max(value, self._best) if self._best == self._best else value
+                self._best = row["best"]
             elif row["kind"] == "cost":
                 self._cost = cost_text(row)
             elif row["kind"] == "waiting":

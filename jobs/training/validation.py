@@ -71,7 +71,8 @@ class Validation:
         is_best = not math.isnan(primary) and (state.best_metric is None or primary > state.best_metric)
         if is_best and (state.step == 0 or is_clear(value_U, weight_U, start_U=state.users_at_start)):
             state.best_metric, state.best_step, state.validations_since_best = primary, state.step, 0
-        reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, **metrics)
+        best = math.nan if state.best_metric is None else state.best_metric
+        reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, best=best, **metrics)
 
     def _requests(self, state: TrainState) -> int:
         """Requests of each validation, 0 = all, by what was trained until the first one."""

@@ -108,12 +108,13 @@ def test_progress_is_shown_and_not_kept(follow, run, stage, log):
     assert stage.note == "step 0/4  first batch"
     follow([row("step", step=1, loss=0.5), row("progress", stage="valid", done=3, total=9)])
     assert stage.note == "step 1/4  loss 0.5000  valid 3/9"
-    follow([row("valid", step=1, **{"ndcg@10": 0.25})])
-    assert stage.note == "step 1/4  loss 0.5000  best ndcg@10 0.2500"
+    follow([row("valid", step=1, best=0.3, **{"ndcg@10": 0.25})])
+    # The best is that of the chosen checkpoint, not the highest.
+    assert stage.note == "step 1/4  loss 0.5000  best ndcg@10 0.3000"
     follow([row("start", step=1, num_steps=4), row("step", step=2, loss=0.5)])
     assert "restarts 1" in stage.note
     assert "progress" not in log.read_text()
-    assert run.points == [(1, {"train/loss": 0.5}), (1, {"valid/ndcg@10": 0.25}), (2, {"train/loss": 0.5})]
+    assert run.points == [(1, {"train/loss": 0.5}), (1, {"valid/best": 0.3, "valid/ndcg@10": 0.25}), (2, {"train/loss": 0.5})]
 
 
 def test_restart_is_told_with_its_cause_the_workers_and_the_step(follow, stage, log):
