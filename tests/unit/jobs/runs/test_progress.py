@@ -114,7 +114,11 @@ def test_progress_is_shown_and_not_kept(follow, run, stage, log):
     follow([row("start", step=1, num_steps=4), row("step", step=2, loss=0.5)])
     assert "restarts 1" in stage.note
     assert "progress" not in log.read_text()
-    assert run.points == [(1, {"train/loss": 0.5}), (1, {"valid/best": 0.3, "valid/ndcg@10": 0.25}), (2, {"train/loss": 0.5})]
+    assert run.points == [
+        (1, {"train/loss": 0.5}),
+        (1, {"valid/best": 0.3, "valid/ndcg@10": 0.25}),
+        (2, {"train/loss": 0.5}),
+    ]
 
 
 def test_restart_is_told_with_its_cause_the_workers_and_the_step(follow, stage, log):
