@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -142,6 +144,10 @@ def _end(*, shutdown: bool) -> None:
     finally:
         if shutdown:
             ray.shutdown()
+            # Ray's C++ code leaves SIGTERM at its default then, which ends the process without a word, whatever Python
+            # says its handler is.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 def _connect(config: ClusterConfig, *, num_cpus: int, level: int) -> None:

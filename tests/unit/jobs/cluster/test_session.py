@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import stat
@@ -71,6 +72,20 @@ def test_a_signal_while_ray_starts_is_obeyed_once_it_has_started(starting, numbe
 def test_a_second_signal_ends_the_process_at_once():
     ended = subprocess.run([sys.executable, "-c", TWICE], timeout=50, check=False)
     assert ended.returncode == 130
+
+
+def test_sigterm_after_ray_has_ended_interrupts_the_command(starting, monkeypatch):
+    """Ray's shutdown sets the system's handler to its default, without Python's knowledge."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    starting(lambda **_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: ctypes.CDLL(None).signal(int(signal.SIGTERM), None))
+    try:
+        with ray_session(ClusterConfig()):
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_settings_of_workers_are_not_left_in_the_process_that_starts_them(starting, monkeypatch):
