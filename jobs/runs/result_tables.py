@@ -26,7 +26,7 @@ def print_results(config: RunConfig, console: Console, evaluated: Evaluated) -> 
     else:
         _print_ranking(console, summary)
     _print_slices(console, summary)
-    for line in [*floor_lines(summary), *unbeaten(summary)]:
+    for line in [*floor_lines(summary), *unbeaten(summary), *mostly_repeats(summary)]:
         console.line(f"{'note':<12} {line}")
 
 
@@ -57,6 +57,17 @@ def unbeaten(summary: Summary) -> list[str]:
                 f"interval {ratio.low:.2f} to {ratio.high:.2f}"
             )
     return lines
+
+
+def mostly_repeats(summary: Summary) -> list[str]:
+    """A line if most targets are left out of the primary metric, because users had seen them before."""
+    share = summary.metrics.get(summary.main, {}).get("share_repeats", 0.0)
+    if summary.primary != "ndcg@10" or not share > 0.5:
+        return []
+    return [
+        f"{share:.0%} of the targets are items that the user has seen, which {METRIC_NAMES[summary.primary]} leaves "
+        "out: where people come back to items, set data.requests.seen_items to kept in a run of another --name"
+    ]
 
 
 def _print_ranking(console: Console, summary: Summary) -> None:

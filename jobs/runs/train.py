@@ -169,10 +169,17 @@ def _tell_few_steps(config: RunConfig, console: Console) -> None:
 
 
 def _tell_that_the_prior_stays(config: RunConfig, console: Console) -> None:
-    """Say so if the best checkpoint of a model that starts at a prior is the one before the first step."""
+    """Say whether the best checkpoint of a model that starts at a prior is the one before the first step."""
     latest = latest_checkpoint(config.run_dir)
     state = read_train_state(latest) if latest else None
-    if state is not None and state.step and state.best_step == 0 and state.users_at_start is not None:
+    if state is None or not state.step or state.users_at_start is None:
+        return
+    if state.best_step:
+        console.line(
+            f"{'train':<12} the prior, which counts, was fitted first; step {state.best_step} is clearly better on the "
+            "validation part"
+        )
+    else:
         console.line(
             f"{'train':<12} note: no later checkpoint is clearly better on the validation part than the prior, which "
             "counts (one-sided 95 %, paired over users): the model is its prior"

@@ -11,7 +11,7 @@ from jobs.config.reader import load_config
 from jobs.host.console import Console
 from jobs.runs.evaluate import Evaluated
 from jobs.runs.leaderboard import BoardResult, markdown
-from jobs.runs.result_tables import print_results, unbeaten
+from jobs.runs.result_tables import mostly_repeats, print_results, unbeaten
 from jobs.runs.summary import Summary
 from jobs.training.results import RankedTargets, ScoredImpressions
 from models.metrics import Interval
@@ -95,6 +95,19 @@ def test_a_system_that_the_main_one_does_not_beat_is_told():
         "solar is not clearly better than own items: 1.10 times its NDCG@10, seen removed, 95 % interval 0.90 to 1.30",
         "solar is worse than mean_pooling: 0.50 times its NDCG@10, seen removed, 95 % interval 0.40 to 0.60",
     ]
+
+
+@pytest.mark.parametrize(
+    ("share", "primary", "told"), [(0.8, "ndcg@10", True), (0.4, "ndcg@10", False), (0.8, "ndcg@10_seen_kept", False)]
+)
+def test_a_metric_that_leaves_most_targets_out_says_so(share, primary, told):
+    summary = Summary(
+        task="next_item", split="temporal", primary=primary, systems=["solar"], slices=[], intervals={}, ratios={},
+        metrics={"solar": {"share_repeats": share}},
+    )  # fmt: skip
+    lines = mostly_repeats(summary)
+    assert bool(lines) is told
+    assert all(line.startswith("80% of the targets are items that the user has seen, which NDCG@10") for line in lines)
 
 
 def test_a_leaderboard_heads_its_columns_in_the_same_way():
