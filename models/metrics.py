@@ -169,7 +169,9 @@ def _interval(value: float, resampled: NDArray[np.float64], *, level: float) -> 
     known = resampled[~np.isnan(resampled)]
     if known.size == 0:
         return Interval(value=value, low=float("nan"), high=float("nan"))
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    # Between a number and infinity (from x / 0) linear interpolation gives nan.
+    method = "linear" if np.isfinite(known).all() else "nearest"
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2], method=method)
     return Interval(value=value, low=float(low), high=float(high))
 
 

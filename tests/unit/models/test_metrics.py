@@ -140,6 +140,15 @@ def test_ratio_is_resampled_in_pairs() -> None:
     assert math.isinf(bootstrap_ratio_interval(baseline, np.zeros(100), seed=0).value)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ratio_to_what_is_often_nothing_has_an_end_at_infinity(seed: int) -> None:
+    """Few users, of whom one has something below: without that one the ratio is x / 0."""
+    interval = bootstrap_ratio_interval(np.ones(6), np.eye(6)[0], seed=seed)
+    assert interval.value == 6
+    assert 0 < interval.low < 6
+    assert interval.high == math.inf
+
+
 def test_intervals_refuse_what_has_no_users() -> None:
     with pytest.raises(ValueError, match="values is empty"):
         bootstrap_interval([], seed=0)
