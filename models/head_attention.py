@@ -33,7 +33,7 @@ class _HeadAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, num_heads: int) -> Tensor:
         out, weights = torch.empty_like(query, memory_format=torch.contiguous_format), []
-        for h, part in enumerate(_columns(query.shape[2], num_heads)):
+        for h, part in enumerate(head_columns(query.shape[2], num_heads)):
             score_GXS = torch.bmm(query[..., part], key[..., part].mT)
             score_GXS.unflatten(1, _by_request(bias, query)).add_(bias[:, :, h % bias.shape[2], None])
             weights.append(torch.softmax(score_GXS, -1))
@@ -50,7 +50,7 @@ class _HeadAttention(torch.autograd.Function):
             torch.empty_like(side, memory_format=torch.contiguous_format) for side in (query, key, value)
         )
         bias_bar = torch.zeros_like(bias, memory_format=torch.contiguous_format) if ctx.needs_input_grad[3] else None
-        for h, part in enumerate(_columns(query.shape[2], ctx.num_heads)):
+        for h, part in enumerate(head_columns(query.shape[2], ctx.num_heads)):
             value_bar[..., part] = torch.bmm(weights[h].mT, out_bar[..., part])
             weight_bar_GXS = torch.bmm(out_bar[..., part], value[..., part].mT)
             score_bar_GXS = torch.ops.aten._softmax_backward_data(weight_bar_GXS, weights[h], -1, weights[h].dtype)
@@ -61,7 +61,7 @@ class _HeadAttention(torch.autograd.Function):
         return query_bar, key_bar, value_bar, bias_bar, None
 
 
-def _columns(width: int, num_heads: int) -> list[slice]:
+def head_columns(width: int, num_heads: int) -> list[slice]:
     """The columns of each head."""
     head_width = width // num_heads
     return [slice(first, first + head_width) for first in range(0, width, head_width)]

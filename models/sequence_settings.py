@@ -30,7 +30,6 @@ class SequenceConfig:
     repeats: bool = False
     """Add a learned number to the logits of the items in the complete history. It excludes seen items where nobody
     comes back to them, so that a state need not remember every item, and it raises them where people come back."""
-
     initial_logit: float | None = None
     """Add a learned number to all logits, which begins here; null = none, as published. A loss that compares logits
     with 0, as gBCE does, otherwise lowers all of them through the rows of the items, which the events are made of. Set

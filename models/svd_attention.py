@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from models.candidate_sets import CandidateSets, attend, gather_rows, mask_bias, start_as_similarity
-from models.head_attention import attend_in_heads
+from models.head_attention import attend_in_heads, head_columns
 from models.request_blocks import RequestBlocks
 from models.tower_settings import Decomposition, Form
 
@@ -235,8 +235,7 @@ class SvdAttention(nn.Module):
             constant_KD = self.value(mean_KD)
             key_KRD = torch.cat([key_KRD, -(self.key(mean_KD) * scale_D)[:, None]], 1)
             value_KRD = torch.cat([value_KRD, constant_KD[:, None]], 1)
-        width = query_MD.shape[1] // self.num_heads
-        columns = [slice(first, first + width) for first in range(0, query_MD.shape[1], width)]
+        columns = head_columns(query_MD.shape[1], self.num_heads)
         product_KDd = torch.cat([key_KRD[..., part].mT @ value_KRD[..., part] for part in columns], 1)
 
         def mixed(query_GXD: Tensor, product_GDd: Tensor, constant_GD: Tensor) -> Tensor:

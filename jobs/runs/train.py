@@ -95,7 +95,7 @@ def train(
             check_requests(config, shards, count_requests(shards, config.data.requests), console)
             run_id = _train(config, shards, console, previous, begun=begun)
         _tell_few_steps(config, console)
-        _tell_that_the_prior_stays(config, console)
+        _tell_what_became_of_the_prior(config, console)
     return Trained(config.run_dir, best_checkpoint(config.run_dir), run_id, reused=False)
 
 
@@ -168,7 +168,7 @@ def _tell_few_steps(config: RunConfig, console: Console) -> None:
     )
 
 
-def _tell_that_the_prior_stays(config: RunConfig, console: Console) -> None:
+def _tell_what_became_of_the_prior(config: RunConfig, console: Console) -> None:
     """Say whether the best checkpoint of a model that starts at a prior is the one before the first step."""
     latest = latest_checkpoint(config.run_dir)
     state = read_train_state(latest) if latest else None
