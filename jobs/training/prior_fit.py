@@ -1,19 +1,21 @@
 """The start of a prior: the best of what counting can say, chosen on training requests before the first step.
 
-    impressions  logistic regression of the two rates on the candidates of the first batches (damped Newton steps)
-    next_item    the start with the best NDCG@10 among a sample of the catalogue: how much an item of the history
-                 counts, whether by how often or by how recently it occurred, and in which window popularity is
-                 counted; then the scale and the bias that fit best, which change no ranking
+    impressions  logistic regression of the two rates on the candidates of the first batches
+    next_item    the best NDCG@10 of: own items, latest items, and the fit by likelihood of all weights together, each
+                 with every window of popularity; then the bias, which changes no ranking
 
-Everything follows from the data and the seed. All ranks take part in every call.
+A ranking is fitted on a few requests of every user that is read: those of the first batches alone would be requests of
+the few whose histories fill a batch. Its likelihood is that of the targets among the items that compete for the first
+places: over the whole catalogue the many targets that nothing points to would decide, and popularity would outweigh a
+user's own items. Everything follows from the data and the seed. All ranks take part in every call.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,30 +32,40 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.hashing import hash64
 from pipeline.shards.vocabulary import NUM_RESERVED
 
-FIT_REQUESTS = {"next_item": 512, "impressions": 1 << 14}
+FIT_REQUESTS = {"next_item": 1 << 11, "impressions": 1 << 14}
 """So many requests, rounded up to whole batches, are read."""
-SAMPLED_ITEMS = 1 << 13
-"""Items of the catalogue among which a target is ranked, besides those of the histories."""
-OWN_STARTS = (0.0, 2.0, 4.0, 6.0, 9.0)
-"""How much an item of the history is worth; at 9 it is above every popular item."""
-OWN_FORMS = ((1.0, 0.0), (0.0, 1.0))
-"""Weights of how often and of how recently: the baselines `own items` and `latest items`."""
-POPULARITY_STARTS = (0.5, 1.0)
-SCALES = (0.125, 0.177, 0.25, 0.354, 0.5, 0.707, 1.0, 1.414, 2.0)
-NEWTON_STEPS, NEWTON_HALVINGS = 20, 10
+USER_REQUESTS = 4
+"""Requests of one user in a batch that a ranking is fitted on, at most."""
+POPULAR_ITEMS, HEAD_ITEMS = 1 << 11, 100
+"""Of so many items with the most events, those with the most in some window before a request compete for its first
+places, with the items of its history: all others are below a hundred items."""
+SAMPLED_ITEMS = 1 << 10
+"""Of the whole catalogue: they say what all other items add to the sum of a softmax."""
+OWN_ITEMS, LATEST_ITEMS = (9.0, 1.0, 0.0, 0.5), (9.0, 0.0, 1.0, 0.5)
+"""Weights of the baselines of these names; 9 puts every item of the history before every popular one."""
+LEAST_POPULARITY = 0.05
+"""So that of two items of which nothing else is known the more popular one is first."""
+NEWTON_STEPS, NEWTON_HALVINGS = 30, 10
 RIDGE = 1e-5
-"""Penalty per candidate on half the squared distance from a constant prediction."""
+"""Penalty per example on half the squared distance from the weights that a fit begins with."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """A point of the grid."""
+class Start(NamedTuple):
+    """Weights with which the prior of a ranking can begin."""
 
-    worth: float
-    form: tuple[float, float]
+    weight_4: Tensor
+    """float64: of an item of the history, of how often and of how recently it occurs there; of an item's popularity
+    outside the history."""
     window: int
-    """Index in WINDOW_DAYS."""
-    popularity: float
+    """Of popularity: an index in WINDOW_DAYS."""
+
+
+class Loss(NamedTuple):
+    """A loss and its derivatives at some weights, summed over examples."""
+
+    value: Tensor
+    slope_W: Tensor
+    curve_WW: Tensor
 
 
 @torch.no_grad()
@@ -67,18 +79,18 @@ def fit_prior(
         _fit_ranking(prior, counters, loader, requests=requests, num_items=num_items, seed=seed)
 
 
-def _first_batches(loader: TrainLoader, task: str) -> Iterator[Batch]:
+def _first_batches(loader: TrainLoader) -> Iterator[Batch]:
     """The batches of the first epoch, until they have enough requests over all ranks."""
     done = 0
     for batch in loader.epoch(0):
         yield batch
         done += batch.num_global_requests
-        if done >= FIT_REQUESTS[task]:
+        if done >= FIT_REQUESTS["impressions"]:
             return
 
 
 def _fit_rates(prior: Prior, counters: ItemCounters, loader: TrainLoader) -> None:
-    batches = list(_first_batches(loader, prior.task))
+    batches = list(_first_batches(loader))
     labels = [torch.zeros(0, dtype=torch.float64), *(batch.candidate_label.double() for batch in batches)]
     y_M = torch.cat(labels)
     sums = _over_ranks([float(y_M.sum()) + 1, len(y_M) + 2.0])
@@ -95,133 +107,202 @@ def _fit_rates(prior: Prior, counters: ItemCounters, loader: TrainLoader) -> Non
 def fit_logistic(rates_M2: Tensor, label_M: Tensor, *, mean: float) -> tuple[Tensor, float]:
     """(weight_2, bias) of the logistic regression of labels on rates, over the candidates of all ranks.
 
-    Damped Newton steps from the constant `mean`, with a light penalty on the distance from it: so the fit is finite
-    where the labels are all alike or separable, and never worse than the constant. A collective.
+    It begins with the constant `mean`, with a light penalty on the distance from it: so the fit is finite where the
+    labels are all alike or separable, and never worse than the constant. A collective.
     """
     x_M3 = torch.nn.functional.pad(rates_M2, (0, 1), value=1.0)
+
+    def loss_at(weight_3: Tensor) -> Loss:
+        logit_M = x_M3 @ weight_3
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logit_M, label_M, reduction="sum")
+        p_M = torch.sigmoid(logit_M)
+        return Loss(loss, x_M3.mT @ (p_M - label_M), (x_M3 * (p_M * (1 - p_M))[:, None]).mT @ x_M3)
+
     start_3 = torch.tensor([0.0, 0.0, math.log(mean / (1 - mean))], dtype=torch.float64)
+    weight_3 = _minimum(loss_at, start_3, num_examples=len(label_M))
+    return weight_3[:2], float(weight_3[2])
 
-    def loss_at(weight_3: Tensor) -> float:
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(x_M3 @ weight_3, label_M, reduction="sum")
-        total, count = _over_ranks([float(loss), float(len(label_M))])
-        return float(total / count + RIDGE / 2 * (weight_3 - start_3).square().sum())
 
-    weight_3, loss = start_3, loss_at(start_3)
-    for _ in range(NEWTON_STEPS):
-        p_M = torch.sigmoid(x_M3 @ weight_3)
-        curve_33 = (x_M3 * (p_M * (1 - p_M))[:, None]).mT @ x_M3
-        slope_3 = x_M3.mT @ (label_M - p_M)
-        sums = _over_ranks([*slope_3.tolist(), *curve_33.flatten().tolist(), float(len(label_M))])
-        slope_3 = sums[:3] / sums[12] - RIDGE * (weight_3 - start_3)
-        step_3 = torch.linalg.solve(sums[3:12].view(3, 3) / sums[12] + RIDGE * torch.eye(3), slope_3)
-        shares = (0.5**k for k in range(NEWTON_HALVINGS))
-        better = next(
-            (weight_3 + share * step_3 for share in shares if loss_at(weight_3 + share * step_3) < loss), None
+def _minimum(loss_at: Callable[[Tensor], Loss], start_W: Tensor, *, num_examples: int) -> Tensor:
+    """The weights with the least mean loss over the examples of all ranks, by damped Newton steps from `start_W`. A
+    collective: `loss_at` is of the `num_examples` examples of this rank."""
+    size = len(start_W)
+
+    def mean_at(weight_W: Tensor) -> Loss:
+        here = loss_at(weight_W)
+        sums = _over_ranks(
+            [float(num_examples), float(here.value), *here.slope_W.tolist(), *here.curve_WW.flatten().tolist()]
         )
+        mean, moved_W = sums[1:] / sums[0].clamp_min(1), weight_W - start_W
+        return Loss(
+            mean[0] + RIDGE / 2 * moved_W.square().sum(),
+            mean[1 : 1 + size] + RIDGE * moved_W,
+            mean[1 + size :].view(size, size) + RIDGE * torch.eye(size),
+        )
+
+    weight_W, here = start_W, mean_at(start_W)
+    for _ in range(NEWTON_STEPS):
+        step_W = torch.linalg.solve(here.curve_WW, here.slope_W)
+        tries = (weight_W - 0.5**k * step_W for k in range(NEWTON_HALVINGS))
+        better = next(((tried_W, there) for tried_W in tries if (there := mean_at(tried_W)).value < here.value), None)
         if better is None:
             break
-        weight_3, loss = better, loss_at(better)
-    return weight_3[:2], float(weight_3[2])
+        weight_W, here = better
+    return weight_W
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ranked:
-    """The targets of a request, and the items among which they are ranked. C items, of which some stand for others."""
+    """The targets of a request and what competes with them: the C items that can be among the first, and O items drawn
+    of all others. P windows."""
 
-    windows_CW: Tensor
-    often_C: Tensor
-    lately_C: Tensor
-    seen_C: Tensor
-    log_weight_C: Tensor
-    """Log of how many items of the catalogue an item stands for."""
+    own_C3: Tensor
+    """float64. In the history: 1, how often, how recently; zeros outside it."""
+    popular_CP: Tensor
+    """float64. Outside the history: log(1 + events) in each window; zeros in it."""
     is_target_C: Tensor
+    num_targets: int
+    popular_OP: Tensor
+    stands_for: float
+    """How many items of the catalogue each of the O items stands for."""
+
+    def features_C4(self, window: int) -> Tensor:
+        """What the weights of a start weigh."""
+        return torch.cat([self.own_C3, self.popular_CP[:, window, None]], 1)
 
 
 def _fit_ranking(
     prior: Prior, counters: ItemCounters, loader: TrainLoader, *, requests: RequestConfig, num_items: int, seed: int
 ) -> None:
+    own = requests.seen_items == "kept"
+    rows_R = torch.arange(NUM_RESERVED, num_items)
+    events_R, _ = counters.before(rows_R, torch.full_like(rows_R, counters.num_days))
+    popular = rows_R[torch.argsort(events_R, descending=True, stable=True)[:POPULAR_ITEMS]]
+    sample = rows_R[torch.from_numpy(hash64(seed, rows_R.numpy()).argsort(kind="stable"))[:SAMPLED_ITEMS]]
     ranked = [
-        one
-        for batch in _first_batches(loader, prior.task)
-        for one in _ranked(prior, counters, batch, num_items=num_items, seed=seed, seen=requests.seen_items == "kept")
-        if bool(one.is_target_C.any())
+        _ranked(prior, counters, one, popular=popular, sample=sample, num_items=num_items, own=own)
+        for one in _some_requests(loader, prior.task, seed=seed)
     ]
-    # All ranks: the best window, with the history's items above all others, then how much those are worth.
-    own = OWN_STARTS if requests.seen_items == "kept" else (0.0,)
-    windows, first = range(len(WINDOW_DAYS)), POPULARITY_STARTS[0]
-    best = _best(ranked, [Start(own[-1], OWN_FORMS[0], window, first) for window in windows])
-    grid = itertools.product(own, OWN_FORMS, POPULARITY_STARTS)
-    best = _best(ranked, [Start(worth, form, best.window, weight) for worth, form, weight in grid])
-    # Then the likelihood of the best one at every scale.
-    likelihood = [sum((_log_share(one, scale * _logit(one, best)) for one in ranked), 0.0) for scale in SCALES]
-    scale = SCALES[int(_over_ranks(likelihood).argmax())]
-    # The bias makes logits probabilities: it is the mean of what normalises a request's softmax.
-    shifts = [torch.logsumexp(scale * _logit(one, best) + one.log_weight_C, 0).item() for one in ranked]
-    shift, count = _over_ranks([sum(shifts, 0.0), float(len(ranked))])
+    # The first requests of a log find nothing.
+    ranked = [one for one in ranked if len(one.is_target_C)]
+    starts = [start for window in range(len(WINDOW_DAYS)) for start in _starts(ranked, window, own=own)]
+    quality = [sum((_ndcg(one, one.features_C4(at.window) @ at.weight_4) for one in ranked), 0.0) for at in starts]
+    weight_4, window = starts[int(_over_ranks(quality).argmax())]
+    # The bias makes logits probabilities: it is the mean of what normalises a request's softmax over the catalogue.
+    shifts = []
+    for one in ranked:
+        rest_O = weight_4[3] * one.popular_OP[:, window] + torch.tensor(one.stands_for).log()
+        shifts.append(float(torch.logsumexp(torch.cat([one.features_C4(window) @ weight_4, rest_O]), 0)))
+    shift, count = _over_ranks([sum(shifts, 0.0), float(len(shifts))])
     prior.bias_1.fill_(-float(shift / count.clamp_min(1)))
-    prior.own_3.copy_(scale * torch.tensor([best.worth, *(best.form if best.worth else (0.0, 0.0))]))
+    prior.own_3.copy_(weight_4[:3])
     prior.window_5.zero_()
-    prior.window_5[best.window] = scale * best.popularity
+    prior.window_5[window] = weight_4[3]
+
+
+def _some_requests(loader: TrainLoader, task: str, *, seed: int) -> Iterator[Batch]:
+    """Batches of one request each, at most USER_REQUESTS of a user in a batch of the loader: the same ones on any
+    number of ranks."""
+    done = 0
+    for batch in loader.epoch(0):
+        user_B, salt = batch.user[batch.request_user].numpy(), np.uint64(5)
+        drawn_B = hash64(seed, user_B, batch.request_key.numpy(), salt)
+        order = np.lexsort((drawn_B, user_B))
+        first = np.flatnonzero(np.append(True, np.diff(user_B[order]) != 0)[: len(order)])
+        place = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
+        chosen = np.sort(order[place < USER_REQUESTS])
+        # Of a large batch only a share.
+        num_chosen = int(_over_ranks([float(len(chosen))]))
+        share = min(1.0, FIT_REQUESTS[task] / max(1, num_chosen))
+        for b in chosen[hash64(drawn_B[chosen], salt) < np.uint64(share * (2**64 - 2**11))].tolist():
+            one = select_requests(batch, b, b + 1)
+            if bool((one.candidate_item[one.candidate_label > 0] >= NUM_RESERVED).any()):
+                yield one
+        done += num_chosen
+        if done >= FIT_REQUESTS[task]:
+            return
 
 
 def _ranked(
-    prior: Prior, counters: ItemCounters, batch: Batch, *, num_items: int, seed: int, seen: bool
-) -> Iterator[_Ranked]:
-    """Requests of the batch, each with a sample of the catalogue and (if `seen`) its history's items as candidates."""
-    num_sampled = min(SAMPLED_ITEMS, num_items - NUM_RESERVED)
-    drawn = hash64(seed, torch.arange(NUM_RESERVED, num_items).numpy())
-    sample = torch.from_numpy(drawn.argpartition(num_sampled - 1)[:num_sampled]) + NUM_RESERVED
-    stands_for = (num_items - NUM_RESERVED) / num_sampled
-    # Of a large batch only some requests, the same ones on any number of ranks.
-    drawn_B = hash64(seed, batch.user[batch.request_user].numpy(), batch.request_key.numpy(), np.uint64(5))
-    share = min(1.0, FIT_REQUESTS[prior.task] / max(1, batch.num_global_requests))
-    for b in np.flatnonzero(drawn_B < np.uint64(share * (2**64 - 2**11))).tolist():
-        one = select_requests(batch, b, b + 1)
-        targets = one.candidate_item[one.candidate_label > 0].unique()
-        targets = targets[targets >= NUM_RESERVED]
-        history = one.event_item[one.event_item >= NUM_RESERVED] if seen else targets[:0]
-        sure = torch.cat([targets, history]).unique()
-        others = sample[~torch.isin(sample, sure)]
-        if not seen:
-            others = others[~torch.isin(others, one.event_item)]
-        items = torch.cat([sure, others])
-        found = prior.features(_of_items(one, items), counters)
-        known = ~found["unknown"]
-        yield _Ranked(
-            found["windows"][known],
-            found["often"][known],
-            found["lately"][known],
-            found["seen"][known],
-            torch.cat([torch.zeros(len(sure)), torch.full((len(others),), stands_for).log()])[known],
-            torch.isin(items, targets)[known],
-        )
+    prior: Prior, counters: ItemCounters, one: Batch, *, popular: Tensor, sample: Tensor, num_items: int, own: bool
+) -> _Ranked:
+    """A request with its competing items: the first ones of `popular` (rows) in each window, and those of its history
+    if it may ask for `own` items. `sample`: rows that stand for the whole catalogue."""
+    targets = one.candidate_item[one.candidate_label > 0].unique()
+    history = one.event_item[one.event_item >= NUM_RESERVED].unique()
+    outside = torch.cat([popular, sample[~torch.isin(sample, popular)]])
+    items = torch.cat([history if own else history[:0], outside[~torch.isin(outside, history)]])
+    found = prior.features(_of_items(one, items), counters)
+    seen_X, windows_XP = found["seen"].double(), found["windows"].double() * ~found["seen"][:, None]
+    # What nobody had touched before the request is barred.
+    is_popular_X = torch.isin(items, popular) & ~found["unknown"]
+    first_X = torch.zeros_like(is_popular_X)
+    places = is_popular_X.nonzero().squeeze(1)
+    for window_X in windows_XP.T:
+        first_X[places[window_X[places].topk(min(HEAD_ITEMS, len(places))).indices]] = True
+    competes_X = first_X | found["seen"]
+    rest_X = torch.isin(items, sample) & ~competes_X
+    num_rest = max(1, int(rest_X.sum()))
+    own_X3 = torch.stack([seen_X, seen_X * found["often"], seen_X * found["lately"]], 1)
+    return _Ranked(
+        own_X3[competes_X],
+        windows_XP[competes_X],
+        torch.isin(items, targets)[competes_X],
+        int((targets >= NUM_RESERVED).sum()),
+        windows_XP[rest_X & ~found["unknown"]].float(),
+        (num_items - NUM_RESERVED - int(competes_X.sum())) / num_rest,
+    )
 
 
-def _best(ranked: list[_Ranked], starts: list[Start]) -> Start:
-    """The start with the best NDCG@10; of equal ones the first."""
-    quality = [sum((_ndcg(one, _logit(one, start)) for one in ranked), 0.0) for start in starts]
-    return starts[int(_over_ranks(quality).argmax())]
+def _starts(ranked: list[_Ranked], window: int, *, own: bool) -> list[Start]:
+    """The baselines at their most likely scale, and all weights fitted together."""
+    competing = [one for one in ranked if bool(one.is_target_C.any())]
+    x_C4 = torch.cat([torch.zeros(0, 4).double(), *(one.features_C4(window) for one in competing)])
+    request_C = torch.repeat_interleave(torch.tensor([len(one.is_target_C) for one in competing], dtype=torch.int64))
+    goals = (one.is_target_C.double() / one.is_target_C.sum() for one in competing)
+    goal_C = torch.cat([torch.zeros(0).double(), *goals])
+
+    def minimum(x_CF: Tensor, start_F: Tensor) -> Tensor:
+        def loss_at(weight_F: Tensor) -> Loss:
+            return _softmax_loss(x_CF, goal_C, request_C, weight_F)
+
+        return _minimum(loss_at, start_F, num_examples=len(competing))
+
+    baselines = (OWN_ITEMS, LATEST_ITEMS) if own else ((0.0, 0.0, 0.0, 1.0),)
+    found = []
+    for direction_4 in torch.tensor(baselines).double():
+        scale_1 = minimum((x_C4 @ direction_4)[:, None], torch.ones(1).double())
+        found.append(scale_1 * direction_4)
+    if own:
+        found.append(minimum(x_C4, found[0]))
+    return [Start(torch.cat([at[:3], at[3:].clamp_min(LEAST_POPULARITY)]), window) for at in found]
 
 
-def _logit(one: _Ranked, start: Start) -> Tensor:
-    often, lately = start.form if start.worth else (0.0, 0.0)
-    own_C = start.worth + often * one.often_C + lately * one.lately_C
-    return torch.where(one.seen_C, own_C, start.popularity * one.windows_CW[:, start.window])
+def _softmax_loss(x_CF: Tensor, goal_C: Tensor, request_C: Tensor, weight_F: Tensor) -> Loss:
+    """Cross entropy of the softmax over each request's items with the shares `goal_C`, summed over the requests."""
+    logit_C, num_requests = x_CF @ weight_F, int(request_C[-1]) + 1 if len(request_C) else 0
+
+    def sums(value_C: Tensor) -> Tensor:
+        return value_C.new_zeros(num_requests, *value_C.shape[1:]).index_add_(0, request_C, value_C)
+
+    largest_Q = logit_C.new_zeros(num_requests).scatter_reduce(0, request_C, logit_C, "amax", include_self=False)
+    power_C = (logit_C - largest_Q[request_C]).exp()
+    total_Q = sums(power_C)
+    share_C = power_C / total_Q[request_C]
+    mean_QF = sums(share_C[:, None] * x_CF)
+    return Loss(
+        (total_Q.log() + largest_Q).sum() - goal_C @ logit_C,
+        x_CF.mT @ (share_C - goal_C),
+        (x_CF * share_C[:, None]).mT @ x_CF - mean_QF.mT @ mean_QF,
+    )
 
 
 def _ndcg(one: _Ranked, logit_C: Tensor) -> float:
-    """Sum over the targets of their gain at rank 10, with expected ranks."""
+    """Mean over the targets of their gain at rank 10, with expected ranks."""
     target_P, other_O = logit_C[one.is_target_C], logit_C[~one.is_target_C]
-    weight_O = one.log_weight_C[~one.is_target_C].exp()
-    better_P = ((other_O > target_P[:, None]) + 0.5 * (other_O == target_P[:, None])) @ weight_O
+    better_P = ((other_O > target_P[:, None]) + 0.5 * (other_O == target_P[:, None])).sum(1)
     gain_P = 1 / torch.log2(2 + better_P)
-    return float(gain_P[better_P < 10].sum()) / len(target_P)
-
-
-def _log_share(one: _Ranked, logit_C: Tensor) -> float:
-    """Mean over the targets of the log of their share in the softmax."""
-    share_C = torch.log_softmax(logit_C + one.log_weight_C, 0)
-    return float(share_C[one.is_target_C].mean())
+    return float(gain_P[better_P < 10].sum()) / one.num_targets
 
 
 def _over_ranks(values: list[float]) -> Tensor:
