@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from jobs.host.console import one_line
 from jobs.host.places import Place
+from models.zoo import MODELS
 
 REFUSALS = (ArgumentError, ValueError, RecursionError)
 """What the parser raises for a value."""
@@ -76,7 +77,19 @@ def _unknown_key(key: str, text: str, parser: ArgumentParser) -> str:
     key = f"{group[1]}.{key}" if group and not key.startswith(f"{group[1]}.") else key
     near = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
     hint = f"did you mean {near[0]}?" if near else "see --print_config for the keys"
+    if others := _models_with(key):
+        hint = f"a setting of {', '.join(others)} alone: set model.name, or remove it"
     return f"unknown key {key}: {hint}"
+
+
+def _models_with(key: str) -> list[str]:
+    """The models that have this setting, which the chosen model lacks."""
+    section, _, name = key.partition(".")
+    return [
+        model
+        for model, (config, _) in MODELS.items()
+        if section == "model" and name in {field.name for field in dataclasses.fields(config)}
+    ]
 
 
 def _allowed(hint: Any, value: str) -> str:

@@ -18,7 +18,10 @@ from pipeline.shards.manifest import current_manifest
 
 
 def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
-    """Print the contents of a shard directory or a checkpoint; returns 1 if `check` finds damage, else 0."""
+    """Print the contents of a shard directory, of a checkpoint or of a run's latest one; returns 1 if `check` finds
+    damage, else 0."""
+    if (path / "run.json").exists():
+        path = _latest_of_run(path, console)
     if (path / "COMMIT").exists():
         # Imports torch, which shards do not need.
         from jobs.training.checkpoint import verify_checkpoint
@@ -34,7 +37,7 @@ def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> 
                 "and inspect that DIR"
             )
         if manifest is None:
-            raise UserError(f"{path}: neither sequence shards nor a checkpoint: give a directory that holds one")
+            raise UserError(f"{path}: neither sequence shards nor a checkpoint or a run: give a directory that holds one")
         _print_manifest(path, manifest, console)
         problems, number = [], manifest.number
         if check or with_digest:
@@ -48,6 +51,16 @@ def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> 
     if check and not problems:
         console.line("every file has its size and checksum")
     return 1 if problems else 0
+
+
+def _latest_of_run(path: Path, console: Console) -> Path:
+    from jobs.training.checkpoint import committed_checkpoints
+
+    checkpoints = committed_checkpoints(path)
+    if not checkpoints:
+        raise UserError(f"{path}: a run without a checkpoint yet")
+    console.line(f"run           {path}, with {', '.join(each.name for each in checkpoints)}; the latest one:")
+    return checkpoints[-1]
 
 
 def _print_manifest(path: Path, manifest: Any, console: Console) -> None:

@@ -72,6 +72,15 @@ def test_a_value_of_the_wrong_type_is_told_with_what_is_allowed(parser, values, 
         (["--compare", "mean_pooling"], "compare=mean_pooling: must be a list of texts: write [mean_pooling]"),
         (["--seed", "[" * 3000 + "]" * 3000], "a value is nested too deep"),
         (["--training", "5"], "training=5: must hold `key: value` lines"),
+        (["--model.rnak", "4"], "unknown key model.rnak: did you mean model.rank?"),
+        (
+            ["--model.name", "din", "--model.rank", "4"],
+            "unknown key model.rank: a setting of solar, light_sans alone: set model.name, or remove it",
+        ),
+        (
+            ["--model.max_length", "4"],
+            "unknown key model.max_length: a setting of recgrela, sasrec, hstu, gru4rec, linrec, light_sans_sequence",
+        ),
     ],
 )
 def test_on_the_command_line_too(arguments, told):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -106,3 +107,16 @@ def test_what_is_being_checked_is_kept_by_gc(prepared, shown, tmp_path, monkeypa
     shown()
     assert [(each.command, each.manifest) for each in held] == [("solar inspect", 1)]
     assert current_leases(str(tmp_path / "out")) == []
+
+
+def test_of_a_run_the_latest_checkpoint_is_shown(tmp_path, capsys):
+    """Of the one that an earlier version wrote."""
+    shutil.copytree(Path(__file__).parents[3] / "frozen/run-1", tmp_path / "run")
+    assert inspect(tmp_path / "run", Console(), check=True, with_digest=False) == 0
+    text = capsys.readouterr().out
+    assert f"run           {tmp_path}/run, with step-00000008; the latest one:" in text
+    assert f"checkpoint    {tmp_path}/run/step-00000008" in text
+    assert "every file has its size and checksum" in text
+    shutil.rmtree(tmp_path / "run/step-00000008")
+    with pytest.raises(UserError, match=r"run: a run without a checkpoint yet$"):
+        inspect(tmp_path / "run", Console(), check=False, with_digest=False)
