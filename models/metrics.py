@@ -16,6 +16,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+FEWEST_USERS = 10
+"""Fewer users resampled give intervals that are far too narrow, which tell no difference from chance; one gives none."""
+
 
 def rank_of_target(logits_BI: Tensor, target_B: Tensor, *, excluded_BI: Tensor | None = None) -> Tensor:
     """rank_B = 1 + (candidates with a higher score) + (others with the same score) / 2, float64.

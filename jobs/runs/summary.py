@@ -9,11 +9,9 @@ from typing import Any
 
 from jobs.host.documents import as_json, from_json, stored_with
 from jobs.host.json_files import read_json, write_json
-from models.metrics import Interval
+from models.metrics import FEWEST_USERS, Interval
 
 SUMMARY = "summary.json"
-FEWEST_USERS = 10
-"""Fewer users resampled give intervals that are far too narrow; one user gives none at all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,14 +22,14 @@ from jobs.training.evaluation import evaluate, evaluation_loader
 from jobs.training.job import TrainJob
 from jobs.training.results import primary_metric, primary_per_user
 from jobs.training.tables import ShardedTables
-from models.metrics import bootstrap_ratio_interval
+from models.metrics import FEWEST_USERS, bootstrap_ratio_interval
 from pipeline.batches.loader import EvaluationLoader
 from pipeline.shards.dataset import Shards
 
 MOST_REQUESTS, LEAST_REQUESTS = 2_000, 200
 """Bounds of the number of requests that is chosen; fewer would choose a checkpoint by chance."""
-LEAST_USERS, MOST_USERS = 10, 10_000
-"""Fewer users do not tell a difference from chance. Of more the first ones are compared: checkpoints hold them."""
+MOST_USERS = 10_000
+"""Of more users the first ones are compared: checkpoints hold them."""
 SHARE = 0.1
 """Share of the training between two validations that one validation may cost."""
 TRAINED_PER_RANKED = 4
@@ -89,7 +89,7 @@ class Validation:
 def is_clear(value_U: np.ndarray, weight_U: np.ndarray, *, start_U: list[float] | None) -> bool:
     """Whether users have more than at the start, by the one-sided 95 % bound of the paired difference. True without a
     start, and where users are too few to tell."""
-    if start_U is None or len(value_U) < LEAST_USERS:
+    if start_U is None or len(value_U) < FEWEST_USERS:
         return True
     more_U = value_U[:MOST_USERS] - np.array(start_U)
     return bootstrap_ratio_interval(more_U, weight_U[:MOST_USERS], seed=0, level=0.9).low > 0
