@@ -186,7 +186,9 @@ def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
 
 def inspect_parser() -> ArgumentParser:
-    parser = new_parser("inspect", description="Shows the contents of sequence shards, of a checkpoint or of a run's latest one.")
+    parser = new_parser(
+        "inspect", description="Shows the contents of sequence shards, of a checkpoint or of a run's latest one."
+    )
     parser.add_argument("directory", type=Place, help="sequence shards, a checkpoint or a run")
     parser.add_argument("--verify", action="store_true", help="check the size and checksum of every file")
     parser.add_argument("--digest", action="store_true", help="print a digest of the shards' logical content")

@@ -37,7 +37,9 @@ def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> 
                 "and inspect that DIR"
             )
         if manifest is None:
-            raise UserError(f"{path}: neither sequence shards nor a checkpoint or a run: give a directory that holds one")
+            raise UserError(
+                f"{path}: neither sequence shards nor a checkpoint or a run: give a directory that holds one"
+            )
         _print_manifest(path, manifest, console)
         problems, number = [], manifest.number
         if check or with_digest:
