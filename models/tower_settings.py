@@ -108,7 +108,7 @@ class Decomposition:
     """R, at least 1 and at most D."""
     gradient: Literal["stable", "exact", "stop"] = "stable"
     """stable: damped by `gradient_eps`; exact: explodes where two eigenvalues are nearly equal; stop: U is treated as a
-    constant, which is another estimator (P = U^T X with a gradient only to X), included as an ablation."""
+    constant, which is another estimator (P = U^T X with a gradient only to X)."""
     gradient_eps: float = GRADIENT_EPS
     """Damping of the stable gradient."""
     canonical_sign: bool = True
@@ -141,8 +141,10 @@ class SolarConfig(TowerConfig):
     """Events between two decompositions of a user's growing history."""
     half_life: float = 0.0
     """Age in events at which an event's weight in the interests is one half; 0 = all events weigh the same."""
-    gradient: Literal["stable", "exact", "stop"] = "stable"
-    """Gradient of the decomposition (models/svd_attention.py); exact and stop are ablations."""
+    gradient: Literal["stable", "exact", "stop"] = "stop"
+    """Gradient of the decomposition. stop: directions are constants, so that a step is cheaper and rounding is
+    not amplified at once; no worse in any measurement (tests/benchmarks/RESULTS.md). stable: through the eigenvectors,
+    damped where two are nearly equal. exact: without damping; an ablation."""
     canonical_sign: bool = True
     """Interests point along the sum of their events; off is an ablation."""
     divide_by_events: bool = True

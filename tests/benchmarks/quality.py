@@ -57,7 +57,7 @@ ABLATIONS: dict[str, Options] = {
     **{f"rank {rank}": {"rank": rank} for rank in (2, 4, 8, 32, 64)},
     "sign rule off": {"canonical_sign": False, "form": "softmax"},
     "scale rule off": {"divide_by_events": False, "form": "softmax"},
-    "stop-gradient": {"gradient": "stop"},
+    "gradient through the directions": {"gradient": "stable"},
     "softmax": {"form": "softmax"},
     "bilinear": {"form": "bilinear"},
     "gaussian": {"form": "gaussian"},
