@@ -68,8 +68,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
     from jsonargparse import ArgumentError
 
     from jobs.cluster.failures import WorkerFailure
-    from jobs.host.errors import UserError
-    from jobs.host.locks import RunInUse
+    from jobs.host.errors import TryLater, UserError
     from pipeline.events import DataError, NotNow
 
     console = Console()
@@ -77,7 +76,7 @@ def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool
         return command(arguments, console, verbose=verbose)
     except (UserError, DataError, ArgumentError, ConnectionError) as error:
         console.error(f"solar: {one_line(error)}")
-        return TRY_LATER if isinstance(error, (NotNow, RunInUse)) else MISTAKE
+        return TRY_LATER if isinstance(error, (NotNow, TryLater)) else MISTAKE
     except KeyboardInterrupt as error:
         console.error(f"solar: interrupted; {_what_is_left(error)}")
         return INTERRUPTED

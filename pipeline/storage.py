@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -20,7 +21,10 @@ import fsspec
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.events import DataError
+
 _CHUNK_BYTES = 8 << 20
+_BUCKET = re.compile(r"[a-zA-Z0-9._-]{1,255}|arn:[^/]+")
 SCRATCH = ".scratch-"
 """Prefix of an unfinished file, or of a folder for unfinished files, inside a local store; `owner` of the process that
 made it follows."""
@@ -162,11 +166,32 @@ def locate(path: str) -> tuple[Any, str]:
     protocol, scheme, rest = path.partition("://")
     if not scheme or protocol in ("file", "local"):
         return LocalFileSystem(), os.path.abspath(rest if scheme else os.path.expanduser(path))
-    if "::" in protocol:
-        return fsspec.core.url_to_fs(path)
-    options = fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(path)
-    fs = fsspec.filesystem(protocol, **options)
+    _refuse_wrong_uri(protocol, rest)
+    try:
+        if "::" in protocol:
+            return fsspec.core.url_to_fs(path)
+        options = fsspec.get_filesystem_class(protocol)._get_kwargs_from_urls(path)
+        fs = fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        raise DataError(f"{path}: {' '.join(str(error).split())}; install it, or copy the files") from error
     return fs, fs._strip_protocol(path)
+
+
+def _refuse_wrong_uri(protocol: str, rest: str) -> None:
+    """DataError: a protocol that nobody knows, a user or a password, or what cannot be a bucket."""
+    place = rest.partition("/")[0]
+    if "@" in place:
+        raise DataError(
+            f"{protocol}://...@{place.rpartition('@')[2]}: has a user or a password: remove it; credentials come from "
+            "the environment"
+        )
+    last = protocol.rpartition("::")[2]
+    if last not in fsspec.available_protocols():
+        raise DataError(f"{protocol}://{rest}: unknown protocol {last!r}: write a path, or s3:// and a bucket")
+    if last in ("s3", "s3a") and not _BUCKET.fullmatch(place):
+        raise DataError(
+            f"{protocol}://{rest}: {place!r} cannot be a bucket: its name has letters, digits, '.', '_' and '-' alone"
+        )
 
 
 def owner() -> str:

@@ -1,4 +1,5 @@
-"""What the operating system refused (a full disk, a place that cannot be written), as one line with the way out."""
+"""What the operating system or an object store refused (a full disk, a place that cannot be written, no credentials),
+as one line with the way out."""
 
 from __future__ import annotations
 
@@ -33,6 +34,8 @@ _TEXTS = {
     "(os error 27)": errno.EFBIG,
 }
 """How libraries with errors of their own (safetensors, polars, SQLite) say it."""
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+_NO_WAY = ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError")
 
 
 def refusal(error: BaseException, *, place: str | None = None) -> str | None:
@@ -51,8 +54,23 @@ def as_data_error(error: BaseException, *, place: str | None = None) -> DataErro
     """`refusal` as an error: NotNow if no more can be stored, DataError for other refusals, None for other errors."""
     line, found = refusal(error, place=place), _refused(error)
     if line is None or found is None:
-        return None
+        return _of_store(error)
     return NotNow(line) if found[0] in _FULL else DataError(line)
+
+
+def _of_store(error: BaseException) -> DataError | None:
+    """The line for what an object store, or the way to it, refuses."""
+    for cause in causes(error):
+        line = f"object store: {' '.join(str(cause).split())}"
+        # By names: the libraries of stores are imported only where one is used.
+        if type(cause).__name__ in _NO_CREDENTIALS:
+            return DataError(f"{line}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        if type(cause).__name__ in _NO_WAY:
+            return NotNow(f"{line}: check AWS_ENDPOINT_URL and the network, and try again")
+        # Of a disk it has a number.
+        if isinstance(cause, PermissionError) and cause.errno is None:
+            return DataError(f"{line}: check the credentials and what they may do")
+    return None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from jobs.host.errors import TryLater
 from jobs.host.process import environment, noted_signals
 from jobs.host.secrets import keep_private
 
@@ -188,7 +189,7 @@ def _start(*, num_cpus: int, level: int) -> None:
     except Exception as error:
         if "timed out during startup" not in str(error):
             raise
-        raise ConnectionError(
+        raise TryLater(
             "Ray did not start within 30 s: this machine is too busy or out of memory: end other programs and try again"
         ) from error
 

@@ -182,7 +182,7 @@ def inspect(arguments: list[str], console: Console, *, verbose: bool) -> int:
 
     from jobs.data.inspect import inspect
 
-    return inspect(Path(parsed.directory), console, check=parsed.verify, with_digest=parsed.digest)
+    return inspect(parsed.directory, console, check=parsed.verify, with_digest=parsed.digest)
 
 
 def inspect_parser() -> ArgumentParser:

@@ -75,8 +75,10 @@ def _dots(dest: str) -> list[int]:
 def _unknown_key(key: str, text: str, parser: ArgumentParser) -> str:
     group = re.search(r"Group '([\w.]+)'", text)
     key = f"{group[1]}.{key}" if group and not key.startswith(f"{group[1]}.") else key
-    near = difflib.get_close_matches(key, [action.dest for action in parser._actions], n=1)
-    hint = f"did you mean {near[0]}?" if near else "see --print_config for the keys"
+    known = [action.dest for action in parser._actions]
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"see --{'print_config' if 'print_config' in known else 'help'} for the keys"
+    hint = f"did you mean {near[0]}?" if near else hint
     if others := _models_with(key):
         hint = f"a setting of {', '.join(others)} alone: set model.name, or remove it"
     return f"unknown key {key}: {hint}"

@@ -15,11 +15,13 @@ from pipeline.batches.requests import RequestConfig
 from pipeline.shards.inspection import digest, verify
 from pipeline.shards.leases import lease
 from pipeline.shards.manifest import current_manifest
+from pipeline.storage import Store
 
 
-def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> int:
+def inspect(place: str, console: Console, *, check: bool, with_digest: bool) -> int:
     """Print the contents of a shard directory, of a checkpoint or of a run's latest one; returns 1 if `check` finds
     damage, else 0."""
+    path = Path(place)
     if (path / "run.json").exists():
         path = _latest_of_run(path, console)
     if (path / "COMMIT").exists():
@@ -30,29 +32,34 @@ def inspect(path: Path, console: Console, *, check: bool, with_digest: bool) -> 
         if not problems:
             _print_checkpoint(path, console)
     else:
-        manifest = current_manifest(str(path)) if path.exists() else None
-        if manifest is None and (path / "source.json").exists():
-            raise UserError(
-                f"{path}: an event log: prepare it first: solar prepare --events {shlex.quote(str(path))} --out DIR, "
-                "and inspect that DIR"
-            )
-        if manifest is None:
-            raise UserError(
-                f"{path}: neither sequence shards nor a checkpoint or a run: give a directory that holds one"
-            )
-        _print_manifest(path, manifest, console)
-        problems, number = [], manifest.number
-        if check or with_digest:
-            # Reads every file: `solar gc` keeps them meanwhile.
-            with lease(str(path), number=number, command="solar inspect", tell=console.teller("shards ")):
-                if with_digest:
-                    console.line(f"digest        {digest(str(path), number=number)}")
-                problems = verify(str(path), number=number) if check else []
+        # Shards may be in an object store.
+        problems = _inspect_shards(place, console, check=check, with_digest=with_digest)
     for problem in problems:
         console.line(f"damaged: {problem}")
     if check and not problems:
         console.line("every file has its size and checksum")
     return 1 if problems else 0
+
+
+def _inspect_shards(place: str, console: Console, *, check: bool, with_digest: bool) -> list[str]:
+    """Print what they hold; returns the damage that `check` finds."""
+    store = Store(place)
+    manifest = current_manifest(place) if store.exists() else None
+    if manifest is None and store.exists("source.json"):
+        raise UserError(
+            f"{place}: an event log: prepare it first: solar prepare --events {shlex.quote(place)} --out DIR, and "
+            "inspect that DIR"
+        )
+    if manifest is None:
+        raise UserError(f"{place}: neither sequence shards nor a checkpoint or a run: give a directory that holds one")
+    _print_manifest(place, manifest, console)
+    if not (check or with_digest):
+        return []
+    # Reads every file: `solar gc` keeps them meanwhile.
+    with lease(place, number=manifest.number, command="solar inspect", tell=console.teller("shards ")):
+        if with_digest:
+            console.line(f"digest        {digest(place, number=manifest.number)}")
+        return verify(place, number=manifest.number) if check else []
 
 
 def _latest_of_run(path: Path, console: Console) -> Path:
@@ -65,10 +72,10 @@ def _latest_of_run(path: Path, console: Console) -> Path:
     return checkpoints[-1]
 
 
-def _print_manifest(path: Path, manifest: Any, console: Console) -> None:
+def _print_manifest(place: str, manifest: Any, console: Console) -> None:
     counts = manifest.counts
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in sorted(counts["rejected"].items()) if count)
-    console.line(f"shards        {path}, manifest {manifest.number} ({manifest.fingerprint})")
+    console.line(f"shards        {place}, manifest {manifest.number} ({manifest.fingerprint})")
     console.line(f"events        {events_line(counts)}{f' ({rejected})' if rejected else ''}")
     if manifest.conflicting:
         console.line(f"conflicting   {manifest.conflicting:,} events were read with labels 0 and 1: they have label 1")

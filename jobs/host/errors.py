@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class TryLater(UserError):
+    """Nothing is wrong, and the same command may succeed later: exit code 75."""
+
+
 MISTAKE = 2
 """A user's mistake: a retry cannot succeed."""
 NOT_FOUND = 3

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jobs.host.errors import UserError
+from jobs.host.errors import TryLater, UserError
 
 LOCK_FILES = ("lock", "workers.lock")
 WAIT_SECONDS = 60.0
@@ -28,9 +28,8 @@ POLL_SECONDS = 0.2
 _LONGEST_SIGNATURE = 400
 
 
-class RunInUse(UserError):
-    """Another process writes into the run directory; the message says which one. The same command may succeed later:
-    exit code 75."""
+class RunInUse(TryLater):
+    """Another process writes into the run directory; the message says which one."""
 
 
 @contextlib.contextmanager

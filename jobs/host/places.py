@@ -157,7 +157,8 @@ def _types_in(found: Any) -> Iterator[Any]:
 
 def _reader_of(kind: type[str]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
-        if not isinstance(value, str):
+        # An empty text would be the working directory, but is a variable of the shell that is not set.
+        if not isinstance(value, str) or not value.strip():
             raise ValueError(f"Expected a path or URI. Got value: {value}")
         return kind(value)
 

@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 
 LATEST_TIME = 4_102_444_800_000
 """Times must lie before the year 2100, as in the log (pipeline/events.py)."""
+MODERN_TIME = 631_152_000_000
+"""1990: in seconds, later times are milliseconds of January and February 1970, which no log of today has."""
 LABEL_RULE = "give 0 or 1 (false or true), or null where no label is known"
 NO_TIME = np.iinfo(np.int64).max
 """The time of a request without a time: later than every event, so that all events are its history."""
@@ -216,10 +218,11 @@ def label_codes(labels: pa.Array, owner: np.ndarray, name: str, *, first_row: in
 def refuse_wrong_unit(
     time: np.ndarray, owner: np.ndarray, name: str, *, time_range: list[int] | None, first_row: int
 ) -> None:
-    """RequestError if times [n] of rows `owner` [n], ascending, cannot be milliseconds: a time is outside 1970 to 2100,
-    or a row ends before the model's first event although its times may be seconds (or minutes, or days).
+    """RequestError if times [n] of rows `owner` [n], ascending, cannot be milliseconds: one is outside 1970 to 2100, is
+    a second between 1990 and 2100 while the model's log has later events than 1990, or a row ends before the model's
+    first event although its times may be seconds (or minutes, or days).
 
-    `time_range`: times of the model's first and last event.
+    `time_range`: times of the model's first and last event. The first one may be any row's mistake.
     """
     if not len(time) or time_range is None:
         return
@@ -228,6 +231,13 @@ def refuse_wrong_unit(
         raise RequestError(
             f"row {first_row + owner[outside[0]]}: column {name!r} has {time[outside[0]]}: it must be milliseconds "
             "since 1970 UTC, before 2100"
+        )
+    seconds = np.flatnonzero((1000 * time >= MODERN_TIME) & (1000 * time < LATEST_TIME))
+    if len(seconds) and time_range[1] >= MODERN_TIME:
+        row, at = first_row + owner[seconds[0]], int(time[seconds[0]])
+        raise RequestError(
+            f"row {row}: column {name!r} has {at}, {_date(at)} in milliseconds and {_date(1000 * at)} in seconds: "
+            "integers must be milliseconds since 1970 UTC"
         )
     start = np.flatnonzero(np.diff(owner, prepend=-1))
     latest = np.maximum.reduceat(time, start)

@@ -27,8 +27,6 @@ REQUEST_COLUMNS = (*LIST_COLUMNS, "state", "time")
 """The columns that a scorer reads, besides the user features of its model."""
 LIMIT_VARIABLE = "SOLAR_MAX_"
 """Prefix of the environment variables that change the limits: SOLAR_MAX_CANDIDATES and so on."""
-_REASON_LENGTH = 120
-_VALUE_LENGTH = 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,31 +200,49 @@ def _labels(values: Any, name: str, *, row: int) -> list[int | None]:
 
 
 def _shown(value: Any) -> str:
-    """A value of a request for a message: the value itself if it is short, else its type."""
-    short = isinstance(value, (str, float)) or (isinstance(value, (int, np.number)) and abs(value) < 1 << 64)
-    return repr(value)[:_VALUE_LENGTH] if short else type(value).__name__
+    """A value of a request for a message: a short number itself, else its type."""
+    short = isinstance(value, float) or (isinstance(value, (int, np.number)) and abs(value) < 1 << 64)
+    return repr(value) if short else type(value).__name__
 
 
 def _converted(cells: list[Any], name: str, wanted: str) -> pa.Array:
     """The column, whose values (in lists, or single ones) are `wanted`. RequestError names the first row that does not
-    fit."""
+    fit, by itself or to the rows before it."""
     try:
         return _array(cells, name, wanted)
-    except RequestError:
-        for b, cell in enumerate(cells):
-            try:
-                _array([cell], name, wanted)
-            except RequestError as error:
-                raise RequestError(f"row {b}: {error}") from error
-        raise
+    except RequestError as error:
+        reason = str(error)
+    for b, cell in enumerate(cells):
+        if alone := _misfit([cell], name, wanted):
+            raise RequestError(f"row {b}: {alone}")
+    # Every row fits by itself: find the first one that does not fit to those before it.
+    fits, fails = 1, len(cells)
+    while fits + 1 < fails:
+        middle = (fits + fails) // 2
+        if together := _misfit(cells[:middle], name, wanted):
+            fails, reason = middle, together
+        else:
+            fits = middle
+    raise RequestError(f"row {fails - 1}: {reason}")
+
+
+def _misfit(cells: list[Any], name: str, wanted: str) -> str | None:
+    try:
+        _array(cells, name, wanted)
+    except RequestError as error:
+        return str(error)
+    return None
 
 
 def _array(cells: list[Any], name: str, wanted: str) -> pa.Array:
     try:
         array: Any = pa.array(cells, from_pandas=True)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        reason = f"column {name!r} mixes types, or does not fit into int64 or UTF-8: {str(error)[:_REASON_LENGTH]}"
-        raise RequestError(reason) from error
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        kinds = {type(value).__name__ for cell in cells for value in _values(cell) if value is not None}
+        # What pyarrow says of it quotes the value.
+        raise RequestError(
+            f"column {name!r} mixes types, or does not fit into int64 or UTF-8: it holds {', '.join(sorted(kinds))}"
+        ) from None
     is_list = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
     values = pc.list_flatten(array) if is_list else array  # type: ignore[attr-defined]
     if wanted == "category":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import both_known, stored_too_late
 from jobs.serving.stored_states import StoredUsers
 from jobs.serving.user_histories import UserHistories, user_ids
+from pipeline.log.listing import list_files
 
 ROWS_PER_BLOCK = 256
 """Requests in memory at a time if they contain their histories (10,000 events and 1,000 candidates: 50 MB)."""
@@ -80,15 +82,11 @@ class Part:
 
 
 class Requests:
-    """The requests in a Parquet file, or in a directory of such files, read in the order of their names."""
+    """The requests in a Parquet file, or in all files below a directory, read in the order of their names."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        names = [path]
-        if path.is_dir():
-            names = sorted(file for file in path.glob("*.parquet") if not file.name.startswith((".", "_")))
-        if not names:
-            raise UserError(f"{path}: no Parquet files there: give a file of requests, or a directory of them")
+        names = _parquet_files(path) if path.is_dir() else [path]
         self.files = [RequestFile(name) for name in names]
         self.num_rows, self.schema = sum(file.num_rows for file in self.files), self.files[0].schema
         if not self.num_rows:
@@ -111,12 +109,29 @@ class Requests:
         """UserError if the result would be one of the requests' files, or be in their directory."""
         if out.exists() and any(out.samefile(file.path) for file in self.files):
             raise UserError(f"{out}: is the file of the requests: name another --out")
-        if self.path.is_dir() and out.parent.exists() and out.parent.samefile(self.path):
+        if self.path.is_dir() and out.resolve().is_relative_to(self.path.resolve()):
             raise UserError(f"{out}: is in the directory of the requests: name another --out")
 
     def close(self) -> None:
         for file in self.files:
             file.close()
+
+
+def _parquet_files(directory: Path) -> list[Path]:
+    """The Parquet files below a directory; hidden ones and marker files apart. UserError: there are other files, or
+    none."""
+    files = list_files(str(directory)).files
+    others = []
+    for file in files:
+        ending = None if file.name.lower().endswith(".parquet") else "not *.parquet"
+        if problem := file.problem or ("there already" if file.is_again else ending):
+            others.append(f"{file.name} ({problem})")
+    if others:
+        listed = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+        raise UserError(f"{directory}: {len(others):,} files are not read: {listed}; move them to another directory")
+    if not files:
+        raise UserError(f"{directory}: no Parquet files there: give a file of requests, or a directory of them")
+    return [Path(file.url) for file in files]
 
 
 class RequestFile:
@@ -127,6 +142,8 @@ class RequestFile:
         with self._explained():
             self._file = pq.ParquetFile(path)
             self.num_rows, self.schema = self._file.metadata.num_rows, self._file.schema_arrow
+        if twice := [name for name, count in Counter(self.schema.names).items() if count > 1]:
+            raise UserError(f"{path}: column {twice[0]!r} is there twice: keep one of them")
         if "scores" in self.schema.names:
             raise UserError(f"{path}: column 'scores' has the name of the result's column: rename it")
 

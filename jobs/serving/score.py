@@ -293,6 +293,7 @@ class ResultFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
         except OSError as error:
+            self._partial.unlink(missing_ok=True)
             raise UserError(f"{self._path}: {error.strerror}: name a writable file") from error
         return self
 

@@ -4,6 +4,7 @@ torch: a command line reads and checks them."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 
@@ -38,11 +39,11 @@ class OptimizerConfig:
         if self.sparse not in ("rowwise_adagrad", "adam"):
             raise ValueError(f"sparse={self.sparse!r}: must be rowwise_adagrad or adam")
         for name in ("dense_lr", "sparse_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number above 0")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number of 0 or more")
         if not 0 <= self.final_lr_ratio <= 1:
             raise ValueError(f"final_lr_ratio={self.final_lr_ratio}: must be between 0 and 1")
 

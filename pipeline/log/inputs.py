@@ -130,8 +130,10 @@ class Found:
             listed = [f"{name} ({why})" for name, why in sorted(self.unread.items())]
             count = f"{len(listed):,} files are not read" if len(listed) > 1 else "1 file is not read"
             nameless = "give their format with --files.format, or " if UNKNOWN in self.unread.values() else ""
-            them = "them" if len(listed) > 1 else "it"
-            raise DataError(f"{path}: {count}: {_some(listed)}; {nameless}leave {them} out with --files.ignore PATTERN")
+            them, pattern = ("them", "'[PATTERN, ...]'") if len(listed) > 1 else ("it", "PATTERN")
+            raise DataError(
+                f"{path}: {count}: {_some(listed)}; {nameless}leave {them} out with --files.ignore {pattern}"
+            )
 
 
 def find(path: str, *, options: FileFormat, tables: Collection[str] = ()) -> Found:

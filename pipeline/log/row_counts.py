@@ -86,14 +86,24 @@ class RowCounts:
         )
 
     def note_on_times(self, unit: str) -> str | None:
-        """What is said of times of which most are before 1990 or after tomorrow in `unit`."""
+        """What is said of times if most are before 1990 or after tomorrow in `unit`, or if some are not in another."""
         outside = self.units.total() - self.units[unit]
-        if 2 * outside <= self.units.total():
+        if 2 * outside > self.units.total():
+            note = f"{outside:,} of {self.units.total():,} times lie before 1990 or after tomorrow"
+            if right := self.other_unit(unit):
+                note += f"; {_short_text(self.unit_examples[right])} would not as {_NAMES.get(right, right)}"
+            return note
+        others = [other for other in sorted(self.units) if self.units[other] and other not in ("", unit)]
+        if not others:
             return None
-        note = f"{outside:,} of {self.units.total():,} times lie before 1990 or after tomorrow"
-        if right := self.other_unit(unit):
-            note += f"; {_short_text(self.unit_examples[right])} would not as {_NAMES.get(right, right)}"
-        return note
+        found = (
+            f"{self.units[other]:,} as {_NAMES.get(other, other)} (such as {_short_text(self.unit_examples[other])})"
+            for other in others
+        )
+        return (
+            f"of {self.units.total():,} times {', '.join(found)} would lie between 1990 and tomorrow: all are read as "
+            f"{_NAMES.get(unit, unit)}"
+        )
 
 
 def _value(reason: str, record: str) -> str:

@@ -10,7 +10,6 @@ work it checks.
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import re
@@ -18,10 +17,11 @@ from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline.events import DataError, Reason
-from pipeline.log.inputs import FileFormat, find_inputs
+from pipeline.log.inputs import MISSING_WORDS, FileFormat, find_inputs
 from pipeline.log.streams import COMPRESSIONS, open_raw
 from pipeline.prepare.staging import STAGING
 from pipeline.prepare.user_list import COLUMN, is_table
@@ -79,15 +79,22 @@ def _texts(stream: IO[bytes], path: str, column: str) -> Iterator[str | None]:
         for value in pq.read_table(io.BytesIO(stream.read()), columns=[column])[column].to_pylist():
             yield None if value is None else str(value)
     elif kind.endswith(("csv", "tsv")):
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-        for row in csv.DictReader(text, delimiter="\t" if kind.endswith("tsv") else ","):
-            yield row[column]
+        # Words for no value count without quotes alone, which Python's own reader does not tell apart.
+        table = pa_csv.read_csv(
+            stream,
+            parse_options=pa_csv.ParseOptions(delimiter="\t" if kind.endswith("tsv") else ",", newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=[column], column_types={column: pa.string()}, null_values=["", *MISSING_WORDS],
+                strings_can_be_null=True, quoted_strings_can_be_null=False,
+            ),
+        )  # fmt: skip
+        yield from table[column].to_pylist()
     else:
         for line in stream.read().removeprefix(b"\xef\xbb\xbf").split(b"\n"):
             value = json.loads(line).get(column) if line.strip() else None
             # 1.0 is the integer 1, as in a log.
             value = int(value) if isinstance(value, float) and value.is_integer() else value
-            yield None if value is None else str(value)
+            yield None if value is None or value != value else str(value)
 
 
 def _opened(path: str) -> IO[bytes]:

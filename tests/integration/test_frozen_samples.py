@@ -87,7 +87,7 @@ def test_finished_run_is_found_and_reused(config, capsys):
     state = read_train_state(trained.checkpoint, checksums=True)
     assert (state.step, state.best_step, state.events, state.finished) == (8, 4, 1046, True)
     assert run_shards(config).manifest.fingerprint == "80eadaae7aa2ad65c378bd63ede6d301"
-    assert inspect(trained.checkpoint, Console(), check=True, with_digest=False) == 0
+    assert inspect(str(trained.checkpoint), Console(), check=True, with_digest=False) == 0
     assert "every file has its size and checksum" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import uuid
 
 import pytest
 
+from pipeline.events import DataError
 from pipeline.storage import Store, _written_beside
 
 
@@ -90,3 +91,20 @@ def test_a_local_directory_may_have_any_name(name, tmp_path, monkeypatch):
         assert (store.is_local, store.path, store.names(), store.read("day.json")) == (
             True, str(tmp_path / name), ["day.json"], b"1"
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("s3://user:secret@bucket/x", r"s3://\.\.\.@bucket: has a user or a password: remove it"),
+        ("https://bob:secret@host/x.csv", r"https://\.\.\.@host: has a user or a password"),
+        ("s3://", "'' cannot be a bucket"),
+        ("s3://My Bucket/x", "'My Bucket' cannot be a bucket"),
+        ("S3://bucket/x", "unknown protocol 'S3': write a path, or s3:// and a bucket"),
+        ("gs://bucket/x", "Please install gcsfs"),
+    ],
+)
+def test_a_wrong_uri_is_told_without_its_secret(uri, told):
+    with pytest.raises(DataError, match=told) as error:
+        Store(uri)
+    assert "secret" not in str(error.value)

@@ -35,6 +35,23 @@ def test_an_error_without_a_file_gets_the_place_that_was_written():
     assert refusal(full) == "disk: No space left on device: free some disk; what was committed is still there"
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "told"),
+    [
+        ("NoCredentialsError", "Unable to locate credentials", DataError, "set AWS_ACCESS_KEY_ID"),
+        ("EndpointConnectionError", "Could not connect", NotNow, "check AWS_ENDPOINT_URL"),
+        ("PermissionError", "Forbidden", DataError, "check the credentials"),
+    ],
+)
+def test_what_an_object_store_refuses_is_one_line(name, text, kind, told):
+    error = PermissionError(text) if name == "PermissionError" else type(name, (Exception,), {})(text)
+    outer = RuntimeError("task failed")
+    outer.__cause__ = error
+    found = as_data_error(outer)
+    assert type(found) is kind
+    assert str(found).startswith(f"object store: {text}: {told}")
+
+
 def test_the_cause_counts_whatever_wraps_it():
     class Wrapped(Exception):
         """As Ray wraps the errors of its tasks."""

@@ -119,7 +119,7 @@ def test_value_of_the_wrong_type_names_key_and_value():
             "data.requests.popularity_power is 2.0: it must be from 0 to 1",
         ),
         (["--training.epochs", "0"], "training.epochs=0: must be 1 or more"),
-        (["--optimizer.dense_lr", "-1"], "optimizer.dense_lr=-1.0: must be above 0"),
+        (["--optimizer.dense_lr", "-1"], "optimizer.dense_lr=-1.0: must be a number above 0"),
     ],
 )
 def test_value_out_of_range_names_section_value_and_rule(arguments, expected):

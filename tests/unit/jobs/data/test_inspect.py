@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
 import polars as pl
 import pytest
 
@@ -35,7 +36,7 @@ def prepared(tmp_path, monkeypatch):
 @pytest.fixture
 def shown(tmp_path, capsys):
     def run():
-        assert inspect(Path(tmp_path / "out"), Console(), check=True, with_digest=True) == 0
+        assert inspect(str(tmp_path / "out"), Console(), check=True, with_digest=True) == 0
         return capsys.readouterr().out
 
     return run
@@ -80,7 +81,7 @@ def test_times_are_dates_and_odd_ones_stay_numbers(prepared, shown):
 def test_an_event_log_is_told_with_the_command_that_prepares_it(tmp_path):
     write_event_log(str(tmp_path / "log"), source={}, fill=lambda writer: writer.add_events(LOG))
     with pytest.raises(UserError, match=r"log: an event log: prepare it first: solar prepare --events .*log --out DIR"):
-        inspect(tmp_path / "log", Console(), check=False, with_digest=False)
+        inspect(str(tmp_path / "log"), Console(), check=False, with_digest=False)
 
 
 def test_a_checkpoint_names_the_metric_by_which_it_is_the_best(tmp_path, capsys):
@@ -109,14 +110,24 @@ def test_what_is_being_checked_is_kept_by_gc(prepared, shown, tmp_path, monkeypa
     assert current_leases(str(tmp_path / "out")) == []
 
 
+def test_shards_in_an_object_store_are_shown(prepared, tmp_path, capsys):
+    prepared(*LABELLED)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(tmp_path / "out"), "/store/out", recursive=True)
+    assert inspect("memory://store/out", Console(), check=True, with_digest=False) == 0
+    text = capsys.readouterr().out
+    assert "shards        memory://store/out, manifest 1" in text
+    assert "every file has its size and checksum" in text
+
+
 def test_of_a_run_the_latest_checkpoint_is_shown(tmp_path, capsys):
     """Of the one that an earlier version wrote."""
     shutil.copytree(Path(__file__).parents[3] / "frozen/run-1", tmp_path / "run")
-    assert inspect(tmp_path / "run", Console(), check=True, with_digest=False) == 0
+    assert inspect(str(tmp_path / "run"), Console(), check=True, with_digest=False) == 0
     text = capsys.readouterr().out
     assert f"run           {tmp_path}/run, with step-00000008; the latest one:" in text
     assert f"checkpoint    {tmp_path}/run/step-00000008" in text
     assert "every file has its size and checksum" in text
     shutil.rmtree(tmp_path / "run/step-00000008")
     with pytest.raises(UserError, match=r"run: a run without a checkpoint yet$"):
-        inspect(tmp_path / "run", Console(), check=False, with_digest=False)
+        inspect(str(tmp_path / "run"), Console(), check=False, with_digest=False)

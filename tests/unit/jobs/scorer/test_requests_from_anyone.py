@@ -156,8 +156,21 @@ def test_a_mistake_is_named_with_its_row_and_column(scorer):
         assert found.startswith(line), (change, found)
     # pyarrow takes an integer beside a timestamp for microseconds.
     mixed = [GOOD | {"time": pd.Timestamp("2020-01-01")}, GOOD]
-    assert answer(scorer, mixed) == "column 'time' mixes types: give timestamps alone, or integers alone"
-    assert str(answer(scorer, mixed[::-1])).startswith("column 'time' mixes types")
+    assert answer(scorer, mixed) == "row 1: column 'time' mixes types: give timestamps alone, or integers alone"
+    assert str(answer(scorer, mixed[::-1])).startswith("row 1: column 'time' mixes types")
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2, 6])
+def test_values_that_fit_alone_but_not_together_are_named_with_their_row_and_without_their_text(scorer, wrong):
+    rows = [GOOD | {"gender": "a"} for _ in range(7)]
+    rows[wrong] = GOOD | {"gender": 3}
+    line = "column 'gender' mixes types, or does not fit into int64 or UTF-8: it holds int, str"
+    assert answer(scorer, rows) == f"row {max(wrong, 1)}: {line}"
+    secret = [GOOD | {"candidates": [101, "my secret"]}, GOOD | {"history_label": ["my secret"]}]
+    for row in secret:
+        found = str(answer(scorer, [GOOD, row]))
+        assert found.startswith("row 1: column ")
+        assert "secret" not in found
 
 
 def test_seconds_are_refused_as_solar_score_does(data, export):
@@ -167,7 +180,29 @@ def test_seconds_are_refused_as_solar_score_does(data, export):
     assert not isinstance(answer(scorer, [good]), str)
     for name, value in (("history_time", [1_700_000_000]), ("time", 1_700_000_100)):
         line = answer(scorer, [good, good | {name: value}])
-        assert str(line).startswith(f"row 1: column {name!r} ends 1970-01-20, before the model's first event")
+        assert str(line).startswith(f"row 1: column {name!r} has 1700000")
+        assert "2023-11-14 in seconds" in str(line)
+    # Hours.
+    line = answer(scorer, [good, good | {"history_time": [1_700_000_000 // 3600]}])
+    assert str(line).startswith("row 1: column 'history_time' ends 1970-01-01, before the model's first event")
+
+
+@pytest.mark.parametrize("first", [0, 1_690_000_000_000])
+@pytest.mark.parametrize("times", [[1_700_000_000], [1_700_000_000, 1_700_000_000_000], [1_700_000_000_000, 1_700_000]])
+def test_one_time_in_seconds_is_refused_whatever_the_first_event_of_the_log(data, export, times, first):
+    """A log may have one event of 1970, and a row one time of the right unit."""
+    scorer = export(data).scorer()
+    scorer.settings["time_range"] = [first, 1_710_000_000_000]
+    row = {"history": [100] * len(times), "history_time": times, "candidates": [101]}
+    line = answer(scorer, [row])
+    if 1_700_000 in times:
+        # 28 minutes after the beginning of 1970 may be a time.
+        assert not isinstance(line, str)
+    else:
+        assert str(line).startswith("row 0: column 'history_time' has 1700000000, 1970-01-20 in milliseconds")
+    # A log of that time, as tests and simulations have.
+    scorer.settings["time_range"] = [0, 2_000_000_000]
+    assert not isinstance(answer(scorer, [row | {"history_time": [1_700_000_000] * len(times)}]), str)
 
 
 def test_latest_time_is_the_logs():

@@ -246,7 +246,7 @@ def test_a_users_category_may_be_a_value_a_list_or_a_number_beside_none(scorer):
         ({"history_time": [[1.5, 2.0], [3.0]]}, "column 'history_time' holds double"),
         ({"history_action": [["view"], ["view"]]}, "row 0: history_action and history differ in length (1 and 2)"),
         ({"history_label": [[0, 1], [2]]}, "row 1: column 'history_label' has 2: give 0 or 1 (false or true), or null"),
-        ({"history_label": [[0, 1], ["yes"]]}, "row 1: column 'history_label' has 'yes': give 0 or 1 (false or true)"),
+        ({"history_label": [[0, 1], ["yes"]]}, "row 1: column 'history_label' has str: give 0 or 1 (false or true)"),
         ({"history_label": [[0.5, None], [1]]}, "row 0: column 'history_label' has 0.5: give 0 or 1 (false or true)"),
         ({"history_label": [[0, 1], [[1]]]}, "row 1: column 'history_label' holds list in its list"),
         ({"history_label": [[0], [1]]}, "row 0: history_label and history differ in length (1 and 2): give one entry"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -136,5 +137,33 @@ def test_directories_that_are_no_requests_are_refused(data, export, tmp_path):
         scored(model, tmp_path, folder, "out.parquet")
     (folder / "b.parquet").unlink()
     pq.write_table(requests(), folder / "a.parquet")
-    with pytest.raises(UserError, match="is in the directory of the requests"):
-        scored(model, tmp_path, folder, "folder/out.parquet", shards=data.path)
+    for name in ("part-0", "b.parquet.gz", "sub/c.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((folder / "a.parquet").read_bytes())
+    (folder / "sub/d.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"folder: 4 files are not read: folder/b\.parquet\.gz \(not \*\.parquet\), "):
+        scored(model, tmp_path, folder, "out.parquet")
+    shutil.rmtree(folder / "sub")
+    (folder / "part-0").unlink()
+    (folder / "b.parquet.gz").unlink()
+    for out in ("folder/out.parquet", "folder/sub/out.parquet"):
+        with pytest.raises(UserError, match="is in the directory of the requests"):
+            scored(model, tmp_path, folder, out, shards=data.path)
+
+
+def test_a_directory_of_requests_is_read_with_all_that_lies_below_it(data, export, tmp_path, serially):
+    model, folder, asked = export(data), tmp_path / "asked", requests(9)
+    for place, name in enumerate(("B.PARQUET", "day=1/a.parquet", "day=2/a.parquet")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(asked.slice(3 * place, 3), folder / name)
+    (folder / "_SUCCESS").touch()
+    with serially():
+        found, counts, _ = scored(model, tmp_path, folder, "out.parquet", shards=data.path)
+    assert (found["place"].to_pylist(), counts.requests) == (list(range(9)), 9)
+
+
+def test_a_column_that_is_there_twice_is_named(data, export, tmp_path):
+    users = pa.array(["u1"])
+    pq.write_table(pa.table([users, users], names=["user_id", "user_id"]), tmp_path / "twice.parquet")
+    with pytest.raises(UserError, match=r"twice\.parquet: column 'user_id' is there twice: keep one of them$"):
+        scored(export(data), tmp_path, tmp_path / "twice.parquet", "out.parquet", shards=data.path)

@@ -72,7 +72,7 @@ def test_files_of_unknown_format_are_refused_by_name_and_number(folder):
     assert str(error.value) == (
         f"{log}: 4 files are not read: log/notes.md (its name does not tell the format), log/part-0 (its name does not "
         "tell the format), log/sub/b.bak (its name does not tell the format) and 1 more; give their format with "
-        "--files.format, or leave them out with --files.ignore PATTERN"
+        "--files.format, or leave them out with --files.ignore '[PATTERN, ...]'"
     )
 
 

@@ -65,9 +65,21 @@ def test_the_first_parts_give_the_examples_and_long_values_are_cut(tmp_path):
         ("date", [20240131, 20240230], None, None),
         ("date", [NOW, NOW], "s", "2 of 2 times lie"),
         ("s", [], None, None),
+        (
+            "ms",
+            [NOW * 1_000] * 2 + [NOW],
+            None,
+            f"of 3 times 1 as s (such as {NOW}) would lie between 1990 and tomorrow",
+        ),
+        (
+            "s",
+            [NOW] * 3 + [20240131, NOW * 1_000],
+            None,
+            "of 5 times 1 as dates (YYYYMMDD) (such as 20240131), 1 as ms",
+        ),
     ],
 )
-def test_another_unit_is_named_only_if_most_times_fit_it(unit, times, other, note):
+def test_another_unit_is_told_and_named_as_the_right_one_only_if_most_times_fit_it(unit, times, other, note):
     columns = EventColumns(timestamp_unit=unit)
     block = pl.DataFrame({"user_id": "u", "item_id": "a", "timestamp": times}, schema_overrides={"user_id": pl.String})
     rows = RowCounts()

@@ -172,3 +172,15 @@ def test_a_json_list_has_objects_and_compressed_ones_are_whole(tmp_path):
         with pytest.raises(DataError, match=told) as error:
             read_users(str(tmp_path / name), integers=False)
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["user_id\nu2\nNaN\n", 'user_id,x\nu2,1\n"NULL",2\nNULL,3\n,4\n', 'user_id\n"a\nb"\n']
+)
+def test_both_readers_take_the_same_words_of_csv_for_no_value(tmp_path, content):
+    (tmp_path / "users.csv").write_text(content)
+    path = str(tmp_path / "users.csv")
+    removal = read_users(path, integers=False).ids
+    assert listed_users(path, column=None, integers=False) == set(removal)
+    assert "NaN" not in removal
+    assert ("NULL" in removal) == ('"NULL"' in content)

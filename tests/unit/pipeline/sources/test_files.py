@@ -154,6 +154,11 @@ def test_users_become_a_table_beside_the_log(files, prepare, tmp_path):
             UserColumns(features=("age",)),
             r"no id in 'user_id' is int64, the log's type",
         ),
+        (
+            {"user_id": [1, 1, 2], "age": [1, 2, 3]},
+            UserColumns(features=("age",)),
+            "1 user ids are in more than one row",
+        ),
     ],
 )
 def test_users_without_a_usable_id_or_feature_are_refused(files, tmp_path, table, users, words):
@@ -462,7 +467,8 @@ def test_a_log_without_a_valid_row_says_why(tmp_path):
 def test_a_file_that_changes_between_its_checksum_and_its_reading_leaves_nothing(tmp_path, monkeypatch, change, name):
     (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\n" + "u,a,1\nu,b,2\n" * 50)
     (tmp_path / "items.csv").write_text("item_id,kind\nu,x\n")
-    (tmp_path / "users.csv").write_text("user_id,plan\nu,x\n")
+    # A user may not be there twice, which is what a file that grows would have; a row of nobody may.
+    (tmp_path / "users.csv").write_text("user_id,plan\nu,x\n,x\n")
     config = ImportConfig(items=ItemColumns(features=("kind",)), users=UserColumns(features=("plan",)))
     given = {"config": config, "items": str(tmp_path / "items.csv"), "users": str(tmp_path / "users.csv")}
     out = tmp_path / "logs" / "shop"
