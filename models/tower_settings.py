@@ -142,9 +142,7 @@ class SolarConfig(TowerConfig):
     half_life: float = 0.0
     """Age in events at which an event's weight in the interests is one half; 0 = all events weigh the same."""
     gradient: Literal["stable", "exact", "stop"] = "stop"
-    """Gradient of the decomposition. stop: directions are constants, so that a step is cheaper and rounding is
-    not amplified at once; no worse in any measurement (tests/benchmarks/RESULTS.md). stable: through the eigenvectors,
-    damped where two are nearly equal. exact: without damping; an ablation."""
+    """Gradient of the decomposition: as in Decomposition."""
     canonical_sign: bool = True
     """Interests point along the sum of their events; off is an ablation."""
     divide_by_events: bool = True
@@ -191,7 +189,7 @@ class SolarConfig(TowerConfig):
         """The settings of the decomposition."""
         return Decomposition(
             rank=self.rank,
-            gradient=self.gradient,
+            gradient=self.gradient or "stop",  # None where a recipe leaves it open
             canonical_sign=self.canonical_sign,
             divide_by_events=self.divide_by_events,
             with_mean=self.form == "gaussian",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from jobs.host.errors import UserError
 from models.zoo import MODELS
@@ -23,8 +23,12 @@ OPEN_SETTINGS: Mapping[str, str] = {
     "prior": "The score starts at what counting says of a candidate (models/prior.py), and what the model learns is "
     "added to it. Unset = on for task impressions under split temporal; off for next_item, where it pays on some logs "
     "only, for leave_one_out, where nothing says what was known when, and for loss catalogue.",
+    "gradient": "Gradient of the decomposition. stop: its directions are constants, so that a step is cheaper and "
+    "rounding is not amplified at once; no worse in any measurement (tests/benchmarks/RESULTS.md). stable: through the "
+    "eigenvectors, damped where two are nearly equal. exact: without damping; an ablation. Unset = stop; runs of an "
+    "earlier version, and what begins from them, go on with stable.",
 }
-"""{setting: what `--help` says of it}. The models have no open settings: in their configs these are plain switches."""
+"""{setting: what `--help` says of it}. The models have no open settings: in their configs these have a value."""
 
 LATER: Mapping[str, bool | None] = {"history_labels": False, "prior": False, "initial_logit": None}
 """{a setting that runs of an earlier version lack: its value in such a run}."""
@@ -41,7 +45,8 @@ def model_section(model: str) -> type:
     open."""
     is_open = open_settings_of(model)
     fields = [("name", str, dataclasses.field(default=model))]
-    fields += [(name, bool | None, dataclasses.field(default=None)) for name in is_open]
+    types = get_type_hints(MODELS[model][0])
+    fields += [(name, types[name] | None, dataclasses.field(default=None)) for name in is_open]
     told = {"name": f"One of {', '.join(MODELS)}."} | {name: OPEN_SETTINGS[name] for name in is_open}
     lines = "\n".join(f"    {name}: {text}" for name, text in told.items())
     doc = {"__doc__": f"The model and its own settings.\n\nArgs:\n{lines}"}
@@ -65,11 +70,13 @@ def refuse_other_null(model: Any) -> None:
 
 def suited(
     name: str, *, task: str, split: str, has_time: bool, has_labels: bool, loss: str = "candidates"
-) -> tuple[bool, str]:
+) -> tuple[Any, str]:
     """(the value of an open setting, the reason), for a task, split and loss on a data set that has times or is
     only an order, and has labels or not."""
     if name == "time_features":
         return has_time, "events have times" if has_time else "the log has an order only, no times"
+    if name == "gradient":
+        return "stop", "the directions of a decomposition are constants"
     if name == "prior":
         reasons = {"task": (task, "impressions"), "split": (split, "temporal"), "loss": (loss, "candidates")}
         against = [f"the {what} is {value}" for what, (value, wanted) in reasons.items() if value != wanted]

@@ -14,12 +14,18 @@ def test_a_recipe_that_says_nothing_leaves_the_switches_open_and_an_explicit_val
     recipe = tmp_path / "bare.yaml"
     recipe.write_text("model: {name: solar, rank: 8}\n")
     opened = load_config("train", str(recipe), []).model
-    assert left_open(opened) == ["time_features", "set_attention", "history_labels", "prior"]
-    switches = {"time_features": True, "set_attention": False, "history_labels": True, "prior": False}
-    options = [part for name, on in switches.items() for part in (f"--model.{name}", str(on).lower())]
+    assert left_open(opened) == ["time_features", "set_attention", "history_labels", "prior", "gradient"]
+    values = {
+        "time_features": True, "set_attention": False, "history_labels": True, "prior": False, "gradient": "exact",
+    }  # fmt: skip
+    options = [part for name, value in values.items() for part in (f"--model.{name}", str(value).lower())]
     closed = load_config("train", str(recipe), options)
     assert left_open(closed.model) == []
-    assert {name: closed.model[name] for name in switches} == switches
+    assert {name: closed.model[name] for name in values} == values
+    with pytest.raises(
+        UserError, match=r"model\.gradient=exakt: must be stable or exact or stop or null: did you mean"
+    ):
+        load_config("train", str(recipe), ["--model.gradient", "exakt"])
 
 
 def test_null_leaves_a_switch_open_again(tmp_path):

@@ -88,17 +88,25 @@ def test_times_impressions_and_a_temporal_split_keep_all_on_without_a_word(shard
 
 def test_settled_settings_have_the_identity_of_explicit_ones(shards, config):
     shards(timed=True)
-    switched = {"time_features": True, "set_attention": False, "history_labels": False, "prior": False}
-    explicit = dataclasses.replace(config, model=config.model | switched)
+    closed = {
+        "time_features": True,
+        "set_attention": False,
+        "history_labels": False,
+        "prior": False,
+        "gradient": "stop",
+    }
+    explicit = dataclasses.replace(config, model=config.model | closed)
     assert settled(config).fingerprint() == explicit.fingerprint() != config.fingerprint()
 
 
 def test_a_run_keeps_the_settings_that_it_began_with(shards, config):
-    """Runs of earlier versions had set attention on by default."""
-    began = dataclasses.replace(config, model=config.model | {"time_features": True, "set_attention": True})
+    """Runs of earlier versions had set attention on by default, and a gradient through the directions."""
+    stored = {"time_features": True, "set_attention": True, "gradient": "stable"}
+    began = dataclasses.replace(config, model=config.model | stored)
     config.run_dir.mkdir(parents=True)
     write_json(config.run_dir / "run.json", as_json(run_facts(began, shards(timed=True))))
     assert switches(settled(config)) == (True, True)
+    assert settled(config).model["gradient"] == "stable"
     explicit = dataclasses.replace(config, model=config.model | {"set_attention": False})
     assert switches(settled(explicit)) == (True, False)
 
