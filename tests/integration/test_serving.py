@@ -225,7 +225,10 @@ GOOD = {"history": [100], "history_time": [1_700_000_000_000], "candidates": [10
             "column 'state' is not a complete",
         ),
         (records([GOOD | {"history": [], "history_time": [], "state": 7}]), "column 'state' holds int: it must"),
-        (records([GOOD, GOOD | {"history_time": [1_700_000_000]}]), "row 1: column 'history_time' ends 1970-01-20, be"),
+        (
+            records([GOOD, GOOD | {"history_time": [1_700_000_000]}]),
+            "row 1: column 'history_time' has 1700000000, 1970-01-20 in milliseconds",
+        ),
         (
             records([GOOD | {"history_time": [1_700_000_000_000_000]}]),
             "row 0: column 'history_time' has 1700000000000",
