@@ -25,9 +25,9 @@ class ScoreConfig:
     """The input, the result and the ranking of `solar score`."""
 
     requests: str
-    """Parquet file with one row per request, or a directory of such files. Columns: history (+ history_time,
-    history_action, history_label) or, with --shards, user_id; candidates; time; any user feature of the model by its
-    name. User features and further columns are copied to the result."""
+    """Parquet file with one row per request, or a directory with all such files below it, and no others. Columns:
+    history (+ history_time, history_action, history_label) or, with --shards, user_id; candidates; time; any user
+    feature of the model by its name. User features and further columns are copied to the result."""
     out: str
     """Parquet file of the result."""
     shards: str | None = None
