@@ -62,7 +62,7 @@ def build_tower(settings: Mapping[str, Any], *, num_features: int) -> Recommende
     config_class = MODELS[settings["name"]][0]
     values = {key: value for key, value in current_settings(settings).items() if key != "name"}
     config: Any = config_class(**values)
-    required = [field.name for field in dataclasses.fields(config_class) if "None" not in str(field.type)]
-    assert all(getattr(config, name) is not None for name in required), "a setting is left open: settle it first"
+    switches = [field.name for field in dataclasses.fields(config_class) if field.type == "bool"]
+    assert all(getattr(config, name) is not None for name in switches), "a switch is left open: settle it first"
     tower: Any = tower_class(settings["name"])
     return tower(config, num_features=num_features)
