@@ -86,7 +86,7 @@ class RowCounts:
         )
 
     def note_on_times(self, unit: str) -> str | None:
-        """What is said of times if most are before 1990 or after tomorrow in `unit`, or if some are not so in another."""
+        """What is said of times if most are before 1990 or after tomorrow in `unit`, or some are not so in another."""
         outside = self.units.total() - self.units[unit]
         if 2 * outside > self.units.total():
             note = f"{outside:,} of {self.units.total():,} times lie before 1990 or after tomorrow"
