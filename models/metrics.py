@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 FEWEST_USERS = 10
-"""Fewer users resampled give intervals that are far too narrow, telling nothing; one user gives none."""
+"""Fewer users resampled give intervals that are far too narrow; one user gives none at all."""
 
 
 def rank_of_target(logits_BI: Tensor, target_B: Tensor, *, excluded_BI: Tensor | None = None) -> Tensor:

@@ -189,7 +189,7 @@ class SolarConfig(TowerConfig):
         """The settings of the decomposition."""
         return Decomposition(
             rank=self.rank,
-            gradient=self.gradient or "stop",  # None where a recipe leaves it open
+            gradient=self.gradient or SolarConfig.gradient,  # None where a recipe leaves it open
             canonical_sign=self.canonical_sign,
             divide_by_events=self.divide_by_events,
             with_mean=self.form == "gaussian",

@@ -77,10 +77,12 @@ def _unknown_key(key: str, text: str, parser: ArgumentParser) -> str:
     key = f"{group[1]}.{key}" if group and not key.startswith(f"{group[1]}.") else key
     known = [action.dest for action in parser._actions]
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"see --{'print_config' if 'print_config' in known else 'help'} for the keys"
-    hint = f"did you mean {near[0]}?" if near else hint
     if others := _models_with(key):
         hint = f"a setting of {', '.join(others)} alone: set model.name, or remove it"
+    elif near:
+        hint = f"did you mean {near[0]}?"
+    else:
+        hint = f"see --{'print_config' if 'print_config' in known else 'help'} for the keys"
     return f"unknown key {key}: {hint}"
 
 

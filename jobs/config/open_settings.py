@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from jobs.host.errors import UserError
+from models.tower_settings import SolarConfig
 from models.zoo import MODELS
 
 OPEN_SETTINGS: Mapping[str, str] = {
@@ -76,7 +77,7 @@ def suited(
     if name == "time_features":
         return has_time, "events have times" if has_time else "the log has an order only, no times"
     if name == "gradient":
-        return "stop", "the directions of a decomposition are constants"
+        return SolarConfig.gradient, "the model's default"
     if name == "prior":
         reasons = {"task": (task, "impressions"), "split": (split, "temporal"), "loss": (loss, "candidates")}
         against = [f"the {what} is {value}" for what, (value, wanted) in reasons.items() if value != wanted]

@@ -21,6 +21,7 @@ from jobs.scorer.scorer import Scorer
 from jobs.scorer.user_states import both_known, stored_too_late
 from jobs.serving.stored_states import StoredUsers
 from jobs.serving.user_histories import UserHistories, user_ids
+from pipeline.log.inputs import some_of
 from pipeline.log.listing import list_files
 
 ROWS_PER_BLOCK = 256
@@ -127,8 +128,9 @@ def _parquet_files(directory: Path) -> list[Path]:
         if problem := file.problem or ("there already" if file.is_again else ending):
             others.append(f"{file.name} ({problem})")
     if others:
-        listed = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
-        raise UserError(f"{directory}: {len(others):,} files are not read: {listed}; move them to another directory")
+        raise UserError(
+            f"{directory}: {len(others):,} files are not read: {some_of(others)}; move them to another directory"
+        )
     if not files:
         raise UserError(f"{directory}: no Parquet files there: give a file of requests, or a directory of them")
     return [Path(file.url) for file in files]

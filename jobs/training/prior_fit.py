@@ -181,12 +181,17 @@ def _fit_ranking(
     sample = rows_R[torch.from_numpy(hash64(seed, rows_R.numpy()).argsort(kind="stable"))[:SAMPLED_ITEMS]]
     ranked = [
         _ranked(prior, counters, one, popular=popular, sample=sample, num_items=num_items, own=own)
-        for one in _some_requests(loader, prior.task, seed=seed)
+        for one in _some_requests(loader, seed=seed)
     ]
     # The first requests of a log find nothing.
     ranked = [one for one in ranked if len(one.is_target_C)]
-    starts = [start for window in range(len(WINDOW_DAYS)) for start in _starts(ranked, window, own=own)]
-    quality = [sum((_ndcg(one, one.features_C4(at.window) @ at.weight_4) for one in ranked), 0.0) for at in starts]
+    starts: list[Start] = []
+    quality: list[float] = []
+    for window in range(len(WINDOW_DAYS)):
+        features = [one.features_C4(window) for one in ranked]
+        for weight_4 in _weights(ranked, features, own=own):
+            starts.append(Start(weight_4, window))
+            quality.append(sum((_ndcg(one, x_C4 @ weight_4) for one, x_C4 in zip(ranked, features, strict=True)), 0.0))
     weight_4, window = starts[int(_over_ranks(quality).argmax())]
     # The bias makes logits probabilities: it is the mean of what normalises a request's softmax over the catalogue.
     shifts = []
@@ -200,10 +205,10 @@ def _fit_ranking(
     prior.window_5[window] = weight_4[3]
 
 
-def _some_requests(loader: TrainLoader, task: str, *, seed: int) -> Iterator[Batch]:
+def _some_requests(loader: TrainLoader, *, seed: int) -> Iterator[Batch]:
     """Batches of one request each, at most USER_REQUESTS of a user in a batch of the loader: the same ones on any
     number of ranks."""
-    done = 0
+    done, enough = 0, FIT_REQUESTS["next_item"]
     for batch in loader.epoch(0):
         user_B, salt = batch.user[batch.request_user].numpy(), np.uint64(5)
         drawn_B = hash64(seed, user_B, batch.request_key.numpy(), salt)
@@ -213,13 +218,13 @@ def _some_requests(loader: TrainLoader, task: str, *, seed: int) -> Iterator[Bat
         chosen = np.sort(order[place < USER_REQUESTS])
         # Of a large batch only a share.
         num_chosen = int(_over_ranks([float(len(chosen))]))
-        share = min(1.0, FIT_REQUESTS[task] / max(1, num_chosen))
+        share = min(1.0, enough / max(1, num_chosen))
         for b in chosen[hash64(drawn_B[chosen], salt) < np.uint64(share * (2**64 - 2**11))].tolist():
             one = select_requests(batch, b, b + 1)
             if bool((one.candidate_item[one.candidate_label > 0] >= NUM_RESERVED).any()):
                 yield one
         done += num_chosen
-        if done >= FIT_REQUESTS[task]:
+        if done >= enough:
             return
 
 
@@ -254,12 +259,14 @@ def _ranked(
     )
 
 
-def _starts(ranked: list[_Ranked], window: int, *, own: bool) -> list[Start]:
-    """The baselines at their most likely scale, and all weights fitted together."""
-    competing = [one for one in ranked if bool(one.is_target_C.any())]
-    x_C4 = torch.cat([torch.zeros(0, 4).double(), *(one.features_C4(window) for one in competing)])
-    request_C = torch.repeat_interleave(torch.tensor([len(one.is_target_C) for one in competing], dtype=torch.int64))
-    goals = (one.is_target_C.double() / one.is_target_C.sum() for one in competing)
+def _weights(ranked: list[_Ranked], features: list[Tensor], *, own: bool) -> list[Tensor]:
+    """weight_4 of each way to start with one window, whose `features` are x_C4 of each request: the baselines at their
+    most likely scale, and all weights fitted together."""
+    pairs = zip(ranked, features, strict=True)
+    competing = [(one.is_target_C, x_C4) for one, x_C4 in pairs if bool(one.is_target_C.any())]
+    x_C4 = torch.cat([torch.zeros(0, 4).double(), *(x_C4 for _, x_C4 in competing)])
+    request_C = torch.repeat_interleave(torch.tensor([len(x_C4) for _, x_C4 in competing], dtype=torch.int64))
+    goals = (is_target_C.double() / is_target_C.sum() for is_target_C, _ in competing)
     goal_C = torch.cat([torch.zeros(0).double(), *goals])
 
     def minimum(x_CF: Tensor, start_F: Tensor) -> Tensor:
@@ -275,7 +282,7 @@ def _starts(ranked: list[_Ranked], window: int, *, own: bool) -> list[Start]:
         found.append(scale_1 * direction_4)
     if own:
         found.append(minimum(x_C4, found[0]))
-    return [Start(torch.cat([at[:3], at[3:].clamp_min(LEAST_POPULARITY)]), window) for at in found]
+    return [torch.cat([weight_4[:3], weight_4[3:].clamp_min(LEAST_POPULARITY)]) for weight_4 in found]
 
 
 def _softmax_loss(x_CF: Tensor, goal_C: Tensor, request_C: Tensor, weight_F: Tensor) -> Loss:

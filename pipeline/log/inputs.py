@@ -132,7 +132,7 @@ class Found:
             nameless = "give their format with --files.format, or " if UNKNOWN in self.unread.values() else ""
             them, pattern = ("them", "'[PATTERN, ...]'") if len(listed) > 1 else ("it", "PATTERN")
             raise DataError(
-                f"{path}: {count}: {_some(listed)}; {nameless}leave {them} out with --files.ignore {pattern}"
+                f"{path}: {count}: {some_of(listed)}; {nameless}leave {them} out with --files.ignore {pattern}"
             )
 
 
@@ -183,7 +183,7 @@ def summary(left_out: Mapping[str, str]) -> dict[str, int]:
     by_reason: dict[str, list[str]] = {}
     for name, why in sorted(left_out.items()):
         by_reason.setdefault(why, []).append(name)
-    return {f"file{'s' * (len(names) > 1)} {why}: {_some(names)}": len(names) for why, names in by_reason.items()}
+    return {f"file{'s' * (len(names) > 1)} {why}: {some_of(names)}": len(names) for why, names in by_reason.items()}
 
 
 def without_equal(
@@ -305,6 +305,7 @@ def _place(url: str) -> str:
     return url if "://" in url else os.path.realpath(url)
 
 
-def _some(names: Sequence[str]) -> str:
+def some_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more:,} more" if more > 0 else "")

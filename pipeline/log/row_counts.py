@@ -79,7 +79,7 @@ class RowCounts:
 
     def in_unit(self, right: str, unit: str, *, column: str | None) -> str:
         """How many times fit the unit `right` and not `unit`. `column`: the times' name in the file."""
-        there, here, example = _NAMES.get(right, right), _NAMES.get(unit, unit), _short_text(self.unit_examples[right])
+        there, here, example = _named(right), _named(unit), _short_text(self.unit_examples[right])
         return (
             f"{self.units[right]} of {self.units.total()} times in column {column!r}, such as {example}, lie between "
             f"1990 and tomorrow as {there}, not as {here}"
@@ -91,19 +91,23 @@ class RowCounts:
         if 2 * outside > self.units.total():
             note = f"{outside:,} of {self.units.total():,} times lie before 1990 or after tomorrow"
             if right := self.other_unit(unit):
-                note += f"; {_short_text(self.unit_examples[right])} would not as {_NAMES.get(right, right)}"
+                note += f"; {_short_text(self.unit_examples[right])} would not as {_named(right)}"
             return note
         others = [other for other in sorted(self.units) if self.units[other] and other not in ("", unit)]
         if not others:
             return None
         found = (
-            f"{self.units[other]:,} as {_NAMES.get(other, other)} (such as {_short_text(self.unit_examples[other])})"
+            f"{self.units[other]:,} as {_named(other)} (such as {_short_text(self.unit_examples[other])})"
             for other in others
         )
         return (
             f"of {self.units.total():,} times {', '.join(found)} would lie between 1990 and tomorrow: all are read as "
-            f"{_NAMES.get(unit, unit)}"
+            f"{_named(unit)}"
         )
+
+
+def _named(unit: str) -> str:
+    return _NAMES.get(unit, unit)
 
 
 def _value(reason: str, record: str) -> str:

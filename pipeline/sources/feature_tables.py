@@ -117,12 +117,11 @@ def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iter
     known = 0
     for block in readers.read_blocks(file, mapping=mapping, options=columns.files):
         if block.malformed:
-            of_json = (
-                "values must be texts or numbers: write a list as one text, split at list_separator, or in Parquet"
-            )
+            fix = "check separator, header and quotes"
+            if file.format == "jsonl":
+                fix = "a value is a text or a number: write a list as one text, split at list_separator, or in Parquet"
             raise DataError(
-                f"{file.name}: {len(block.malformed)} malformed lines, such as {block.malformed[0][:60]!r}; "
-                + (of_json if file.format == "jsonl" else "check separator, header and quotes")
+                f"{file.name}: {len(block.malformed)} malformed lines, such as {block.malformed[0][:60]!r}; {fix}"
             )
         has_id = pl.col(name).is_not_null() & (pl.col(name).cast(pl.String) != "")
         table = block.table.with_columns(pl.col(name).cast(wanted, strict=False)).filter(has_id)

@@ -17,6 +17,7 @@ from jobs.scorer import histories as scorer_histories
 from jobs.scorer import packed_states
 from jobs.scorer.request_frame import Limits
 from jobs.scorer.scorer import LONGEST_MESSAGE, InvalidRequest
+from pipeline import times
 from pipeline.times import LATEST_TIME
 
 NOW = 20_000_000
@@ -207,6 +208,7 @@ def test_one_time_in_seconds_is_refused_whatever_the_first_event_of_the_log(data
 
 def test_latest_time_is_the_logs():
     assert scorer_histories.LATEST_TIME == LATEST_TIME
+    assert 1_000 * times._1990 == scorer_histories.MODERN_TIME
 
 
 def test_records_may_lack_optional_columns(data, export):

@@ -155,7 +155,7 @@ def test_users_become_a_table_beside_the_log(files, prepare, tmp_path):
             r"no id in 'user_id' is int64, the log's type",
         ),
         (
-            {"user_id": [1, 1, 2], "age": [1, 2, 3]},
+            {"user_id": [1, 1, 1, 2], "age": [1, 2, 3, 4]},
             UserColumns(features=("age",)),
             "1 user ids are in more than one row",
         ),
