@@ -180,11 +180,13 @@ def locate(path: str) -> tuple[Any, str]:
 def _refuse_wrong_uri(protocol: str, rest: str) -> None:
     """DataError: a protocol that nobody knows, a user or a password, or what cannot be a bucket."""
     place = rest.partition("/")[0]
-    if "@" in place:
-        raise DataError(
-            f"{protocol}://...@{place.rpartition('@')[2]}: has a user or a password: remove it; credentials come from "
-            "the environment"
-        )
+    hosts = [place, *(link.partition("://")[2].partition("/")[0] for link in rest.split("::")[1:])]
+    for host in hosts:
+        if "@" in host:
+            raise DataError(
+                f"{protocol}://...@{host.rpartition('@')[2]}: has a user or a password: remove it; credentials come "
+                "from the environment"
+            )
     last = protocol.rpartition("::")[2]
     if last not in fsspec.available_protocols():
         raise DataError(f"{protocol}://{rest}: unknown protocol {last!r}: write a path, or s3:// and a bucket")

@@ -197,7 +197,7 @@ def _check_run(parsed: Any, model: str) -> None:
         raise UserError(f"seed={parsed.seed}: must be from 0 to 2147483647")
     if "://" in parsed.workspace:
         raise UserError(f"workspace={parsed.workspace}: must be a local or shared directory, not a URI")
-    if parsed.name and not NAME.fullmatch(parsed.name):
+    if parsed.name is not None and not NAME.fullmatch(parsed.name):
         raise UserError(f"name={parsed.name!r}: must be letters, digits, '.', '_' and '-'")
 
 

@@ -98,6 +98,7 @@ def test_a_local_directory_may_have_any_name(name, tmp_path, monkeypatch):
     [
         ("s3://user:secret@bucket/x", r"s3://\.\.\.@bucket: has a user or a password: remove it"),
         ("https://bob:secret@host/x.csv", r"https://\.\.\.@host: has a user or a password"),
+        ("zip://a.zip::s3://user:secret@bucket/x", r"zip://\.\.\.@bucket: has a user or a password"),
         ("s3://", "'' cannot be a bucket"),
         ("s3://My Bucket/x", "'My Bucket' cannot be a bucket"),
         ("S3://bucket/x", "unknown protocol 'S3': write a path, or s3:// and a bucket"),

@@ -275,6 +275,7 @@ def test_a_run_of_a_recipe_yaml_is_named_after_its_data(tmp_path):
     assert load_config("train", str(recipe), [*workspace, "--name", "mine"]).name == "mine"
     recipe.write_text("data: {name: shop}\nmodel: {name: solar}\n")
     assert load_config("train", str(recipe), [*workspace, "--model.name", "din"]).name == "shop-din"
+    assert complaint("--name", "", recipe=str(recipe)) == "name='': must be letters, digits, '.', '_' and '-'"
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "a b", "", "x\n"])
