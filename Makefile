@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test soak setup lint format clean
+.PHONY: help demo test soak setup lint style types tests format clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
@@ -12,9 +12,13 @@ help:
 demo: $(READY)  ## MovieLens-100K from the raw ratings to a registered model
 	$(BIN)/solar run movielens-100k
 
-# Two at a time on two cores: a third one makes ranks wait for each other at every collective.
-test: $(READY) lint  ## lint, types, import rules and all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: style  ## lint, types, import rules and all tests
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+# Two at a time on two cores: a third one makes ranks wait for each other at every collective. Hundreds of processes import
+# the sources: compiled once, that is a tenth less to compute.
+tests: $(READY)
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Before a release, an hour or two on two cores: every command of the integration tests with Ray, as a user starts it,
 # and then runs, ingests and a month of nights that are killed at random moments.
@@ -24,11 +28,15 @@ soak: $(READY)  ## before a release: long tests, an hour or two
 	$(BIN)/python tests/benchmarks/kill_and_prepare.py --kills 12
 	$(BIN)/python tests/benchmarks/simulated_month.py --nights 30
 
-lint: $(READY)  ## style, types and import rules alone
+lint: style types  ## style, types and import rules alone
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/pyright
 
 format: $(READY)  ## source files in the style of the project
 	$(BIN)/ruff check --fix .

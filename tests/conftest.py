@@ -9,6 +9,9 @@ import pytest
 
 # Ray runs its workers at niceness 15: beside the other half of the tests they would get next to no time.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Other tests have the other cores: the threads of pyarrow and polars would take a tenth of the time by waiting.
+for name in ("OMP_NUM_THREADS", "POLARS_MAX_THREADS"):
+    os.environ.setdefault(name, "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

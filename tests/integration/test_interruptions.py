@@ -20,7 +20,7 @@ from jobs.training.checkpoint import latest_checkpoint, read_state
 from pipeline import build
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import current_leases
-from tests.support.commands import refused, solar
+from tests.support.commands import ForkedCommand, refused, solar
 from tests.support.held import Holds
 from tests.support.interruptions import Command, differences, learned, orphans, telemetry
 from tests.support.serial import without_ray
@@ -132,14 +132,14 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_same_command_continues(pla
 def test_a_run_whose_data_were_removed_ends_with_the_command_that_did_it(place, tmp_path, monkeypatch):
     shards = str(shutil.copytree(place.directory / "shards", tmp_path / "shards"))
     holds = Holds(tmp_path / "holds", 3)
-    command = place.start("forgotten", "--data.shards", shards, "--parallel.num_workers", "1", holds=holds)
+    arguments = place.arguments("forgotten", "--data.shards", shards, "--parallel.num_workers", "1")
+    command = ForkedCommand(*arguments, cwd=place.directory, output=tmp_path, holds=holds)
     holds.wait(3, command)
     without_ray(monkeypatch.setattr)
     build.forget(shards, Shards.open(shards).index_table()["user_id"].cast(pl.String).head(1).to_list())
     holds.release(3)
-    code, _, errors = command.finish(within=120)
-    assert code == 2, errors
-    (line,) = errors.strip().splitlines()
+    assert command.finish() == 2, command.errors
+    (line,) = command.errors.strip().splitlines()
     assert re.search(
         r"manifest \d was removed: `solar forget` on .* removed it at .* UTC; it held users who were", line
     )
@@ -147,7 +147,7 @@ def test_a_run_whose_data_were_removed_ends_with_the_command_that_did_it(place, 
 
 def test_sigterm_while_workers_start_ends_the_command_and_all_it_started(place, tmp_path):
     holds = Holds(tmp_path / "holds", 0)
-    command = place.start("early", holds=holds)
+    command = place.start("early", "--parallel.num_workers", "1", holds=holds)
     holds.wait(0, command)
     assert command.workers()
     family = command.family()

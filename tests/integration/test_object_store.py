@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 from moto.server import ThreadedMotoServer
+from werkzeug.serving import WSGIRequestHandler
 
 from pipeline import build
 from pipeline.events import DataError, EventColumns
@@ -28,6 +29,8 @@ CONFIG = build.PrepareConfig(columns=EventColumns(action="action", label="label"
 
 @pytest.fixture(scope="module")
 def server():
+    # As in FaultyProxy.
+    WSGIRequestHandler.disable_nagle_algorithm = True
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server.get_host_and_port()[1]
@@ -43,6 +46,8 @@ def store(server, monkeypatch):
         monkeypatch.setenv(name, "none")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     fsspec.filesystem("s3").clear_instance_cache()
+    # A server of this machine recovers at once; between tries the client would wait a second on average.
+    monkeypatch.setattr("botocore.retryhandler.delay_exponential", lambda base, growth_factor, attempts: 0.01)
     without_ray(monkeypatch.setattr)
     bucket = f"data-{uuid.uuid4().hex}"
     fsspec.filesystem("s3").mkdir(bucket)

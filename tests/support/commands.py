@@ -21,7 +21,7 @@ import pytest
 
 from tests.support import ranks
 from tests.support.held import Holds, hold_nights
-from tests.support.serial import command_without_ray
+from tests.support.serial import command_without_ray, hold_ranks
 
 SOLAR = str(Path(sys.executable).parent / "solar")
 only_in_soak = pytest.mark.skipif(not os.environ.get("SOLAR_TEST_RAY"), reason="only in `make soak`")
@@ -49,7 +49,7 @@ class ForkedCommand:
         holds: Holds | None = None,
     ) -> None:  # fmt: skip
         """`output`: an existing directory; `environment`: instead of this process's; `holds`: the steps of a night at
-        whose beginning it waits."""
+        whose beginning it waits, and those of training after which it does."""
         self.arguments = [SOLAR, *map(str, arguments)]
         self._out, self._errors = output / "out", output / "errors"
         passed = (ranks.server_address(), environment or dict(os.environ), self.arguments, cwd, output)
@@ -133,6 +133,7 @@ def _enter(
     command_without_ray()
     if held is not None:
         hold_nights(held)
+        hold_ranks(held)
     from jobs.cli import main
 
     code = 1

@@ -73,6 +73,13 @@ def begins(directory: Path, point: int | str) -> bool:
     return due
 
 
+def wait_at(directory: Path, point: int | str) -> None:
+    """Wait at this point if the command has to."""
+    if begins(directory, point):
+        while not released(directory, point):
+            time.sleep(POLL_SECONDS)
+
+
 def released(directory: Path, point: int | str) -> bool:
     return (directory / f"go-{point}").exists()
 
@@ -125,9 +132,8 @@ def hold_nights(directory: Path) -> None:
     def tell_and_wait(self: NightContext, text: str) -> None:
         tell(self, text)
         # A step of a night is told by its name alone.
-        if text.isidentifier() and begins(directory, text):
-            while not released(directory, text):
-                time.sleep(POLL_SECONDS)
+        if text.isidentifier():
+            wait_at(directory, text)
 
     NightContext.tell = tell_and_wait
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any
 from jobs.cluster import actor_pool, session, worker_group
 from jobs.cluster.parallel import ParallelConfig
 from jobs.cluster.telemetry import Reporter, said_by_rank_0
+from jobs.host.errors import UserError
 from pipeline import build
+from pipeline.events import DataError
+from tests.support.held import wait_at
 
 USERS = (
     "jobs.data.maintenance",
@@ -27,6 +31,8 @@ USERS = (
     "jobs.serving.score",
 )
 """With what they import, all that take the replaced names: imported later they would keep the replacements."""
+_held: Path | None = None
+"""Holds of this process's ranks."""
 
 
 def without_ray(set_attribute: Callable[[Any, str, Any], None]) -> None:
@@ -37,6 +43,12 @@ def without_ray(set_attribute: Callable[[Any, str, Any], None]) -> None:
 
     set_attribute(build, "_map", serially)
     set_attribute(build, "_require_ray", lambda: None)
+
+
+def hold_ranks(directory: Path) -> None:
+    """Let the ranks that commands of this process start wait at the steps of training that the directory names."""
+    global _held
+    _held = directory
 
 
 def command_without_ray(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -80,41 +92,55 @@ def _run_ranks(
     from tests.support.ranks import run_ranks
 
     with tempfile.TemporaryDirectory() as directory:
-        rows = Path(directory) / "rows.pkl"
+        rows, refusal = Path(directory) / "rows.pkl", Path(directory) / "refusal.pkl"
+        passed = (arguments, parallel.threads_per_worker, rows, refusal, _held)
         try:
-            run_ranks(_work, parallel.min_workers, function, arguments, parallel.threads_per_worker, rows)
+            run_ranks(_work, parallel.min_workers, function, *passed)
+        except Exception:
+            # A user's mistake is raised as it was, as `run_workers` does.
+            for error in _read(refusal):
+                raise error from None
+            raise
         finally:
             on_rows(_read(rows))
 
 
-def _work(function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], threads: int, rows: Path) -> None:
+def _work(
+    function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], threads: int,
+    rows: Path, refusal: Path, held: Path | None,
+) -> None:  # fmt: skip
     import torch
 
     torch.set_num_threads(threads)
-    function(arguments | {"reporter": _FileReporter(rows)})
+    try:
+        function(arguments | {"reporter": _FileReporter(rows, held)})
+    except (DataError, UserError) as error:
+        refusal.write_bytes(pickle.dumps(error))
+        raise
 
 
 class _FileReporter(Reporter):
-    """Rank 0's rows in a file; nobody asks the ranks to stop."""
+    """Rank 0's rows in a file; nobody asks the ranks to stop. `held`: the steps after which rank 0 waits (held.py)."""
 
-    def __init__(self, rows: Path) -> None:
+    def __init__(self, rows: Path, held: Path | None = None) -> None:
         import torch.distributed as dist
 
         super().__init__(None)
         self._file = rows.open("ab") if dist.get_rank() == 0 else None
+        self._held = held
 
     def row(self, kind: str, **values: Any) -> None:
-        import time
-
         if self._file is not None:
             pickle.dump({"kind": kind, "time": time.time(), **values}, self._file)
             self._file.flush()
+            if kind == "step" and self._held is not None:
+                wait_at(self._held, values["step"])
 
     def should_stop(self) -> bool:
         return bool(said_by_rank_0(0.0))
 
 
-def _read(rows: Path) -> list[dict[str, Any]]:
+def _read(rows: Path) -> list[Any]:
     found = []
     if rows.exists():
         with rows.open("rb") as file:
