@@ -2,8 +2,8 @@
 
     relative difference   d = sum_u challenger_u / sum_u champion_u - 1; the bootstrap resamples users u, with both sums
     promoted              the one-sided 95 % lower bound of d is above -margin, and every guard holds
-    refused               a guard fails, or d is below 0 at 95 %, or the interval is no wider than the margin and its
-                          lower bound is not above -margin
+    refused               a guard fails; or the lower bound is not above -margin, and d is below 0 at 95 % or the
+                          interval is no wider than the margin
     undecided             too few users, or the interval is wider than the margin: the champion stays, and the night's
                           users count together with those of the next undecided nights against the same champion, with
                           bounds that become stricter at every look
