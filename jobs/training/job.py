@@ -11,13 +11,16 @@ from jobs.training.optimizers import OptimizerConfig
 from pipeline.batches.loader_config import LoaderConfig
 from pipeline.batches.requests import RequestConfig
 
+MOST_EPOCHS = 1_000_000
+"""All epochs are planned before the first step."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long to train, with which loss, and how often to validate."""
 
     epochs: int = 10
-    """Passes over all training requests, 1 or more."""
+    """Passes over all training requests, from 1 to 1,000,000."""
     loss: Literal["candidates", "catalogue"] = "candidates"
     """candidates: over each request's positives and negatives, with the two weights below. catalogue: softmax over all
     items; only for task next_item, sequence models (their requests are vectors) and data.requests.num_negatives 0."""
@@ -52,9 +55,10 @@ class TrainingConfig:
     with `seed`. Unset = the run starts from scratch."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "eval_every_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if not 1 <= self.epochs <= MOST_EPOCHS:
+            raise ValueError(f"epochs={self.epochs}: must be from 1 to {MOST_EPOCHS:,}")
+        if self.eval_every_epochs < 1:
+            raise ValueError(f"eval_every_epochs={self.eval_every_epochs}: must be 1 or more")
         if not self.embedding_std > 0:
             raise ValueError(f"embedding_std={self.embedding_std}: must be above 0")
         for name in ("pointwise_loss_weight", "set_loss_weight", "valid_requests", "patience", "max_seconds"):

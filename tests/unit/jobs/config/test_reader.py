@@ -118,7 +118,8 @@ def test_value_of_the_wrong_type_names_key_and_value():
             ["--data.requests.negatives", "popularity", "--data.requests.popularity_power", "2"],
             "data.requests.popularity_power is 2.0: it must be from 0 to 1",
         ),
-        (["--training.epochs", "0"], "training.epochs=0: must be 1 or more"),
+        (["--training.epochs", "0"], "training.epochs=0: must be from 1 to 1,000,000"),
+        (["--training.epochs", str(10**20)], f"training.epochs={10**20}: must be from 1 to 1,000,000"),
         (["--optimizer.dense_lr", "-1"], "optimizer.dense_lr=-1.0: must be a number above 0"),
     ],
 )
