@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.host.errors import UserError
 from jobs.scorer.histories import Histories, RequestError, flat_offsets, flat_ranges, list_column
@@ -59,6 +60,8 @@ class ScoreCounts:
     """Number of events that the model read."""
     unknown_history_items: int = 0
     """Number of these events whose item the model does not know."""
+    unknown_actions: int = 0
+    """Number of actions in the requests that the model does not know; it reads them as none."""
     cold: int = 0
     """Requests without any event before them."""
     unknown_users: int = 0
@@ -112,6 +115,7 @@ class Ranking:
         counts.from_states += block.from_states
         counts.without_state += block.without_state
         counts.unknown_history_items += int((shown.row == UNKNOWN_ROW).sum())
+        counts.unknown_actions += self._unknown_actions(block.rows)
         counts.cold += int((shown.lengths == 0).sum())
         counts.unknown_users += block.unknown_users
         counts.user_values += sum(len(feature.row) for feature in shown.users)
@@ -122,6 +126,13 @@ class Ranking:
         kept = [block.rows.column(name) for name in schema.names if name not in ("candidates", "scores")]
         lists = [pa.LargeListArray.from_arrays(pa.array(offsets), values) for values in (raw, pa.array(scores))]
         return pa.RecordBatch.from_arrays([*kept, *lists], schema=schema)
+
+    def _unknown_actions(self, rows: pa.RecordBatch) -> int:
+        names = [name for name in ("history_action", "latest_action") if name in rows.schema.names]
+        given = [list_column(rows, name, values="string", nulls=True).values.drop_null() for name in names]
+        known = pa.array(self._scorer.settings["actions"], pa.large_string())
+        is_known = pc.is_in  # type: ignore[attr-defined]
+        return sum(len(values) - int(is_known(values.cast(known.type), known).true_count) for values in given)
 
     def _given(self, block: Block, shown: Histories, time: np.ndarray, counts: ScoreCounts) -> tuple[Any, ...]:
         """(raw ids, offsets, scores) of the requests' own candidates, best first."""

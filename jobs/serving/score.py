@@ -118,9 +118,16 @@ def print_counts(counts: ScoreCounts, console: Console) -> None:
         ("cold", counts.cold, f"requests without a history, {counts.unknown_users:,} of unknown users"),
         ("truncated", counts.truncated, "histories longer than max_history: the latest events were read"),
         ("user values", counts.user_values, f"of user features, {counts.unknown_user_values:,} unknown to the model"),
+        *_actions_line(counts),
         *_states_line(counts),
     ):
         console.line(f"{title:<12} {value:>12,}  {note}".rstrip())
+
+
+def _actions_line(counts: ScoreCounts) -> list[tuple[str, int, str]]:
+    if not counts.unknown_actions:
+        return []
+    return [("actions", counts.unknown_actions, "of events in the requests are unknown to the model: read as none")]
 
 
 def _states_line(counts: ScoreCounts) -> list[tuple[str, int, str]]:

@@ -127,7 +127,7 @@ def _columns(file: Input, options: FileFormat) -> Sequence[tuple[str, pl.DataTyp
         return [(name, pl.String()) for name in _csv_names(file, options)]
     try:
         row = json.loads(_first_record(file, options)[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     return [(str(key), pl.String()) for key in row] if isinstance(row, dict) else []
 

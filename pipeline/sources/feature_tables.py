@@ -127,7 +127,7 @@ def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iter
         table = block.table.with_columns(pl.col(name).cast(wanted, strict=False)).filter(has_id)
         known += table.height
         rows = table.with_columns(
-            [pl.col(feature).cast(pl.String) for feature in columns.features]
+            [_without_gaps(table[feature]).cast(pl.String).alias(feature) for feature in columns.features]
             + [_as_list(table[feature], columns.list_separator).alias(feature) for feature in columns.list_features]
         )
         yield rows, block.table.height - table.height
@@ -152,7 +152,19 @@ def _refuse_other_values(dtype: pl.DataType, name: str, *, is_list: bool, file: 
         raise DataError(f"{file.name}: feature {name!r} is {dtype}; features are categories: cast it to strings")
 
 
+def _without_gaps(values: pl.Series) -> pl.Series:
+    """NaN and infinities are missing values, in lists, too."""
+    inner = values.dtype.inner if isinstance(values.dtype, pl.List) else values.dtype
+    if inner not in (pl.Float32, pl.Float64):
+        return values
+    finite = pl.when(pl.element().is_finite()).then(pl.element())
+    if isinstance(values.dtype, pl.List):
+        return values.list.eval(finite)
+    return values.to_frame("v").select(pl.when(pl.col("v").is_finite()).then("v"))["v"]
+
+
 def _as_list(values: pl.Series, separator: str) -> pl.Series:
+    values = _without_gaps(values)
     if isinstance(values.dtype, pl.List):
         return values.cast(pl.List(pl.String))
     return values.cast(pl.String).str.split(separator)

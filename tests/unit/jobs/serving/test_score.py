@@ -124,6 +124,20 @@ def differences(rows, expected):
     return np.array(found)
 
 
+def test_actions_that_the_model_does_not_know_are_counted_and_read_as_none(data, export, tmp_path, capsys):
+    model, asked = export(data), pl.col("history_action")
+    given = given_histories(data).with_columns(candidates=pl.lit([100, 101]))
+    _, counts = run(model, tmp_path, given.to_arrow())
+    assert counts.unknown_actions == 0
+    none, _ = run(model, tmp_path, given.drop("history_action").to_arrow())
+    other = given.with_columns(asked.list.eval(pl.concat_str(pl.element(), pl.lit("!"))))
+    rows, counts = run(model, tmp_path, other.to_arrow())
+    assert [row["scores"] for row in rows] == [row["scores"] for row in none]
+    assert counts.unknown_actions == given["history_action"].explode().drop_nulls().len() > 0
+    scoring.print_counts(counts, Console())
+    assert "of events in the requests are unknown to the model: read as none" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "settings",
     [

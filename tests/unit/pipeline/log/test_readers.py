@@ -336,9 +336,11 @@ def test_a_file_of_one_line_needs_no_end_of_it(tmp_path, name):
     assert read(path) == ([] if name == "log.csv" else [("1", "2", "3")], [])
 
 
-def test_deep_nesting_costs_its_row(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"user_id": 1}\n{"x": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"user_id": 3}\n')
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_deep_nesting_costs_its_row(tmp_path, place):
+    path, lines = tmp_path / "log.jsonl", ['{"user_id": 1}', '{"user_id": 3}']
+    lines.insert(place, '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    path.write_text("\n".join(lines) + "\n")
     rows, malformed = read(path)
     assert rows == [("1", None, None), ("3", None, None)]
     assert len(malformed) == 1

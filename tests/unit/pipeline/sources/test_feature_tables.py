@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,12 +55,19 @@ def test_a_column_that_cannot_be_a_feature_is_one_line(table, values, key, words
         (pa.array([["a", None], None, []]), [["a", None], None, []]),
         (pa.array([["a"], ["b"]], pa.list_(pa.dictionary(pa.int32(), pa.string()))), [["a"], ["b"]]),
         (pa.array([[1, None], [2]]), [["1", None], ["2"]]),
+        (pa.array([[1.5, math.nan], [math.inf], None]), [["1.5", None], [None], None]),
+        (pa.array([1.5, math.nan, -math.inf]), [["1.5"], None, None]),
         (pa.array(["a|b", None]), [["a", "b"], None]),
         (pa.array([None, None]), [None, None]),
     ],
 )
 def test_lists_of_any_category_and_texts_become_lists_of_strings(table, values, wanted):
     assert read(table(values), list_features=("tags",))["tags"].to_list() == wanted
+
+
+def test_numbers_that_are_none_are_missing_features(table):
+    values = pa.array([1.0, math.nan, math.inf, None], pa.float32())
+    assert read(table(values), features=("tags",))["tags"].to_list() == ["1.0", None, None, None]
 
 
 def test_a_table_that_is_read_in_parts_is_joined_as_one(table, monkeypatch):
