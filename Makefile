@@ -13,7 +13,7 @@ demo: $(READY)  ## MovieLens-100K from the raw ratings to a registered model
 	$(BIN)/solar run movielens-100k
 
 test: style  ## lint, types, import rules and all tests
-	$(MAKE) --no-print-directory --jobs 2 types tests
+	$(MAKE) --no-print-directory --jobs 2 types tests || { echo "failed: a test, or a type (see pyright's lines above)"; exit 1; }
 
 # Two at a time on two cores: a third one makes ranks wait for each other at every collective. Hundreds of processes import
 # the sources: compiled once, that is a tenth less to compute.

@@ -42,7 +42,8 @@ def main() -> None:
     if not command:
         sys.exit("usage: python tests/benchmarks/whole_command.py [--runs DIR ...] -- COMMAND [ARGUMENT ...]")
     child = psutil.Popen(command)
-    seconds, peak, seen = follow(child)
+    seen: dict[int, Seen] = {}
+    seconds, peak = follow(child, seen)
     has_avx512 = "avx512f" in Path("/proc/cpuinfo").read_text()
     print(f"\n{'seconds':>10} {'peak memory GiB':>16} {'exit code':>10}  command ({psutil.cpu_count()} cores, ", end="")
     print(f"{'with' if has_avx512 else 'without'} AVX-512)")
@@ -61,16 +62,18 @@ def main() -> None:
     sys.exit(child.returncode)
 
 
-def follow(child: psutil.Popen) -> tuple[float, int, dict[int, Seen]]:
-    """Wait for the end of a command that was just started: its seconds, its peak memory in bytes, and its processes."""
-    started, peak, seen = time.monotonic(), 0, {}
+def follow(child: psutil.Popen, seen: dict[int, Seen] | None = None) -> tuple[float, int]:
+    """Wait for the end of a command that was just started: its seconds and its peak memory in bytes. `seen` is filled
+    with its processes, by their ids."""
+    started, peak = time.monotonic(), 0
     while child.poll() is None:
         tree = [child, *descendants(child)]
         peak = max(peak, tree_bytes(tree))
-        for process in tree:
-            note(process, seen, now=time.monotonic() - started)
+        if seen is not None:
+            for process in tree:
+                note(process, seen, now=time.monotonic() - started)
         time.sleep(SAMPLE_SECONDS)
-    return time.monotonic() - started, peak, seen
+    return time.monotonic() - started, peak
 
 
 def note(process: psutil.Process, seen: dict[int, Seen], *, now: float) -> None:
