@@ -16,7 +16,7 @@ test: style  ## lint, types, import rules and all tests
 	$(MAKE) --no-print-directory --jobs 2 types tests || { echo "failed: a test, or a type (see pyright's lines above)"; exit 1; }
 
 # Two at a time on two cores: a third one makes ranks wait for each other at every collective. Hundreds of processes import
-# the sources: compiled once, that is a tenth less to compute.
+# the sources: compiled once, the tests are collected in 8 s instead of 13, for example.
 tests: $(READY)
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

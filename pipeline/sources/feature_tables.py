@@ -160,7 +160,7 @@ def _without_gaps(values: pl.Series) -> pl.Series:
     finite = pl.when(pl.element().is_finite()).then(pl.element())
     if isinstance(values.dtype, pl.List):
         return values.list.eval(finite)
-    return values.to_frame("v").select(pl.when(pl.col("v").is_finite()).then("v"))["v"]
+    return pl.select(pl.when(values.is_finite()).then(values)).to_series()
 
 
 def _as_list(values: pl.Series, separator: str) -> pl.Series:

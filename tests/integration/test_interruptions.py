@@ -147,7 +147,7 @@ def test_a_run_whose_data_were_removed_ends_with_the_command_that_did_it(place, 
 
 def test_sigterm_while_workers_start_ends_the_command_and_all_it_started(place, tmp_path):
     holds = Holds(tmp_path / "holds", 0)
-    command = place.start("early", "--parallel.num_workers", "1", holds=holds)
+    command = place.start("early", holds=holds)
     holds.wait(0, command)
     assert command.workers()
     family = command.family()

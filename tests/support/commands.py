@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import ranks
-from tests.support.held import Holds, hold_nights
-from tests.support.serial import command_without_ray, hold_ranks
+from tests.support.held import Holds, hold_nights, hold_training
+from tests.support.serial import command_without_ray
 
 SOLAR = str(Path(sys.executable).parent / "solar")
 only_in_soak = pytest.mark.skipif(not os.environ.get("SOLAR_TEST_RAY"), reason="only in `make soak`")
@@ -133,7 +133,7 @@ def _enter(
     command_without_ray()
     if held is not None:
         hold_nights(held)
-        hold_ranks(held)
+        hold_training(held)
     from jobs.cli import main
 
     code = 1

@@ -16,6 +16,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,10 +74,10 @@ def begins(directory: Path, point: int | str) -> bool:
     return due
 
 
-def wait_at(directory: Path, point: int | str) -> None:
-    """Wait at this point if the command has to."""
+def wait_at(directory: Path, point: int | str, *, unless: Callable[[], bool] = lambda: False) -> None:
+    """Wait at this point if the command has to, and go on when the test says so or `unless` does."""
     if begins(directory, point):
-        while not released(directory, point):
+        while not released(directory, point) and not unless():
             time.sleep(POLL_SECONDS)
 
 
@@ -85,36 +86,42 @@ def released(directory: Path, point: int | str) -> bool:
 
 
 def train_worker(directory: Path, arguments: dict[str, Any]) -> None:
-    """A training worker, held where the directory says."""
+    """A training worker, with Ray or without, held where the directory says."""
     from jobs.runs import train
 
-    reporter = HeldReporter(arguments["telemetry"], directory)
+    reporter = HeldReporter(arguments["reporter"], directory, telemetry=arguments.get("telemetry"))
     reporter.hold(0)
     train._train_worker(arguments | {"reporter": reporter})
 
 
-class HeldReporter(Reporter):
-    """Rank 0 waits after a step; the other ranks wait for it in the next one."""
+class HeldReporter:
+    """Another reporter, with which rank 0 waits after a step; the other ranks wait for it in the next one."""
 
-    def __init__(self, actor: Any, directory: Path) -> None:
-        super().__init__(actor)
-        self._directory = directory
+    def __init__(self, reporter: Reporter, directory: Path, *, telemetry: Any | None) -> None:
+        """`telemetry`: the actor that says whether training is asked to stop; None = nobody asks."""
+        import torch.distributed as dist
+
+        self.should_stop = reporter.should_stop
+        self._reporter, self._directory, self._telemetry = reporter, directory, telemetry
+        self._is_first = dist.get_rank() == 0
 
     def row(self, kind: str, **values: Any) -> None:
-        super().row(kind, **values)
+        self._reporter.row(kind, **values)
         if kind == "step":
             self.hold(values["step"])
 
     def hold(self, step: int) -> None:
+        if self._is_first:
+            wait_at(self._directory, step, unless=self._asked_to_stop)
+
+    def _asked_to_stop(self) -> bool:
         import ray
 
-        if self._actor is not None and begins(self._directory, step):
-            while not released(self._directory, step) and not ray.get(self._actor.push.remote([])):
-                time.sleep(POLL_SECONDS)
+        return self._telemetry is not None and bool(ray.get(self._telemetry.push.remote([])))
 
 
 def hold_training(directory: Path) -> None:
-    """Let the workers that this process starts with Ray wait at the steps of training that the directory names."""
+    """Let the workers that this process starts wait at the steps of training that the directory names."""
     from jobs.runs import train
 
     # By its name in the package: this module may be __main__.

@@ -19,7 +19,6 @@ from jobs.cluster.telemetry import Reporter, said_by_rank_0
 from jobs.host.errors import UserError
 from pipeline import build
 from pipeline.events import DataError
-from tests.support.held import wait_at
 
 USERS = (
     "jobs.data.maintenance",
@@ -31,8 +30,6 @@ USERS = (
     "jobs.serving.score",
 )
 """With what they import, all that take the replaced names: imported later they would keep the replacements."""
-_held: Path | None = None
-"""Holds of this process's ranks."""
 
 
 def without_ray(set_attribute: Callable[[Any, str, Any], None]) -> None:
@@ -43,12 +40,6 @@ def without_ray(set_attribute: Callable[[Any, str, Any], None]) -> None:
 
     set_attribute(build, "_map", serially)
     set_attribute(build, "_require_ray", lambda: None)
-
-
-def hold_ranks(directory: Path) -> None:
-    """Let the ranks that commands of this process start wait at the steps of training that the directory names."""
-    global _held
-    _held = directory
 
 
 def command_without_ray(set_attribute: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -93,9 +84,8 @@ def _run_ranks(
 
     with tempfile.TemporaryDirectory() as directory:
         rows, refusal = Path(directory) / "rows.pkl", Path(directory) / "refusal.pkl"
-        passed = (arguments, parallel.threads_per_worker, rows, refusal, _held)
         try:
-            run_ranks(_work, parallel.min_workers, function, *passed)
+            run_ranks(_work, parallel.min_workers, function, arguments, parallel.threads_per_worker, rows, refusal)
         except Exception:
             # A user's mistake is raised as it was, as `run_workers` does.
             for error in _read(refusal):
@@ -106,35 +96,33 @@ def _run_ranks(
 
 
 def _work(
-    function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], threads: int,
-    rows: Path, refusal: Path, held: Path | None,
-) -> None:  # fmt: skip
+    function: Callable[[dict[str, Any]], None], arguments: dict[str, Any], threads: int, rows: Path, refusal: Path
+) -> None:
     import torch
 
     torch.set_num_threads(threads)
     try:
-        function(arguments | {"reporter": _FileReporter(rows, held)})
+        function(arguments | {"reporter": _FileReporter(rows)})
     except (DataError, UserError) as error:
-        refusal.write_bytes(pickle.dumps(error))
+        # Several ranks may have one.
+        with refusal.open("ab") as file:
+            file.write(pickle.dumps(error))
         raise
 
 
 class _FileReporter(Reporter):
-    """Rank 0's rows in a file; nobody asks the ranks to stop. `held`: the steps after which rank 0 waits (held.py)."""
+    """Rank 0's rows in a file; nobody asks the ranks to stop."""
 
-    def __init__(self, rows: Path, held: Path | None = None) -> None:
+    def __init__(self, rows: Path) -> None:
         import torch.distributed as dist
 
         super().__init__(None)
         self._file = rows.open("ab") if dist.get_rank() == 0 else None
-        self._held = held
 
     def row(self, kind: str, **values: Any) -> None:
         if self._file is not None:
             pickle.dump({"kind": kind, "time": time.time(), **values}, self._file)
             self._file.flush()
-            if kind == "step" and self._held is not None:
-                wait_at(self._held, values["step"])
 
     def should_stop(self) -> bool:
         return bool(said_by_rank_0(0.0))
