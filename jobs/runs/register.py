@@ -93,8 +93,9 @@ def _register(
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         with mlflow.start_run(run_id=trained.mlflow_run_id):
-            _log_evaluation(config, trained, evaluated)
             info = log_export(exported, model=config.model, vocabulary=vocabulary)
+            # After the model: logging it asks the store for the history of every metric that the run has by then.
+            _log_evaluation(config, trained, evaluated, model_id=info.model_id)
         stage.update(2, 3, "version")
         created = _create_version(client, name, info, trained, {**tags, "solar.run_key": key})
         version = _only_version(client, name, key, created)
@@ -116,16 +117,19 @@ def _refuse_unknown_metric(evaluated: Evaluated) -> None:
         )
 
 
-def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated) -> None:
+def _log_evaluation(config: RunConfig, trained: Trained, evaluated: Evaluated, *, model_id: str) -> None:
+    """The metrics of the test part, of the run and of its logged model, and the plots."""
     import mlflow
 
     from jobs.runs.plots import write_plots
 
+    logged = {}
     for system, metrics in evaluated.summary.metrics.items():
         prefix = "test" if system == config.model["name"] else f"test/{system.replace(', ', '/')}"
-        mlflow.log_metrics({f"{prefix}/{metric_name(key)}": value for key, value in metrics.items() if value == value})
+        logged |= {f"{prefix}/{metric_name(key)}": value for key, value in metrics.items() if value == value}
     if any(part.floor for part in evaluated.summary.slices):
-        mlflow.log_metric("floor.below", len(below_floor(evaluated.summary)))
+        logged["floor.below"] = len(below_floor(evaluated.summary))
+    mlflow.log_metrics(logged, model_id=model_id)
     mlflow.log_artifact(str(evaluated.directory / SUMMARY), "evaluation")
     for plot in write_plots(trained.run_dir, model=config.model["name"]):
         mlflow.log_artifact(str(plot), "plots")

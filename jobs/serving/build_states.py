@@ -5,12 +5,14 @@ histories.
         bucket-00000.parquet                   user_id, last_time, events, state (jobs/scorer/user_states.py)
         COMMIT                                 model's digest, manifest; name, size and checksum of each file
 
-One task per bucket of users; memory does not grow with the number of users. Readers ignore the states until COMMIT
-exists, which is created atomically; after a crash the next run continues. jobs/serving/stored_states.py reads them.
+One task per bucket of users, in this process if there are few events; memory does not grow with the number of users.
+Readers ignore the states until COMMIT exists, which is created atomically; after a crash the next run continues.
+jobs/serving/stored_states.py reads them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -41,6 +43,8 @@ from pipeline.system_errors import storing
 
 EVENTS_PER_CHUNK = 1 << 18
 """Events of the users whose states are computed together (16 M float32 at width 64)."""
+FEW_EVENTS = EVENTS_PER_CHUNK
+"""Of no more events the states are built in this process: an actor's imports would take longer."""
 USERS_PER_ROW_GROUP = 512
 """Reading the state of one user reads one row group: about 6 MB."""
 
@@ -90,14 +94,16 @@ def build_states(
         tell=console.teller("states"),
     )  # fmt: skip
     # Build them, one task per bucket, unless they are complete already.
+    few = parallel is None and sum(file["events"] for file in data.manifest.files) <= FEW_EVENTS
     with held, console.stage("states") as stage:
         commit, reused = read_commit(directory), True
         if commit is None:
             built, elsewhere = [], dataclasses.replace(model, directory=model.directory.absolute())
-            with ray_session(cluster), storing(directory):
+            with contextlib.nullcontext() if few else ray_session(cluster), storing(directory):
                 with staging_directory(directory) as staging:
                     opened = functools.partial(_opened, elsewhere, data, identity, directory, staging)
-                    for answer in map_in_actors(opened, [{"bucket": b} for b in data.buckets], parallel=parallel):
+                    tasks = [{"bucket": bucket} for bucket in data.buckets]
+                    for answer in map(opened(), tasks) if few else map_in_actors(opened, tasks, parallel=parallel):
                         built.append(answer)
                         stage.update(len(built), len(data.buckets), f"{sum(file['users'] for file in built):,} users")
                 commit, reused = _commit(directory, built, identity=identity, data=data, model=model), False
