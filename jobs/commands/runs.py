@@ -122,7 +122,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "evaluate",
         usage="[--part valid|test] [--out DIR]",
         description="A model -> its metrics and those of its baselines. RECIPE is the recipe of a trained run, the "
-        "directory of a checkpoint, or a registered model (models:/NAME@ALIAS or models:/NAME/VERSION).",
+        "directory of a run (its best checkpoint) or of a checkpoint, or a registered model (models:/NAME@ALIAS or "
+        "models:/NAME/VERSION).",
         subject=Subject,
     )
     parser.add_argument("--part", choices=("valid", "test"), default="test", help="part to evaluate; default: test")

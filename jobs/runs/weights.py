@@ -1,4 +1,4 @@
-"""Weights to evaluate: those of a run (named by its recipe), of a checkpoint, or of a registered model.
+"""Weights to evaluate: those of a run, by its recipe or directory, of a checkpoint, or of a registered model.
 
 A checkpoint and a registered version contain the configuration that they were trained with; further arguments change
 what they are evaluated on.
@@ -23,6 +23,7 @@ from jobs.tracking.mlflow_runs import TrackingConfig
 from jobs.tracking.registry import RegisteredModel, fetch_model
 from jobs.training.checkpoint import CheckpointError, checkpoint_key
 from jobs.training.job import TrainJob
+from jobs.training.warm_start import find_checkpoint
 from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
 
@@ -68,7 +69,9 @@ class Subject:
 
 def find_subject(text: str, arguments: Sequence[str]) -> Subject:
     """The subject of `solar evaluate TEXT ARGUMENTS`."""
-    return _registered(text, arguments) if text.startswith("models:/") else _checkpoint(Path(text), arguments)
+    if text.startswith("models:/"):
+        return _registered(text, arguments)
+    return _checkpoint(find_checkpoint(text), arguments)
 
 
 def _registered(uri: str, arguments: Sequence[str]) -> Subject:

@@ -266,7 +266,8 @@ def test_a_checkpoint_and_its_registered_version_evaluate_alike_on_another_split
     assert first == pytest.approx(second, abs=1e-6, nan_ok=True)
     assert first["requests"] > 40
     assert 0 < first["share_repeats"] < 1
-    again = solar("evaluate", checkpoint, *asked, "--out", workplace / "out-0", cwd=workplace)
+    # The run's directory names its best checkpoint, which is this one.
+    again = solar("evaluate", Path(checkpoint).parent, *asked, "--out", workplace / "out-0", cwd=workplace)
     assert "already there" in again.stdout
     line = refused("evaluate", checkpoint, *asked, "--out", workplace / "raw", cwd=workplace)
     assert "not empty and not an evaluation" in line
