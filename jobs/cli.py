@@ -17,6 +17,7 @@ from jobs.commands import cluster, data, nightly, runs, scheduling, serving, sys
 from jobs.commands.arguments import Command, plain, with_settings
 from jobs.host.console import Console, one_line
 from jobs.host.errors import INTERRUPTED, MISTAKE, TRY_LATER
+from jobs.host.process import open_missing_streams
 from jobs.recipes import recipe_names
 
 USAGE = """\
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script."""
     # SIGTERM (of a scheduler or container) ends a command in the same way as Ctrl-C, without incomplete files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    open_missing_streams()
     try:
         code = run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
@@ -54,6 +56,10 @@ def run(arguments: list[str]) -> int:
     quiet_environment()
     verbose = any(flag in arguments for flag in ("-v", "--verbose"))
     arguments = [argument for argument in arguments if argument not in ("-v", "--verbose")]
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        # Python would read and write names of files in this encoding, Arrow in UTF-8.
+        print(f"solar: names of files are {encoding} in this environment: set PYTHONUTF8=1", file=sys.stderr)
+        return MISTAKE
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if arguments else MISTAKE

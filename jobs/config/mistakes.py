@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from jobs.host.console import one_line
 from jobs.host.places import Place
@@ -22,7 +22,9 @@ from models.zoo import MODELS
 
 REFUSALS = (ArgumentError, ValueError, RecursionError)
 """What the parser raises for a value."""
-_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'")
+_UNKNOWN = re.compile(
+    r"unrecognized arguments: --([\w.\-]+)|does not accept option '([\w.]+)'|Key '([\w.]+)'|^Option '([\w.]+)' is not"
+)
 _WRONG = re.compile(r'Parser key "([\w.]+)".*\b(?:Got|Given) value: ?(.*)')
 _NO_SECTION = re.compile(r"""Parser key "([\w.]+)": Unable to load config '(.*)' - """)
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
@@ -40,7 +42,7 @@ def explain(error: Exception, parser: ArgumentParser) -> str:
         return _unknown_key(next(key for key in unknown.groups() if key), text, parser)
     if section := _NO_SECTION.match(text):
         return f"{section[1]}={shortened(section[2])}: must hold `key: value` lines"
-    hints = {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
+    hints = _hints(parser)
     if (wrong := _WRONG.match(text)) and wrong[1] in hints:
         return f"{wrong[1]}={shortened(wrong[2])}: must be {_allowed(hints[wrong[1]], wrong[2])}"
     return text
@@ -50,6 +52,18 @@ def shortened(value: object) -> str:
     """The value as text, cut if it is long."""
     text = str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def empty_setting(parsed: Namespace, parser: ArgumentParser) -> str | None:
+    """The line for the first setting that is null although it must have a value; None if all have one.
+
+    The parser takes null, which is also what YAML reads from a key with nothing behind it, for a value of any type.
+    """
+    for dest, hint in _hints(parser).items():
+        if hint is not None and parsed.get(dest, "") is None and types.NoneType not in _kinds(hint):
+            allowed = " or ".join(_words(kind) for kind in _kinds(hint))
+            return f"{dest} must be {allowed}, is empty: give it a value, or remove it"
+    return None
 
 
 def section_without_keys(values: Mapping[str, Any], parser: ArgumentParser) -> str | None:
@@ -96,9 +110,19 @@ def _models_with(key: str) -> list[str]:
     ]
 
 
+def _hints(parser: ArgumentParser) -> dict[str, Any]:
+    """{key: type of its values}."""
+    return {action.dest: getattr(action, "_typehint", None) or action.type for action in parser._actions}
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def _allowed(hint: Any, value: str) -> str:
     """What a field of this type may hold, and how this value could have been meant."""
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = _kinds(hint)
     allowed = " or ".join(_words(kind) for kind in kinds)
     names = [str(name) for kind in kinds if typing.get_origin(kind) is typing.Literal for name in typing.get_args(kind)]
     if near := difflib.get_close_matches(value, names, n=1):

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from jobs.config.mistakes import REFUSALS, explain, section_without_keys, shortened
+from jobs.config.mistakes import REFUSALS, empty_setting, explain, section_without_keys, shortened
 from jobs.config.open_settings import model_section, refuse_other_null
 from jobs.config.run_config import SECTIONS, RunConfig, stored_requests
 from jobs.host.console import one_line
@@ -149,10 +149,14 @@ def _resolve(
             read.append(parser.parse_object(values))
         except REFUSALS as error:
             raise UserError(f"{layer}: {explain(error, parser)}") from error
+        if told := empty_setting(read[-1], parser):
+            raise UserError(f"{layer}: {told}")
     try:
         parsed = parser.parse_args(list(arguments), namespace=read[0])
     except REFUSALS as error:
         raise UserError(f"command line: {explain(error, parser)}") from error
+    if told := empty_setting(parsed, parser):
+        raise UserError(f"command line: {told}")
 
     # Build the sections, whose own rules are checked then; rules across sections follow.
     try:

@@ -13,7 +13,7 @@ from pipeline.build import compact, forget
 from pipeline.prepare.forgetting import clean_output, rows_of_users
 from pipeline.prepare.garbage import collect
 from pipeline.prepare.traces import listed_users, traces
-from pipeline.prepare.user_list import few_of, read_users, sort_out
+from pipeline.prepare.user_list import few_of, is_table, read_users, sort_out
 from pipeline.shards.dataset import Shards
 from pipeline.shards.leases import current_leases
 from pipeline.shards.manifest import Manifest
@@ -67,7 +67,8 @@ def forget_users(
     for lease in readers if known.found else ():
         console.line(f"{'ends':<12} {lease}, which was removed")
     if listed.empty:
-        console.line(f"{'ignored':<12} {listed.empty:,} empty lines or cells of {users}")
+        what = "cells without an id (unquoted NULL, NaN, None and \\N are no id)" if is_table(users) else "empty lines"
+        console.line(f"{'ignored':<12} {listed.empty:,} {what} of {users}")
     if known.forgotten:
         console.line(f"{'before':<12} {len(known.forgotten):,} of them were named to an earlier `solar forget`")
     _tell_what_is_left(after, console)

@@ -1,10 +1,11 @@
-"""A process and its surroundings: signals recorded instead of raised, environment variables set temporarily, and who
-else uses the machine's memory."""
+"""A process and its surroundings: its standard streams, signals recorded instead of raised, environment variables set
+temporarily, and who else uses the machine's memory."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,17 @@ RAY_PREFIX = "ray::"
 
 def interrupt() -> None:
     raise KeyboardInterrupt
+
+
+def open_missing_streams() -> None:
+    """Where the caller closed a standard stream, /dev/null takes its place: the next file that is opened would get its
+    number, and with it what Ray and other libraries write there."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 @contextmanager

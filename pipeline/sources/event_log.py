@@ -27,7 +27,7 @@ from typing import Any, Literal
 import polars as pl
 import pyarrow.parquet as pq
 
-from pipeline.events import DataError, NotNow, flatten
+from pipeline.events import DataError, NotNow, flatten, quoted
 from pipeline.log.inputs import summary
 from pipeline.log.parquet_rows import bounded
 from pipeline.storage import Store, is_of_dead_process, owner
@@ -155,7 +155,7 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
     theirs = flatten(found)
     for key, value in flatten(_plain({"format_version": FORMAT_VERSION, **source})).items():
         if theirs.get(key) != value:
-            raise DataError(f"{out}: was imported with another {key}; name a new directory or remove this one")
+            raise DataError(f"{out}: {_other(key, theirs.get(key), value)}; name a new directory or remove this one")
     for name, size in found["files"].items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
             raise DataError(f"{out}: {name} is missing or changed; remove the directory and import again")
@@ -163,6 +163,18 @@ def find_event_log(out: str, *, source: dict[str, Any]) -> Imported | None:
     # Absent in logs from versions that had no users table.
     users = found.get("user_rows", 0)
     return Imported(path=out, reused=True, users=users, left_out=found.get("left_out", {}), **counts)
+
+
+def _other(key: str, there: Any, here: Any) -> str:
+    """In what an earlier import differs from the one that is asked for: in its input files, or in a setting."""
+    if not key.endswith("inputs"):
+        return f"was imported with {key}={there!r}, asked is {here!r}"
+    names, asked = [entry["name"] for entry in there or ()], [entry["name"] for entry in here]
+    if names == asked:
+        return f"was imported before {quoted(entry['name'] for entry in here if entry not in there)} changed"
+    kind = {"item_inputs": "items ", "user_inputs": "users "}.get(key, "")
+    was, now = (quoted(files) if files else "no file" for files in (names, asked))
+    return f"was imported from {kind}{was}, asked is {now}"
 
 
 def write_event_log(out: str, *, source: dict[str, Any], fill: Callable[[EventLogWriter], None]) -> Imported:

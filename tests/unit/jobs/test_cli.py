@@ -21,6 +21,7 @@ from jobs.host.errors import UserError
 from jobs.host.locks import RunInUse
 from jobs.tracking import registry
 from pipeline.events import DataError, NotNow
+from tests.support.commands import SOLAR
 from tests.support.serial import command_without_ray
 from tests.support.tiny import prepare_tiny, write_tiny_log
 
@@ -224,3 +225,26 @@ def test_a_registry_that_another_program_has_locked_is_said(tmp_path, capfd, mon
     lines = capfd.readouterr().err.splitlines()
     assert (code, len(lines)) == (75, 1), lines
     assert "locked by another program" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "code", "told"),
+    [
+        ("inspect --help >&-", {}, 0, ""),
+        ("inspect nowhere >&- <&-", {}, 2, "nowhere: neither"),
+        ("inspect nowhere 2>&-", {}, 2, ""),
+        (
+            "inspect nowhere",
+            {"LC_ALL": "C", "PYTHONUTF8": "0"},
+            2,
+            "names of files are ascii in this environment: set PY",
+        ),
+    ],
+)
+def test_closed_streams_and_other_names_of_files_end_no_command_in_a_traceback(command, environment, code, told):
+    environment = {**os.environ, **environment}
+    ended = subprocess.run(f"{SOLAR} {command}", shell=True, env=environment, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == bool(told), ended.stderr
+    assert not told or told in lines[0]

@@ -40,6 +40,8 @@ def parser():
         ({"data": {"requests": {"task": "z"}}}, "data.requests.task=z: must be next_item or impressions"),
         ({"compare": "mean_pooling"}, "compare=mean_pooling: must be a list of texts: write [mean_pooling]"),
         ({"compare": 5}, "compare=5: must be a list of texts"),
+        ({"datta": {"name": "x"}}, "unknown key datta.name: did you mean data.name?"),
+        ({"x": 3}, "unknown key x: see --print_config for the keys"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas=[0.9]: must be a list of 2 numbers"),
         (
             {"parallel": {"num_workers": "two"}},
@@ -111,6 +113,28 @@ def test_a_section_that_holds_no_settings_is_told(tmp_path, text, told):
     with pytest.raises(UserError) as error:
         load_config("train", str(tmp_path / "mine.yaml"), [])
     assert str(error.value).startswith(f"{tmp_path}/mine.yaml: {told}")
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("seed", "a whole number"),
+        ("workspace", "a path or URI"),
+        ("compare", "a list of texts"),
+        ("data.name", "text"),
+        ("data.requests.task", "next_item or impressions"),
+        ("training.log_q", "true or false"),
+        ("optimizer.betas", "a list of 2 numbers"),
+    ],
+)
+def test_a_setting_that_is_left_empty_is_told_unless_it_may_be_null(tmp_path, key, allowed):
+    *sections, last = key.split(".")
+    opened, closed = "".join(f"{section}: {{" for section in sections), "}" * len(sections)
+    (tmp_path / "mine.yaml").write_text(f"{opened}{last}: {closed}\nname:\n")
+    with pytest.raises(UserError) as error:
+        load_config("train", str(tmp_path / "mine.yaml"), [])
+    expected = f"{tmp_path}/mine.yaml: {key} must be {allowed}, is empty: give it a value, or remove it"
+    assert str(error.value) == expected
 
 
 @pytest.mark.parametrize("name", [["solar"], {"solar": 1}, 5])

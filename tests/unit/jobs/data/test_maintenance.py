@@ -57,7 +57,7 @@ def test_each_line_names_exactly_one_user(solar, names, tmp_path):
     code, output, _ = solar("forget", "shards", "--users", "left.txt")
     assert code == 0
     assert "2 of 2 users were found, 2 events" in output
-    assert "1 empty lines or cells" in output
+    assert "1 empty lines of left.txt" in output
     assert left(names) == ["ada", "bea", "cleo"]
     code, output, _ = solar("forget", "shards", "--users", "left.txt", "--verify")
     assert (code, output) == (0, "nothing is left of these 2 users in the data set and in workspace\n")

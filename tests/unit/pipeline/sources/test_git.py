@@ -136,7 +136,7 @@ def test_mailmap_joins_the_addresses_of_one_person(repo, tmp_path):
     load(tmp_path / "log", repo)
     assert events(tmp_path / "log")["user_id"].unique().to_list() == [hash_author("ann@example.org", "Ann")]
     (repo.path / ".mailmap").write_text("")
-    with pytest.raises(DataError, match=r"another repositories.project.mailmap"):
+    with pytest.raises(DataError, match=r"imported with repositories.project.mailmap"):
         load(tmp_path / "log", repo)
 
 
@@ -214,7 +214,7 @@ def test_a_history_that_grew_is_refused_in_the_same_directory(repo, tmp_path):
     load(tmp_path / "log", repo)
     assert load(tmp_path / "log", repo).reused
     repo.commit({"a": "b"})
-    with pytest.raises(DataError, match=r"another repositories.project.head; name a new directory"):
+    with pytest.raises(DataError, match=r"imported with repositories.project.head=.*; name a new directory"):
         load(tmp_path / "log", repo)
 
 

@@ -150,7 +150,7 @@ def test_items_carry_their_topic_and_the_log_is_reused(tmp_path):
     assert items.equals(item_table(build_world(SHOWN)))
     assert items["topic"].n_unique() == SHOWN.topics
     assert import_synthetic(str(out), config=dataclasses.replace(SHOWN, processes=2)).reused
-    with pytest.raises(DataError, match="another drift; name a new directory"):
+    with pytest.raises(DataError, match=r"imported with drift=0.05, asked is 0.5; name a new directory"):
         import_synthetic(str(out), config=dataclasses.replace(SHOWN, drift=0.5))
 
 
