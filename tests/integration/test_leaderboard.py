@@ -90,7 +90,7 @@ def test_runs_are_children_of_one_mlflow_run_that_holds_the_table(board, workpla
 
 
 def test_mistakes_are_told_in_one_line(board, workplace):
-    assert "one of ml-100k, ml-1m" in refused("leaderboard", "nothing", cwd=workplace)
+    assert "one of beauty, ml-100k, ml-1m" in refused("leaderboard", "nothing", cwd=workplace)
     assert "--only 'BERT': must be one of SASRec, full, SOLAR" in refused(
         "leaderboard", board, "--only", "BERT", cwd=workplace
     )
