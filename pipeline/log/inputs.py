@@ -234,6 +234,15 @@ def edges(file: Input) -> str:
     return checksum_stream(io.BytesIO(head + tail))
 
 
+def modified(file: Input) -> str | None:
+    """When the file was last written, as text; None where its store does not tell."""
+    fs, path = locate(file.url)
+    try:
+        return fs.modified(path).isoformat()
+    except NotImplementedError:
+        return None
+
+
 def _single(file: Listed, path: str, *, options: FileFormat) -> Input:
     """The one file that the user named: it has the format that the user gives."""
     if file.problem:

@@ -44,9 +44,9 @@ class HashedInput:
 
     def entry(self, kind: str) -> dict[str, Any]:
         """The manifest's entry of an input of this kind."""
-        edges = inputs.edges(self.file)
         return {
-            "name": self.file.name, "bytes": self.file.bytes, "checksum": self.checksum, "edges": edges, "kind": kind,
+            "name": self.file.name, "bytes": self.file.bytes, "checksum": self.checksum, "kind": kind,
+            "edges": inputs.edges(self.file), "modified": inputs.modified(self.file),
         }  # fmt: skip
 
 
@@ -241,8 +241,11 @@ def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> tupl
 
 
 def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
-    """Whether a file was ingested, by its name, size and first and last bytes: to add a day, a log of years is not read
-    again. DataError: the file changed after it was ingested."""
+    """Whether a file was ingested. DataError: it changed after that.
+
+    To add a day, a log of years is not read again: name, size and first and last bytes decide. Only a file that was
+    written since, perhaps with the same content, is read as a whole.
+    """
     known = ingested.get(file.name)
     if known is None:
         return False
@@ -252,7 +255,12 @@ def _is_ingested(file: Input, *, ingested: dict[str, dict[str, Any]]) -> bool:
             f"{file.name}: {change} from {known['bytes']} to {file.bytes} bytes after it was ingested; "
             "restore it, and put new events into a file with another name"
         )
-    same = inputs.edges(file) == known["edges"] if known["edges"] else inputs.checksum(file) == known["checksum"]
+    # Manifests of an earlier version do not have the time.
+    was_written_since = "modified" in known and inputs.modified(file) != known["modified"]
+    if was_written_since or not known["edges"]:
+        same = inputs.checksum(file) == known["checksum"]
+    else:
+        same = inputs.edges(file) == known["edges"]
     if not same:
         raise DataError(f"{file.name}: its bytes changed after it was ingested; restore it or give it another name")
     return True

@@ -53,8 +53,8 @@ class Manifest:
     index: dict[str, Any]
     """name, bytes, checksum."""
     inputs: list[dict[str, Any]]
-    """name, bytes, checksum, edges (checksum of the file's start and end) and kind (events, items or users) of every
-    ingested file, in order."""
+    """name, bytes, checksum, edges (checksum of the file's start and end), modified (when it was last written;
+    absent in manifests of an earlier version) and kind (events, items or users) of every ingested file, in order."""
     parent: str | None
     """Fingerprint of the previous manifest; None for the first."""
     tombstones: dict[str, Any] | None = None

@@ -161,6 +161,21 @@ def test_an_input_that_changed_is_refused_by_name(prepare, write_log, tmp_path):
         prepare(tmp_path / "log", tmp_path / "out")
 
 
+def test_a_change_in_the_middle_of_a_large_file_is_seen_by_its_time_and_a_copy_is_none(prepare, tmp_path):
+    log, shards = tmp_path / "log", tmp_path / "shards"
+    log.mkdir()
+    rows = [f"{index % 30},{10 + index % 80},{1_700_000_000 + index}\n" for index in range(9_000)]
+    text = "".join(["user_id,item_id,timestamp\n", *rows])
+    (log / "a.csv").write_text(text)
+    assert (log / "a.csv").stat().st_size > 2 * 64 * 1024
+    prepare(log, shards)
+    (log / "a.csv").write_text(text)
+    assert prepare(log, shards).reused
+    (log / "a.csv").write_text(text.replace(rows[4_500], f"7{rows[4_500][1:]}"))
+    with pytest.raises(DataError, match=r"log/a.csv: its bytes changed after it was ingested"):
+        prepare(log, shards)
+
+
 def test_a_moved_log_is_known_by_its_bytes(prepare, write_log, tmp_path):
     write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
     prepare(tmp_path / "log", tmp_path / "out")
