@@ -149,7 +149,10 @@ def _build(plan: Plan, *, config: PrepareConfig, staging: str, report: Progress)
         if plan.keeps_fine_times:
             plan = plan.with_order_from_times()
         else:
-            notes.append("what times have below the millisecond is left out, as in the data set so far")
+            notes.append(
+                "what times have below the millisecond is left out, as in the data set so far, so that repeats within "
+                "one millisecond are duplicates; prepare everything into a new directory to keep them apart"
+            )
     staged_users = _stage_users(plan, staging=staging, report=report)
     buckets = ingest.by_bucket(staged, staged_users, plan=plan)
     if plan.users and plan.users_are_new:
