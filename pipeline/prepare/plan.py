@@ -7,6 +7,7 @@ import datetime
 import functools
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,6 +26,9 @@ from pipeline.storage import Store
 ADDABLE = ("action", "request_id")
 """Columns that a log may gain when the data set already has events. Earlier events, and those of files without the
 column, have no value in it."""
+
+_BY_NAME = ("timestamp", "order", "action", "label", "request_id")
+"""Columns beside the ids that are read from a log that has them, if no mapping is given."""
 
 _OWN_NAMES = {
     "manifests", "shards", "keys", "index", "vocabulary", "rejected", "requests", "tombstones", "leases", "removals",
@@ -147,6 +151,7 @@ def make_plan(
         raise DataError(f"{events}: no day is complete yet ({why}); wait, or see daily.marker and daily.until")
 
     # The configuration, which must equal that of the data set.
+    by_name = columns is None
     if columns is None:
         columns = _canonical_columns(found[0], files) if parent is None else EventColumns(**parent.config["columns"])
     if settings["buckets"] is None:
@@ -169,7 +174,10 @@ def make_plan(
         out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
         items=items_file if items_file is not None and items_file.checksum not in checksums else None,
         users=users_file if users_are_new or new else None, users_are_new=users_are_new,
-        left_out=[*left_out, *(f"{count:,} {what}" for what, count in summary(files_left_out).items())],
+        left_out=[
+            *left_out, *(f"{count:,} {what}" for what, count in summary(files_left_out).items()),
+            *(_unread_columns([each.file for each in new], columns, files) if by_name else ()),
+        ],
         files_left_out=files_left_out,
     )  # fmt: skip
 
@@ -325,9 +333,29 @@ def _canonical_columns(file: Input, files: FileFormat) -> EventColumns:
         fix = readers.separator_hint(file, "timestamp", options=files)
         fix = fix or "set columns.timestamp, in a recipe data.prepare.columns.timestamp"
         raise DataError(f"{file.name}: no column 'timestamp' or 'order'; it has {quoted(present)}; {fix}")
-    names = ("timestamp", "order", "action", "label", "request_id")
-    found: dict[str, Any] = {name: name if name in present else None for name in names}
+    found: dict[str, Any] = {name: name if name in present else None for name in _BY_NAME}
     return EventColumns(**found)
+
+
+def _unread_columns(new: list[Input], columns: EventColumns, files: FileFormat) -> list[str]:
+    """The columns that would be read by their names if the first file of the data set had had them, each with a file
+    that has it."""
+
+    def columns_of(file: Input) -> Iterable[str]:
+        try:
+            return readers.read_schema(file, options=files)
+        except DataError:
+            return ()  # reading its rows tells why
+
+    with ThreadPoolExecutor(4) as pool:
+        schemas = list(pool.map(columns_of, new))
+    told = []
+    for name in (name for name in _BY_NAME if getattr(columns, name) is None):
+        having = [file.name for file, schema in zip(new, schemas, strict=True) if name in schema]
+        if having:
+            more = f" and {len(having) - 1:,} more files" if len(having) > 1 else ""
+            told.append(f"column {name!r} of {having[0]}{more}: the data set is read without it")
+    return told
 
 
 def _refuse_foreign(out: str) -> None:

@@ -176,6 +176,21 @@ def test_a_change_in_the_middle_of_a_large_file_is_seen_by_its_time_and_a_copy_i
         prepare(log, shards)
 
 
+def test_a_column_that_only_later_files_have_is_told_as_left_out(prepare, write_log, tmp_path):
+    plain = {"user_id": [1], "item_id": [5], "timestamp": [1]}
+    write_log(plain, "log/a.parquet")
+    write_log(plain | {"timestamp": [2], "label": [0]}, "log/b.parquet")
+    [told] = prepare(tmp_path / "log", tmp_path / "out").left_out
+    assert told == "column 'label' of log/b.parquet: the data set is read without it"
+    for name in ("c", "d"):
+        write_log(plain | {"timestamp": [3], "item_id": [ord(name)], "action": ["buy"]}, f"log/{name}.parquet")
+    [told] = prepare(tmp_path / "log", tmp_path / "out").left_out
+    assert told == "column 'action' of log/c.parquet and 1 more files: the data set is read without it"
+    write_log(plain | {"timestamp": [4], "label": [0]}, "log/e.parquet")
+    mapped = EventColumns(item_id="item_id")
+    assert prepare(tmp_path / "log", tmp_path / "out", columns=mapped).left_out == []
+
+
 def test_a_moved_log_is_known_by_its_bytes(prepare, write_log, tmp_path):
     write_log({"user_id": [1], "item_id": [5], "timestamp": [1]})
     prepare(tmp_path / "log", tmp_path / "out")
