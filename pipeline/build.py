@@ -25,7 +25,7 @@ from pipeline.log.inputs import FileFormat
 from pipeline.prepare import compaction, forgetting, garbage, ingest, log_parts
 from pipeline.prepare.plan import Plan, make_plan, require_disk
 from pipeline.prepare.staging import remove_leftovers, staging_directory
-from pipeline.prepare.users import StagedUsers, refuse_bad_users
+from pipeline.prepare.users import CheckedUsers, StagedUsers, refuse_bad_users
 from pipeline.shards import dataset as shards
 from pipeline.shards import manifest
 from pipeline.shards.manifest import Manifest
@@ -155,6 +155,7 @@ def _build(plan: Plan, *, config: PrepareConfig, staging: str, report: Progress)
             )
     staged_users = _stage_users(plan, staging=staging, report=report)
     buckets = ingest.by_bucket(staged, staged_users, plan=plan)
+    checked: list[CheckedUsers] = []
     if plan.users and plan.users_are_new:
         check = functools.partial(ingest.check_users, plan=plan, staging=staging)
         checked = _map(check, [row for row in buckets if row.users], stage="check users", report=report)
@@ -180,6 +181,16 @@ def _build(plan: Plan, *, config: PrepareConfig, staging: str, report: Progress)
         built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,
         time_range=time_range,
     )  # fmt: skip
+    if vocabulary.features and (featureless := vocabulary.num_featureless):
+        notes.append(
+            f"{featureless:,} of {state.items:,} items have no features: the items table has no value for them"
+        )
+    users, unlisted = state.users - (plan.parent.users if plan.parent else 0), sum(bucket.unlisted for bucket in built)
+    if checked:
+        users, unlisted = state.users, state.users - sum(result.matched for result in checked)
+    if unlisted:
+        which = "users" if users == state.users else "new users"
+        notes.append(f"{unlisted:,} of {users:,} {which} have no features: the users table has no row for them")
     return state, notes
 
 

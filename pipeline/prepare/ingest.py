@@ -69,6 +69,8 @@ class BuiltBucket:
     """Number of events that have been read with both labels only now."""
     duplicates: int
     """Number of other rows of events that the data set has already, or that were read twice."""
+    unlisted: int
+    """Number of new users without a row in the users table, if users have features."""
 
 
 def stage_users(part: Part, *, plan: Plan, staging: str) -> StagedUsers:
@@ -147,7 +149,7 @@ def build_bucket(
     # Write the shard file with the new events and user features, its keys, and the places of its users.
     is_new = (found == Found.NEW) | (found == Found.UNCHECKED)
     rows = staged.filter_events(found != Found.SAME)
-    rows = _with_values(rows, row.users, known=known, plan=plan, store=store, vocabulary=names)
+    rows, unlisted = _with_values(rows, row.users, known=known, plan=plan, store=store, vocabulary=names)
     accepted = int(is_new.sum())
     placed = place(rows, known=known, num_groups=num_groups, row_group_events=row_group_events)
     entry = write_shard(placed.parts(with_rows=num_groups > 0), path=plan.out, bucket=bucket)
@@ -162,7 +164,7 @@ def build_bucket(
         write_table(store, f"places-{bucket:05d}.parquet", places.with_columns(bucket=pl.lit(bucket, pl.Int64)))
     return BuiltBucket(
         bucket=bucket, file=entry, accepted=accepted, conflicting=conflicting,
-        duplicates=num_read - accepted - conflicting,
+        duplicates=num_read - accepted - conflicting, unlisted=unlisted,
     )  # fmt: skip
 
 
@@ -235,9 +237,9 @@ def _known_users(plan: Plan, bucket: int) -> pl.DataFrame:
 
 def _with_values(
     rows: UserRows, fragments: list[Fragment], *, known: pl.DataFrame, plan: Plan, store: Store, vocabulary: Vocabulary
-) -> UserRows:
+) -> tuple[UserRows, int]:
     """The rows of the users that must be written, with their features: users with events, and users for whom the users
-    table has new values."""
+    table has new values. And the number of new users without a row in the table, if users have features."""
     table = pl.concat(read_fragments(store, fragments)) if fragments else None
     if table is not None and not plan.users_are_new:
         # The stored features of earlier users stay unchanged.
@@ -251,7 +253,9 @@ def _with_values(
     names = plan.schema.get("user_features", [])
     is_new = ~wanted.is_in(known["user_id"].implode()).to_numpy()
     values = users.values_of(wanted, is_new=is_new, table=table, names=names)
-    return dataclasses.replace(rows, values=encode_values(values, vocabulary))
+    listed = [] if table is None else table["user_id"].implode()
+    unlisted = int((is_new & ~wanted.is_in(listed).to_numpy()).sum()) if names else 0
+    return dataclasses.replace(rows, values=encode_values(values, vocabulary)), unlisted
 
 
 def _grown_index(old: Shards | None, places: list[pl.DataFrame]) -> pl.DataFrame:

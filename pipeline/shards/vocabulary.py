@@ -92,6 +92,12 @@ class Vocabulary:
         """Action codes in use, "no action" included."""
         return len(self.actions)
 
+    @property
+    def num_featureless(self) -> int:
+        """Number of items without a value of any feature; all of them where no items table was given."""
+        lengths = sum((np.diff(f.offsets[NUM_RESERVED:]) for f in self.features.values()), np.zeros(len(self.items)))
+        return int((lengths == 0).sum())
+
     @functools.cached_property
     def item_ranks(self) -> np.ndarray:
         """[size] int64: for each table row, the rank of its item in the sorted raw ids."""

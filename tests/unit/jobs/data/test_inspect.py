@@ -54,6 +54,18 @@ def test_conflicting_events_are_counted_and_explained(prepared, shown):
     assert "earlier version" not in text
 
 
+def test_items_without_features_are_counted_and_a_damaged_vocabulary_is_named(prepared, shown, tmp_path, capsys):
+    pl.DataFrame({"item_id": ["x"], "tag": ["t"]}).write_parquet(tmp_path / "items.parquet")
+    config = build.PrepareConfig(buckets=1)
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\na,x,5\na,y,6\n")
+    place, table = str(tmp_path / "out"), str(tmp_path / "items.parquet")
+    manifest = build.prepare(str(tmp_path / "log.csv"), place, config=config, items=table).manifest
+    assert "item features tag (1 of 2 items have none)" in shown()
+    (tmp_path / "out" / manifest.vocabulary["name"]).write_bytes(b"x")
+    assert inspect(place, Console(), check=True, with_digest=False) == 1
+    assert "item features cannot be read" in capsys.readouterr().out
+
+
 def test_a_log_without_labels_says_nothing_of_conflicts(prepared, shown):
     prepared("user_id,item_id,timestamp", "a,x,5", "a,x,5")
     text = shown()

@@ -46,6 +46,22 @@ def test_every_user_has_the_values_of_its_row_or_none(log, write_log, known):
     assert values == {1: [["8"], ["c"], []], 2: [[], [], []], 3: [["7"], ["b", "a"], ["f"]]}
 
 
+def test_what_has_no_row_in_the_tables_is_counted(log, write_log, prepare, tmp_path):
+    def notes(**tables):
+        return [note for note in prepare(log, tmp_path / "out", **tables).notes if "times lie" not in note]
+
+    write_log({"user_id": [3, 1, 99], "sex": ["f", None, "m"]}, "log/users.parquet")
+    write_log({"item_id": [5, 6, 98], "tag": ["x", None, "y"]}, "log/items.parquet")
+    items = "2 of 3 items have no features: the items table has no value for them"
+    assert notes() == [items, "1 of 3 users have no features: the users table has no row for them"]
+    write_log({"user_id": [1, 7, 8, 99], "item_id": [5] * 4, "timestamp": [60] * 4}, "log/b.parquet")
+    assert notes() == [items, "2 of 3 new users have no features: the users table has no row for them"]
+    users = str(write_log({"user_id": [1, 2, 3, 7, 8], "sex": ["m"] * 5}, "more.parquet"))
+    every = str(write_log({"item_id": [5, 6, 7], "tag": ["x"] * 3}, "every.parquet"))
+    assert notes(items=every, users=users) == ["1 of 6 users have no features: the users table has no row for them"]
+    assert notes(items=every, users=users) == []
+
+
 def test_codes_reach_the_batches_of_every_loader_user_by_user(log, write_log, known, tmp_path):
     write_log({"user_id": [3, 1], "sex": ["f", None], "likes": [["b", "a"], ["c"]]}, "log/users.parquet")
     _, values = known(log)
