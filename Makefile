@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help demo test soak setup lint style types tests format clean
+.PHONY: help demo test soak setup upgrade-check lint style types tests format clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 demo: $(READY)  ## MovieLens-100K from the raw ratings to a registered model
 	$(BIN)/solar run movielens-100k
@@ -53,6 +53,11 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group dev
 	$(BIN)/pip install --quiet --no-deps --group torchrec
 	touch $@
+
+upgrade-check: $(READY)  ## the pinned packages of which newer versions are out
+	@sed -n 's/^[^#]*"\([A-Za-z0-9_-]*\)\(\[[a-z,0-9]*\]\)\{0,1\}==.*/^\1 /p' pyproject.toml | sed 's/[-_]/[-_]/g' > .venv/pins
+	@$(BIN)/pip list --outdated > .venv/outdated
+	@sed -n 1,2p .venv/outdated; grep -if .venv/pins .venv/outdated || echo "every pin is the newest"
 
 clean:  ## removes .venv and workspace
 	rm -rf .venv workspace
