@@ -66,7 +66,10 @@ def run(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         print(f"solar: unknown command {arguments[0]!r}: one of {', '.join(COMMANDS)}", file=sys.stderr)
         return MISTAKE
-    return _guarded(COMMANDS[arguments[0]].run, arguments[1:], verbose=verbose)
+    from jobs.host.places import options_explained
+
+    with options_explained(bool({"-h", "--help"} & set(arguments))):
+        return _guarded(COMMANDS[arguments[0]].run, arguments[1:], verbose=verbose)
 
 
 def _guarded(command: Callable[..., int], arguments: list[str], *, verbose: bool) -> int:

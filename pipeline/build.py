@@ -181,7 +181,7 @@ def _build(plan: Plan, *, config: PrepareConfig, staging: str, report: Progress)
         built, counts, plan=plan, staging=staging, vocabulary=vocabulary_entry, items=vocabulary.size - 2,
         time_range=time_range,
     )  # fmt: skip
-    if vocabulary.features and (featureless := vocabulary.num_featureless):
+    if featureless := vocabulary_entry.get("featureless"):
         notes.append(
             f"{featureless:,} of {state.items:,} items have no features: the items table has no value for them"
         )

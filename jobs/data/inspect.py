@@ -12,8 +12,6 @@ from jobs.data.prepare import events_line
 from jobs.host.console import Console
 from jobs.host.errors import UserError
 from pipeline.batches.requests import RequestConfig
-from pipeline.events import DataError
-from pipeline.shards.dataset import Shards
 from pipeline.shards.inspection import digest, verify
 from pipeline.shards.leases import lease
 from pipeline.shards.manifest import current_manifest
@@ -87,8 +85,10 @@ def _print_manifest(place: str, manifest: Any, console: Console) -> None:
             f"kept 0 and counted a duplicate ({manifest.num_unsettled:,} in all); prepare into a new directory to get 1"
         )
     console.line(f"users, items  {manifest.users:,}, {manifest.items:,}")
-    if features := _item_features(place, manifest):
-        console.line(f"item features {features}")
+    if names := manifest.vocabulary.get("features"):
+        lacking = manifest.vocabulary["featureless"]
+        told = f" ({lacking:,} of {manifest.items:,} items have none)" if lacking else ""
+        console.line(f"item features {', '.join(names)}{told}")
     if names := manifest.schema.get("user_features"):
         console.line(f"user features {', '.join(names)}")
     console.line(f"time range    {_times(manifest.time_range) if manifest.has_time else 'order only'}")
@@ -98,17 +98,6 @@ def _print_manifest(place: str, manifest: Any, console: Console) -> None:
         console.line(f"input         {json.dumps(entry, sort_keys=True)}")
     for name, why in sorted(manifest.left_out.items()):
         console.line(f"left out      {name}: {why}")
-
-
-def _item_features(place: str, manifest: Any) -> str:
-    """Their names, and how many items have none; "" without an items table."""
-    try:
-        vocabulary = Shards(place, manifest).vocabulary
-    except DataError as error:
-        return f"cannot be read: {error}"
-    if lacking := vocabulary.num_featureless if vocabulary.features else 0:
-        return f"{', '.join(sorted(vocabulary.features))} ({lacking:,} of {manifest.items:,} items have none)"
-    return ", ".join(sorted(vocabulary.features))
 
 
 def _times(time_range: list[int] | None) -> str:

@@ -7,6 +7,8 @@ So no other module keeps a list of these arguments: cluster/submission.py uses `
 from __future__ import annotations
 
 import argparse
+import contextlib
+import contextvars
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -46,9 +48,23 @@ class Subject(str):
 Kind = type[Place] | type[YamlFile] | type[Subject]
 
 
+_explained = contextvars.ContextVar("options have their help", default=True)
+
+
+@contextlib.contextmanager
+def options_explained(wanted: bool) -> Iterator[None]:
+    """Whether parsers that are made inside have the help of their options. Reading it from the sources of all
+    configuration classes takes a third of the time that a parser takes."""
+    before = _explained.set(wanted)
+    try:
+        yield
+    finally:
+        _explained.reset(before)
+
+
 def new_parser(command: str, *, description: str | None = None) -> ArgumentParser:
     """The parser of `solar COMMAND`: accepts the types above, raises instead of exiting, and uses the docstring of each
-    configuration field as the help of its option."""
+    configuration field as the help of its option, unless `options_explained` says otherwise."""
     from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
     from jsonargparse._loaders_dumpers import get_yaml_default_loader
     from jsonargparse.typing import register_type
@@ -56,7 +72,7 @@ def new_parser(command: str, *, description: str | None = None) -> ArgumentParse
 
     for kind in (Place, StatesPlace, YamlFile, Subject):
         register_type(kind, serializer=str, deserializer=_reader_of(kind))
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(docstring_parse_attribute_docstrings=_explained.get())
     set_loader("yaml", parse_yaml, exceptions=(YAMLError,))
     # A text for a setting that is a number goes through a loader of jsonargparse that cannot be set (4.53): it reads
     # 1:30 as ninety.

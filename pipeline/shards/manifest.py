@@ -49,7 +49,8 @@ class Manifest:
     events: number of events; accepted: how many of them count as accepted; unchecked: how many of the accepted ones
     are too old to be looked up among earlier events; keys: name, bytes, checksum of the key file (event_keys.py)."""
     vocabulary: dict[str, Any]
-    """name, bytes, checksum, fingerprint."""
+    """name, bytes, checksum, fingerprint; features (of items) and featureless (number of items without a value of any),
+    which are absent without features and in manifests of an earlier version."""
     index: dict[str, Any]
     """name, bytes, checksum."""
     inputs: list[dict[str, Any]]

@@ -94,7 +94,7 @@ class Vocabulary:
 
     @property
     def num_featureless(self) -> int:
-        """Number of items without a value of any feature; all of them where no items table was given."""
+        """Number of items without a value of any feature; all of them if there are no features."""
         lengths = sum((np.diff(f.offsets[NUM_RESERVED:]) for f in self.features.values()), np.zeros(len(self.items)))
         return int((lengths == 0).sum())
 

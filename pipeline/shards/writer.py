@@ -86,7 +86,9 @@ def write_shard(parts: Iterable[tuple[int, pa.Table]], *, path: str, bucket: int
 
 def write_vocabulary(vocabulary: Vocabulary, *, path: str) -> dict[str, Any]:
     """Write the vocabulary; returns the entry for the manifest."""
-    return write_bytes(path, vocabulary.to_bytes(), "vocabulary/") | {"fingerprint": vocabulary.fingerprint}
+    entry = write_bytes(path, vocabulary.to_bytes(), "vocabulary/") | {"fingerprint": vocabulary.fingerprint}
+    features = sorted(vocabulary.features)
+    return entry | ({"features": features, "featureless": vocabulary.num_featureless} if features else {})
 
 
 def write_index(places: pl.DataFrame, *, path: str) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def test_every_command_that_a_document_names_exists(document):
             assert arguments[1].isupper() or arguments[1] in board_names(), arguments
     makefile = (ROOT / "Makefile").read_text()
     code = "\n".join([*fenced_blocks(document.read_text()), *inline_code(document.read_text())])
-    targets = set(re.findall(r"(?:^|\s)make ([a-z]+)", code, re.MULTILINE))
+    targets = set(re.findall(r"(?:^|\s)make ([a-z-]+)", code, re.MULTILINE))
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
