@@ -320,6 +320,24 @@ RESERVED_NAMES = (
 meaning."""
 
 
+def table_ids(ids: pl.Series, *, id_type: str, file: str) -> pl.Series:
+    """The ids of a table of items or users as the log has them, "int64" or "string"; null for one that no event can
+    have. Whole numbers may be floats, as pandas writes them beside a missing one. DataError: the column's type has no
+    ids."""
+    kind = ids.dtype
+    if isinstance(kind, (pl.Categorical, pl.Enum)):
+        ids = ids.cast(pl.String)
+    if kind.is_integer() or isinstance(kind, (pl.String, pl.Categorical, pl.Enum, pl.Null)):
+        return ids.cast(pl.Int64 if id_type == "int64" else pl.String, strict=False)
+    if kind.is_float() and id_type == "int64":
+        number = ids.cast(pl.Int64, strict=False)
+        return pl.select(pl.when(number.cast(kind) == ids).then(number)).to_series().alias(ids.name)
+    raise DataError(f"{file}: column {ids.name!r} is {kind}, the log's ids are {_ID_WORDS[id_type]}: cast it to them")
+
+
+_ID_WORDS = {"int64": "integers", "string": "strings"}
+
+
 def refuse_bad_feature(name: str, dtype: pl.DataType, *, file: str) -> None:
     """DataError unless a column of this name and type can be a user feature."""
     inner: Any = dtype.inner if isinstance(dtype, pl.List) else dtype

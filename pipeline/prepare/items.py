@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.events import DataError, quoted
+from pipeline.events import DataError, quoted, table_ids
 from pipeline.log.inputs import Input
 from pipeline.log.parquet_rows import parquet_columns, parquet_tables
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
@@ -31,6 +31,8 @@ def read_items(file: Input, vocabulary: Vocabulary) -> pl.DataFrame:
             raise DataError(f"{file.name}: feature {name!r} is {dtype}; features are categories: cast it to strings")
     parts = [part for _, part in parquet_tables(file, columns=names, row_group=None)]
     table = pl.concat(parts or [pl.DataFrame(schema=dict(columns))])
+    table = table.with_columns(table_ids(table["item_id"], id_type=vocabulary.item_type, file=file.name))
+    table = table.filter(pl.col("item_id").is_not_null())
     # Equal rows are one. Only rows of items in several rows are compared: that takes a copy of all their strings.
     repeated = table.filter(pl.col("item_id").is_duplicated()).unique()
     if twice := repeated.height - repeated["item_id"].n_unique():

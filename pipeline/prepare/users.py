@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import polars as pl
 
-from pipeline.events import DataError, quoted, refuse_bad_feature
+from pipeline.events import DataError, quoted, refuse_bad_feature, table_ids
 from pipeline.log import readers
 from pipeline.log.inputs import FileFormat, Input
 from pipeline.log.readers import Part
@@ -66,13 +66,13 @@ def stage_users(part: Part, *, id_type: str, buckets: int, staging: str) -> Stag
     file, store, number = part.input, Store(staging), part.number
     names = [name for name in readers.read_schema(file, options=FileFormat(format="parquet")) if name != "user_id"]
     mapping = {name: name for name in ("user_id", *names)}
-    wanted = pl.Int64 if id_type == "int64" else pl.String
     fragments: list[Fragment] = []
     listed = [pl.DataFrame(schema={"value": pl.String, "feature": pl.String})]
     blocks = readers.read_blocks(file, mapping=mapping, options=FileFormat(), row_group=part.row_group)
     for count, block in enumerate(blocks):
         table = block.table.select(
-            pl.col("user_id").cast(wanted, strict=False), *(as_values(block.table[name]).alias(name) for name in names)
+            table_ids(block.table["user_id"], id_type=id_type, file=file.name),
+            *(as_values(block.table[name]).alias(name) for name in names),
         ).filter(pl.col("user_id").is_not_null())
         for name in names:
             values = table[name].explode().drop_nulls().unique().alias("value")

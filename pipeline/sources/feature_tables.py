@@ -8,7 +8,7 @@ from typing import Any
 
 import polars as pl
 
-from pipeline.events import DataError, refuse_bad_feature
+from pipeline.events import DataError, refuse_bad_feature, table_ids
 from pipeline.log import readers
 from pipeline.log.inputs import FileFormat, Input
 
@@ -113,7 +113,6 @@ def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iter
     for feature in (*columns.features, *columns.list_features):
         if feature in types:
             _refuse_other_values(types[feature], feature, is_list=feature in columns.list_features, file=file)
-    wanted = pl.Int64 if id_type == "int64" else pl.String
     known = 0
     for block in readers.read_blocks(file, mapping=mapping, options=columns.files):
         if block.malformed:
@@ -123,8 +122,9 @@ def read_features(file: Input, columns: FeatureColumns, *, id_type: str) -> Iter
             raise DataError(
                 f"{file.name}: {len(block.malformed)} malformed lines, such as {block.malformed[0][:60]!r}; {fix}"
             )
-        has_id = pl.col(name).is_not_null() & (pl.col(name).cast(pl.String) != "")
-        table = block.table.with_columns(pl.col(name).cast(wanted, strict=False)).filter(has_id)
+        ids = table_ids(block.table[name].alias(mapping[name]), id_type=id_type, file=file.name)
+        table = block.table.with_columns(ids.alias(name))
+        table = table.filter(pl.col(name).is_not_null() & (pl.col(name).cast(pl.String) != ""))
         known += table.height
         rows = table.with_columns(
             [_without_gaps(table[feature]).cast(pl.String).alias(feature) for feature in columns.features]

@@ -234,14 +234,20 @@ def _import_tables(items: list[Input], users: list[Input], log: _Log, writer: Ev
     if items:
         table, nameless = read_items(items, config.items, id_type=log.id_types["item_id"])
         writer.add_items(table)
-        if nameless:
-            writer.leave_out({"rows of the items table whose id is missing or of another type": nameless})
+        writer.leave_out(_nameless("items", nameless))
+    nameless = 0
     for file in users:
         # Block by block: the users table may not fit into memory. `solar prepare` compares the ids of all blocks.
-        for block, _ in read_features(file, config.users, id_type=log.id_types["user_id"]):
+        for block, omitted in read_features(file, config.users, id_type=log.id_types["user_id"]):
+            nameless += omitted
             if twice := int((block["user_id"].value_counts()["count"] > 1).sum()):
                 raise DataError(f"{file.name}: {twice:,} user ids are in more than one row; keep one row per user")
             writer.add_users(block)
+    writer.leave_out(_nameless("users", nameless))
+
+
+def _nameless(table: str, rows: int) -> dict[str, int]:
+    return {f"rows of the {table} table whose id is missing or of another type": rows} if rows else {}
 
 
 def _with_whole_times(events: pl.DataFrame) -> pl.DataFrame:

@@ -1,7 +1,10 @@
+import datetime
+import math
+
 import polars as pl
 import pytest
 
-from pipeline.events import DataError, EventColumns, Reason, total_order, validate
+from pipeline.events import DataError, EventColumns, Reason, table_ids, total_order, validate
 from pipeline.times import LATEST_TIME
 
 ALL = EventColumns(order="order", action="action", label="label", request_id="request_id", integer_ids=True)
@@ -104,6 +107,27 @@ def test_an_id_too_large_for_int64_is_rejected():
     block = pl.DataFrame({"user_id": pl.Series([2**63], dtype=pl.UInt64), "item_id": [1], "timestamp": [1]})
     result = validate(block, columns=EventColumns(), id_types=INTEGERS, malformed=[])
     assert result.rejected["reason"].to_list() == [Reason.INVALID_USER.value]
+
+
+@pytest.mark.parametrize(
+    ("ids", "integers", "strings"),
+    [
+        ([7, None], [7, None], ["7", None]),
+        (["7", "x", ""], [7, None, None], ["7", "x", ""]),
+        (pl.Series(["7", "x"], dtype=pl.Categorical), [7, None], ["7", "x"]),
+        (pl.Series([2**63], dtype=pl.UInt64), [None], [str(2**63)]),
+        ([7.0, 7.5, None, math.nan, 1e300], [7, None, None, None, None], "is Float64, the log's ids are strings"),
+        ([True], "is Boolean, the log's ids are integers: cast it to them", "is Boolean"),
+        ([datetime.date(2020, 1, 1)], "is Date", "is Date, the log's ids are strings"),
+    ],
+)
+def test_ids_of_tables_are_those_of_the_log_or_none(ids, integers, strings):
+    for id_type, expected in (("int64", integers), ("string", strings)):
+        if isinstance(expected, str):
+            with pytest.raises(DataError, match=f"users.parquet: column 'u' {expected}"):
+                table_ids(pl.Series("u", ids), id_type=id_type, file="users.parquet")
+        else:
+            assert table_ids(pl.Series("u", ids), id_type=id_type, file="users.parquet").to_list() == expected
 
 
 def test_integer_ids_keep_their_decimal_form_as_strings():

@@ -13,7 +13,9 @@ from pipeline.prepare.items import read_items
 
 
 class Known:
-    """A vocabulary of which only `rows` is used: it knows every item."""
+    """A vocabulary that knows every item."""
+
+    item_type = "int64"
 
     def rows(self, items):
         import numpy as np

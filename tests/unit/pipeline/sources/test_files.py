@@ -432,6 +432,18 @@ def test_rows_of_one_item_are_joined_and_rows_that_differ_are_refused(tmp_path):
         import_files(str(log), str(tmp_path / "other"), config=ImportConfig(items=columns), items=str(items))
 
 
+def test_rows_of_users_whose_id_no_event_can_have_are_counted(tmp_path):
+    log, users = tmp_path / "log.parquet", tmp_path / "users.parquet"
+    pl.DataFrame({"user_id": [1], "item_id": [1], "timestamp": [5]}).write_parquet(log)
+    config = ImportConfig(users=UserColumns(features=("age",)))
+    for number, ids in enumerate(([1, None, 3], ["1", "x", "y"], [1.0, 1.5, None])):
+        pl.DataFrame({"user_id": ids, "age": ["a", "b", "c"]}).write_parquet(users)
+        done = import_files(str(log), str(tmp_path / f"out-{number}"), config=config, users=str(users))
+        lost = 1 if number == 0 else 2
+        assert done.left_out == {"rows of the users table whose id is missing or of another type": lost}
+        assert done.users == 3 - lost
+
+
 def test_a_pattern_that_matches_nothing_is_refused_and_names_in_messages_are_patterns(tmp_path):
     logs = tmp_path / "logs"
     logs.mkdir()
