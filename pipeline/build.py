@@ -182,15 +182,16 @@ def _build(plan: Plan, *, config: PrepareConfig, staging: str, report: Progress)
         time_range=time_range,
     )  # fmt: skip
     if featureless := vocabulary_entry.get("featureless"):
-        notes.append(
-            f"{featureless:,} of {state.items:,} items have no features: the items table has no value for them"
-        )
+        why = "the items table has no value for them" if plan.items else "no items table was given"
+        notes.append(f"{featureless:,} of {state.items:,} items have no features: {why}")
     users, unlisted = state.users - (plan.parent.users if plan.parent else 0), sum(bucket.unlisted for bucket in built)
-    if checked:
+    if checked and not (plan.parent and plan.parent.schema.get("user_features")):
+        # Users of earlier ingests have no features either.
         users, unlisted = state.users, state.users - sum(result.matched for result in checked)
     if unlisted:
         which = "users" if users == state.users else "new users"
-        notes.append(f"{unlisted:,} of {users:,} {which} have no features: the users table has no row for them")
+        why = "the users table has no row for them" if plan.users else "no users table was given"
+        notes.append(f"{unlisted:,} of {users:,} {which} have no features: {why}")
     return state, notes
 
 

@@ -106,8 +106,9 @@ def grow_vocabulary(
     if names := [s.items for s in staged if s.items]:
         raw = _distinct_items(names, store)
         vocabulary = vocabulary.grow(raw, {action for s in staged for action in s.actions})
-    if plan.items:
-        vocabulary = vocabulary.with_features(read_items(plan.items.file, vocabulary))
+    if plan.items and (plan.items_are_new or vocabulary.num_featureless):
+        table = read_items(plan.items.file, vocabulary)
+        vocabulary = vocabulary.with_features(table, only_featureless=not plan.items_are_new)
     if plan.users:
         names = plan.schema["user_features"]
         vocabulary = vocabulary.with_user_values(users.staged_values(staged_users, names, staging=staging))
@@ -186,7 +187,11 @@ def finish(
     new_counts = {"read": counts["read"], "accepted": accepted, "duplicate": duplicates, "rejected": counts["rejected"]}
     if "label" in plan.schema["columns"]:
         new_counts["conflicting"] = sum(b.conflicting for b in built)
-    kinds = {"events": plan.inputs, "items": [plan.items], "users": [plan.users if plan.users_are_new else None]}
+    kinds = {
+        "events": plan.inputs,
+        "items": [plan.items if plan.items_are_new else None],
+        "users": [plan.users if plan.users_are_new else None],
+    }
     entries = [new.entry(kind) for kind, found in kinds.items() for new in found if new]
     return Manifest(
         number=parent.number + 1 if parent else 1,

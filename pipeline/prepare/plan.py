@@ -68,7 +68,9 @@ class Plan:
     inputs: list[HashedInput]
     """New event files."""
     items: HashedInput | None
-    """The items table, if it is new."""
+    """The items table, if it is new or there are new events, whose new items may be in it."""
+    items_are_new: bool
+    """False = the table was ingested before; items that have features keep them."""
     users: HashedInput | None
     """The users table, if it is new or there are new events, whose new users may be in it."""
     users_are_new: bool
@@ -80,7 +82,7 @@ class Plan:
 
     @property
     def is_done(self) -> bool:
-        return not self.inputs and self.items is None and self.users is None
+        return not self.inputs and not self.items_are_new and not self.users_are_new
 
     @property
     def hashed(self) -> list[tuple[Input, str]]:
@@ -164,15 +166,15 @@ def make_plan(
     ingested = {entry["name"]: entry for entry in parent.inputs} if parent else {}
     new, equal = _new_inputs(found, ingested)
     files_left_out = log.left_out | equal
-    checksums = {entry["checksum"] for entry in ingested.values()}
     schema = _schema(parent, [each.file for each in new], columns=columns, files=files)
-    users_are_new = users_file is not None and users_file.checksum not in checksums
+    items_are_new = _is_new_table(items_file, "items", parent, is_named=items is not None)
+    users_are_new = _is_new_table(users_file, "users", parent, is_named=users_table is not None)
     if users_file is not None and (users_are_new or new):
         names = set(users.feature_names(users_file.file)) | set(schema.get("user_features", []))
         schema = schema | {"user_features": sorted(names)}
     return Plan(
         out=out, parent=parent, columns=columns, files=files, schema=schema, config=config, inputs=new,
-        items=items_file if items_file is not None and items_file.checksum not in checksums else None,
+        items=items_file if items_are_new or new else None, items_are_new=items_are_new,
         users=users_file if users_are_new or new else None, users_are_new=users_are_new,
         left_out=[
             *left_out, *(f"{count:,} {what}" for what, count in summary(files_left_out).items()),
@@ -234,6 +236,18 @@ def _table(path: str | None, events: str, name: str) -> HashedInput | None:
     if path.lower().endswith((".csv", ".tsv", ".json", ".jsonl", ".ndjson")):
         raise DataError(f"{path}: must be a Parquet file here; `solar import files` reads tables of other formats")
     return HashedInput(file=found[0], checksum=inputs.checksum(found[0]))
+
+
+def _is_new_table(table: HashedInput | None, kind: str, parent: Manifest | None, *, is_named: bool) -> bool:
+    """Whether the values of a table of items or users replace those so far. A table that the user names does if another
+    one was read since; the log's own, if its content is another one than when it was last read."""
+    if table is None:
+        return False
+    before = [entry for entry in parent.inputs if entry["kind"] == kind] if parent else []
+    own = [entry for entry in before if entry["name"] == table.file.name]
+    if latest := before[-1:] if is_named else own[-1:]:
+        return latest[0]["checksum"] != table.checksum
+    return table.checksum not in {entry["checksum"] for entry in before}
 
 
 def _new_inputs(found: list[Input], ingested: dict[str, dict[str, Any]]) -> tuple[list[HashedInput], dict[str, str]]:

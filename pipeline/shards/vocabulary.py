@@ -92,11 +92,15 @@ class Vocabulary:
         """Action codes in use, "no action" included."""
         return len(self.actions)
 
+    @functools.cached_property
+    def is_featureless(self) -> np.ndarray:
+        """[size] bool: table rows without a value of any feature; all of them if there are no features."""
+        return sum((np.diff(f.offsets) for f in self.features.values()), np.zeros(self.size, np.int64)) == 0
+
     @property
     def num_featureless(self) -> int:
-        """Number of items without a value of any feature; all of them if there are no features."""
-        lengths = sum((np.diff(f.offsets[NUM_RESERVED:]) for f in self.features.values()), np.zeros(len(self.items)))
-        return int((lengths == 0).sum())
+        """Number of items among them."""
+        return int(self.is_featureless[NUM_RESERVED:].sum())
 
     @functools.cached_property
     def item_ranks(self) -> np.ndarray:
@@ -171,15 +175,18 @@ class Vocabulary:
             found[name] = (*old, *sorted(set(raw) - set(old)))
         return dataclasses.replace(self, user_features=dict(sorted(found.items())))
 
-    def with_features(self, table: pl.DataFrame) -> Vocabulary:
+    def with_features(self, table: pl.DataFrame, *, only_featureless: bool = False) -> Vocabulary:
         """Take item features from a table of item_id and one string or list-of-strings column per feature.
 
-        Items in the table get its values instead of their earlier ones; ids that are not in the vocabulary are ignored;
-        if an id occurs several times, its last line counts. New values are appended, sorted.
+        Items in the table get its values instead of their earlier ones, or with `only_featureless` only if they have
+        none; ids that are not in the vocabulary are ignored; if an id occurs several times, its last line counts. New
+        values are appended, sorted.
         """
         table = table.unique("item_id", keep="last", maintain_order=True)
         rows = self.rows(table["item_id"])
         known = rows >= NUM_RESERVED
+        if only_featureless:
+            known &= self.is_featureless[rows]
         features = dict(self.features)
         for name in table.columns:
             if name != "item_id":

@@ -56,10 +56,65 @@ def test_what_has_no_row_in_the_tables_is_counted(log, write_log, prepare, tmp_p
     assert notes() == [items, "1 of 3 users have no features: the users table has no row for them"]
     write_log({"user_id": [1, 7, 8, 99], "item_id": [5] * 4, "timestamp": [60] * 4}, "log/b.parquet")
     assert notes() == [items, "2 of 3 new users have no features: the users table has no row for them"]
-    users = str(write_log({"user_id": [1, 2, 3, 7, 8], "sex": ["m"] * 5}, "more.parquet"))
+    # A newer table of few users says nothing of those who have their features already.
+    users = str(write_log({"user_id": [7], "sex": ["m"]}, "more.parquet"))
     every = str(write_log({"item_id": [5, 6, 7], "tag": ["x"] * 3}, "every.parquet"))
-    assert notes(items=every, users=users) == ["1 of 6 users have no features: the users table has no row for them"]
     assert notes(items=every, users=users) == []
+    (tmp_path / "log/items.parquet").unlink()
+    (tmp_path / "log/users.parquet").unlink()
+    write_log({"user_id": [9], "item_id": [9], "timestamp": [70]}, "log/c.parquet")
+    assert notes() == [
+        "1 of 4 items have no features: no items table was given",
+        "1 of 1 new users have no features: no users table was given",
+    ]
+
+
+def test_a_table_of_users_that_was_first_given_later_leaves_all_others_without_features(
+    log, write_log, prepare, tmp_path
+):
+    prepare(log, tmp_path / "out")
+    users = write_log({"user_id": [2, 99], "sex": ["m", "f"]}, "late.parquet")
+    told = prepare(log, tmp_path / "out", users=str(users)).notes
+    assert told == ["2 of 3 users have no features: the users table has no row for them"]
+
+
+def test_a_table_that_is_given_again_after_another_one_counts_again(log, write_log, known, prepare, tmp_path):
+    first = str(write_log({"user_id": [1, 2], "sex": ["m", "f"]}, "first.parquet"))
+    second = str(write_log({"user_id": [1], "sex": ["x"]}, "second.parquet"))
+    for users, sex in ((first, "m"), (second, "x"), (first, "m"), (first, "m")):
+        assert known(log, users=users)[1][1] == [[sex]]
+    items = [str(write_log({"item_id": [5], "tag": [tag]}, f"{tag}.parquet")) for tag in ("a", "b")]
+    for number in (0, 1, 0):
+        prepare(log, tmp_path / "out", buckets=3, items=items[number])
+        feature = Shards.open(str(tmp_path / "out")).vocabulary.features["tag"]
+        assert [feature.names[code - 2] for code in feature.values] == ["ab"[number]]
+    assert prepare(log, tmp_path / "out", buckets=3, items=items[0]).reused
+
+
+def test_a_table_of_the_log_that_is_changed_and_changed_back_counts_each_time(log, write_log, known, prepare, tmp_path):
+    for sex in ("m", "x", "m"):
+        write_log({"user_id": [1, 2], "sex": [sex, "f"]}, "log/users.parquet")
+        assert known(log)[1][1] == [[sex]]
+    assert prepare(log, tmp_path / "out", buckets=3).reused
+
+
+def test_items_of_later_ingests_have_their_features_from_the_table_that_is_there(log, write_log, prepare, tmp_path):
+    """Item 9 occurs only in the second ingest; the table is unchanged, and items that have features keep them."""
+    table = str(write_log({"item_id": [5, 9], "tag": ["a", "i"]}, "log/items.parquet"))
+    prepare(log, tmp_path / "out")
+    newer = str(write_log({"item_id": [5, 6], "tag": ["b", "c"]}, "newer.parquet"))
+    prepare(log, tmp_path / "out", items=newer)
+    prepare(log, tmp_path / "out", items=table)
+    write_log({"user_id": [1], "item_id": [9], "timestamp": [70]}, "log/b.parquet")
+    assert "2 of 4 items" not in str(prepare(log, tmp_path / "out").notes)
+    vocabulary = Shards.open(str(tmp_path / "out")).vocabulary
+    feature = vocabulary.features["tag"]
+    lists = [feature.values[a:b] for a, b in zip(feature.offsets[2:-1], feature.offsets[3:], strict=True)]
+    named = {
+        item: [feature.names[code - 2] for code in codes]
+        for item, codes in zip(vocabulary.items.to_pylist(), lists, strict=True)
+    }
+    assert named == {5: ["a"], 6: ["c"], 7: [], 9: ["i"]}
 
 
 def test_codes_reach_the_batches_of_every_loader_user_by_user(log, write_log, known, tmp_path):
