@@ -191,7 +191,7 @@ def inspect_parser() -> ArgumentParser:
     )
     parser.add_argument("directory", type=Place, help="sequence shards, a checkpoint or a run")
     parser.add_argument("--verify", action="store_true", help="check the size and checksum of every file")
-    parser.add_argument("--digest", action="store_true", help="print a digest of sequences, users' features and counts")
+    parser.add_argument("--digest", action="store_true", help="print a digest of sequences, features and counts")
     return parser
 
 

@@ -11,6 +11,8 @@ from pipeline.log.inputs import Input
 from pipeline.log.parquet_rows import parquet_columns, parquet_tables
 from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
+_CATEGORIES = (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null)
+
 
 def read_items(file: Input, vocabulary: Vocabulary) -> pl.DataFrame:
     """item_id, and features as strings or lists of strings: the input of Vocabulary.with_features.
@@ -27,7 +29,8 @@ def read_items(file: Input, vocabulary: Vocabulary) -> pl.DataFrame:
         raise DataError(f"{file.name}: several columns are called {twice!r}; rename all but one")
     for name, dtype in columns:
         inner: Any = dtype.inner if isinstance(dtype, pl.List) else dtype
-        if name != "item_id" and not (inner.is_integer() or isinstance(inner, (pl.String, pl.Categorical, pl.Boolean))):
+        is_category = inner.is_integer() or isinstance(inner, _CATEGORIES)
+        if name != "item_id" and not is_category:
             raise DataError(f"{file.name}: feature {name!r} is {dtype}; features are categories: cast it to strings")
     parts = [part for _, part in parquet_tables(file, columns=names, row_group=None)]
     table = pl.concat(parts or [pl.DataFrame(schema=dict(columns))])

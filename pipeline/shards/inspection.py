@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,7 +15,7 @@ from pipeline.events import DataError
 from pipeline.shards.dataset import Shards
 from pipeline.shards.label_conflicts import conflicting_events, num_conflicting
 from pipeline.shards.sequences import build_sequences
-from pipeline.shards.vocabulary import NUM_RESERVED
+from pipeline.shards.vocabulary import NUM_RESERVED, Vocabulary
 
 _ORDERED = ("timestamp", "order", "item", "action", "label", "request_id")
 
@@ -48,7 +49,7 @@ def verify(path: str, *, number: int | None = None) -> list[str]:
 
 
 def digest(path: str, *, number: int | None = None) -> str:
-    """Hexadecimal hash of a data set's content: sequences and user features in raw values, and its counts.
+    """Hexadecimal hash of a data set's content: sequences, user and item features in raw values, and its counts.
 
     It does not depend on the order of users, nor on how the log was split into ingests, as row numbers and files do.
     """
@@ -80,8 +81,23 @@ def digest(path: str, *, number: int | None = None) -> str:
     counted |= {"accepted": accepted, "duplicate": counts["read"] - others}
     # Where no labels differ, the digest is that of earlier versions, which did not count them.
     counted |= {"conflicting": conflicting} if conflicting else {}
-    content = {"sequences": f"{total:032x}", "counts": counted, "columns": data.manifest.schema["columns"]}
+    features = {"items": _hash_of_features(data.vocabulary)} if data.vocabulary.features else {}
+    content = features | {"sequences": f"{total:032x}", "counts": counted, "columns": data.manifest.schema["columns"]}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _hash_of_features(vocabulary: Vocabulary) -> str:
+    """Of the features of all items that have any, in any order."""
+    columns: dict[str, Any] = {"id": vocabulary.items.cast(pa.large_string())}
+    for name, feature in sorted(vocabulary.features.items()):
+        values = pa.array(feature.names, pa.large_string()).take(pa.array(feature.values - NUM_RESERVED))
+        offsets = pa.array(feature.offsets[NUM_RESERVED:])
+        columns[name] = pa.LargeListArray.from_arrays(offsets, values)
+    has_any = ~vocabulary.is_featureless[NUM_RESERVED:]
+    known = pl.DataFrame({f"{place}": column for place, column in enumerate(columns.values())}).filter(has_any)
+    texts = known.select(pl.struct(pl.all()).struct.json_encode()).to_series()
+    total = sum(xxhash.xxh3_128_intdigest(text.encode()) for text in texts) % (1 << 128)
+    return hashlib.sha256(json.dumps([sorted(vocabulary.features), f"{total:032x}"]).encode()).hexdigest()
 
 
 def _problems_of_bucket(data: Shards, bucket: int) -> list[str]:

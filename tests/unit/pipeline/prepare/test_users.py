@@ -110,11 +110,28 @@ def test_items_of_later_ingests_have_their_features_from_the_table_that_is_there
     vocabulary = Shards.open(str(tmp_path / "out")).vocabulary
     feature = vocabulary.features["tag"]
     lists = [feature.values[a:b] for a, b in zip(feature.offsets[2:-1], feature.offsets[3:], strict=True)]
+    assert verify(str(tmp_path / "out")) == []
     named = {
         item: [feature.names[code - 2] for code in codes]
         for item, codes in zip(vocabulary.items.to_pylist(), lists, strict=True)
     }
     assert named == {5: ["a"], 6: ["c"], 7: [], 9: ["i"]}
+
+
+def test_the_digest_has_the_features_of_items_however_their_tables_came(log, write_log, prepare, tmp_path):
+    write_log({"user_id": [1, 2], "item_id": [9, 8], "timestamp": [70, 71]}, "more.parquet")
+    plain = digest(prepare(log, tmp_path / "plain").path)
+    digests = []
+    for tags in (["a", "b", None], ["a", "c", None], ["b", "a", None]):
+        table = str(write_log({"item_id": [5, 9, 6], "tag": tags, "kinds": [["x", "y"], [], None]}, "items.parquet"))
+        out = tmp_path / f"out-{len(digests)}"
+        early = str(write_log({"item_id": [5, 6], "tag": ["old", None], "kinds": [[], []]}, "early.parquet"))
+        prepare(log, out, items=early)
+        later = digest(prepare(tmp_path / "more.parquet", out, items=table).path)
+        both = write_log(pl.read_parquet([*log.glob("*.parquet"), tmp_path / "more.parquet"]), f"{out.name}.parquet")
+        assert digest(prepare(both, tmp_path / f"whole-{len(digests)}", items=table).path) == later
+        digests.append(later)
+    assert len({plain, *digests}) == 4
 
 
 def test_codes_reach_the_batches_of_every_loader_user_by_user(log, write_log, known, tmp_path):
