@@ -176,7 +176,11 @@ def _fit_ranking(
 ) -> None:
     own = requests.seen_items == "kept"
     rows_R = torch.arange(NUM_RESERVED, num_items)
-    events_R, _ = counters.before(rows_R, torch.full_like(rows_R, counters.num_days))
+    until = counters.num_days
+    if requests.split == "temporal":
+        # What is popular later is not known in training.
+        until = int(counters.days(torch.tensor(requests.bounds[0])))
+    events_R, _ = counters.before(rows_R, torch.full_like(rows_R, until))
     popular = rows_R[torch.argsort(events_R, descending=True, stable=True)[:POPULAR_ITEMS]]
     sample = rows_R[torch.from_numpy(hash64(seed, rows_R.numpy()).argsort(kind="stable"))[:SAMPLED_ITEMS]]
     ranked = [

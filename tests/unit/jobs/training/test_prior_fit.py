@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections import defaultdict
 from typing import Any
 
@@ -217,6 +218,22 @@ def test_other_samples_of_the_catalogue_give_nearly_the_same_prior(open_log, mon
         torch.testing.assert_close(prior.own_3, whole.own_3, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(prior.window_5, whole.window_5, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(prior.bias_1, whole.bias_1, rtol=0, atol=0.2)
+
+
+def test_events_after_the_split_change_nothing_of_a_prior(open_log, monkeypatch, tmp_path):
+    monkeypatch.setattr(prior_fit, "POPULAR_ITEMS", 3)
+    log = returning_log()
+    early, late = (log.filter((pl.col("timestamp") < VALID_FROM) == before) for before in (True, False))
+    rare = early["item_id"].value_counts().sort("count", "item_id")["item_id"]
+    found = []
+    for items in (rare[:3], rare[-3:]):
+        many = late.sample(200, with_replacement=True, seed=0).with_columns(
+            item_id=items.gather(np.arange(200) % 3), timestamp=VALID_FROM + np.arange(200)
+        )
+        found.append(fitted(open_log(pl.concat([early, many]), RETURNING), RETURNING).state_dict())
+        for name in ("log", "shards"):
+            shutil.rmtree(tmp_path / name)
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
 def test_the_weights_of_a_ranking_are_those_of_the_greatest_likelihood():
