@@ -47,7 +47,7 @@ setup: $(READY)  ## .venv with all packages; EXTRA=gpu for a GPU, PYTHON=python3
 # torchrec last and without its dependencies: it asks for the CUDA build of fbgemm. EXTRA=gpu installs that build.
 EXTRA ?= cpu
 $(READY): pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 13) else f"Python {v[0]}.{v[1]} is not 3.11 or 3.12: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 14) else f"Python {v[0]}.{v[1]} is not 3.11, 3.12 or 3.13: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(sed -n 's/^pip = \["\(.*\)"\]/\1/p' pyproject.toml)"
 	$(BIN)/pip install --quiet --editable '.[$(EXTRA)]' --group dev

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from jsonargparse import ArgumentError
 
@@ -72,7 +74,7 @@ def test_a_value_of_the_wrong_type_is_told_with_what_is_allowed(parser, values, 
             "data.requests.task=impresions: must be next_item or impressions: did",
         ),
         (["--compare", "mean_pooling"], "compare=mean_pooling: must be a list of texts: write [mean_pooling]"),
-        (["--seed", "[" * 3000 + "]" * 3000], "a value is nested too deep"),
+        (["--seed", "[" * 3000 + "]" * 3000], "a value is nested too deep" if sys.version_info < (3, 13) else "seed=["),
         (["--training", "5"], "training=5: must hold `key: value` lines"),
         (["--model.rnak", "4"], "unknown key model.rnak: did you mean model.rank?"),
         (
