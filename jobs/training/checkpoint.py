@@ -75,6 +75,8 @@ class TrainState:
     from there."""
     peak_gib: float = 0.0
     """Sum over ranks of their peak resident memory in GiB, as of the last validation."""
+    validation_due: bool = False
+    """The step ends with a validation that has not been made: the run was asked to stop before its end."""
     finished: bool = False
     """Training has ended: all epochs are done, its time is over, or `patience` validations brought no improvement."""
 

@@ -10,6 +10,7 @@ All ranks take part in every call: look-ups are collectives, and under ZeRO-3 ea
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,18 +59,26 @@ def evaluate(
     transform: Transform = lambda batch: batch,
     progress: Progress = lambda done, total: None,
 ) -> RankedTargets | ScoredImpressions:
-    """Score the loader's requests with the current weights. A collective: all ranks take part."""
+    """Score the loader's requests with the current weights. A collective: all ranks take part, and call `progress`
+    together, which may end it by an exception."""
     batches = _translated(loader, catalogue)
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(model):
         if loader.requests.task == "next_item":
             result = _rank_targets(
                 model, tables, batches, loader, catalogue=catalogue, transform=transform, progress=progress
             )
         else:
             result = _score_impressions(model, tables, batches, loader, transform=transform, progress=progress)
-    model.train()
     return result
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
 
 
 def evaluation_loader(

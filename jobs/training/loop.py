@@ -30,7 +30,7 @@ from jobs.training.clock import StepClock, cost_of_process
 from jobs.training.dense_model import DenseModel
 from jobs.training.in_batch import InBatchNegatives
 from jobs.training.item_counting import count_items
-from jobs.training.job import TrainJob
+from jobs.training.job import TrainingConfig, TrainJob
 from jobs.training.model import item_features, model_settings, model_tables, user_tables
 from jobs.training.prior_fit import fit_prior
 from jobs.training.step import AskedBatch, NonFiniteLoss, ask, train_step
@@ -92,14 +92,28 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         run_dir, tables=tables, dense=dense, facts=job.facts, config=job.checkpoint,
         tell=functools.partial(reporter.row, "checkpoint"),
     )  # fmt: skip
+
+    def conclude() -> bool:
+        """All ranks: validate if that is due; agree whether the run ends here; begin a checkpoint together."""
+        validated = state.validation_due and validation.run(state, tables, dense.model, reporter)
+        if validated:
+            state.validation_due = False
+        stop = reporter.should_stop()
+        no_better = bool(training.patience) and state.validations_since_best >= training.patience
+        is_last = state.step == num_steps or _out_of_time(training, state) or no_better
+        state.finished = is_last and not state.validation_due
+        if stop or validated or checkpoints.due(state.step):
+            checkpoints.begin(state, last=stop or state.finished)
+        return stop or state.finished
+
     asked: AskedBatch | None = None
     with checkpoints:
-        # All ranks: a model with a prior is of use before its first step, which may stay the best one.
         if dense.starts_at_prior and state.best_metric is None and state.step == 0:
-            validation.run(state, tables, dense.model, reporter)
-            state.loader = loader.state_dict()
-            checkpoints.begin(state)
-        while state.step < num_steps:
+            # A model with a prior is of use before its first step, which may stay the best one.
+            state.validation_due, state.loader = True, loader.state_dict()
+        # Also where a run was stopped in a validation.
+        ended = state.validation_due and conclude()
+        while not ended and state.step < num_steps:
             # Step, all ranks: forward, backward and update; `asked` becomes the next batch if its look-up has begun.
             started = time.perf_counter()
             asked = asked or read_and_ask()
@@ -126,25 +140,18 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
 
             # All ranks: report a checkpoint that is written by now; validate at the end of an epoch or of the time.
             checkpoints.settle()
-            out_of_time = bool(training.max_seconds) and state.train_seconds >= training.max_seconds
-            validated = state.step in last_steps or out_of_time
-            if validated:
-                validation.run(state, tables, dense.model, reporter)
-
-            # All ranks agree whether to stop; then they begin a checkpoint together, if one is due.
-            stop = reporter.should_stop()
-            no_better = bool(training.patience) and state.validations_since_best >= training.patience
-            state.finished = state.step == num_steps or out_of_time or no_better
-            if stop or validated or checkpoints.due(state.step):
-                checkpoints.begin(state, last=stop or state.finished)
-            if stop or state.finished:
-                break
+            state.validation_due = state.step in last_steps or _out_of_time(training, state)
+            ended = conclude()
     # All ranks: complete the look-up that the last step began, so that no collective is left open.
     if asked is not None:
         asked.rows.receive()
     reporter.row("cost", step=state.step, **_cost())
     dense.destroy()
     return state
+
+
+def _out_of_time(training: TrainingConfig, state: TrainState) -> bool:
+    return bool(training.max_seconds) and state.train_seconds >= training.max_seconds
 
 
 def _planned_scores(job: TrainJob, loader: TrainLoader) -> int:

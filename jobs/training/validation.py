@@ -37,6 +37,10 @@ TRAINED_PER_RANKED = 4
 validation: 3 to 6 times with SOLAR on MovieLens-100K. A constant, not a clock: two runs choose the same requests."""
 
 
+class _Stopped(Exception):
+    """The run is asked to stop; all ranks are told so after the same requests."""
+
+
 class Validation:
     """The validation of one training run. Methods are collectives."""
 
@@ -46,21 +50,25 @@ class Validation:
         self._job, self._shards, self._catalogue, self._planned = job, shards, catalogue, planned_scores
         self._loader: EvaluationLoader | None = None
 
-    def run(self, state: TrainState, tables: ShardedTables, model: nn.Module, reporter: Reporter) -> None:
-        """Evaluate the validation part; update the best step in `state`. All ranks get the same metrics."""
+    def run(self, state: TrainState, tables: ShardedTables, model: nn.Module, reporter: Reporter) -> bool:
+        """Evaluate the validation part; update the best step in `state`. All ranks get the same metrics. False, with
+        the best step unchanged, if the run is asked to stop before its end."""
         started = time.perf_counter()
         if state.valid_requests is None:
             state.valid_requests = self._requests(state)
         if self._loader is None:
             limit = state.valid_requests or None
             self._loader = evaluation_loader(self._shards, requests=self._job.requests, part="valid", limit=limit)
-        result = evaluate(
-            model,
-            tables,
-            self._loader,
-            catalogue=self._catalogue,
-            progress=lambda done, total: reporter.row("progress", stage="validation", done=done, total=total),
-        )
+
+        def progress(done: int, total: int) -> None:
+            reporter.row("progress", stage="validation", done=done, total=total)
+            if reporter.should_stop():
+                raise _Stopped
+
+        try:
+            result = evaluate(model, tables, self._loader, catalogue=self._catalogue, progress=progress)
+        except _Stopped:
+            return False
         metrics = result.metrics()
         primary = metrics[primary_metric(self._job.requests)]
         value_U, weight_U = primary_per_user(result, requests=self._job.requests)
@@ -73,6 +81,7 @@ class Validation:
             state.best_metric, state.best_step, state.validations_since_best = primary, state.step, 0
         best = math.nan if state.best_metric is None else state.best_metric
         reporter.row("valid", step=state.step, seconds=time.perf_counter() - started, best=best, **metrics)
+        return True
 
     def _requests(self, state: TrainState) -> int:
         """Requests of each validation, 0 = all, by what was trained until the first one."""

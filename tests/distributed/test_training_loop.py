@@ -165,7 +165,8 @@ def two_rank_runs(shards_dir, tmp_path_factory) -> tuple[Path, list[list[dict[st
     directory = tmp_path_factory.mktemp("runs")
     jobs = [
         (make_job(shards_dir, directory / "straight"), [None]),
-        (make_job(shards_dir, directory / "resumed"), [5, 9, None]),
+        # After step 4 it is stopped in the validation.
+        (make_job(shards_dir, directory / "resumed"), [4, 5, 9, None]),
         (make_job(shards_dir, directory / "without-dropout", model=WITHOUT_DROPOUT), [None]),
         (
             make_job(shards_dir, directory / "stage-3", model=WITHOUT_DROPOUT, parallel=ParallelConfig(zero_stage=3)),
@@ -185,6 +186,9 @@ def two_rank_runs(shards_dir, tmp_path_factory) -> tuple[Path, list[list[dict[st
 def test_interrupted_and_resumed_run_is_bit_equal_to_an_uninterrupted_one(two_rank_runs):
     directory, (straight, resumed, *_) = two_rank_runs
     assert losses(resumed) == losses(straight)
+    measured = [[{**row, "seconds": 0} for row in rows if row["kind"] == "valid"] for rows in (straight, resumed)]
+    assert [row["step"] for row in measured[0]] == [4, 8]
+    assert measured[0] == measured[1]
     expected, found = weights(directory / "straight"), weights(directory / "resumed")
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -233,6 +237,15 @@ def test_bf16_tower_trains_like_fp32_at_every_stage(two_rank_runs):
     for rows in bf16:
         # 8 bits of mantissa: the bound of the project's contract.
         assert losses(rows) == pytest.approx(losses(fp32), rel=3e-2)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_end_of_a_validation(shards_dir, tmp_path):
+    job = make_job(shards_dir, tmp_path / "run", model=WITHOUT_DROPOUT)
+    rows = run_ranks(run_each, 2, [(job, [4])])[0][0]
+    assert [row["kind"] for row in rows].count("progress") == 1
+    assert "valid" not in [row["kind"] for row in rows]
+    state = final_state(tmp_path / "run")
+    assert (state["step"], state["validation_due"], state["finished"], state["best_metric"]) == (4, True, False, None)
 
 
 @pytest.fixture(scope="module")

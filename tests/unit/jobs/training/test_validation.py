@@ -59,7 +59,11 @@ def scored(logit_of_positive: np.ndarray) -> ScoredImpressions:
 def best_steps(monkeypatch, results: list[ScoredImpressions], *, warm_start: str | None = None) -> list[int]:
     """The best step after each validation, at steps 0, 1, ...; the state is stored and read again in between."""
     job = SimpleNamespace(requests=RequestConfig(task="impressions"), warm_start=warm_start)
-    reporter, state, found = SimpleNamespace(row=lambda *_, **__: None), TrainState(valid_requests=0), []
+    reporter, state, found = (
+        SimpleNamespace(row=lambda *_, **__: None, should_stop=lambda: False),
+        TrainState(valid_requests=0),
+        [],
+    )
     monkeypatch.setattr(validation, "evaluation_loader", lambda *_, **__: None)
     monkeypatch.setattr(validation, "_peak_gib", lambda: 0.0)
     for step, result in enumerate(results):
