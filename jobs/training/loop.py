@@ -99,7 +99,7 @@ def train(job: TrainJob, *, reporter: Reporter) -> TrainState:
         if validated:
             state.validation_due = False
         stop = reporter.should_stop()
-        no_better = bool(training.patience) and state.validations_since_best >= training.patience
+        no_better = 0 < training.patience <= state.validations_since_best and state.step > 0
         is_last = state.step == num_steps or _out_of_time(training, state) or no_better
         state.finished = is_last and not state.validation_due
         if stop or validated or checkpoints.due(state.step):
